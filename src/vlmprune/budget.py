@@ -1,0 +1,75 @@
+"""How many visual tokens a `keep` setting means. Imports no tensor library."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+
+from vlmprune.errors import VlmpruneError
+
+
+def check_keep(keep: int | float) -> None:
+    """Refuse a `keep` that no number of visual tokens could make right.
+
+    Raises:
+        VlmpruneError: as `resolve_keep`, all but the comparison with what there is.
+    """
+    if isinstance(keep, bool) or not isinstance(keep, Real):
+        raise VlmpruneError(
+            f"keep={keep!r} is not a number; use an int of at least 1 for visual tokens, or a "
+            "float in (0, 1] for a fraction of them."
+        )
+    if isinstance(keep, Integral):
+        if keep < 1:
+            raise VlmpruneError(f"keep={keep} leaves no visual tokens; use an int of at least 1.")
+    # Written this way round so that NaN is refused too.
+    elif not 0.0 < float(keep) <= 1.0:
+        raise VlmpruneError(
+            f"keep={float(keep)} is a fraction outside (0, 1]; use a float in (0, 1], or an int of "
+            "at least 1 for a number of visual tokens."
+        )
+
+
+def resolve_keep(keep: int | float, available: int, what: str = "crop") -> int:
+    """Turn a budget into a number of visual tokens.
+
+    Args:
+        keep: an int is a number of tokens; a float is a fraction in (0, 1]. So `1` keeps one
+            token and `1.0` keeps all.
+        available: number of visual tokens that there are, at least 1.
+        what: the thing that holds them ("crop" or "image"), for the error sentences.
+
+    Returns:
+        `keep` itself, or `max(1, round(keep * available))` for a fraction.
+
+    Raises:
+        VlmpruneError: `keep` is no number, a bool, below 1 or above `available` as an int, or
+            outside (0, 1] as a float; or there is nothing to keep.
+    """
+    if available < 1:
+        raise VlmpruneError(
+            f"this {what} has {available} visual tokens, so none can be kept; give it an image."
+        )
+    if isinstance(keep, bool) or not isinstance(keep, Real):
+        raise VlmpruneError(
+            f"keep={keep!r} is not a number; use an int from 1 to {available} for visual tokens "
+            f"per {what}, or a float in (0, 1] for a fraction of them."
+        )
+    if isinstance(keep, Integral):
+        if keep < 1:
+            raise VlmpruneError(
+                f"keep={keep} leaves no visual tokens; use an int from 1 to {available} per {what}."
+            )
+        if keep > available:
+            raise VlmpruneError(
+                f"keep={keep} is more than the {available} visual tokens of the {what}; "
+                f"use an int from 1 to {available}, or keep=1.0 to keep all."
+            )
+        return int(keep)
+    fraction = float(keep)
+    # Written this way round so that NaN is refused too.
+    if not 0.0 < fraction <= 1.0:
+        raise VlmpruneError(
+            f"keep={fraction} is a fraction outside (0, 1]; use a float in (0, 1], or an int "
+            f"from 1 to {available} for a number of visual tokens per {what}."
+        )
+    return max(1, round(fraction * available))

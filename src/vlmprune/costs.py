@@ -1,0 +1,188 @@
+"""FLOPs and bytes of a vision-language model, as the formulas behind the published tables.
+
+A multiply and an add count as two FLOPs. Configs are read by attribute only, in the field names of
+Hugging Face Transformers, so anything with those fields will do.
+
+Source: the tables of FasterVLM, VisPruner and CDPruner, whose figures these formulas reproduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+# Towers that put no CLS token in front of their patches.
+_WITHOUT_CLS = ("siglip", "pixtral")
+
+
+def prefill_flops(config: Any, visual_tokens: int) -> float:
+    """FLOPs that the decoder layers spend on the visual tokens of one prompt at prefill.
+
+    Per layer `2 * (2nd*q + 2nd*kv + 2n^2*q + 3ndm)` for n tokens, hidden size d, feed-forward size
+    m, `q = heads * head_dim` and `kv = kv_heads * head_dim`. With as many KV heads as query heads
+    and q = d this is the published `2 * (4nd^2 + 2n^2d + 3ndm)`.
+
+    As in the published tables the text tokens, embeddings, norms, rotary angles and the output head
+    do not count, and attention counts as a full n x n square although it is causal.
+
+    Args:
+        config: a VLM's config (its `text_config` is used) or a decoder's own config.
+        visual_tokens: number n of visual tokens that enter the decoder, 0 or more.
+
+    Returns:
+        FLOPs (not TFLOPs), as a float.
+
+    Raises:
+        ValueError: a negative count, or a config that lacks a field.
+    """
+    n = _count("visual_tokens", visual_tokens)
+    text = _text(config)
+    d, m = _field(text, "hidden_size"), _field(text, "intermediate_size")
+    q, kv = _attention_widths(text)
+    per_layer = 2 * n * d * q + 2 * n * d * kv + 2 * n * n * q + 3 * n * d * m
+    return float(2 * _field(text, "num_hidden_layers") * per_layer)
+
+
+def kv_bytes(config: Any, tokens: int, bytes_per_value: int = 2) -> int:
+    """Bytes that the keys and values of `tokens` tokens take in the KV cache of all layers.
+
+    Args:
+        config: a VLM's config (its `text_config` is used) or a decoder's own config.
+        tokens: number of cached tokens, 0 or more.
+        bytes_per_value: 2 for float16 and bfloat16, 4 for float32, 1 for 8-bit caches.
+
+    Returns:
+        `2 * layers * kv_heads * head_dim * bytes_per_value * tokens` bytes. The published "MB" are
+        MiB (2**20 bytes).
+
+    Raises:
+        ValueError: a negative count, `bytes_per_value` below 1, or a config that lacks a field.
+    """
+    n = _count("tokens", tokens)
+    if bytes_per_value < 1:
+        raise ValueError(f"bytes_per_value={bytes_per_value} must be 1 or more.")
+    text = _text(config)
+    _, kv = _attention_widths(text)
+    return int(2 * _field(text, "num_hidden_layers") * kv * bytes_per_value * n)
+
+
+def encoder_flops(
+    config: Any,
+    crops: int = 1,
+    *,
+    patches: int | None = None,
+    pixels: int | Sequence[int] | None = None,
+) -> float:
+    """FLOPs that a ViT tower spends on `crops` crops, all of its layers.
+
+    Per layer `2 * (4nd^2 + 2n^2d + 2ndm)` with n = patches, plus the CLS and register tokens where
+    the tower has them; a SwiGLU feed-forward counts three matrices instead of two. The patch
+    embedding and the projector do not count, as in the published tables.
+
+    Args:
+        config: a VLM's config (its `vision_config` is used) or a tower's own config.
+        crops: number of crops encoded, 0 or more.
+        patches: patches per crop, where it is known.
+        pixels: side of a crop, or (height, width), in pixels; for towers that are fed another size
+            than their config's `image_size`. Give this or `patches`, not both.
+
+    Returns:
+        FLOPs (not TFLOPs), as a float.
+
+    Raises:
+        ValueError: a negative count, both `patches` and `pixels`, or a config that lacks a field.
+    """
+    count = _count("crops", crops)
+    tower = _vision(config)
+    if patches is None:
+        patches = patch_count(tower, pixels)
+    elif pixels is not None:
+        raise ValueError("give patches or pixels, not both.")
+    n = _count("patches", patches) + _prefix_tokens(tower)
+    d = _field(tower, "hidden_size")
+    per_layer = 4 * n * d * d + 2 * n * n * d + n * d * _feed_forward_width(tower, d)
+    return float(2 * count * _field(tower, "num_hidden_layers") * per_layer)
+
+
+def patch_count(config: Any, pixels: int | Sequence[int] | None = None) -> int:
+    """Number of patches in one crop: whole patches along each side, multiplied.
+
+    Args:
+        config: a VLM's config (its `vision_config` is used) or a tower's own config.
+        pixels: side or (height, width) in pixels; by default the config's `image_size`.
+
+    Returns:
+        Patches per crop, without CLS and register tokens.
+
+    Raises:
+        ValueError: a size that is not one or two positive numbers, or a config that lacks a field.
+    """
+    tower = _vision(config)
+    size = _field(tower, "image_size") if pixels is None else pixels
+    height, width = _sides("pixels" if pixels is not None else "image_size", size)
+    patch_height, patch_width = _sides("patch_size", _field(tower, "patch_size"))
+    return (height // patch_height) * (width // patch_width)
+
+
+def _text(config: Any) -> Any:
+    return _optional(config, "text_config", config)
+
+
+def _vision(config: Any) -> Any:
+    return _optional(config, "vision_config", config)
+
+
+def _optional(config: Any, name: str, default: Any) -> Any:
+    value = getattr(config, name, None)
+    return default if value is None else value
+
+
+def _field(config: Any, name: str) -> Any:
+    value = getattr(config, name, None)
+    if value is None:
+        raise ValueError(
+            f"{type(config).__name__} has no field {name!r}, which the cost formula needs."
+        )
+    return value
+
+
+def _count(name: str, value: int) -> int:
+    if value < 0:
+        raise ValueError(f"{name}={value} is negative; a count is 0 or more.")
+    return value
+
+
+def _sides(name: str, size: int | Sequence[int]) -> tuple[int, int]:
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or min(sides) < 1:
+        raise ValueError(f"{name}={size} must be a positive side or (height, width).")
+    return sides[0], sides[1]
+
+
+def _attention_widths(text: Any) -> tuple[int, int]:
+    """Widths of all query heads and of all KV heads together."""
+    heads = _field(text, "num_attention_heads")
+    kv_heads = _optional(text, "num_key_value_heads", heads)
+    head_dim = getattr(text, "head_dim", None)
+    if head_dim is None:
+        head_dim = _field(text, "hidden_size") // heads
+    return heads * head_dim, kv_heads * head_dim
+
+
+def _prefix_tokens(tower: Any) -> int:
+    registers: int = _optional(tower, "num_register_tokens", 0)
+    has_cls = not str(getattr(tower, "model_type", "")).startswith(_WITHOUT_CLS)
+    return registers + int(has_cls)
+
+
+def _feed_forward_width(tower: Any, hidden_size: int) -> int:
+    """Widths of all feed-forward matrices of a layer, added up."""
+    m = getattr(tower, "intermediate_size", None)
+    if m is None:
+        if getattr(tower, "mlp_ratio", None) is None:
+            _field(tower, "intermediate_size")
+        m = int(hidden_size * tower.mlp_ratio)
+    if getattr(tower, "use_swiglu_ffn", False):
+        # DINOv2's own rounding of the gated width, of which there are three matrices.
+        return 3 * ((int(m * 2 / 3) + 7) // 8 * 8)
+    return int(2 * m)

@@ -1,0 +1,180 @@
+"""A shorter but otherwise ordinary request: drop columns of a prompt, keep the rest exact.
+
+Nothing in the decoder is changed. Ids, mask, positions and labels are gathered with the same
+keep mask, so that cache lengths and mask growth come out right by themselves. For a later turn,
+`Prefix` remembers what a cache was filled with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vlmprune.errors import VlmpruneError
+
+# Inputs that have one entry a column, and what a column of padding holds in them.
+ALIGNED: Mapping[str, int] = {"token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Columns of a batch of prompts.
+
+    Attributes:
+        ids: [B, L] token ids.
+        mask: [B, L], 0 where a column is padding.
+        positions: [B, L] position of each column.
+        aligned: further [B, L] inputs by name (labels, token types).
+    """
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    aligned: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What a cache holds: remembered with it, so that a later turn fits.
+
+    Attributes:
+        full_ids: [B, P] the prompt as the user knows it; -1 where it is not known.
+        prompt: the [B, S] prompt that the cache was filled with.
+        next_position: [B] position of the column after it.
+        images: number of images in it.
+        shift: [B] how much lower its positions are than the user counts them.
+        refusal: if not None, why the cache cannot be continued.
+    """
+
+    full_ids: Tensor
+    prompt: Prompt
+    next_position: Tensor
+    images: int
+    shift: Tensor
+    refusal: str | None = None
+
+    def repeat(self, times: int) -> Prefix:
+        """The prefix of a cache whose rows were each repeated."""
+        if times == 1:
+            return self
+
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor.repeat_interleave(times, 0)
+
+        short = self.prompt
+        return Prefix(
+            rows(self.full_ids),
+            Prompt(rows(short.ids), rows(short.mask), rows(short.positions)),
+            rows(self.next_position),
+            self.images,
+            rows(self.shift),
+            self.refusal,
+        )
+
+
+def shorten(
+    prompt: Prompt,
+    dropped: Tensor,
+    positions: Literal["compact", "original"],
+    pad_id: int,
+) -> tuple[Prompt, Tensor]:
+    """Take columns out of a prompt and pad the rows to equal length again.
+
+    Padding stays on its side (right if any row ends in padding, else left); a row's own padding
+    is used first. Padding common to all rows stays, so that dropping nothing changes nothing.
+
+    Args:
+        prompt: [B, L] columns.
+        dropped: [B, L] bool, columns to take out.
+        positions: "original" keeps each column's position, "compact" renumbers.
+        pad_id: token id of added padding.
+
+    Returns:
+        The [B, S] prompt, and the [B] position that follows each row.
+    """
+    real = prompt.mask != 0
+    before = dropped.long().cumsum(dim=1)
+    following = (prompt.positions.masked_fill(~real, -1)).amax(dim=1) + 1
+    moved = prompt.positions
+    if positions == "compact":
+        moved = moved - before
+        following = following - before[:, -1]
+    common = int((~real).sum(dim=1).min())
+    length = int((real & ~dropped).sum(dim=1).max()) + common
+
+    right = bool((~real[:, -1]).any())
+    rank = torch.where(real & ~dropped, 2, 1).masked_fill(dropped, 0)
+    order = rank.sort(dim=1, descending=right, stable=True).indices
+    order = order[:, :length] if right else order[:, order.shape[1] - length :]
+    added = dropped.gather(1, order)
+
+    def take(values: Tensor, padding: int) -> Tensor:
+        return values.gather(1, order).masked_fill(added, padding)
+
+    short = Prompt(
+        take(prompt.ids, pad_id),
+        take(prompt.mask, 0),
+        take(moved, 0),
+        {name: take(values, ALIGNED[name]) for name, values in prompt.aligned.items()},
+    )
+    return short, following
+
+
+def dropped_columns(visual: Tensor, kept: list[Tensor]) -> Tensor:
+    """Columns that hold a visual token which was not kept.
+
+    Args:
+        visual: [B, L] bool, columns that are visual tokens.
+        kept: for each image in prompt order, a [n] bool over its visual tokens.
+
+    Returns:
+        [B, L] bool.
+
+    Raises:
+        VlmpruneError: the numbers of visual columns and of visual tokens differ.
+    """
+    flat = torch.cat(kept) if kept else torch.zeros(0, dtype=torch.bool)
+    columns = int(visual.sum())
+    if columns != len(flat):
+        raise VlmpruneError(
+            f"the prompt holds {columns} image placeholders but the images make {len(flat)} visual "
+            "tokens; pass ids and pixels from one call of the model's own processor, untruncated."
+        )
+    dropped = torch.zeros_like(visual)
+    dropped[visual] = ~flat.to(visual.device)
+    return dropped
+
+
+def images_per_row(visual: Tensor, lengths: list[int]) -> list[int]:
+    """How many images each row of a prompt holds, from their token counts in prompt order.
+
+    Raises:
+        VlmpruneError: an image's tokens run across two rows.
+    """
+    counts, image = [], 0
+    for tokens in visual.sum(dim=1).tolist():
+        first = image
+        while tokens > 0 and image < len(lengths):
+            tokens -= lengths[image]
+            image += 1
+        if tokens != 0:
+            raise VlmpruneError(
+                "the image placeholders of a prompt do not match its images; pass ids and pixels "
+                "from one call of the model's own processor, untruncated."
+            )
+        counts.append(image - first)
+    return counts
+
+
+def join(first: Prompt, second: Prompt) -> Prompt:
+    """Two prompts one after the other; the first's aligned inputs are not needed any more."""
+    return Prompt(
+        torch.cat((first.ids, second.ids), dim=1),
+        torch.cat((first.mask, second.mask), dim=1),
+        torch.cat((first.positions, second.positions), dim=1),
+        second.aligned,
+    )

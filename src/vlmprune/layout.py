@@ -1,0 +1,114 @@
+"""Where the visual tokens lie, and how choices made on crops travel to the language model.
+
+An image is encoded as one or more crops, each a grid of patches. A host packs the patches into
+the sequence of visual tokens that its language model sees: it may cut padding away and add
+newline tokens. The packing is never derived again here. A map that numbers the patches is sent
+through the host's own packing, and the numbers are read off the other end.
+
+Imports torch alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# What `label_map` marks tokens with that belong to no patch: newlines, or a kept CLS token.
+NO_PATCH = -1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The visual tokens of one image, in prompt order.
+
+    Attributes:
+        labels: [n] int64; the patch behind each visual token, numbered crop by crop and row by
+            row over all crops of the image, or -1 for a newline or CLS token.
+        crops: number of crops; crop 0 is the view of the whole image.
+        grid: (rows, columns) of patches in a crop.
+    """
+
+    labels: Tensor
+    crops: int
+    grid: tuple[int, int]
+
+    @property
+    def patches(self) -> int:
+        """Patches of one crop."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def newlines(self) -> int:
+        """How many visual tokens belong to no patch."""
+        return int((self.labels == NO_PATCH).sum())
+
+    @property
+    def crop(self) -> Tensor:
+        """[n] int64 crop of each visual token; -1 for none."""
+        return torch.div(self.labels, self.patches, rounding_mode="floor").clamp(min=NO_PATCH)
+
+    @property
+    def row(self) -> Tensor:
+        """[n] int64 row within the crop; -1 for none."""
+        row = torch.div(self.labels % self.patches, self.grid[1], rounding_mode="floor")
+        return torch.where(self.labels == NO_PATCH, NO_PATCH, row)
+
+    @property
+    def column(self) -> Tensor:
+        """[n] int64 column within the crop; -1 for none."""
+        return torch.where(self.labels == NO_PATCH, NO_PATCH, self.labels % self.grid[1])
+
+    def candidates(self) -> Tensor:
+        """[crops, patches] bool: the patches that reach the language model at all."""
+        seen = torch.zeros(self.crops * self.patches, dtype=torch.bool, device=self.labels.device)
+        seen[self.labels[self.labels != NO_PATCH]] = True
+        return seen.view(self.crops, self.patches)
+
+    def to_tokens(self, kept: Tensor) -> Tensor:
+        """Carry a choice of patches over to the visual tokens.
+
+        Args:
+            kept: [crops, patches] bool.
+
+        Returns:
+            [n] bool; tokens that belong to no patch are always kept.
+        """
+        # One more cell at the end, which the label -1 finds.
+        always = torch.ones(1, dtype=torch.bool, device=kept.device)
+        return torch.cat((kept.flatten(), always))[self.labels]
+
+
+def plain(crops: int, grid: tuple[int, int], device: torch.device | None = None) -> Layout:
+    """The layout of a host that passes every patch on, in order."""
+    return Layout(torch.arange(crops * grid[0] * grid[1], device=device), crops, grid)
+
+
+def label_map(crops: int, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """[crops, patches, 1] float32 features that number the patches of an image.
+
+    A host's packing moves them as it moves real features; `read_labels` reads them back.
+    float32 holds whole numbers up to 2^24 exactly.
+    """
+    numbers = torch.arange(crops * grid[0] * grid[1], dtype=torch.float32, device=device)
+    return numbers.view(crops, -1, 1)
+
+
+def read_labels(packed: Tensor, crops: int, grid: tuple[int, int]) -> Layout:
+    """Turn packed `label_map` features [n, 1] into a layout.
+
+    Raises:
+        ValueError: a label is no whole number in range or comes twice, so the host mixes
+            patches and its packing cannot be followed.
+    """
+    values = packed.flatten()
+    labels = values.round().long()
+    cells = labels[labels != NO_PATCH]
+    whole = bool((values == labels).all())
+    in_range = cells.numel() == 0 or bool(
+        ((cells >= 0) & (cells < crops * grid[0] * grid[1])).all()
+    )
+    if not whole or not in_range or cells.unique().numel() != cells.numel():
+        raise ValueError("the host's packing mixes patches, so its tokens cannot be followed.")
+    return Layout(labels, crops, grid)

@@ -1,0 +1,139 @@
+"""What the last call kept and saved."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmprune import costs
+from vlmprune.layout import Layout
+
+
+@dataclass(frozen=True)
+class Report:
+    """One call's figures. `print(report)` is for people, `report.json()` for programs.
+
+    Attributes:
+        method: the pruner, with its settings.
+        positions: the position policy that "auto" came to, or that was asked for.
+        score: where the attention scores came from.
+        kept: for each image in prompt order, ascending indices [k] int64 among the visual tokens
+            that the language model would have seen.
+        visual_tokens_before: visual tokens of all images, newline tokens included.
+        visual_tokens_after: those that the language model saw.
+        newline_tokens: how many of them belong to no patch; they are always kept.
+        flops_before: prefill FLOPs of the vision tower and of the decoder layers on the visual
+            tokens, by the published formula (`vlmprune.costs`), summed over the rows.
+        flops_after: the same for what was kept. Selection is timed, not counted.
+        kv_bytes_before: bytes that the visual tokens' keys and values would have taken.
+        kv_bytes_after: bytes that they take.
+        seconds_selecting: time that choosing took, without the encoder.
+        layouts: for each image, where its visual tokens lie.
+        roles: for each image, by name, a bool [n] over its visual tokens ("important", …).
+    """
+
+    method: str
+    positions: str
+    score: str
+    kept: list[Tensor]
+    visual_tokens_before: int
+    visual_tokens_after: int
+    newline_tokens: int
+    flops_before: float
+    flops_after: float
+    kv_bytes_before: int
+    kv_bytes_after: int
+    seconds_selecting: float
+    layouts: list[Layout] = field(repr=False, default_factory=list)
+    roles: list[dict[str, Tensor]] = field(repr=False, default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything that JSON can hold; `kept` as lists."""
+        names = (
+            "method positions score visual_tokens_before visual_tokens_after newline_tokens "
+            "flops_before flops_after kv_bytes_before kv_bytes_after seconds_selecting"
+        )
+        out: dict[str, Any] = {name: getattr(self, name) for name in names.split()}
+        out["kept"] = [indices.tolist() for indices in self.kept]
+        return out
+
+    def json(self, indent: int | None = None) -> str:
+        """The report as JSON."""
+        return json.dumps(self.as_dict(), indent=indent)
+
+    def __str__(self) -> str:
+        if not self.kept:
+            return f"{self.method}: no image in this call, nothing pruned"
+        return (
+            f"{self.method}: {self.visual_tokens_before} → {self.visual_tokens_after} visual "
+            f"tokens in {len(self.kept)} image(s), {_flops(self.flops_before)} → "
+            f"{_flops(self.flops_after)}FLOPs, KV {self.kv_bytes_before / 2**20:.1f} → "
+            f"{self.kv_bytes_after / 2**20:.1f} MiB, {self.positions} positions, {self.score}, "
+            f"selected in {1000 * self.seconds_selecting:.1f} ms"
+        )
+
+
+def make(
+    config: Any,
+    method: str,
+    positions: str,
+    score: str,
+    layouts: list[Layout],
+    kept: list[Tensor],
+    roles: list[dict[str, Tensor]],
+    rows: list[int],
+    pixels: tuple[int, int] | None,
+    dtype: torch.dtype,
+    seconds: float,
+) -> Report:
+    """Work out the figures of one call.
+
+    Args:
+        config: the host's config.
+        method: the pruner, with its settings.
+        positions: the policy used.
+        score: where the scores came from.
+        layouts: one an image.
+        kept: for each image a [n] bool.
+        roles: for each image, bools by name.
+        rows: images of each row of the batch.
+        pixels: (height, width) of a crop; None without images.
+        dtype: of the KV cache.
+        seconds: time spent selecting.
+    """
+    before, after, image = [0] * len(rows), [0] * len(rows), 0
+    for row, images in enumerate(rows):
+        for _ in range(images):
+            before[row] += len(kept[image])
+            after[row] += int(kept[image].sum())
+            image += 1
+    crops = sum(one.crops for one in layouts)
+    encoder = costs.encoder_flops(config, crops, pixels=pixels) if crops else 0.0
+    size = torch.finfo(dtype).bits // 8
+    return Report(
+        method=method,
+        positions=positions,
+        score=score,
+        kept=[k.nonzero()[:, 0].cpu() for k in kept],
+        visual_tokens_before=sum(before),
+        visual_tokens_after=sum(after),
+        newline_tokens=sum(one.newlines for one in layouts),
+        flops_before=encoder + sum(costs.prefill_flops(config, n) for n in before),
+        flops_after=encoder + sum(costs.prefill_flops(config, n) for n in after),
+        kv_bytes_before=costs.kv_bytes(config, sum(before), size),
+        kv_bytes_after=costs.kv_bytes(config, sum(after), size),
+        seconds_selecting=seconds,
+        layouts=layouts,
+        roles=roles,
+    )
+
+
+def _flops(value: float) -> str:
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= scale:
+            return f"{value / scale:.2f} {unit}"
+    return f"{value:.0f} "

@@ -1,0 +1,131 @@
+"""Selection rules: scores and features in, ascending indices of kept visual tokens out.
+
+Pure tensor functions over a batch of crops, B; every crop of a batch has the same number of
+visual tokens, N. They import torch alone, never wait for the device (the number of steps
+depends on shapes only) and break ties by index, so that CPU and GPU agree.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Tokens dropped in one round of duplicate removal (VisPruner's released code).
+ROUND = 8
+
+
+def top_k(scores: Tensor, keep: int) -> Tensor:
+    """Indices of the `keep` largest scores, ties to the lower index.
+
+    Args:
+        scores: [B, N].
+        keep: how many, 0 to N.
+
+    Returns:
+        [B, keep] int64, ascending.
+
+    Raises:
+        ValueError: `keep` is outside 0 to N.
+    """
+    _check(scores, keep)
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    return order[:, :keep].sort(dim=1).values
+
+
+def vispruner(
+    attention: Tensor, features: Tensor, keep: int, important_ratio: float = 0.5
+) -> Tensor:
+    """VisPruner's choice: the most attended tokens, then what is least like the rest.
+
+    The list of tokens that are not important, by falling attention, is thinned in rounds: each
+    token at an even place is compared with all tokens at odd places, and those that have the
+    closest partner are dropped. One similarity matrix serves all rounds. Where the list is odd,
+    the even places hold one token more; it is compared like any other. A round never drops
+    more than the even places hold, so every budget from 1 to N works.
+
+    Source: arXiv 2412.01818, section 3, and the authors' code, whose choices it equals.
+
+    Args:
+        attention: [B, N] attention that each visual token receives, averaged over heads.
+        features: [B, N, C] features of the encoder, before the projector.
+        keep: how many tokens of each crop to keep, 1 to N.
+        important_ratio: share of `keep` chosen by attention, 0 to 1 (0.5 and 0.75 in the
+            paper); the count is rounded down.
+
+    Returns:
+        [B, keep] int64, ascending.
+
+    Raises:
+        ValueError: shapes do not fit, `keep` is outside 1 to N, or the ratio outside [0, 1].
+    """
+    _check(attention, keep, least=1)
+    B, N = attention.shape
+    if features.ndim != 3 or features.shape[:2] != attention.shape:
+        raise ValueError(
+            f"features {tuple(features.shape)} do not fit attention {tuple(attention.shape)}; "
+            "expected [B, N, C] and [B, N]."
+        )
+    important = count_important(keep, important_ratio)
+    order = attention.sort(dim=1, descending=True, stable=True).indices
+    chosen, rest = order[:, :important], order[:, important:]
+    if keep == N:
+        return torch.arange(N, device=attention.device).repeat(B, 1)
+    if important < keep:
+        rest = _drop_duplicates(rest, features, keep - important)
+        chosen = torch.cat((chosen, rest), dim=1)
+    return chosen.sort(dim=1).values
+
+
+def count_important(keep: int, important_ratio: float) -> int:
+    """How many of `keep` tokens VisPruner takes by attention: floor(keep · ratio).
+
+    Raises:
+        ValueError: the ratio is outside [0, 1].
+    """
+    if not 0.0 <= important_ratio <= 1.0:
+        raise ValueError(f"important_ratio={important_ratio} is outside [0, 1].")
+    return math.floor(keep * important_ratio)
+
+
+def cosine_similarity(features: Tensor) -> Tensor:
+    """Cosine of every pair of tokens, in float32.
+
+    Args:
+        features: [B, N, C].
+
+    Returns:
+        [B, N, N].
+    """
+    unit = torch.nn.functional.normalize(features.float(), dim=-1)
+    return unit @ unit.transpose(1, 2)
+
+
+def _drop_duplicates(tokens: Tensor, features: Tensor, keep: int) -> Tensor:
+    """Thin lists of tokens [B, R] to [B, keep], closest duplicates first; keep is at least 1."""
+    B, N, _ = features.shape
+    # Adding zero turns -0.0 into 0.0, which are a tie but have different bits.
+    similarity = (cosine_similarity(features) + 0.0).flatten(0, 1)
+    row = torch.arange(B, device=features.device)[:, None] * N
+    while tokens.shape[1] > keep:
+        even, odd = tokens[:, 0::2], tokens[:, 1::2]
+        drop = min(ROUND, tokens.shape[1] - keep, even.shape[1])
+        # The matrix is symmetric: whole rows of the odd tokens are read in order, which is
+        # several times faster than picking out the pairs.
+        rows = similarity.index_select(0, (row + odd).flatten()).view(B, -1, N)
+        closest = rows.amax(dim=1).gather(1, even)
+        # One integer key holds the similarity above and the reversed index below: a single
+        # sort orders by similarity, breaks ties by index, and brings the indices along.
+        bits = closest.view(torch.int32).long()
+        key = (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32) + (N - even)
+        even = N - (key.sort(dim=1, descending=True).values[:, drop:] & 0xFFFFFFFF)
+        tokens = torch.cat((even, odd), dim=1)
+    return tokens
+
+
+def _check(scores: Tensor, keep: int, least: int = 0) -> None:
+    if scores.ndim != 2:
+        raise ValueError(f"scores have shape {tuple(scores.shape)}; expected [B, N].")
+    if not least <= keep <= scores.shape[1]:
+        raise ValueError(f"keep={keep} is outside {least} to {scores.shape[1]}.")

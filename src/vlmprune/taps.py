@@ -1,0 +1,167 @@
+"""The attention rows that a method asked for, without slow attention and without L × L.
+
+SDPA and flash attention return no weights. A tap sees the queries and keys of one layer as the
+attention function gets them (after projections, norms and rotary embedding), computes the
+softmax of the wanted rows alone in float32, and passes the call on unchanged. While that layer
+runs, and only then, the function registered for the model's attention implementation is
+replaced by a dispatcher that looks at the calling module.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Rows = Literal["cls", "received"]
+
+# Queries a chunk when every row is needed: the extra memory is heads × CHUNK × N.
+CHUNK = 128
+
+
+def attention_rows(query: Tensor, key: Tensor, scaling: float, rows: Rows) -> Tensor:
+    """Post-softmax attention that each key gets, averaged over heads.
+
+    Args:
+        query: [B, H, L, D].
+        key: [B, H', L, D], H' a divisor of H.
+        scaling: factor of the dot products.
+        rows: "cls", the row of query 0; "received", the mean over all queries, computed in
+            chunks so that memory stays linear in L.
+
+    Returns:
+        [B, L] float32; sums to 1.
+    """
+    query, key = query.detach(), key.detach()
+    if key.shape[1] != query.shape[1]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    key = key.float().transpose(2, 3)
+    if rows == "cls":
+        return (query[:, :, :1].float() @ key * scaling).softmax(dim=-1).mean(dim=1)[:, 0]
+    total = torch.zeros(query.shape[0], query.shape[2], device=query.device)
+    for chunk in query.split(CHUNK, dim=2):
+        total += (chunk.float() @ key * scaling).softmax(dim=-1).sum(dim=2).mean(dim=1)
+    return total / query.shape[2]
+
+
+class Tap:
+    """Records rows of one attention layer; `rows_seen` holds a [B, L] tensor a forward."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows: Rows = rows
+        self.rows_seen: list[Tensor] = []
+
+    def see(self, module: nn.Module, query: Tensor, key: Tensor, scaling: float | None) -> None:
+        """Take the rows out of one attention call."""
+        if scaling is None:
+            scaling = query.shape[-1] ** -0.5
+        self.rows_seen.append(attention_rows(query, key, scaling, self.rows))
+
+
+class _Dispatcher:
+    """Stands in for one registered attention function while at least one tap needs it."""
+
+    def __init__(self, interface: Any, name: str) -> None:
+        self.interface, self.name = interface, name
+        self.taps: dict[nn.Module, list[Tap]] = {}
+        self.local = name in interface._local_mapping
+        self.original = interface.get(name)
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        for tap in self.taps.get(module, ()):
+            tap.see(module, query, key, kwargs.get("scaling"))
+        return (self.original or _eager(module))(module, query, key, *args, **kwargs)
+
+    def install(self) -> None:
+        self.interface[self.name] = self
+
+    def remove(self) -> None:
+        if self.local:
+            self.interface[self.name] = self.original
+        else:
+            del self.interface[self.name]
+
+
+_lock = threading.RLock()
+_dispatchers: dict[tuple[int, str], _Dispatcher] = {}
+
+
+@contextmanager
+def tapped(layer: nn.Module, tap: Tap) -> Iterator[None]:
+    """Record with `tap` whenever `layer` (an encoder or decoder layer) runs.
+
+    The dispatcher is in place only while the layer's own forward runs, so that other layers,
+    models and threads keep the plain function. Everything is undone on exit and on error.
+
+    Raises:
+        LookupError: the layer holds no attention that goes through Transformers' registry.
+    """
+    module = attention_of(layer)
+    entered: list[_Dispatcher] = []
+
+    def before(*_: Any) -> None:
+        entered.append(_enter(module, tap))
+
+    def after(*_: Any) -> None:
+        if entered:
+            _leave(entered.pop(), module, tap)
+
+    handles = [
+        module.register_forward_pre_hook(before),
+        module.register_forward_hook(after, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        while entered:
+            _leave(entered.pop(), module, tap)
+
+
+def attention_of(layer: nn.Module) -> Any:
+    """The one module of a layer whose code calls Transformers' attention registry."""
+    for module in layer.modules():
+        source = sys.modules.get(type(module).__module__)
+        has_registry = hasattr(source, "ALL_ATTENTION_FUNCTIONS")
+        if has_registry and hasattr(module, "is_causal") and hasattr(module, "config"):
+            return module
+    raise LookupError(f"{type(layer).__name__} has no attention that can be tapped")
+
+
+def _enter(module: Any, tap: Tap) -> _Dispatcher:
+    interface = sys.modules[type(module).__module__].ALL_ATTENTION_FUNCTIONS
+    name = module.config._attn_implementation
+    with _lock:
+        dispatcher = _dispatchers.get((id(interface), name))
+        if dispatcher is None:
+            dispatcher = _dispatchers[id(interface), name] = _Dispatcher(interface, name)
+            dispatcher.install()
+        dispatcher.taps.setdefault(module, []).append(tap)
+        return dispatcher
+
+
+def _leave(dispatcher: _Dispatcher, module: nn.Module, tap: Tap) -> None:
+    with _lock:
+        dispatcher.taps[module].remove(tap)
+        if not dispatcher.taps[module]:
+            del dispatcher.taps[module]
+        if not dispatcher.taps:
+            dispatcher.remove()
+            del _dispatchers[id(dispatcher.interface), dispatcher.name]
+
+
+def _eager(module: nn.Module) -> Callable[..., Any]:
+    """Eager attention is not registered: each modeling file has its own function."""
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise LookupError(f"{type(module).__name__} has no eager attention function")

@@ -1,0 +1,76 @@
+"""What a method sees and returns: small bundles of tensors, no class of any host.
+
+Imports torch alone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Budget = Literal["crop", "image"]
+
+
+@dataclass(frozen=True)
+class EncoderView:
+    """All crops of a request after the vision encoder, before the language model.
+
+    A *cell* is one patch of one crop, numbered crop · N + patch.
+
+    Attributes:
+        attention: [crops, N] float32; what each patch receives, averaged over heads.
+        features: [crops, N, C]; encoder features before the projector.
+        candidates: [crops, N] bool; patches that the language model would see.
+        images: for each crop, the number of its image in the request.
+    """
+
+    attention: Tensor
+    features: Tensor
+    candidates: Tensor
+    images: tuple[int, ...]
+
+    def narrow(self, kept: Tensor) -> EncoderView:
+        """The same view with the cells that are not in `kept` [crops, N] ruled out."""
+        return replace(self, candidates=self.candidates & kept)
+
+    def counts(self, budget: Budget) -> list[int]:
+        """Candidates of each unit of the budget: of each crop, or of each image."""
+        per_crop = self.candidates.sum(dim=1).tolist()
+        if budget == "crop":
+            return [int(n) for n in per_crop]
+        totals = [0] * (max(self.images, default=-1) + 1)
+        for image, n in zip(self.images, per_crop, strict=True):
+            totals[image] += int(n)
+        return totals
+
+    def groups(self, budget: Budget) -> list[Tensor]:
+        """Candidates by unit of the budget, units of equal size batched together.
+
+        Returns:
+            Tensors [B, n] of cell numbers, ascending in each row; every candidate stands in
+            exactly one.
+        """
+        cells = self.candidates.flatten().nonzero()[:, 0]
+        units = cells.split(self.counts(budget))
+        by_size: dict[int, list[Tensor]] = defaultdict(list)
+        for unit in units:
+            if len(unit):
+                by_size[len(unit)].append(unit)
+        return [torch.stack(same) for same in by_size.values()]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a method chose.
+
+    Attributes:
+        kept: [crops, N] bool.
+        roles: [crops, N] bool by name, for pictures; disjoint parts of `kept`.
+    """
+
+    kept: Tensor
+    roles: dict[str, Tensor]

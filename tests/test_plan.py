@@ -1,0 +1,188 @@
+"""Plans reproduce the published tables, read local configs and refuse in one sentence."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
+
+from vlmprune import costs
+from vlmprune.errors import VlmpruneError
+from vlmprune.plan import KNOWN, MIB, Plan, plan, table
+
+
+@pytest.mark.parametrize(
+    ("keep", "budget", "tokens", "tflops", "mib"),
+    [
+        (None, "crop", 2880, "43.6", 1440),
+        (144, "crop", 720, "11.5", 360),
+        (0.25, "crop", 720, "11.5", 360),
+        (58, "crop", 290, "5.7", 145),
+        (29, "crop", 145, "3.8", 72.5),
+        (640, "image", 640, "10.4", 320),
+        (160, "image", 160, "4.0", 80),
+    ],
+)
+def test_llava_next_7b(keep: Any, budget: Any, tokens: int, tflops: str, mib: float) -> None:
+    made = plan("llava-next-7b", keep, budget)
+    assert (made.crops, made.visual_tokens_before, made.visual_tokens_after) == (5, 2880, tokens)
+    assert f"{made.total_tflops_before:.1f}" == "43.6"
+    assert f"{made.total_tflops_after:.1f}" == tflops
+    assert (made.kv_bytes_before, made.kv_bytes_after) == (1440 * MIB, mib * MIB)
+
+
+@pytest.mark.parametrize(
+    ("keep", "tflops"),
+    [(None, "8.02"), (192, "2.89"), (128, "2.05"), (64, "1.21"), (32, "0.80")],
+)
+def test_llava_15_7b(keep: int | None, tflops: str) -> None:
+    made = plan("llava-1.5-7b", keep)
+    assert f"{made.total_tflops_after:.2f}" == tflops
+    assert made.visual_tokens_after == (keep or 576)
+
+
+def test_the_headline_saving() -> None:
+    made = plan("llava-next-7b", 29)
+    assert f"{made.flops_saving:.0%}" == "91%"
+    assert made.kv_saving == 1 - 145 / 2880
+    nothing = plan("llava-next-7b")
+    assert nothing.flops_saving == nothing.kv_saving == 0
+
+
+def test_13b_is_wider_and_deeper() -> None:
+    n, d, m = 2880, 5120, 13824
+    made = plan("llava-next-13b")
+    assert made.llm_tflops_before == 40 * 2 * (4 * n * d**2 + 2 * n**2 * d + 3 * n * d * m) / 1e12
+    assert made.kv_bytes_before == 2 * 40 * d * 2 * n
+    assert made.encoder_tflops == plan("llava-next-7b").encoder_tflops
+    assert plan("llava-1.5-13b").visual_tokens_before == 576
+
+
+def test_crops_fractions_and_cache_width() -> None:
+    assert plan("llava-next-7b", 10, crops=3).visual_tokens_after == 30
+    assert plan("llava-next-7b", 10, "image", crops=3).visual_tokens_after == 10
+    assert plan("llava-next-7b", 0.1).visual_tokens_after == 5 * 58
+    assert plan("llava-next-7b", 0.1, "image").visual_tokens_after == 288
+    assert plan("llava-1.5-7b", bytes_per_value=4).kv_bytes_before == 2 * 288 * MIB
+    single = plan("llava-next-7b", crops=1)
+    assert single.total_tflops_before == plan("llava-1.5-7b").total_tflops_before
+
+
+def test_known_architectures_agree_with_the_config_classes(tmp_path: Path) -> None:
+    for kind, config in (
+        ("llava-1.5-7b", LlavaConfig(text_config=LlamaConfig())),
+        ("llava-next-7b", LlavaNextConfig(text_config=LlamaConfig())),
+    ):
+        config.save_pretrained(tmp_path / kind)
+        local, known = plan(str(tmp_path / kind), 64), plan(kind, 64)
+        assert {**local.as_dict(), "model": kind} == known.as_dict()
+    from_file = plan(str(tmp_path / "llava-1.5-7b" / "config.json"), 64)
+    assert from_file.total_tflops_after == plan("llava-1.5-7b", 64).total_tflops_after
+
+
+TOWER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 70,
+    "patch_size": 14,
+}
+
+
+def tiny(folder: Path, **changes: Any) -> str:
+    tower = CLIPVisionConfig(**TOWER)
+    text = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+    )
+    LlavaConfig(vision_config=tower, text_config=text, **changes).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_local_gqa_config(tmp_path: Path) -> None:
+    made = plan(tiny(tmp_path), 5)
+    assert (made.visual_tokens_before, made.visual_tokens_after) == (25, 5)
+    assert made.kv_bytes_after == 5 * 2 * 2 * (2 * 8) * 2
+
+
+def test_the_size_that_the_model_is_really_fed(tmp_path: Path) -> None:
+    stated = tiny(tmp_path / "stated", image_seq_length=16)
+    assert plan(stated).tokens_per_crop == 16
+    full = tiny(tmp_path / "full", image_seq_length=17, vision_feature_select_strategy="full")
+    assert plan(full).tokens_per_crop == 17
+    assert plan(full).encoder_tflops == plan(stated).encoder_tflops
+    nested = {
+        "image_processor": {"size": {"shortest_edge": 42}, "crop_size": {"height": 42, "width": 28}}
+    }
+    (tmp_path / "stated" / "processor_config.json").write_text(json.dumps(nested))
+    assert plan(stated).tokens_per_crop == 6
+    plain = tiny(tmp_path / "plain")
+    (tmp_path / "plain" / "preprocessor_config.json").write_text(
+        json.dumps({"size": {"height": 28, "width": 28}})
+    )
+    assert plan(plain).tokens_per_crop == 4
+    tower = CLIPVisionConfig(**{**TOWER, "image_size": 28})
+    assert plan(plain).encoder_tflops == costs.encoder_flops(tower) / 1e12
+
+
+def refused(*arguments: Any, **options: Any) -> str:
+    with pytest.raises(VlmpruneError) as caught:
+        plan(*arguments, **options)
+    sentence = str(caught.value)
+    assert "\n" not in sentence and sentence.endswith(".")
+    return sentence
+
+
+def test_refusals(tmp_path: Path) -> None:
+    for model in ("llava-2-7b", str(tmp_path / "nowhere"), str(tmp_path)):
+        sentence = refused(model)
+        assert repr(model) in sentence
+        assert all(name in sentence for name in KNOWN)
+    assert "keep=577" in refused("llava-next-7b", 577)
+    assert "2880" in refused("llava-next-7b", 2881, "image")
+    assert "keep=0 " in refused("llava-next-7b", 0)
+    assert "budget='video'" in refused("llava-next-7b", 1, "video")
+    assert "crops=0" in refused("llava-next-7b", 1, crops=0)
+    assert "bytes_per_value=0" in refused("llava-next-7b", 1, bytes_per_value=0)
+
+
+def test_configs_that_cannot_be_used(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text("{ not json")
+    assert "cannot be read" in refused(str(tmp_path))
+    config.write_text(json.dumps({"model_type": "no_such_model"}))
+    assert "no_such_model" in refused(str(tmp_path))
+    LlamaConfig().save_pretrained(tmp_path)
+    assert "'llama'" in refused(str(tmp_path))
+    tiny(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{ not json")
+    assert "preprocessor_config.json" in refused(str(tmp_path))
+
+
+def test_json_and_table() -> None:
+    plans = [plan("llava-next-7b", keep) for keep in (None, 144, 29)]
+    loaded = json.loads(json.dumps(plans[1].as_dict()))
+    assert loaded["visual_tokens_after"] == 720
+    assert loaded["total_tflops_after"] == plans[1].total_tflops_after
+    assert Plan(**{k: loaded[k] for k in Plan.__dataclass_fields__}) == plans[1]
+    console = Console(file=StringIO(), width=160)
+    console.print(table(plans))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for cell in (
+        "2880 → 720",
+        "43.6 → 11.5",
+        "1440 → 360",
+        "43.6 → 3.80",
+        "1440 → 72.5",
+        "91%",
+    ):
+        assert cell in text

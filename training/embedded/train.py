@@ -1,0 +1,237 @@
+"""Train the embedded model's projector and decoder on cached vision features.
+
+python train.py cache --assets A --vision V --out C      # features of the scenes, once
+python train.py run --cache C --out R --minutes 80       # train; call again to resume
+python train.py package --run R --vision V --folder F    # write the stock LLaVA folder
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+import typer
+from batches import IGNORE, Batch, Batcher, fixed_questions
+from decoder import HEADS, Decoder, Sizes
+from export import export
+from features import SEEDS, compute, read
+from questions import KINDS, vocabulary
+from safetensors.torch import load_file, save_file
+from scenes import NAMES
+from torch import Tensor
+
+app = typer.Typer(add_completion=False, help=__doc__)
+HEAD_WEIGHTS = {"row": 0.05, "column": 0.05, "own": 0.25, "left": 0.2, "above": 0.2, "seen": 0.2}
+SIZE_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+
+@app.command()
+def cache(
+    assets: Annotated[Path, typer.Option(help="folder for the emoji package")],
+    vision: Annotated[Path, typer.Option(help="folder of the vision tower")],
+    out: Annotated[Path, typer.Option(help="where the features go, 200 MB per 1,000 scenes")],
+    train: int = 6000,
+    validation: int = 300,
+    processes: int = 2,
+) -> None:
+    """Compute and keep the vision features of the scenes."""
+    compute("validation", validation, out, assets, vision, processes)
+    compute("train", train, out, assets, vision, processes)
+
+
+def losses(model: Decoder, batch: Batch, user: Tensor, names: Tensor) -> dict[str, Tensor]:
+    """Answer loss and dense losses of a batch; `names` are the word numbers of the cover labels."""
+    visual, between, state = model(batch.features, user, batch.tokens, batch.positions, batch.mask)
+    words = model.embed_tokens.weight
+    chosen = batch.targets != IGNORE
+    logits = state[chosen] @ words.T
+    found = {"answer": F.cross_entropy(logits, batch.targets[chosen])}
+    cover = batch.dense["cover"].flatten()
+    flat = F.rms_norm(visual.flatten(0, 1), visual.shape[-1:])
+    each = F.cross_entropy(model.scale * (flat @ words.T), names[cover], reduction="none")
+    weight = torch.where(cover > 0, 1.0, 0.15)
+    found["cover"] = (each * weight).sum() / weight.sum()
+    found["digit"] = _labelled(model.digit, visual.flatten(0, 1), batch.dense["digit"])
+    between = between.flatten(0, 1)
+    for name in HEADS:
+        found[name] = _labelled(model.heads[name], between, batch.dense[name])
+    return found
+
+
+def _labelled(head: torch.nn.Module, state: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy where there is a label; zero where there is none at all."""
+    labels = labels.flatten()
+    chosen = labels != IGNORE
+    if not bool(chosen.any()):
+        return state.sum() * 0.0
+    return F.cross_entropy(head(state[chosen]), labels[chosen])
+
+
+def total(found: dict[str, Tensor], dense: float) -> Tensor:
+    """Weighted sum of the losses; `dense` scales all but the answer's."""
+    aside = 0.4 * found["cover"] + 0.1 * found["digit"]
+    for name in HEADS:
+        aside = aside + HEAD_WEIGHTS.get(name, 0.1) * found[name]
+    return found["answer"] + dense * aside
+
+
+@torch.no_grad()
+def accuracy(model: Decoder, batcher: Batcher, device: torch.device, size: int = 20) -> dict:
+    """Share of questions by kind whose every answer token is right, teacher-forced."""
+    model.eval()
+    asked = fixed_questions(batcher.data, SEEDS["validation"])
+    hits: dict[str, list[bool]] = {k: [] for k in KINDS}
+    for i in range(0, len(asked), size):
+        indices = list(range(i, min(i + size, len(asked))))
+        batch = batcher.batch(indices, asked[i : i + size]).to(device)
+        user = batcher.user.to(device)
+        state = model(batch.features, user, batch.tokens, batch.positions, batch.mask)[2]
+        chosen = batch.targets != IGNORE
+        guess = (state[chosen] @ model.embed_tokens.weight.T).argmax(-1)
+        wrong = set(batch.block[chosen][guess != batch.targets[chosen]].tolist())
+        for number, question in enumerate(batch.questions):
+            hits[question.kind].append(number not in wrong)
+    model.train()
+    return {k: round(float(np.mean(v)), 4) for k, v in hits.items() if v}
+
+
+def save(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Checkpoint: weights and optimizer moments as safetensors, everything else as JSON."""
+    moments = {}
+    for number, values in optimizer.state_dict()["state"].items():
+        for key, value in values.items():
+            moments[f"{number}.{key}"] = torch.as_tensor(value).contiguous()
+    for name, tensors in {"model": model.state_dict(), "optimizer": moments}.items():
+        save_file(tensors, folder / f"{name}.new")
+    (folder / "state.new").write_text(json.dumps(state))
+    for name, kind in {"model": "safetensors", "optimizer": "safetensors", "state": "json"}.items():
+        (folder / f"{name}.new").replace(folder / f"{name}.{kind}")
+
+
+def restore(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> dict:
+    """Read a checkpoint back into model and optimizer; returns its state."""
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    whole = optimizer.state_dict()
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in load_file(folder / "optimizer.safetensors").items():
+        number, name = key.split(".", 1)
+        moments.setdefault(int(number), {})[name] = value
+    whole["state"] = moments
+    optimizer.load_state_dict(whole)
+    return json.loads((folder / "state.json").read_text())
+
+
+def mixture_of(scores: dict[str, float]) -> dict[str, float]:
+    """Shares of the question kinds: more for what is still wrong."""
+    return {k: 0.08 + 1.0 - scores.get(k, 0.0) for k in KINDS if k != "describe"}
+
+
+@app.command()
+def run(
+    cache: Annotated[Path, typer.Option(help="folder of cached features")],
+    out: Annotated[Path, typer.Option(help="checkpoint and log; resumes what is there")],
+    minutes: Annotated[float, typer.Option(help="training time, resumed time included")] = 80,
+    batch: Annotated[int, typer.Option(help="pictures a step")] = 12,
+    rows: Annotated[int, typer.Option(help="rows of 64 question tokens per picture")] = 4,
+    rate: float = 1.5e-3,
+    warm_up: int = 200,
+    layers: int = 5,
+    width: int = 192,
+    dense: Annotated[float, typer.Option(help="weight of the dense losses")] = 1.0,
+    every: Annotated[int, typer.Option(help="steps between evaluations")] = 200,
+    limit: Annotated[int | None, typer.Option(help="training scenes at most")] = None,
+    device: str = "cuda" if torch.cuda.is_available() else "cpu",
+    seed: int = 0,
+) -> None:
+    """Train until the minutes are over; a killed run goes on from its last checkpoint."""
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    vocab = vocabulary()
+    words = {w: i for i, w in enumerate(vocab)}
+    data = read("train", cache, limit)
+    batcher = Batcher(data, words, rows)
+    validation = Batcher(read("validation", cache), words, rows)
+    sizes = Sizes(len(vocab), hidden_size=width, num_hidden_layers=layers)
+    place = torch.device(device)
+    model = Decoder(sizes)
+    sample = torch.from_numpy(data.features[:: max(1, len(data) // 64)].astype(np.float32))
+    model.multi_modal_projector.mean.copy_(sample.mean((0, 1)))
+    model.multi_modal_projector.std.copy_(sample.std((0, 1)) + 1e-3)
+    model.to(place)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+    state = {"step": 0, "seconds": 0.0, "scores": {}}
+    rng = np.random.default_rng(seed)
+    if (out / "state.json").exists():
+        state = restore(out, model, optimizer)
+        rng.bit_generator.state = state["rng"]
+    user = batcher.user.to(place)
+    names = torch.tensor([words["nothing"], *(words[n] for n in NAMES)], device=place)
+    began, before = time.monotonic(), state["seconds"]
+    running: dict[str, float] = {}
+    while state["seconds"] < minutes * 60:
+        scores, step = state["scores"], state["step"]
+        describe = 0.2 if scores.get("describe", 0.0) < 0.8 else 0.05
+        indices = rng.integers(len(data), size=batch).tolist()
+        asked = [batcher.draw(i, rng, mixture_of(scores), describe) for i in indices]
+        found = losses(model, batcher.batch(indices, asked).to(place), user, names)
+        progress = min(1.0, state["seconds"] / (minutes * 60))
+        falling = 0.02 + 0.49 * (1 + math.cos(math.pi * progress))
+        now = rate * min(1.0, (step + 1) / warm_up) * falling
+        for group in optimizer.param_groups:
+            group["lr"] = now
+        optimizer.zero_grad(set_to_none=True)
+        total(found, dense).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        for key, tensor in found.items():
+            value = float(tensor.detach())
+            running[key] = 0.98 * running.get(key, value) + 0.02 * value
+        state |= {"step": step + 1, "seconds": before + time.monotonic() - began}
+        over = state["seconds"] >= minutes * 60
+        if state["step"] % every == 0 or over:
+            state["scores"] = accuracy(model, validation, place)
+            state["rng"] = rng.bit_generator.state
+            state["settings"] = {"sizes": vars(sizes), "batch": batch, "rows": rows, "rate": rate}
+            shown = {k: round(v, 4) for k, v in running.items()}
+            line = {k: state[k] for k in ("step", "seconds", "scores")}
+            line |= {"loss": shown, "rate": now}
+            with (out / "log.jsonl").open("a") as log:
+                log.write(json.dumps(line) + "\n")
+            print(json.dumps(line), flush=True)
+            save(out, model, optimizer, state)
+
+
+@app.command()
+def package(
+    run: Annotated[Path, typer.Option(help="folder of the checkpoint")],
+    vision: Annotated[Path, typer.Option(help="folder of the vision tower")],
+    folder: Annotated[Path, typer.Option(help="the stock LLaVA folder to write")],
+) -> None:
+    """Write the checkpoint and the vision tower as a stock LLaVA folder."""
+    state = json.loads((run / "state.json").read_text())
+    sizes = Sizes(**state["settings"]["sizes"])
+    model = Decoder(sizes)
+    model.load_state_dict(load_file(run / "model.safetensors"))
+    text_config = {k: getattr(sizes, k) for k in SIZE_FIELDS}
+    export(folder, vision, model.exported(), text_config, vocabulary())
+    typer.echo(f"step {state['step']}: wrote {folder}")
+
+
+if __name__ == "__main__":
+    app()
