@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Request, dropped_columns, model, positions_of, request
 from torch import Tensor
 
+from tiny import Request, dropped_columns, model, positions_of, request
 from vlmprune import VisPruner
 
 pytestmark = pytest.mark.oracle
@@ -47,9 +47,7 @@ def masked(built: Any, req: Request, dropped: Tensor, policy: str) -> Any:
 
 
 def distance(left: Any, right: Any) -> float:
-    return max(
-        float((a - b).abs().max()) for a, b in zip(left.logits, right.logits, strict=True)
-    )
+    return max(float((a - b).abs().max()) for a, b in zip(left.logits, right.logits, strict=True))
 
 
 @cases

@@ -35,7 +35,11 @@ def tower(kind: str = "clip") -> Any:
 
 
 def model(
-    family: str = "llava", attention: str = "sdpa", kind: str = "clip", seed: int = 0, **changes: Any
+    family: str = "llava",
+    attention: str = "sdpa",
+    kind: str = "clip",
+    seed: int = 0,
+    **changes: Any,
 ) -> Any:
     """A model of a family ("llava" or "llava_next") with scaled-up random weights."""
     text = LlamaConfig(
@@ -86,11 +90,11 @@ class Request:
     lengths: list[int]  # visual tokens of each image
 
 
-SIZES = [(90, 70), (50, 160), (200, 40), (64, 64), (33, 100)]
+SIZES = [(90, 60), (50, 160), (200, 40), (64, 64), (33, 100)]
 
 
 def request(
-    built: Any, images: list[int], text: int = 5, seed: int = 1, side: str = "left"
+    built: Any, images: list[int], text: int | list[int] = 5, seed: int = 1, side: str = "left"
 ) -> Request:
     """A batch whose rows hold `images[row]` images of different sizes among random text."""
     generator = torch.Generator().manual_seed(seed)
@@ -123,7 +127,7 @@ def request(
         ids = [1, *words(2 + row)]
         for _ in range(n):
             ids += [IMAGE] * left.pop(0) + words(3)
-        rows.append(ids + words(text))
+        rows.append(ids + words(text if isinstance(text, int) else text[row]))
     longest = max(map(len, rows))
     padded, mask = [], []
     for ids in rows:
@@ -139,7 +143,12 @@ def dropped_columns(req: Request, kept: list[Tensor]) -> Tensor:
     """[B, L] bool, written apart from the library: which columns pruning takes out."""
     ids = req.inputs["input_ids"]
     dropped = torch.zeros_like(ids, dtype=torch.bool)
-    places = [(row, col) for row, line in enumerate(ids.tolist()) for col, t in enumerate(line) if t == IMAGE]
+    places = [
+        (row, col)
+        for row, line in enumerate(ids.tolist())
+        for col, t in enumerate(line)
+        if t == IMAGE
+    ]
     start = 0
     for indices, length in zip(kept, req.lengths, strict=True):
         keep = set(indices.tolist())

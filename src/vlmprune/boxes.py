@@ -106,7 +106,7 @@ def _views(processor: Any, size: Size, any_resolution: bool) -> list[_View]:
         return [_then(view, _fit(processor, _lengths(view))) for view in _tiles(processor, size)]
     if getattr(processor, "do_pad", False) and hasattr(processor, "pad_to_square"):
         side = max(size)
-        whole = (_centred(size[0], side), _centred(size[1], side))
+        whole = (_padded(size[0], side), _padded(size[1], side))
     return [_then(whole, _fit(processor, _lengths(whole)))]
 
 
@@ -122,7 +122,7 @@ def _tiles(processor: Any, size: Size) -> list[_View]:
     shape_only = np.broadcast_to(np.zeros((), dtype=np.uint8), (3, *size))
     fitted = get_patch_output_size(shape_only, target, ChannelDimension.FIRST)
     padded = [
-        _resized(size[axis], fitted[axis]).then(_centred(fitted[axis], target[axis]))
+        _resized(size[axis], fitted[axis]).then(_padded(fitted[axis], target[axis]))
         for axis in (0, 1)
     ]
     edge = _entry(processor.size, "shortest_edge")
@@ -144,7 +144,7 @@ def _fit(processor: Any, size: Size) -> _View:
     if not getattr(processor, "do_center_crop", False):
         return resized
     crop = (_entry(processor.crop_size, "height"), _entry(processor.crop_size, "width"))
-    return _then(resized, (_centred(target[0], crop[0]), _centred(target[1], crop[1])))
+    return _then(resized, (_cropped(target[0], crop[0]), _cropped(target[1], crop[1])))
 
 
 def _resize_target(setting: Any, size: Size) -> Size:
@@ -166,10 +166,13 @@ def _resized(before: int, after: int) -> _Axis:
     return _Axis(after, scale=before / after)
 
 
-def _centred(inner: int, outer: int) -> _Axis:
-    """Pad `inner` pixels to `outer`, or crop them; an odd pixel is rounded as transformers does."""
-    shift = -((outer - inner) // 2) if _pads_low(inner, outer) else (inner - outer) // 2
-    return _Axis(outer, shift=shift)
+def _padded(inner: int, outer: int) -> _Axis:
+    return _Axis(outer, shift=-((outer - inner) // 2))
+
+
+def _cropped(inner: int, outer: int) -> _Axis:
+    # Where the picture is the smaller one this pads, and then an odd pixel goes before it.
+    return _Axis(outer, shift=(inner - outer) // 2)
 
 
 def _then(view: _View, after: _View) -> _View:

@@ -49,9 +49,8 @@ def generate(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs:
     changed |= prepared.prompt.aligned
     if kwargs.get("streamer") is not None:
         changed["streamer"] = _FullPrompt(kwargs["streamer"], ids)
-    kwargs = {k: v for k, v in kwargs.items() if k not in ("inputs", "input_ids")} | changed
-    if not prepared.state.features:
-        kwargs = {k: v for k, v in kwargs.items() if k not in handle.family.pixel_inputs}
+    old = ("inputs", "input_ids", *handle.family.pixel_inputs)
+    kwargs = {k: v for k, v in kwargs.items() if k not in old} | prepared.pixels | changed
 
     token = active.set(prepared.state)
     try:
@@ -93,14 +92,13 @@ def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: 
         handle, ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), cache, kwargs, True
     )
     new = slice(prepared.known[1], None)
-    kwargs |= {
+    kwargs = {k: v for k, v in kwargs.items() if k not in handle.family.pixel_inputs}
+    kwargs |= prepared.pixels | {
         "input_ids": prepared.prompt.ids[:, new],
         "attention_mask": prepared.prompt.mask,
         "position_ids": prepared.prompt.positions[:, new],
         **prepared.prompt.aligned,
     }
-    if not prepared.state.features:
-        kwargs = {k: v for k, v in kwargs.items() if k not in handle.family.pixel_inputs}
     token = active.set(prepared.state)
     try:
         result = original(**kwargs)

@@ -111,6 +111,12 @@ def shorten(
     order = rank.sort(dim=1, descending=right, stable=True).indices
     order = order[:, :length] if right else order[:, order.shape[1] - length :]
     added = dropped.gather(1, order)
+    aligned = dict(prompt.aligned)
+    if "labels" in aligned and not right:
+        # A row's first column has no predecessor, so nothing predicts it; padding that comes to
+        # stand before it must not begin to.
+        aligned["labels"] = aligned["labels"].clone()
+        aligned["labels"][:, 0] = ALIGNED["labels"]
 
     def take(values: Tensor, padding: int) -> Tensor:
         return values.gather(1, order).masked_fill(added, padding)
@@ -119,7 +125,7 @@ def shorten(
         take(prompt.ids, pad_id),
         take(prompt.mask, 0),
         take(moved, 0),
-        {name: take(values, ALIGNED[name]) for name, values in prompt.aligned.items()},
+        {name: take(values, ALIGNED[name]) for name, values in aligned.items()},
     )
     return short, following
 

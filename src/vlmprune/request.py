@@ -65,13 +65,14 @@ class Prepared:
     Attributes:
         known: columns that a cache holds already, as the user counts them and as it does.
         prompt: [B, S] columns, those of the cache included.
-        full_ids: [B, L] what they stand for.
+        pixels: the inputs that hold images, without those that the cache holds.
         prefix: to be remembered with the cache.
         state: for the host's callbacks.
     """
 
     known: tuple[int, int]
     prompt: Prompt
+    pixels: dict[str, Any]
     prefix: Prefix
     state: Active
 
@@ -159,6 +160,7 @@ def prepare(
     return Prepared(
         (known, cached),
         prompt,
+        {name: inputs[name] for name in handle.family.pixel_inputs if name in inputs},
         Prefix(torch.cat((seen, ids), dim=1), prompt, following, prefix.images + len(kept), shift),
         Active(
             handle,

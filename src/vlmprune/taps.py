@@ -50,14 +50,26 @@ def attention_rows(query: Tensor, key: Tensor, scaling: float, rows: Rows) -> Te
 
 
 class Tap:
-    """Records rows of one attention layer; `rows_seen` holds a [B, L] tensor a forward."""
+    """Records rows of one attention layer; `rows_seen` holds a [B, L] tensor a forward.
+
+    A tap belongs to the thread that made it: what other threads run through the same layer
+    meanwhile is not recorded.
+    """
 
     def __init__(self, rows: Rows) -> None:
         self.rows: Rows = rows
         self.rows_seen: list[Tensor] = []
+        self.thread = threading.get_ident()
+
+    @property
+    def here(self) -> bool:
+        """Whether the running thread is the tap's own."""
+        return threading.get_ident() == self.thread
 
     def see(self, module: nn.Module, query: Tensor, key: Tensor, scaling: float | None) -> None:
-        """Take the rows out of one attention call."""
+        """Take the rows out of one attention call of the tap's own thread."""
+        if not self.here:
+            return
         if scaling is None:
             scaling = query.shape[-1] ** -0.5
         self.rows_seen.append(attention_rows(query, key, scaling, self.rows))
@@ -75,7 +87,8 @@ class _Dispatcher:
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        for tap in self.taps.get(module, ()):
+        # A copy, as other threads may add or remove theirs meanwhile.
+        for tap in tuple(self.taps.get(module, ())):
             tap.see(module, query, key, kwargs.get("scaling"))
         return (self.original or _eager(module))(module, query, key, *args, **kwargs)
 
@@ -106,11 +119,13 @@ def tapped(layer: nn.Module, tap: Tap) -> Iterator[None]:
     module = attention_of(layer)
     entered: list[_Dispatcher] = []
 
+    # Other threads run these hooks too, and must not take the dispatcher away from this one.
     def before(*_: Any) -> None:
-        entered.append(_enter(module, tap))
+        if tap.here:
+            entered.append(_enter(module, tap))
 
     def after(*_: Any) -> None:
-        if entered:
+        if tap.here and entered:
             _leave(entered.pop(), module, tap)
 
     handles = [

@@ -1,4 +1,4 @@
-"""Scenes: a crop of a photograph with symbols and numbered signs on an unseen 4 x 4 grid.
+"""Scenes: a crop of a photograph with symbols and numbered signs on an invisible 4 x 4 grid.
 
 Everything follows from `(seed, index)`: the same pair gives the same picture on any machine.
 """
@@ -21,7 +21,7 @@ SIGN = "sign"
 NAMES: tuple[str, ...] = (*SYMBOLS, SIGN)
 """What a cell can hold; in labels, name `i` is `i + 1` and 0 is an empty cell."""
 
-SIGN_COLOURS = (("white", "black"), ("gold", "black"), ("navy", "white"), ("darkgreen", "white"))
+SIGN_COLOURS = (("white", "black"), ("gold", "black"))
 
 
 @dataclass(frozen=True)
@@ -91,17 +91,26 @@ def background(photo: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def sign(number: int, rng: np.random.Generator, scale: int = 1) -> Image.Image:
-    """A rounded board with a two-digit number, RGBA, about 50 x 40 pixels times `scale`."""
-    width, height = int(rng.integers(46, 54)), int(rng.integers(36, 46))
+    """A board with a two-digit number that fills its cell, RGBA, 56 pixels a side times `scale`.
+
+    Each digit covers two patches by four. Signs that are smaller or lie at jittered places are
+    beyond what a linear reading of the vision features can tell apart.
+    """
     ground, ink = SIGN_COLOURS[int(rng.integers(len(SIGN_COLOURS)))]
-    width, height = width * scale, height * scale
-    board = Image.new("RGBA", (width, height), (0, 0, 0, 0))
+    board = Image.new("RGBA", (CELL * scale, CELL * scale), (0, 0, 0, 0))
     draw = ImageDraw.Draw(board)
-    frame = {"radius": 6 * scale, "fill": ground, "outline": ink, "width": 2 * scale}
-    draw.rounded_rectangle((0, 0, width - 1, height - 1), **frame)
-    font = ImageFont.load_default(size=int(rng.integers(32, 37)) * scale)
-    bold = {"fill": ink, "stroke_width": scale, "stroke_fill": ink}
-    draw.text((width / 2, height / 2), str(number), font=font, anchor="mm", **bold)
+    corners = (2 * scale, 2 * scale, (CELL - 2) * scale - 1, (CELL - 2) * scale - 1)
+    draw.rounded_rectangle(corners, radius=6 * scale, fill=ground, outline=ink, width=2 * scale)
+    font = ImageFont.load_default(size=64 * scale)
+    for place, digit in enumerate(str(number)):
+        glyph = Image.new("L", (100 * scale, 100 * scale), 0)
+        middle = (50 * scale, 50 * scale)
+        bold = {"fill": 255, "anchor": "mm", "stroke_width": 2 * scale}
+        ImageDraw.Draw(glyph).text(middle, digit, font=font, **bold)
+        size = ((12 if digit == "1" else 20) * scale, 40 * scale)
+        glyph = glyph.crop(glyph.getbbox()).resize(size, Image.Resampling.LANCZOS)
+        left = (16 if place == 0 else 40) * scale - glyph.width // 2
+        board.paste(Image.new("RGBA", glyph.size, ink), (left, 8 * scale), glyph)
     return board
 
 

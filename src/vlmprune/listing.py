@@ -1,0 +1,142 @@
+"""What there is: the methods and the supported models, as plain data and as Rich tables."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def methods() -> dict[str, Any]:
+    """All methods: name, stage, needs, paper, settings with defaults, deviations."""
+    from vlmprune.methods import METHODS
+
+    return {"methods": [_method(name, cls) for name, cls in METHODS.items()]}
+
+
+def _method(name: str, cls: type) -> dict[str, Any]:
+    settings = {}
+    for field in fields(cls):
+        required = field.default is MISSING
+        settings[field.name] = {
+            "required": required,
+            "default": None if required else field.default,
+        }
+    paragraphs = [" ".join(p.split()) for p in (inspect.getdoc(cls) or "").split("\n\n")]
+    deviations = [p for p in paragraphs if p.startswith("Where it deviates")]
+    return {
+        "name": name,
+        "class": cls.__name__,
+        "summary": paragraphs[0],
+        "stage": getattr(cls, "stage", ""),
+        "needs": getattr(cls, "needs", ""),
+        "paper": getattr(cls, "paper", ""),
+        "reusable_across_questions": bool(getattr(cls, "text_agnostic", False)),
+        "settings": settings,
+        "deviations": deviations[0].partition(": ")[2] if deviations else "",
+    }
+
+
+def method_table(method: dict[str, Any]) -> Table:
+    """One method of `methods()`."""
+    settings = ", ".join(
+        f"{name} (required)" if about["required"] else f"{name}={about['default']!r}"
+        for name, about in method["settings"].items()
+    )
+    reusable = (
+        "the question is not looked at: what is kept serves all questions about an image"
+        if method["reusable_across_questions"]
+        else "chosen anew for each question"
+    )
+    table = _grid(f"{method['name']}  ({method['class']})")
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for title, text in (
+        ("what", method["summary"]),
+        ("stage", method["stage"]),
+        ("needs", method["needs"]),
+        ("question", reusable),
+        ("settings", settings),
+        ("paper", method["paper"]),
+        ("deviations", method["deviations"]),
+    ):
+        if text:
+            table.add_row(title, text)
+    return table
+
+
+def models() -> dict[str, Any]:
+    """The supported families, the vision towers behind them, and the embedded model."""
+    import json
+
+    from vlmprune import embedded
+    from vlmprune.families import FAMILIES, TOWERS
+
+    families = [
+        {
+            "model_type": kind,
+            "name": family.name,
+            "class": family.cls,
+            "positions": family.positions,
+            "note": family.note,
+        }
+        for kind, family in FAMILIES.items()
+    ]
+    towers = [
+        {"model_type": kind, "cls_token": cls, "score": _score(cls)} for kind, cls in TOWERS.items()
+    ]
+    folder = embedded.path()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind = config["model_type"]
+    advised = (config.get("vlmprune") or {}).get("positions")
+    own = {
+        "name": "embedded model",
+        "path": str(folder),
+        "model_type": kind,
+        "class": FAMILIES[kind].cls,
+        "tower": config["vision_config"]["model_type"],
+        "positions": advised or FAMILIES[kind].positions,
+        "bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
+        "note": "used where no --model is given; works offline",
+    }
+    return {"families": families, "towers": towers, "embedded": own}
+
+
+def _score(cls_token: bool) -> str:
+    return "CLS attention" if cls_token else "attention received"
+
+
+def models_table(found: dict[str, Any]) -> Table:
+    """`models()` as one table of three parts."""
+    table = _grid("Supported models")
+    for style in ("bold", "", "", "dim"):
+        table.add_column(style=style, overflow="fold")
+    table.add_row("[dim]family[/]", "[dim]class[/]", "[dim]positions[/]", "note")
+    for family in found["families"]:
+        table.add_row(family["name"], family["class"], family["positions"], family["note"])
+    own = found["embedded"]
+    table.add_row(
+        own["name"], own["class"], own["positions"], f"{own['bytes'] / 1e6:.0f} MB; {own['note']}"
+    )
+    table.add_row()
+    table.add_row("[dim]vision tower[/]", "[dim]scored by[/]")
+    for tower in found["towers"]:
+        table.add_row(tower["model_type"], tower["score"])
+    return table
+
+
+def _grid(title: str) -> Table:
+    from rich.table import Table
+
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        show_header=False,
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )

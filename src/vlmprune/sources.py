@@ -1,0 +1,243 @@
+"""What the command line was given, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+
+from vlmprune import embedded, plan
+from vlmprune.errors import VlmpruneError
+from vlmprune.families import FAMILIES, TOWERS
+from vlmprune.methods import METHODS
+from vlmprune.pruner import Pruner
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from.
+
+    Attributes:
+        name: what `from_pretrained` takes.
+        folder: the local folder; None for a model of the Hub.
+        model_type: of its config.
+        label: as people call it.
+    """
+
+    name: str
+    folder: Path | None
+    model_type: str
+    label: str
+
+
+def find_model(model: str | None) -> Source:
+    """The model asked for; by default the embedded one.
+
+    Raises:
+        VlmpruneError: there is no such model, or it is not of a supported family.
+    """
+    if model is None:
+        folder = embedded.path()
+        return Source(str(folder), folder, _supported(_local_config(folder)), "embedded model")
+    folder = Path(model).expanduser()
+    if folder.exists():
+        return Source(str(folder), folder, _supported(_local_config(folder)), model)
+    if model in plan.KNOWN:
+        raise VlmpruneError(
+            f"model {model!r} is an architecture for `vlmprune plan`, without weights; give a "
+            "model folder or an id of the Hub."
+        )
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise VlmpruneError(
+            f"model path {model!r} does not exist; give a model folder, an id of the Hub such as "
+            "owner/name, or no --model for the embedded model."
+        )
+    return Source(model, None, _supported(_hub_config(model)), model)
+
+
+def _local_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise VlmpruneError(
+            f"model path {str(folder)!r} has no config.json; give a folder as save_pretrained "
+            "writes it."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise VlmpruneError(f"{path} cannot be read as JSON ({reason(error)}).") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _hub_config(name: str) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
+    # Network, cache and config fail in many ways, none of which the user could treat apart.
+    except Exception as error:
+        raise VlmpruneError(
+            f"model {name!r} is no local path, and could not be had from the local cache or the "
+            f"Hub ({reason(error)})."
+        ) from error
+
+
+def _supported(config: dict[str, Any]) -> str:
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        known = ", ".join(family.cls for family in FAMILIES.values())
+        raise VlmpruneError(
+            f"vlmprune does not support models of type {kind!r} yet; supported: {known}."
+        )
+    tower = (config.get("vision_config") or {}).get("model_type")
+    if tower is not None and tower not in TOWERS:
+        raise VlmpruneError(
+            f"vlmprune does not support the vision tower {tower!r} yet; supported towers: "
+            f"{', '.join(TOWERS)}."
+        )
+    return str(kind)
+
+
+def open_images(paths: Sequence[str]) -> list[Image.Image]:
+    """Open pictures as people see them: turned as their EXIF says, in RGB.
+
+    Raises:
+        VlmpruneError: a path does not exist or is no picture.
+    """
+    images = []
+    for path in paths:
+        if not Path(path).exists():
+            raise VlmpruneError(f"image {path!r} does not exist; give the path of a picture.")
+        try:
+            with Image.open(path) as image:
+                images.append(ImageOps.exif_transpose(image).convert("RGB"))
+        # Broken files make Pillow's decoders fail in many ways.
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise VlmpruneError(
+                f"image {path!r} cannot be opened as a picture; give a PNG, JPEG or other file "
+                "that Pillow reads."
+            ) from error
+    return images
+
+
+def overlay_paths(target: str, images: Sequence[str]) -> list[Path]:
+    """Where the pictures go: `target`, or `target`-1, -2, … for several images.
+
+    Makes the folder, so that a path that cannot be written is found before any work.
+
+    Raises:
+        VlmpruneError: the suffix is unknown, the place cannot be written, or a picture that was
+            given would be overwritten.
+    """
+    path = Path(target).expanduser()
+    Image.init()
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise VlmpruneError(
+            f"overlay {target!r} has no suffix of a picture; use a name such as overlay.png."
+        )
+    names = [path]
+    if len(images) > 1:
+        names = [path.with_stem(f"{path.stem}-{i}") for i in range(1, len(images) + 1)]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path.parent, os.W_OK) and all(
+            os.access(name, os.W_OK) and not name.is_dir() for name in names if name.exists()
+        )
+    except OSError:
+        writable = False
+    if not writable:
+        raise VlmpruneError(f"overlay {target!r} cannot be written; choose another path.")
+    for name in names:
+        if any(name.exists() and name.samefile(image) for image in images):
+            raise VlmpruneError(
+                f"overlay {str(name)!r} is one of the images; choose another path."
+            )
+    return names
+
+
+def make_pruner(method: str, settings: dict[str, Any]) -> Pruner:
+    """A method by its name, with those settings that are not None.
+
+    Raises:
+        VlmpruneError: the method, a setting of it or a value is unknown.
+    """
+    if method not in METHODS:
+        raise VlmpruneError(f"method {method!r} is unknown; use one of {', '.join(METHODS)}.")
+    cls = METHODS[method]
+    given = {name: value for name, value in settings.items() if value is not None}
+    has = [field.name for field in fields(cls)]
+    for name in given:
+        if name not in has:
+            raise VlmpruneError(
+                f"method {method!r} has no setting {name!r}; it has {', '.join(has)}."
+            )
+    return cls(**given)
+
+
+def check_budget(source: Source, pruner: Pruner) -> None:
+    """Refuse a `keep` above what a crop has, where that is known without the model.
+
+    Raises:
+        VlmpruneError: there are fewer visual tokens than `keep`.
+    """
+    budget = getattr(pruner, "budget", "crop")
+    if source.folder is not None and (budget == "crop" or source.model_type == "llava"):
+        plan.plan(str(source.folder), getattr(pruner, "keep", None), budget)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for; by default the GPU where there is one.
+
+    Raises:
+        VlmpruneError: there is no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    # An absent backend fails as RuntimeError, AssertionError or NotImplementedError.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise VlmpruneError(f"device {name!r} is not available here; use --device cpu.") from error
+    return device
+
+
+def choose_dtype(name: str | None, device: torch.device) -> Any:
+    """The type of the weights; by default float32 on a CPU, else what the checkpoint says.
+
+    Raises:
+        VlmpruneError: the type is unknown.
+    """
+    if name is None:
+        return torch.float32 if device.type == "cpu" else "auto"
+    if name not in DTYPES:
+        raise VlmpruneError(f"dtype {name!r} is unknown; use one of {', '.join(DTYPES)}.")
+    return getattr(torch, name)
+
+
+def reason(error: Exception) -> str:
+    """The first sentence of an error, for use in brackets."""
+    return " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+
+
+def save(pictures: Sequence[Image.Image], paths: Sequence[Path]) -> None:
+    """Write pictures.
+
+    Raises:
+        VlmpruneError: the disk or the format refuses.
+    """
+    for picture, path in zip(pictures, paths, strict=True):
+        try:
+            picture.save(path)
+        except (OSError, ValueError) as error:
+            raise VlmpruneError(
+                f"overlay {str(path)!r} cannot be written ({reason(error)})."
+            ) from error
