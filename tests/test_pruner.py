@@ -284,7 +284,7 @@ def test_unsupported_models_are_refused_by_name() -> None:
             num_key_value_heads=1,
         )
     )
-    with pytest.raises(VlmpruneError, match="LlamaForCausalLM.*LlavaForConditionalGeneration"):
+    with pytest.raises(VlmpruneError, match=r"LlamaForCausalLM.*LlavaForConditionalGeneration"):
         VisPruner(4).attach(llama)
     built = model()
     with pytest.raises(VlmpruneError, match="LlavaModel"):

@@ -29,9 +29,7 @@ class _Axis:
 
     def then(self, after: _Axis) -> _Axis:
         """The view that `after` takes of this one."""
-        return _Axis(
-            after.length, self.scale * after.scale, self.scale * after.shift + self.shift
-        )
+        return _Axis(after.length, self.scale * after.scale, self.scale * after.shift + self.shift)
 
 
 # A view is (rows, columns); transformers, too, puts the height first.

@@ -32,7 +32,7 @@ def generate(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs:
     if not has_images and mark(cache) is None:
         handle.report_nothing()
         return original(**kwargs)
-    _check_generate(kwargs, ids, setting)
+    _check_generate(handle.model, kwargs, ids, setting)
 
     assert ids is not None
     mask = kwargs.get("attention_mask")
@@ -171,7 +171,7 @@ def _check_common(kwargs: dict[str, Any], ids: Tensor | None) -> None:
 
 
 def _check_generate(
-    kwargs: dict[str, Any], ids: Tensor | None, setting: Callable[[str], Any]
+    model: Any, kwargs: dict[str, Any], ids: Tensor | None, setting: Callable[[str], Any]
 ) -> None:
     _check_common(kwargs, ids)
     lookup = setting("prompt_lookup_num_tokens") or setting("assistant_early_exit")
@@ -179,6 +179,12 @@ def _check_generate(
         raise VlmpruneError(
             "vlmprune does not support assisted decoding; leave out assistant_model, "
             "prompt_lookup_num_tokens and assistant_early_exit."
+        )
+    takes = inspect.signature(type(model).forward).parameters
+    if setting("prefill_chunk_size") and "mm_encoder_outputs" not in takes:
+        raise VlmpruneError(
+            "this release of transformers loses images under prefill_chunk_size; leave it out, or "
+            "upgrade transformers."
         )
 
 

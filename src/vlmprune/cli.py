@@ -93,10 +93,10 @@ def _top(
 
 @app.command()
 def run(
-    words: Annotated[
-        list[str],
-        typer.Argument(metavar='IMAGE... "QUESTION"', help="Pictures, then the question."),
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE", help="One or more pictures.", show_default=False)
     ],
+    question: Annotated[str, typer.Argument(help="What to ask about them.", show_default=False)],
     model: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="A model folder or an id of the Hub; by default the embedded model."),
@@ -131,7 +131,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Answer a question about pictures, with and without pruning."""
-    images, question = _split(words)
+    _check_question(question)
     with _progress("Starting…") as say:
         from vlmprune import running, sources
 
@@ -227,16 +227,13 @@ def main() -> None:
         sys.exit(130)
 
 
-def _split(words: list[str]) -> tuple[list[str], str]:
-    """Pictures and question; checks no more than whether both are there."""
+def _check_question(question: str) -> None:
     from pathlib import Path
 
-    if len(words) < 2 or not words[-1].strip() or Path(words[-1]).is_file():
+    if not question.strip() or Path(question).is_file():
         raise VlmpruneError(
-            'give one or more images and then the question, as in: vlmprune run photo.jpg "What '
-            'is this?"'
+            'the question is missing; give it last, as in: vlmprune run photo.jpg "What is this?"'
         )
-    return words[:-1], words[-1]
 
 
 def _keep(text: str) -> int | float:
@@ -287,27 +284,22 @@ def _print_outcome(model: str, method: str, question: str, outcome: Outcome) -> 
     row("prefill", lambda m: f"{m.prefill_ms:.1f} ms", f"{outcome.prefill_speedup:.2f}x")
     row("total", lambda m: f"{m.total_ms:.1f} ms", f"{outcome.total_speedup:.2f}x")
     row("KV cache", lambda m: f"{m.kv_bytes / 2**20:.2f} MiB", _less(full, pruned, "kv_bytes"))
-    row("compute", lambda m: _flops(m.flops), _less(full, pruned, "flops"))
+    row("LLM FLOPs", lambda m: _flops(m.decoder_flops), _less(full, pruned, "decoder_flops"))
+    row("with encoder", lambda m: _flops(m.flops), _less(full, pruned, "flops"))
 
     console = _console()
     console.print(Text.assemble((question, "bold"), (f"  ({model})", "dim")))
     console.print()
     console.print(table)
     console.print()
-    rounds = f"median of {outcome.repeat}" if outcome.repeat > 1 else "one round"
-    console.print(
-        f"{report.positions} positions; scores from {report.score}; selected in "
+    for line in (
+        f"{report.positions} positions; {report.score}; selected in "
         f"{1000 * report.seconds_selecting:.1f} ms",
-        style="dim",
-        markup=False,
-    )
-    console.print(
-        f"{outcome.device}, {outcome.dtype}, {rounds}; prefill is the time to the first token, "
-        "image encoder and selection included; KV cache and FLOPs of the visual tokens, FLOPs "
-        "with the encoder's",
-        style="dim",
-        markup=False,
-    )
+        f"prefill: time to the first token, encoder included; {outcome.device}, {outcome.dtype}, "
+        f"median of {outcome.repeat}",
+        "KV cache and FLOPs: of the visual tokens",
+    ):
+        console.print(line, style="dim", markup=False)
 
 
 def _less(full: Measured, pruned: Measured, name: str) -> str:

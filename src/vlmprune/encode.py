@@ -7,6 +7,7 @@ attention row, a hook on the projector reads the features that the model selecte
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -111,9 +112,13 @@ def encode(
     arguments = {k: v for k, v in inputs.items() if k in takes and k != "kwargs"}
     with ExitStack() as stack:
         stack.enter_context(tapped(layers[number], tap))
-        hook = families.projector(model).register_forward_pre_hook(
-            lambda _, args: features.append(args[0].detach())
-        )
+        thread = threading.get_ident()
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if threading.get_ident() == thread:
+                features.append(args[0].detach())
+
+        hook = families.projector(model).register_forward_pre_hook(keep)
         stack.callback(hook.remove)
         output = get_image_features(**arguments, return_dict=True)
 

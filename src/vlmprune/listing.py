@@ -111,18 +111,18 @@ def _score(cls_token: bool) -> str:
 
 def models_table(found: dict[str, Any]) -> Table:
     """`models()` as one table of three parts."""
-    table = _grid("Supported models")
-    for style in ("bold", "", "", "dim"):
-        table.add_column(style=style, overflow="fold")
-    table.add_row("[dim]family[/]", "[dim]class[/]", "[dim]positions[/]", "note")
-    for family in found["families"]:
-        table.add_row(family["name"], family["class"], family["positions"], family["note"])
     own = found["embedded"]
-    table.add_row(
-        own["name"], own["class"], own["positions"], f"{own['bytes'] / 1e6:.0f} MB; {own['note']}"
-    )
+    rows = [*found["families"], own | {"note": f"{own['bytes'] / 1e6:.0f} MB; {own['note']}"}]
+    table = _grid("Supported models")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    table.add_column(no_wrap=True)
+    table.add_row("[dim not bold]family[/]", "[dim]class[/]", "[dim]positions[/]")
+    for one in rows:
+        table.add_row(one["name"], one["class"], one["positions"])
+        table.add_row("", f"[dim]{one['note']}[/]")
     table.add_row()
-    table.add_row("[dim]vision tower[/]", "[dim]scored by[/]")
+    table.add_row("[dim not bold]vision tower[/]", "[dim]scored by[/]")
     for tower in found["towers"]:
         table.add_row(tower["model_type"], tower["score"])
     return table

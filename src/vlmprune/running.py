@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlmprune import overlay
+from vlmprune import costs, overlay
 from vlmprune.boxes import token_boxes
 from vlmprune.errors import VlmpruneError
 from vlmprune.pruner import Handle, Pruner
@@ -32,7 +32,8 @@ class Measured:
         prefill_ms: time to the first token, vision tower and selection included.
         total_ms: time of the whole call.
         kv_bytes: bytes that the visual tokens' keys and values take.
-        flops: of the tower and of the decoder's prefill on visual tokens.
+        decoder_flops: of the language model's prefill on visual tokens.
+        flops: the same and the vision tower's.
     """
 
     answer: str
@@ -41,6 +42,7 @@ class Measured:
     prefill_ms: float
     total_ms: float
     kv_bytes: int
+    decoder_flops: float
     flops: float
 
 
@@ -211,13 +213,15 @@ def answer_twice(
 
     def measured(pruned: bool) -> Measured:
         part = "after" if pruned else "before"
+        tokens = getattr(report, f"visual_tokens_{part}")
         return Measured(
             answer=loaded.processor.decode(ids[pruned], skip_special_tokens=True).strip(),
-            visual_tokens=getattr(report, f"visual_tokens_{part}"),
+            visual_tokens=tokens,
             new_tokens=len(ids[pruned]),
             prefill_ms=statistics.median(times[pruned, 1]),
             total_ms=statistics.median(times[pruned, max_new_tokens]),
             kv_bytes=getattr(report, f"kv_bytes_{part}"),
+            decoder_flops=costs.prefill_flops(model.config, tokens),
             flops=getattr(report, f"flops_{part}"),
         )
 

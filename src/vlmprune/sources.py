@@ -157,9 +157,7 @@ def overlay_paths(target: str, images: Sequence[str]) -> list[Path]:
         raise VlmpruneError(f"overlay {target!r} cannot be written; choose another path.")
     for name in names:
         if any(name.exists() and name.samefile(image) for image in images):
-            raise VlmpruneError(
-                f"overlay {str(name)!r} is one of the images; choose another path."
-            )
+            raise VlmpruneError(f"overlay {str(name)!r} is one of the images; choose another path.")
     return names
 
 
