@@ -104,24 +104,32 @@ def cosine_similarity(features: Tensor) -> Tensor:
 
 def _drop_duplicates(tokens: Tensor, features: Tensor, keep: int) -> Tensor:
     """Thin lists of tokens [B, R] to [B, keep], closest duplicates first; keep is at least 1."""
-    B, N, _ = features.shape
-    # Adding zero turns -0.0 into 0.0, which are a tie but have different bits.
-    similarity = (cosine_similarity(features) + 0.0).flatten(0, 1)
-    row = torch.arange(B, device=features.device)[:, None] * N
-    while tokens.shape[1] > keep:
-        even, odd = tokens[:, 0::2], tokens[:, 1::2]
-        drop = min(ROUND, tokens.shape[1] - keep, even.shape[1])
+    B, R = tokens.shape
+    # Number the tokens of all lists anew, 0 to B · R, so that a number finds its row of the
+    # similarities, and of two tokens in a crop the larger number is the lower index.
+    numbered = tokens.sort(dim=1, descending=True)
+    own = numbered.values[:, :, None].expand(-1, -1, features.shape[2])
+    closeness = _ordered_bits(cosine_similarity(features.gather(1, own))).flatten(0, 1)
+    start = torch.arange(B, device=tokens.device)[:, None] * R
+    rest = numbered.indices.argsort(dim=1) + start
+    while rest.shape[1] > keep:
+        even, odd = rest[:, 0::2], rest[:, 1::2]
+        drop = min(ROUND, rest.shape[1] - keep, even.shape[1])
         # The matrix is symmetric: whole rows of the odd tokens are read in order, which is
         # several times faster than picking out the pairs.
-        rows = similarity.index_select(0, (row + odd).flatten()).view(B, -1, N)
-        closest = rows.amax(dim=1).gather(1, even)
-        # One integer key holds the similarity above and the reversed index below: a single
-        # sort orders by similarity, breaks ties by index, and brings the indices along.
-        bits = closest.view(torch.int32).long()
-        key = (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32) + (N - even)
-        even = N - (key.sort(dim=1, descending=True).values[:, drop:] & 0xFFFFFFFF)
-        tokens = torch.cat((even, odd), dim=1)
-    return tokens
+        closest = closeness.index_select(0, odd.flatten()).view(B, -1, R).amax(dim=1)
+        # One integer key holds the similarity above and the number below: a single sort orders
+        # by similarity, breaks ties by index, and brings the numbers along.
+        key = torch.add(even, closest.take(even), alpha=1 << 32)
+        even = key.sort(dim=1, descending=True).values[:, drop:] & 0xFFFFFFFF
+        rest = torch.cat((even, odd), dim=1)
+    return numbered.values.take(rest)
+
+
+def _ordered_bits(values: Tensor) -> Tensor:
+    """int32 numbers in the order of float32 `values`; 0.0 and -0.0 are one number."""
+    bits = (values + 0.0).view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _check(scores: Tensor, keep: int, least: int = 0) -> None:

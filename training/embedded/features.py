@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,12 @@ from scenes import PATCHES, Placed, scene
 
 TOKENS = PATCHES * PATCHES
 WIDTH = 384
-SEEDS = {"train": 1, "validation": 2, "test": 3}
-"""Seed of each set of scenes. Only the training set uses the training photographs."""
+SEEDS = {"train": 1, "large": 1, "reading": 4, "validation": 2, "test": 3}
+"""Seed of each set of scenes."""
+STYLE = {"train": "small signs", "reading": "many signs"}
+"""Style of the sets that are not plain scenes."""
+TRAINING = {"train": 0.55, "large": 0.25, "reading": 0.2}
+"""The training sets and their shares of each batch; only they use the training photographs."""
 
 
 @dataclass
@@ -27,7 +31,7 @@ class Features:
     """A set of scenes as training sees it: no pictures, only features and labels.
 
     Attributes:
-        features: `[N, 256, 384]` float16, memory-mapped.
+        features: `[N, 256, 384]` float16.
         cover: `[N, 16, 16]` int8, label of the name that covers each patch (0 none).
         half: `[N, 16, 16]` int8, 1 on the tens of a sign, 2 on the units, else 0.
         placed: what each scene holds.
@@ -44,7 +48,7 @@ class Features:
 
 def photos(split: str) -> list[str]:
     """Names of the photographs that a set of scenes may use."""
-    return list(TRAIN_PHOTOS if split == "train" else HELD_OUT_PHOTOS)
+    return list(TRAIN_PHOTOS if split in TRAINING else HELD_OUT_PHOTOS)
 
 
 @torch.no_grad()
@@ -73,7 +77,8 @@ def _chunk(job: tuple[str, int, int, Path, Path, Path]) -> Path:
     )
     tower = AutoModel.from_pretrained(vision, dtype=torch.float32).eval()
     assets = Assets(assets_folder)
-    made = [scene(i, SEEDS[split], photos(split), assets) for i in range(start, stop)]
+    style = STYLE.get(split, "plain")
+    made = [scene(i, SEEDS[split], photos(split), assets, style) for i in range(start, stop)]
     parts = []
     for i in range(0, len(made), 8):
         pixels = images([s.image for s in made[i : i + 8]], return_tensors="pt")["pixel_values"]
@@ -106,8 +111,8 @@ def compute(
             print(f"{split}: {number}/{len(jobs)} chunks", flush=True)
 
 
-def read(split: str, out: Path, limit: int | None = None) -> Features:
-    """All cached chunks of a set, in order; the features stay on disk until they are used."""
+def read(split: str, out: Path) -> Features:
+    """All cached chunks of a set, in order. The numbers of small signs are forgotten."""
     stems = [p.with_suffix("") for p in sorted(out.glob(f"{split}-*.json"))]
     if not stems:
         raise FileNotFoundError(f"no cached {split} scenes in {out}: run the cache command first")
@@ -117,5 +122,15 @@ def read(split: str, out: Path, limit: int | None = None) -> Features:
         for one in json.loads(stem.with_suffix(".json").read_text())
     ]
     parts = {k: [np.load(f"{s}.{k}.npy") for s in stems] for k in ("features", "cover", "half")}
-    whole = {k: np.concatenate(v)[:limit] for k, v in parts.items()}
-    return Features(**whole, placed=placed[:limit])
+    whole = {k: np.concatenate(v) for k, v in parts.items()}
+    if STYLE.get(split) == "small signs":
+        whole["half"][:] = 0
+        placed = [[replace(thing, number=None) for thing in one] for one in placed]
+    return Features(**whole, placed=placed)
+
+
+def join(sets: list[Features]) -> Features:
+    """Several sets as one, in order."""
+    names = ("features", "cover", "half")
+    whole = {k: np.concatenate([getattr(s, k) for s in sets]) for k in names}
+    return Features(**whole, placed=[one for s in sets for one in s.placed])

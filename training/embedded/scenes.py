@@ -5,7 +5,7 @@ Everything follows from `(seed, index)`: the same pair gives the same picture on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +22,9 @@ NAMES: tuple[str, ...] = (*SYMBOLS, SIGN)
 """What a cell can hold; in labels, name `i` is `i + 1` and 0 is an empty cell."""
 
 SIGN_COLOURS = (("white", "black"), ("gold", "black"))
+SMALL_SIGN_COLOURS = (*SIGN_COLOURS, ("navy", "white"), ("darkgreen", "white"))
+STYLES = ("plain", "small signs", "many signs")
+"""Kinds of scenes. Small signs lie at jittered places and are never read; see `small_sign`."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,15 @@ class Scene:
         return grid
 
 
-def contents(rng: np.random.Generator) -> list[Placed]:
-    """Draw what a scene holds: 4 to 9 things, repeats likely, at most two signs."""
+def contents(rng: np.random.Generator, style: str = "plain") -> list[Placed]:
+    """Draw what a scene holds: 4 to 9 things, repeats likely, at most two signs (or many)."""
     amount = int(rng.integers(4, 10))
     pool = list(SYMBOLS)
     rng.shuffle(pool)
     names: list[str] = []
     signs = int(rng.choice([0, 1, 2], p=[0.2, 0.6, 0.2]))
+    if style == "many signs":
+        signs, amount = int(rng.integers(5, 9)), 10
     while len(names) < amount - signs:
         repeat = int(rng.choice([1, 2, 3, 4], p=[0.62, 0.14, 0.12, 0.12]))
         names += [pool.pop()] * repeat
@@ -114,6 +119,20 @@ def sign(number: int, rng: np.random.Generator, scale: int = 1) -> Image.Image:
     return board
 
 
+def small_sign(number: int, rng: np.random.Generator, scale: int = 1) -> Image.Image:
+    """A board of about 50 x 40 pixels: named like any symbol, its number too small to be read."""
+    width, height = int(rng.integers(46, 54)) * scale, int(rng.integers(36, 46)) * scale
+    ground, ink = SMALL_SIGN_COLOURS[int(rng.integers(len(SMALL_SIGN_COLOURS)))]
+    board = Image.new("RGBA", (width, height), (0, 0, 0, 0))
+    draw = ImageDraw.Draw(board)
+    frame = {"radius": 6 * scale, "fill": ground, "outline": ink, "width": 2 * scale}
+    draw.rounded_rectangle((0, 0, width - 1, height - 1), **frame)
+    font = ImageFont.load_default(size=int(rng.integers(32, 37)) * scale)
+    bold = {"fill": ink, "stroke_width": scale, "stroke_fill": ink}
+    draw.text((width / 2, height / 2), str(number), font=font, anchor="mm", **bold)
+    return board
+
+
 def symbol(picture: Image.Image, rng: np.random.Generator, scale: int = 1) -> Image.Image:
     """The symbol, 38 to 52 pixels (times `scale`) on its longer side, turned a little."""
     zoom = int(rng.integers(38, 53)) * scale / max(picture.size)
@@ -133,6 +152,7 @@ def compose(
     assets: Assets,
     rng: np.random.Generator,
     scale: int = 1,
+    draw_sign: Callable = sign,
 ) -> Scene:
     """Draw the things onto `base` (224 pixels a side, times `scale`), jittered in their cells."""
     image, cell, side, patch = base.copy(), CELL * scale, SIDE * scale, PATCH * scale
@@ -143,7 +163,7 @@ def compose(
         if number is None:
             part = symbol(assets.symbol(thing.name), rng, scale)
         else:
-            part = sign(number, rng, scale)
+            part = draw_sign(number, rng, scale)
         x = thing.column * cell + int(rng.integers(0, cell - part.width + 1))
         y = thing.row * cell + int(rng.integers(0, cell - part.height + 1))
         image.paste(part, (x, y), part)
@@ -160,8 +180,14 @@ def compose(
     return Scene(image, list(placed), cover, half)
 
 
-def scene(index: int, seed: int, photos: Sequence[str], assets: Assets) -> Scene:
+def scene(
+    index: int, seed: int, photos: Sequence[str], assets: Assets, style: str = "plain"
+) -> Scene:
     """Scene number `index` of the set `seed`, on one of the named photographs."""
+    if style not in STYLES:
+        raise ValueError(f"unknown style {style!r}: one of {', '.join(STYLES)}")
     rng = np.random.default_rng([seed, index])
     photo = assets.photo(photos[int(rng.integers(len(photos)))])
-    return compose(background(photo, rng), contents(rng), assets, rng)
+    base, things = background(photo, rng), contents(rng, style)
+    draw_sign = small_sign if style == "small signs" else sign
+    return compose(base, things, assets, rng, draw_sign=draw_sign)

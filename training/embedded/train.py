@@ -20,7 +20,7 @@ import typer
 from batches import IGNORE, Batch, Batcher, fixed_questions
 from decoder import HEADS, Decoder, Sizes
 from export import export
-from features import SEEDS, compute, read
+from features import SEEDS, TRAINING, compute, join, read
 from questions import KINDS, vocabulary
 from safetensors.torch import load_file, save_file
 from scenes import NAMES
@@ -44,12 +44,15 @@ def cache(
     vision: Annotated[Path, typer.Option(help="folder of the vision tower")],
     out: Annotated[Path, typer.Option(help="where the features go, 200 MB per 1,000 scenes")],
     train: int = 6000,
+    large: int = 1200,
+    reading: int = 400,
     validation: int = 300,
     processes: int = 2,
 ) -> None:
     """Compute and keep the vision features of the scenes."""
     compute("validation", validation, out, assets, vision, processes)
-    compute("train", train, out, assets, vision, processes)
+    for split, amount in {"train": train, "large": large, "reading": reading}.items():
+        compute(split, amount, out, assets, vision, processes)
 
 
 def losses(model: Decoder, batch: Batch, user: Tensor, names: Tensor) -> dict[str, Tensor]:
@@ -152,7 +155,6 @@ def run(
     width: int = 192,
     dense: Annotated[float, typer.Option(help="weight of the dense losses")] = 1.0,
     every: Annotated[int, typer.Option(help="steps between evaluations")] = 200,
-    limit: Annotated[int | None, typer.Option(help="training scenes at most")] = None,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     seed: int = 0,
 ) -> None:
@@ -161,7 +163,11 @@ def run(
     torch.manual_seed(seed)
     vocab = vocabulary()
     words = {w: i for i, w in enumerate(vocab)}
-    data = read("train", cache, limit)
+    sets = [read(split, cache) for split in TRAINING]
+    data = join(sets)
+    chance = np.concatenate(
+        [np.full(len(s), share / len(s)) for s, share in zip(sets, TRAINING.values(), strict=True)]
+    )
     batcher = Batcher(data, words, rows)
     validation = Batcher(read("validation", cache), words, rows)
     sizes = Sizes(len(vocab), hidden_size=width, num_hidden_layers=layers)
@@ -187,7 +193,7 @@ def run(
     while state["seconds"] < minutes * 60:
         scores, step = state["scores"], state["step"]
         describe = 0.2 if scores.get("describe", 0.0) < 0.8 else 0.05
-        indices = rng.integers(len(data), size=batch).tolist()
+        indices = rng.choice(len(data), size=batch, p=chance).tolist()
         asked = [batcher.draw(i, rng, mixture_of(scores), describe) for i in indices]
         found = losses(model, batcher.batch(indices, asked).to(place), user, names)
         progress = min(1.0, state["seconds"] / (minutes * 60))

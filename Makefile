@@ -1,0 +1,54 @@
+# Everything that a fresh machine needs is set up by the targets themselves.
+PYTHON ?= python3
+TORCH ?= 2.13.0
+TORCH_INDEX ?=
+VENV ?= .venv
+OLDEST ?= .venv-oldest
+export PYTHON TORCH TORCH_INDEX
+
+SCENE = src/vlmprune/embedded/scenes/README_SCENE
+.PHONY: demo test test-oldest lint bench train clean
+
+demo: $(VENV)/.demo
+	@mkdir -p demo-output
+	$(VENV)/bin/vlmprune run $(SCENE) "README_QUESTION" --keep 64 --save-overlay demo-output/overlay.png
+
+test: $(VENV)/.test
+	$(VENV)/bin/python -m pytest
+
+test-oldest: $(OLDEST)/.test
+	$(OLDEST)/bin/python -m pytest
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.demo
+	$(VENV)/bin/python benchmarks/selection.py
+
+train: $(VENV)/.train
+	$(VENV)/bin/python training/embedded/train.py --help
+
+clean:
+	rm -rf $(VENV) $(OLDEST) demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.demo: pyproject.toml scripts/setup.sh
+	@sh scripts/setup.sh $(VENV) ""
+	@touch $@
+
+$(VENV)/.test: pyproject.toml scripts/setup.sh
+	@sh scripts/setup.sh $(VENV) "[test]"
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.dev: pyproject.toml scripts/setup.sh
+	@sh scripts/setup.sh $(VENV) "[dev]"
+	@touch $@ $(VENV)/.test $(VENV)/.demo
+
+$(VENV)/.train: pyproject.toml scripts/setup.sh
+	@sh scripts/setup.sh $(VENV) "[train]"
+	@touch $@ $(VENV)/.demo
+
+$(OLDEST)/.test: pyproject.toml scripts/setup.sh
+	@sh scripts/setup.sh $(OLDEST) "[test]" "transformers==5.17.0"
+	@touch $@

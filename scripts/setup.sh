@@ -1,0 +1,49 @@
+#!/bin/sh
+# Make a virtual environment and install the package into it.
+#
+#   sh scripts/setup.sh FOLDER EXTRAS [REQUIREMENT…]
+#
+# Settings from the environment: PYTHON (python3), TORCH (the release wanted on a machine without a
+# GPU), TORCH_INDEX (a package index that has CPU builds of torch; else pip's own settings).
+set -eu
+
+folder=$1
+extras=$2
+shift 2
+: "${PYTHON:=python3}" "${TORCH:=2.13.0}" "${TORCH_INDEX:=}"
+
+if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+    echo "vlmprune needs Python 3.10 or newer; name one with PYTHON=…" >&2
+    exit 1
+fi
+
+# Debian and Ubuntu ship Python without venv.
+if ! "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null; then
+    echo "This Python cannot make virtual environments; installing python3-venv." >&2
+    if [ "$(id -u)" = 0 ]; then asroot=; else asroot=sudo; fi
+    $asroot apt-get update -q && $asroot apt-get install -qy python3-venv || {
+        echo "Could not install it; run: sudo apt-get install python3-venv" >&2
+        exit 1
+    }
+fi
+
+[ -x "$folder/bin/python" ] || "$PYTHON" -m venv "$folder"
+install() { "$folder/bin/python" -m pip install --disable-pip-version-check -q "$@"; }
+
+if ! "$folder/bin/python" -c 'import torch' 2>/dev/null; then
+    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
+        echo "Installing torch for this GPU."
+        install torch
+    elif [ -n "$TORCH_INDEX" ]; then
+        echo "Installing torch for the CPU."
+        install --index-url "$TORCH_INDEX" torch
+    elif install "torch==$TORCH+cpu" 2>/dev/null; then
+        echo "Installed torch $TORCH for the CPU."
+    else
+        # Where pip knows of no CPU build this may bring CUDA along; TORCH_INDEX avoids that.
+        echo "Installing torch as pip offers it (set TORCH_INDEX for a CPU build)."
+        install torch
+    fi
+fi
+echo "Installing vlmprune."
+install -e ".$extras" "$@"
