@@ -3,7 +3,8 @@
     python benchmarks/selection.py
     python benchmarks/selection.py --crops 1 --crops 5 --keep 64 --device cuda --json out.json
 
-The tower is CLIP ViT-L/14 at 336 pixels with random weights: 577 tokens, 24 layers.
+The tower is CLIP ViT-L/14 at 336 pixels: 577 tokens, 24 layers. Its weights are random and larger
+than at the start of a training, so that attention and features differ from token to token.
 
 - Theirs: eager attention, which returns the weights of all layers; the features are normalised
   once and every round gathers its tokens and multiplies them afresh.
@@ -71,7 +72,13 @@ class Tower:
             image_size=336,
             patch_size=14,
         )
-        self.model: Any = CLIPVisionModel(config).to(device=device, dtype=dtype).eval()
+        self.model: Any = CLIPVisionModel(config)
+        for name, weight in self.model.named_parameters():
+            if "embedding" in name:
+                weight.normal_(0, 0.5)
+            elif weight.ndim > 1:
+                weight.normal_(0, 1.5 / weight.shape[1] ** 0.5)
+        self.model.to(device=device, dtype=dtype).eval()
         self.pixels = torch.randn(crops, 3, 336, 336).to(device=device, dtype=dtype)
         lists = (m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList))
         self.layer = next(m for m in lists if len(m) == config.num_hidden_layers)[LAYER]
@@ -188,9 +195,7 @@ def measure(
     tapping = in_turns(calls, repeat, device)
     running = in_turns(towers, tower_repeat, device)
 
-    extra = [
-        a - b for a, b in zip(tapping["attention, tapped"], tapping["attention"], strict=True)
-    ]
+    extra = [a - b for a, b in zip(tapping["attention, tapped"], tapping["attention"], strict=True)]
     whole = [a / b - 1 for a, b in zip(running["ours"], running["plain"], strict=True)]
     seconds = {f"selection, {name}": values for name, values in selecting.items()}
     seconds |= {f"tower, {name}": values for name, values in running.items()}

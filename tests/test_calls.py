@@ -202,6 +202,49 @@ def test_second_turn(family: str, policy: Any, how: str, new_image: bool, rows: 
         assert float((got - wanted).abs().max()) < TOLERANCE
 
 
+def test_turns_may_come_in_any_form() -> None:
+    """New ids alone, a plain forward and whole ids, one after the other over one cache."""
+    built = model()
+    req = request(built, [1])
+    later = request(built, [0, 1], seed=4).inputs["input_ids"]
+    words = later[:1, -4:]
+    whole_dropped = 12
+    options = {"do_sample": False, "max_new_tokens": 4, "repetition_penalty": 1.3}
+
+    def talk(forms: list[str]) -> Tensor:
+        cache = DynamicCache(config=built.config.get_text_config())
+        whole = built.generate(**req.inputs, past_key_values=cache, **options)
+        for form in forms:
+            if form == "plain":
+                with torch.no_grad():
+                    built(input_ids=whole[:, -1:], past_key_values=cache)
+                whole = torch.cat((whole, words), 1)
+                continue
+            # What the cache lacks is the last token of the answer, if no forward has fed it.
+            done = cache.get_seq_length() + whole_dropped
+            ids = torch.cat((whole, words), 1)
+            whole = ids
+            given = ids[:, done:] if form == "new" else ids
+            out = built.generate(
+                input_ids=given,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                **(options | {"repetition_penalty": 1.0}),
+            )
+            whole = torch.cat((ids, out[:, given.shape[1] :]), 1)
+        return whole
+
+    with VisPruner(keep=4, positions="original")(built) as handle:
+        expected = talk(["whole", "whole", "whole"])
+        assert torch.equal(talk(["new", "whole", "new"]), expected)
+        assert torch.equal(talk(["new", "new", "whole"]), expected)
+        # A plain forward that feeds words equals a turn that brings them twice as many.
+        fed = talk(["plain", "whole"])
+        words = torch.cat((words, words), 1)
+        assert torch.equal(talk(["whole"]), fed)
+        assert handle.report.kept == []
+
+
 def test_second_turn_takes_the_whole_conversations_pixels() -> None:
     """A processor that is given the whole chat brings the first image again."""
     built = model()

@@ -35,16 +35,14 @@ def sentence(*words):
     return result.stderr
 
 
-@pytest.fixture(scope="module")
-def no_loading():
+@pytest.fixture
+def no_loading(monkeypatch):
     """For mistakes that must be found before a model is loaded."""
 
     def load(*_):
         raise AssertionError("the model was loaded")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "load", load)
-        yield
+    monkeypatch.setattr(running, "load", load)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +76,7 @@ def test_run_tells_tokens_and_bytes(ran):
     for side, tokens in (("full", 256), ("pruned", 64)):
         assert content[side]["visual_tokens"] == tokens
         assert content[side]["kv_bytes"] == token * tokens
-        assert 0 < content[side]["prefill_ms"] and 0 < content[side]["total_ms"]
+        assert min(content[side]["prefill_ms"], content[side]["total_ms"]) > 0
         assert 0 < content[side]["new_tokens"] <= 64
     assert content["report"]["kv_bytes_after"] == token * 64
     assert len(content["report"]["kept"][0]) == 64
@@ -159,7 +157,7 @@ def test_table_and_several_images(loaded, monkeypatch, tmp_path):
     )
     assert result.exit_code == 0, result.output
     assert max(map(len, result.stdout.replace(str(tmp_path), "").splitlines())) <= 80
-    for fact in ("512", "128", "−75 %", "original positions", "CLS attention", "median of 1"):
+    for fact in ("512", "128", "-75 %", "original positions", "CLS attention", "median of 1"):
         assert fact in result.stdout
     pictures = sorted(tmp_path.iterdir())
     assert [picture.name for picture in pictures] == ["out-1.png", "out-2.png"]
@@ -371,9 +369,8 @@ def test_plan_reproduces_the_published_figures(model, keep, tokens, before, afte
 
 
 def test_plan_options():
-    content = json.loads(
-        call(*"plan llava-next-7b --keep 640 --budget image --crops 3 --json".split()).stdout
-    )
+    options = ("--keep", 640, "--budget", "image", "--crops", 3)
+    content = json.loads(call("plan", "llava-next-7b", *options, "--json").stdout)
     assert (content["visual_tokens_before"], content["visual_tokens_after"]) == (3 * 576, 640)
     assert json.loads(call("plan", "llava-1.5-7b", "--json").stdout)["flops_saving"] == 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from tiny import model, request
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -40,6 +40,8 @@ def generate(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs:
         mask = _mask_of(ids, setting("pad_token_id"), setting("eos_token_id"))
     with torch.no_grad():
         prepared = prepare(handle, ids, mask, kwargs.get("position_ids"), cache, kwargs, False)
+    if not prepared.state.features:
+        handle.report_nothing()
     given = prepared.prompt.ids
     changed = _shorter_limits(handle.model, kwargs, mask.shape[1] - given.shape[1])
     if ids.shape[1] < mask.shape[1]:

@@ -304,7 +304,7 @@ def _print_outcome(model: str, method: str, question: str, outcome: Outcome) -> 
 
 def _less(full: Measured, pruned: Measured, name: str) -> str:
     before, after = getattr(full, name), getattr(pruned, name)
-    return "" if before == after else f"−{100 * (1 - after / before):.0f} %"
+    return "" if before == after else f"-{100 * (1 - after / before):.0f} %"
 
 
 def _flops(value: float) -> str:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # The name under which a cache carries its Prefix; on the cache, so that a copy carries it too.
 MARK = "vlmprune_prefix"
+# Stands for the id of a column that a cache holds but nobody told us.
+UNKNOWN = -1
 
 
 @dataclass
@@ -98,7 +100,7 @@ def prepare(
         plain: whether positions count columns (a plain forward) or real tokens (`generate`).
     """
     cached = cache.get_seq_length() if cache is not None else 0
-    prefix = _prefix(cache, cached, ids, mask)
+    prefix = _prefix(cache, cached, ids, mask, handle.pad_id)
     tail = cached - prefix.prompt.ids.shape[1]
     start = prefix.full_ids.shape[1]
     known = start + tail
@@ -113,14 +115,14 @@ def prepare(
         if (
             seen.shape[1] < known
             or ids.shape[1] == 0
-            or bool(((seen[:, :start] != expected) & (expected >= 0)).any())
+            or bool(((seen[:, :start] != expected) & (expected != UNKNOWN)).any())
         ):
             raise VlmpruneError(
                 "the ids do not begin with what past_key_values was filled with; pass the full "
                 "earlier sequence followed by new tokens, or a fresh cache."
             )
     else:
-        unknown = torch.full((ids.shape[0], tail), handle.pad_id, device=ids.device)
+        unknown = torch.full((ids.shape[0], tail), UNKNOWN, device=ids.device)
         seen = torch.cat((prefix.full_ids, unknown), dim=1)
     if mask.shape[1] != known + ids.shape[1]:
         raise VlmpruneError(
@@ -131,7 +133,7 @@ def prepare(
     steps = torch.ones_like(mask[:, start:]) if plain else mask[:, start:].long()
     local = prefix.next_position[:, None] + steps.cumsum(dim=1) - 1
     local = local if plain else local.masked_fill(mask[:, start:] == 0, 0)
-    between = Prompt(seen[:, start:], mask[:, start:known], local[:, :tail])
+    between = Prompt(_known(seen[:, start:], handle.pad_id), mask[:, start:known], local[:, :tail])
     positions = local[:, tail:]
     if given_positions is not None:
         own = given_positions[..., -ids.shape[1] :].expand(ids.shape[0], -1)
@@ -226,7 +228,12 @@ def remember(cache: Any, prefix: Prefix, refusal: str = "") -> None:
         setattr(cache, MARK, replace(prefix, refusal=refusal or prefix.refusal))
 
 
-def _prefix(cache: Any, cached: int, ids: Tensor, mask: Tensor | None) -> Prefix:
+def _known(ids: Tensor, pad_id: int) -> Tensor:
+    """Ids that the host may see: those that nobody knows become padding."""
+    return ids.masked_fill(ids == UNKNOWN, pad_id)
+
+
+def _prefix(cache: Any, cached: int, ids: Tensor, mask: Tensor | None, pad_id: int) -> Prefix:
     """The record of a cache; an empty one without a cache, a plain one for any other cache."""
     known = mark(cache)
     if known is not None and cached > 0:
@@ -249,11 +256,11 @@ def _prefix(cache: Any, cached: int, ids: Tensor, mask: Tensor | None) -> Prefix
     if ids.shape[1] > cached:
         held = ids[:, :cached]
     else:
-        held = torch.full((rows, cached), -1, device=device)
+        held = torch.full((rows, cached), UNKNOWN, device=device)
     real = torch.ones_like(held) if mask is None else mask[:, :cached].long()
     positions = (real.cumsum(dim=1) - 1).clamp(min=0)
     zeros = torch.zeros(rows, dtype=torch.long, device=device)
-    return Prefix(held, Prompt(held, real, positions), real.sum(dim=1), 0, zeros)
+    return Prefix(held, Prompt(_known(held, pad_id), real, positions), real.sum(dim=1), 0, zeros)
 
 
 def _only_new_images(

@@ -116,7 +116,7 @@ def load(source: Source, device: torch.device, dtype: Any) -> Loaded:
         )
     try:
         model = AutoModelForImageTextToText.from_pretrained(source.name, dtype=dtype, **local)
-        model = model.to(device).eval()
+        model = model.to(device=device).eval()
     except torch.OutOfMemoryError as error:
         raise _too_large(device) from error
     except (OSError, ValueError) as error:
@@ -290,6 +290,11 @@ def quiet() -> Iterator[None]:
 
 
 def check_counts(max_new_tokens: int, repeat: int) -> None:
+    """Refuse a limit or a number of rounds below 1.
+
+    Raises:
+        VlmpruneError: one of them is.
+    """
     for name, value in (("max-new-tokens", max_new_tokens), ("repeat", repeat)):
         if value < 1:
             raise VlmpruneError(f"--{name} {value} is too few; use 1 or more.")

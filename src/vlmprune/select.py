@@ -15,6 +15,9 @@ from torch import Tensor
 # Tokens dropped in one round of duplicate removal (VisPruner's released code).
 ROUND = 8
 
+# Strips in which a symmetric matrix is computed; each leaves out what earlier ones hold.
+STRIPS = 4
+
 
 def top_k(scores: Tensor, keep: int) -> Tensor:
     """Indices of the `keep` largest scores, ties to the lower index.
@@ -98,8 +101,15 @@ def cosine_similarity(features: Tensor) -> Tensor:
     Returns:
         [B, N, N].
     """
+    B, N, _ = features.shape
     unit = torch.nn.functional.normalize(features.float(), dim=-1)
-    return unit @ unit.transpose(1, 2)
+    similarity = unit.new_empty(B, N, N)
+    for strip in range(STRIPS):
+        start, stop = N * strip // STRIPS, N * (strip + 1) // STRIPS
+        part = unit[:, start:stop] @ unit[:, start:].transpose(1, 2)
+        similarity[:, start:stop, start:] = part
+        similarity[:, stop:, start:stop] = part[:, :, stop - start :].transpose(1, 2)
+    return similarity
 
 
 def _drop_duplicates(tokens: Tensor, features: Tensor, keep: int) -> Tensor:
@@ -108,10 +118,11 @@ def _drop_duplicates(tokens: Tensor, features: Tensor, keep: int) -> Tensor:
     # Number the tokens of all lists anew, 0 to B · R, so that a number finds its row of the
     # similarities, and of two tokens in a crop the larger number is the lower index.
     numbered = tokens.sort(dim=1, descending=True)
-    own = numbered.values[:, :, None].expand(-1, -1, features.shape[2])
-    closeness = _ordered_bits(cosine_similarity(features.gather(1, own))).flatten(0, 1)
-    start = torch.arange(B, device=tokens.device)[:, None] * R
-    rest = numbered.indices.argsort(dim=1) + start
+    crop = torch.arange(B, device=tokens.device)[:, None]
+    rows = (numbered.values + crop * features.shape[1]).flatten()
+    own = features.flatten(0, 1).index_select(0, rows).view(B, R, -1)
+    closeness = _ordered_bits(cosine_similarity(own)).flatten(0, 1)
+    rest = numbered.indices.argsort(dim=1) + crop * R
     while rest.shape[1] > keep:
         even, odd = rest[:, 0::2], rest[:, 1::2]
         drop = min(ROUND, rest.shape[1] - keep, even.shape[1])
@@ -129,7 +140,7 @@ def _drop_duplicates(tokens: Tensor, features: Tensor, keep: int) -> Tensor:
 def _ordered_bits(values: Tensor) -> Tensor:
     """int32 numbers in the order of float32 `values`; 0.0 and -0.0 are one number."""
     bits = (values + 0.0).view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return bits ^ (bits >> 31).bitwise_and_(0x7FFFFFFF)
 
 
 def _check(scores: Tensor, keep: int, least: int = 0) -> None:

@@ -17,6 +17,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.families import FAMILIES, TOWERS
 from vlmprune.methods import METHODS
 from vlmprune.pruner import Pruner
+from vlmprune.views import Budget
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -186,7 +187,7 @@ def check_budget(source: Source, pruner: Pruner) -> None:
     Raises:
         VlmpruneError: there are fewer visual tokens than `keep`.
     """
-    budget = getattr(pruner, "budget", "crop")
+    budget: Budget = getattr(pruner, "budget", "crop")
     if source.folder is not None and (budget == "crop" or source.model_type == "llava"):
         plan.plan(str(source.folder), getattr(pruner, "keep", None), budget)
 
