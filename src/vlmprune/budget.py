@@ -49,27 +49,12 @@ def resolve_keep(keep: int | float, available: int, what: str = "crop") -> int:
         raise VlmpruneError(
             f"this {what} has {available} visual tokens, so none can be kept; give it an image."
         )
-    if isinstance(keep, bool) or not isinstance(keep, Real):
+    check_keep(keep)
+    if not isinstance(keep, Integral):
+        return max(1, round(float(keep) * available))
+    if keep > available:
         raise VlmpruneError(
-            f"keep={keep!r} is not a number; use an int from 1 to {available} for visual tokens "
-            f"per {what}, or a float in (0, 1] for a fraction of them."
+            f"keep={keep} is more than the {available} visual tokens of the {what}; "
+            f"use an int from 1 to {available}, or keep=1.0 to keep all."
         )
-    if isinstance(keep, Integral):
-        if keep < 1:
-            raise VlmpruneError(
-                f"keep={keep} leaves no visual tokens; use an int from 1 to {available} per {what}."
-            )
-        if keep > available:
-            raise VlmpruneError(
-                f"keep={keep} is more than the {available} visual tokens of the {what}; "
-                f"use an int from 1 to {available}, or keep=1.0 to keep all."
-            )
-        return int(keep)
-    fraction = float(keep)
-    # Written this way round so that NaN is refused too.
-    if not 0.0 < fraction <= 1.0:
-        raise VlmpruneError(
-            f"keep={fraction} is a fraction outside (0, 1]; use a float in (0, 1], or an int "
-            f"from 1 to {available} for a number of visual tokens per {what}."
-        )
-    return max(1, round(fraction * available))
+    return int(keep)

@@ -183,7 +183,7 @@ class Batcher:
         same = (block[:, :, None] == block[:, None, :]) & self.causal
         allowed = torch.cat([torch.ones(*block.shape, PREFIX, dtype=torch.bool), same], dim=-1)
         mask = torch.zeros(allowed.shape).masked_fill_(~allowed, float("-inf"))[:, None]
-        features = torch.from_numpy(self.data.features[list(indices)].astype(np.float32))
+        features = self.data.take(indices)
         names = self.labels[0]
         dense = {k: torch.from_numpy(np.stack([self.labels[i][k] for i in indices])) for k in names}
         return Batch(features, tokens, positions, mask, targets, block, dense, flat)

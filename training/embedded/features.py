@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -31,19 +32,28 @@ class Features:
     """A set of scenes as training sees it: no pictures, only features and labels.
 
     Attributes:
-        features: `[N, 256, 384]` float16.
+        features: arrays `[n, 256, 384]` float16 that add up to N scenes, memory-mapped.
         cover: `[N, 16, 16]` int8, label of the name that covers each patch (0 none).
         half: `[N, 16, 16]` int8, 1 on the tens of a sign, 2 on the units, else 0.
         placed: what each scene holds.
     """
 
-    features: np.ndarray
+    features: list[np.ndarray]
     cover: np.ndarray
     half: np.ndarray
     placed: list[list[Placed]]
 
     def __len__(self) -> int:
         return len(self.placed)
+
+    def take(self, indices: Sequence[int]) -> torch.Tensor:
+        """Features of these scenes, `[B, 256, 384]` float32."""
+        ends = np.cumsum([len(part) for part in self.features])
+        taken = []
+        for index in indices:
+            part = int(np.searchsorted(ends, index, side="right"))
+            taken.append(self.features[part][index - int(ends[part])])
+        return torch.from_numpy(np.stack(taken).astype(np.float32))
 
 
 def photos(split: str) -> list[str]:
@@ -121,16 +131,17 @@ def read(split: str, out: Path) -> Features:
         for stem in stems
         for one in json.loads(stem.with_suffix(".json").read_text())
     ]
-    parts = {k: [np.load(f"{s}.{k}.npy") for s in stems] for k in ("features", "cover", "half")}
-    whole = {k: np.concatenate(v) for k, v in parts.items()}
+    features = [np.load(f"{stem}.features.npy", mmap_mode="r") for stem in stems]
+    cover = np.concatenate([np.load(f"{stem}.cover.npy") for stem in stems])
+    half = np.concatenate([np.load(f"{stem}.half.npy") for stem in stems])
     if STYLE.get(split) == "small signs":
-        whole["half"][:] = 0
+        half[:] = 0
         placed = [[replace(thing, number=None) for thing in one] for one in placed]
-    return Features(**whole, placed=placed)
+    return Features(features, cover, half, placed)
 
 
 def join(sets: list[Features]) -> Features:
     """Several sets as one, in order."""
-    names = ("features", "cover", "half")
-    whole = {k: np.concatenate([getattr(s, k) for s in sets]) for k in names}
-    return Features(**whole, placed=[one for s in sets for one in s.placed])
+    cover, half = (np.concatenate([getattr(s, k) for s in sets]) for k in ("cover", "half"))
+    features = [part for s in sets for part in s.features]
+    return Features(features, cover, half, [one for s in sets for one in s.placed])

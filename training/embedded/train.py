@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -24,10 +26,12 @@ from features import SEEDS, TRAINING, compute, join, read
 from questions import KINDS, vocabulary
 from safetensors.torch import load_file, save_file
 from scenes import NAMES
-from torch import Tensor
+from torch import Tensor, distributed
 
 app = typer.Typer(add_completion=False, help=__doc__)
 HEAD_WEIGHTS = {"row": 0.05, "column": 0.05, "own": 0.25, "left": 0.2, "above": 0.2, "seen": 0.2}
+EVALUATED = 20
+"""Pictures at once in an evaluation."""
 SIZE_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -92,23 +96,23 @@ def total(found: dict[str, Tensor], dense: float) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(model: Decoder, batcher: Batcher, device: torch.device, size: int = 20) -> dict:
+def accuracy(model: Decoder, batcher: Batcher, device: torch.device, rank: int, ranks: int) -> dict:
     """Share of questions by kind whose every answer token is right, teacher-forced."""
-    model.eval()
     asked = fixed_questions(batcher.data, SEEDS["validation"])
-    hits: dict[str, list[bool]] = {k: [] for k in KINDS}
-    for i in range(0, len(asked), size):
-        indices = list(range(i, min(i + size, len(asked))))
-        batch = batcher.batch(indices, asked[i : i + size]).to(device)
+    counts = torch.zeros(len(KINDS), 2, dtype=torch.float64)
+    for i in range(rank * EVALUATED, len(asked), ranks * EVALUATED):
+        indices = list(range(i, min(i + EVALUATED, len(asked))))
+        batch = batcher.batch(indices, asked[i : i + EVALUATED]).to(device)
         user = batcher.user.to(device)
         state = model(batch.features, user, batch.tokens, batch.positions, batch.mask)[2]
         chosen = batch.targets != IGNORE
         guess = (state[chosen] @ model.embed_tokens.weight.T).argmax(-1)
         wrong = set(batch.block[chosen][guess != batch.targets[chosen]].tolist())
         for number, question in enumerate(batch.questions):
-            hits[question.kind].append(number not in wrong)
-    model.train()
-    return {k: round(float(np.mean(v)), 4) for k, v in hits.items() if v}
+            counts[KINDS.index(question.kind)] += torch.tensor([number not in wrong, 1])
+    if ranks > 1:
+        distributed.all_reduce(counts)
+    return {k: round(float(a / b), 4) for k, (a, b) in zip(KINDS, counts, strict=True) if b}
 
 
 def save(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer, state: dict) -> None:
@@ -142,12 +146,32 @@ def mixture_of(scores: dict[str, float]) -> dict[str, float]:
     return {k: 0.08 + 1.0 - scores.get(k, 0.0) for k in KINDS if k != "describe"}
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a run is called with; see the options of `run`."""
+
+    cache: Path
+    out: Path
+    minutes: float
+    batch: int
+    rows: int
+    rate: float
+    warm_up: int
+    layers: int
+    width: int
+    dense: float
+    every: int
+    device: str
+    seed: int
+    processes: int
+
+
 @app.command()
 def run(
     cache: Annotated[Path, typer.Option(help="folder of cached features")],
     out: Annotated[Path, typer.Option(help="checkpoint and log; resumes what is there")],
     minutes: Annotated[float, typer.Option(help="training time, resumed time included")] = 80,
-    batch: Annotated[int, typer.Option(help="pictures a step")] = 12,
+    batch: Annotated[int, typer.Option(help="pictures a step, over all processes")] = 12,
     rows: Annotated[int, typer.Option(help="rows of 64 question tokens per picture")] = 4,
     rate: float = 1.5e-3,
     warm_up: int = 200,
@@ -157,70 +181,97 @@ def run(
     every: Annotated[int, typer.Option(help="steps between evaluations")] = 200,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     seed: int = 0,
+    processes: Annotated[int, typer.Option(help="of one thread each; 2 suit two CPU cores")] = 1,
 ) -> None:
     """Train until the minutes are over; a killed run goes on from its last checkpoint."""
+    settings = Settings(**locals())
     out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
+    if processes == 1:
+        worker(0, settings, "")
+        return
+    with tempfile.TemporaryDirectory() as meeting:
+        args = (settings, f"file://{meeting}/meeting")
+        torch.multiprocessing.spawn(worker, args=args, nprocs=processes)
+
+
+def worker(rank: int, settings: Settings, meeting: str) -> None:
+    """Train as one of several equal processes, which average their gradients every step."""
+    s, ranks = settings, settings.processes
+    if ranks > 1:
+        torch.set_num_threads(1)
+        distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
+    torch.manual_seed(s.seed)
     vocab = vocabulary()
     words = {w: i for i, w in enumerate(vocab)}
-    sets = [read(split, cache) for split in TRAINING]
+    sets = [read(split, s.cache) for split in TRAINING]
     data = join(sets)
     chance = np.concatenate(
-        [np.full(len(s), share / len(s)) for s, share in zip(sets, TRAINING.values(), strict=True)]
+        [np.full(len(d), share / len(d)) for d, share in zip(sets, TRAINING.values(), strict=True)]
     )
-    batcher = Batcher(data, words, rows)
-    validation = Batcher(read("validation", cache), words, rows)
-    sizes = Sizes(len(vocab), hidden_size=width, num_hidden_layers=layers)
-    place = torch.device(device)
+    batcher = Batcher(data, words, s.rows)
+    validation = Batcher(read("validation", s.cache), words, s.rows)
+    sizes = Sizes(len(vocab), hidden_size=s.width, num_hidden_layers=s.layers)
+    place = torch.device(s.device)
     model = Decoder(sizes)
-    sample = torch.from_numpy(data.features[:: max(1, len(data) // 64)].astype(np.float32))
+    sample = data.take(range(0, len(data), max(1, len(data) // 64)))
     model.multi_modal_projector.mean.copy_(sample.mean((0, 1)))
     model.multi_modal_projector.std.copy_(sample.std((0, 1)) + 1e-3)
     model.to(place)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, lr=s.rate, betas=(0.9, 0.98))
     state = {"step": 0, "seconds": 0.0, "scores": {}}
-    rng = np.random.default_rng(seed)
-    if (out / "state.json").exists():
-        state = restore(out, model, optimizer)
-        rng.bit_generator.state = state["rng"]
+    if (s.out / "state.json").exists():
+        state = restore(s.out, model, optimizer)
     user = batcher.user.to(place)
     names = torch.tensor([words["nothing"], *(words[n] for n in NAMES)], device=place)
     began, before = time.monotonic(), state["seconds"]
     running: dict[str, float] = {}
-    while state["seconds"] < minutes * 60:
+    while state["seconds"] < s.minutes * 60:
         scores, step = state["scores"], state["step"]
+        rng = np.random.default_rng([s.seed, rank, step])
         describe = 0.2 if scores.get("describe", 0.0) < 0.8 else 0.05
-        indices = rng.choice(len(data), size=batch, p=chance).tolist()
+        indices = rng.choice(len(data), size=s.batch // ranks, p=chance).tolist()
         asked = [batcher.draw(i, rng, mixture_of(scores), describe) for i in indices]
         found = losses(model, batcher.batch(indices, asked).to(place), user, names)
-        progress = min(1.0, state["seconds"] / (minutes * 60))
+        progress = min(1.0, state["seconds"] / (s.minutes * 60))
         falling = 0.02 + 0.49 * (1 + math.cos(math.pi * progress))
-        now = rate * min(1.0, (step + 1) / warm_up) * falling
         for group in optimizer.param_groups:
-            group["lr"] = now
+            group["lr"] = s.rate * min(1.0, (step + 1) / s.warm_up) * falling
         optimizer.zero_grad(set_to_none=True)
-        total(found, dense).backward()
+        total(found, s.dense).backward()
+        seconds = average(model, ranks, before + time.monotonic() - began)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         for key, tensor in found.items():
             value = float(tensor.detach())
             running[key] = 0.98 * running.get(key, value) + 0.02 * value
-        state |= {"step": step + 1, "seconds": before + time.monotonic() - began}
-        over = state["seconds"] >= minutes * 60
-        if state["step"] % every == 0 or over:
-            state["scores"] = accuracy(model, validation, place)
-            state["rng"] = rng.bit_generator.state
-            state["settings"] = {"sizes": vars(sizes), "batch": batch, "rows": rows, "rate": rate}
-            shown = {k: round(v, 4) for k, v in running.items()}
+        state |= {"step": step + 1, "seconds": seconds}
+        if state["step"] % s.every and seconds < s.minutes * 60:
+            continue
+        state["scores"] = accuracy(model, validation, place, rank, ranks)
+        state["settings"] = {"sizes": vars(sizes), "batch": s.batch, "rows": s.rows, "rate": s.rate}
+        if rank == 0:
             line = {k: state[k] for k in ("step", "seconds", "scores")}
-            line |= {"loss": shown, "rate": now}
-            with (out / "log.jsonl").open("a") as log:
+            line["loss"] = {k: round(v, 4) for k, v in running.items()}
+            with (s.out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")
-            print(json.dumps(line), flush=True)
-            save(out, model, optimizer, state)
+            typer.echo(json.dumps(line))
+            save(s.out, model, optimizer, state)
+
+
+def average(model: Decoder, ranks: int, seconds: float) -> float:
+    """Average the gradients over the processes, in place; returns their mean time as well."""
+    if ranks == 1:
+        return seconds
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
+    flat = torch.cat([torch.tensor([seconds]), *(g.flatten() for g in gradients)]) / ranks
+    distributed.all_reduce(flat)
+    parts = flat[1:].split([g.numel() for g in gradients])
+    for parameter, part in zip(model.parameters(), parts, strict=True):
+        parameter.grad = part.view_as(parameter)
+    return float(flat[0])
 
 
 @app.command()
