@@ -200,6 +200,14 @@ def test_the_same_tensors_come_out_unchanged() -> None:
     assert torch.equal(attention, before[0]) and torch.equal(features, before[1])
 
 
+def test_no_crops_and_features_with_gradients() -> None:
+    attention, features = random_crops(2, 40, 8, seed=5)
+    want = vispruner(attention, features, 10)
+    got = vispruner(attention.requires_grad_(), features.requires_grad_(), 10)
+    assert torch.equal(got, want)
+    assert vispruner(attention[:0], features[:0], 10).shape == (0, 10)
+
+
 def test_ties_go_to_the_lower_index() -> None:
     """All alike: 4 by attention, then even places of the list go, lowest index first."""
     attention, features = torch.ones(1, 20), torch.ones(1, 20, 4)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.families import FAMILIES
-from vlmprune.layout import NO_PATCH, Layout
+from vlmprune.layout import Layout
 
 Size = tuple[int, int]
 
@@ -86,7 +86,6 @@ def token_boxes(
             for edge in (0, 1):
                 place = scale * side * (cells[axis] + edge).float() + shift
                 boxes[here, 2 * edge + 1 - axis] = place.clamp(0, limit)
-    boxes[layout.labels.cpu() == NO_PATCH] = 0.0
     return boxes
 
 

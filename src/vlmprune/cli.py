@@ -256,7 +256,8 @@ def _console(to_stderr: bool = False) -> Console:
 @contextmanager
 def _progress(message: str) -> Iterator[Callable[[str], None]]:
     """A line on stderr that says what goes on; nothing where stderr is no terminal."""
-    with _console(to_stderr=True).status(message) as status:
+    # Drawn seldom, since timing goes on meanwhile.
+    with _console(to_stderr=True).status(message, refresh_per_second=4) as status:
         yield status.update
 
 

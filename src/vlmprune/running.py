@@ -115,8 +115,8 @@ def load(source: Source, device: torch.device, dtype: Any) -> Loaded:
             "processor's files beside the weights."
         )
     try:
-        model = AutoModelForImageTextToText.from_pretrained(source.name, dtype=dtype, **local)
-        model = model.to(device=device).eval()
+        model: Any = AutoModelForImageTextToText.from_pretrained(source.name, dtype=dtype, **local)
+        model.to(device).eval()
     except torch.OutOfMemoryError as error:
         raise _too_large(device) from error
     except (OSError, ValueError) as error:

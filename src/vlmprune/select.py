@@ -101,15 +101,19 @@ def cosine_similarity(features: Tensor) -> Tensor:
     Returns:
         [B, N, N].
     """
-    B, N, _ = features.shape
-    unit = torch.nn.functional.normalize(features.float(), dim=-1)
-    similarity = unit.new_empty(B, N, N)
+    return _products(torch.nn.functional.normalize(features.float(), dim=-1))
+
+
+def _products(vectors: Tensor) -> Tensor:
+    """Dot product of every pair of vectors [B, N, C], each pair computed about once."""
+    B, N, _ = vectors.shape
+    products = vectors.new_empty(B, N, N)
     for strip in range(STRIPS):
         start, stop = N * strip // STRIPS, N * (strip + 1) // STRIPS
-        part = unit[:, start:stop] @ unit[:, start:].transpose(1, 2)
-        similarity[:, start:stop, start:] = part
-        similarity[:, stop:, start:stop] = part[:, :, stop - start :].transpose(1, 2)
-    return similarity
+        part = vectors[:, start:stop] @ vectors[:, start:].transpose(1, 2)
+        products[:, start:stop, start:] = part
+        products[:, stop:, start:stop] = part[:, :, stop - start :].transpose(1, 2)
+    return products
 
 
 def _drop_duplicates(tokens: Tensor, features: Tensor, keep: int) -> Tensor:
@@ -119,16 +123,19 @@ def _drop_duplicates(tokens: Tensor, features: Tensor, keep: int) -> Tensor:
     # similarities, and of two tokens in a crop the larger number is the lower index.
     numbered = tokens.sort(dim=1, descending=True)
     crop = torch.arange(B, device=tokens.device)[:, None]
-    rows = (numbered.values + crop * features.shape[1]).flatten()
-    own = features.flatten(0, 1).index_select(0, rows).view(B, R, -1)
-    closeness = _ordered_bits(cosine_similarity(own)).flatten(0, 1)
+    own = (numbered.values + crop * features.shape[1]).flatten()
+    unit = features.flatten(0, 1).index_select(0, own).view(B, R, features.shape[2]).float()
+    unit /= unit.norm(dim=-1, keepdim=True).clamp_min_(1e-12)
+    closeness = _ordered_bits(_products(unit)).flatten(0, 1)
+    del unit
     rest = numbered.indices.argsort(dim=1) + crop * R
     while rest.shape[1] > keep:
         even, odd = rest[:, 0::2], rest[:, 1::2]
         drop = min(ROUND, rest.shape[1] - keep, even.shape[1])
         # The matrix is symmetric: whole rows of the odd tokens are read in order, which is
         # several times faster than picking out the pairs.
-        closest = closeness.index_select(0, odd.flatten()).view(B, -1, R).amax(dim=1)
+        rows = closeness.index_select(0, odd.flatten())
+        closest = rows.view(B, odd.shape[1], R).amax(dim=1)
         # One integer key holds the similarity above and the number below: a single sort orders
         # by similarity, breaks ties by index, and brings the numbers along.
         key = torch.add(even, closest.take(even), alpha=1 << 32)
@@ -140,7 +147,7 @@ def _drop_duplicates(tokens: Tensor, features: Tensor, keep: int) -> Tensor:
 def _ordered_bits(values: Tensor) -> Tensor:
     """int32 numbers in the order of float32 `values`; 0.0 and -0.0 are one number."""
     bits = (values + 0.0).view(torch.int32)
-    return bits ^ (bits >> 31).bitwise_and_(0x7FFFFFFF)
+    return bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
 
 
 def _check(scores: Tensor, keep: int, least: int = 0) -> None:
