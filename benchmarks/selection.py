@@ -18,6 +18,7 @@ absolute times say little there (the JSON file holds them).
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -153,6 +154,7 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
         call()
         _wait(device)
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is chatty
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     held = peak = 0

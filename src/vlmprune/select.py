@@ -126,8 +126,9 @@ def _drop_duplicates(tokens: Tensor, features: Tensor, keep: int) -> Tensor:
     own = (numbered.values + crop * features.shape[1]).flatten()
     unit = features.flatten(0, 1).index_select(0, own).view(B, R, features.shape[2]).float()
     unit /= unit.norm(dim=-1, keepdim=True).clamp_min_(1e-12)
-    closeness = _ordered_bits(_products(unit)).flatten(0, 1)
+    similarity = _products(unit)
     del unit
+    closeness = _ordered_bits_(similarity).flatten(0, 1)
     rest = numbered.indices.argsort(dim=1) + crop * R
     while rest.shape[1] > keep:
         even, odd = rest[:, 0::2], rest[:, 1::2]
@@ -144,9 +145,9 @@ def _drop_duplicates(tokens: Tensor, features: Tensor, keep: int) -> Tensor:
     return numbered.values.take(rest)
 
 
-def _ordered_bits(values: Tensor) -> Tensor:
-    """int32 numbers in the order of float32 `values`; 0.0 and -0.0 are one number."""
-    bits = (values + 0.0).view(torch.int32)
+def _ordered_bits_(values: Tensor) -> Tensor:
+    """int32 numbers in the order of float32 `values`, in their place; -0.0 counts as 0.0."""
+    bits = values.add_(0.0).view(torch.int32)
     return bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
 
 

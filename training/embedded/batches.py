@@ -29,6 +29,9 @@ class Batch:
         mask: `[B * rows, 1, ROW, 257 + ROW]` float, 0 or minus infinity.
         targets: `[B * rows, ROW]`, the next token inside answers, else -100.
         block: `[B * rows, ROW]`, number of the question in `questions`, -1 for padding.
+        point: `[B * rows, ROW, 257]` bool, where answer tokens should look: the patches of the
+            question's cells, or `USER:` if there are none.
+        spread: `[B * rows, ROW, 257]` bool, `USER:` and one patch of every cell to be counted.
         dense: label arrays `[B, 256]` by name, -100 where there is none.
         questions: the questions, in order of `block`.
     """
@@ -39,6 +42,8 @@ class Batch:
     mask: Tensor
     targets: Tensor
     block: Tensor
+    point: Tensor
+    spread: Tensor
     dense: dict[str, Tensor]
     questions: list[Question]
 
@@ -52,22 +57,18 @@ class Batch:
 def dense_labels(placed: Sequence[Placed], cover: np.ndarray, half: np.ndarray) -> dict:
     """Labels `[256]` of a scene's patches, for the projector and the middle layer.
 
-    `cover` names what covers the patch and `digit` the digit on it; `row`, `column` say its cell.
-    `own` is what the cell holds (where enough of it has been read), `left` and `above` what the
-    neighbours hold, `seen` how many cells so far held the same, `tens` and `units` a sign's number;
-    these last five only where something covers the patch.
+    `cover` names what covers the patch and `digit` the digit on it; `row`, `column` say its cell,
+    `phase` its place inside the cell. `own` is what the cell holds (where enough of it has been
+    read), `left` and `above` what the neighbours hold, `tens` and `units` a sign's number; these
+    last four only where something covers the patch.
     """
-    step = np.arange(PATCHES) // (CELL // PATCH)
+    step, inside = np.divmod(np.arange(PATCHES), CELL // PATCH)
     row, column = np.repeat(step[:, None], PATCHES, 1), np.repeat(step[None, :], PATCHES, 0)
     grid = np.zeros((GRID + 1, GRID + 1), dtype=np.int64)
     numbers = np.zeros((GRID, GRID), dtype=np.int64)
-    seen = np.zeros((GRID, GRID), dtype=np.int64)
-    so_far: dict[str, int] = {}
     for thing in placed:
         grid[thing.row, thing.column] = 1 + NAMES.index(thing.name)
         numbers[thing.row, thing.column] = thing.number or 0
-        so_far[thing.name] = so_far.get(thing.name, 0) + 1
-        seen[thing.row, thing.column] = min(so_far[thing.name], 4)
     covered = cover > 0
     bottom = np.arange(PATCHES)[:, None] % (CELL // PATCH) == CELL // PATCH - 1
     number = numbers[row, column]
@@ -85,7 +86,7 @@ def dense_labels(placed: Sequence[Placed], cover: np.ndarray, half: np.ndarray) 
         "own": where(bottom | covered, grid[row, column]),
         "left": where(covered, grid[row, column - 1]),
         "above": where(covered, grid[row - 1, column]),
-        "seen": where(covered, seen[row, column]),
+        "phase": (inside[:, None] * (CELL // PATCH) + inside[None, :]).reshape(-1),
         "tens": where(sign, number // 10),
         "units": where(sign, number % 10),
     }
@@ -116,6 +117,33 @@ def pack(blocks: Sequence[tuple[list[int], int]], rows: int, first: int) -> tupl
         block[row, at : at + length] = first + number
         used[row] += length
     return tokens, positions, targets, block
+
+
+def looks(question: Question, cover: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each answer token of a question should look, and what a counting head should see.
+
+    Returns:
+        `[n, 257]` bool for each predicted token (one row serves all, but for descriptions, whose
+        every second token is a cell), and `[257]` bool, all false for what is not counted.
+    """
+    size = CELL // PATCH
+    maps = np.zeros((len(question.cells), PREFIX), dtype=bool)
+    spread = np.zeros(PREFIX, dtype=bool)
+    for number, (row, column) in enumerate(question.cells):
+        inside = np.zeros((PATCHES, PATCHES), dtype=bool)
+        inside[row * size : (row + 1) * size, column * size : (column + 1) * size] = True
+        covered = inside & (cover > 0)
+        if not covered.any():
+            inside[: (row + 1) * size - 1] = False
+            covered = inside
+        maps[number, 1:] = covered.reshape(-1)
+        spread[1 + ((row + 1) * size - 1) * PATCHES + (column + 1) * size - 1] = True
+    counted = question.kind in ("count", "presence")
+    spread[0] = True
+    if question.kind != "describe":
+        maps = maps.any(0, keepdims=True)
+        maps[0, 0] = not question.cells
+    return maps, spread & counted
 
 
 class Batcher:
@@ -183,10 +211,21 @@ class Batcher:
         same = (block[:, :, None] == block[:, None, :]) & self.causal
         allowed = torch.cat([torch.ones(*block.shape, PREFIX, dtype=torch.bool), same], dim=-1)
         mask = torch.zeros(allowed.shape).masked_fill_(~allowed, float("-inf"))[:, None]
+        point = np.zeros((*block.shape, PREFIX), dtype=bool)
+        spread = np.zeros_like(point)
+        homes = [i for i, asked in zip(indices, questions, strict=True) for _ in asked]
+        for number, question in enumerate(flat):
+            maps, counted = looks(question, self.data.cover[homes[number]])
+            where = ((block == number) & (targets != IGNORE)).nonzero().numpy()
+            if question.kind == "describe":
+                where = where[: 2 * len(maps) : 2]
+            point[where[:, 0], where[:, 1]] = maps
+            spread[where[:1, 0], where[:1, 1]] = counted
         features = self.data.take(indices)
         names = self.labels[0]
         dense = {k: torch.from_numpy(np.stack([self.labels[i][k] for i in indices])) for k in names}
-        return Batch(features, tokens, positions, mask, targets, block, dense, flat)
+        aims = torch.from_numpy(point), torch.from_numpy(spread)
+        return Batch(features, tokens, positions, mask, targets, block, *aims, dense, flat)
 
 
 def fixed_questions(data: Features, seed: int, per_kind: int = 1) -> list[list[Question]]:

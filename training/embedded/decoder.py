@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from scenes import GRID, NAMES
+from scenes import GRID, NAMES, PATCHES
 from torch import Tensor, nn
 
 PREFIX = 257
@@ -74,7 +74,8 @@ class Attention(nn.Module):
         text_table: tuple[Tensor, Tensor],
         mask: Tensor,
         last: bool,
-    ) -> tuple[Tensor | None, Tensor]:
+        point: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Image `[B, 257, H]`, text `[B * rows, R, H]`, mask `[B * rows, 1, R, 257 + R]`."""
         k, v = self.heads(image, self.k_proj, image_table), self.heads(image, self.v_proj, None)
         seen = None
@@ -89,7 +90,11 @@ class Attention(nn.Module):
         )
         v = torch.cat([v.repeat_interleave(rows, 0), self.heads(text, self.v_proj, None)], dim=2)
         read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return seen, self.o_proj(read.transpose(1, 2).flatten(2))
+        pointed = None
+        if point:
+            scores = q @ k.transpose(2, 3) / self.sizes.head_dim**0.5 + mask
+            pointed = scores.log_softmax(-1)[..., :PREFIX]
+        return seen, self.o_proj(read.transpose(1, 2).flatten(2)), pointed
 
 
 class MLP(nn.Module):
@@ -117,16 +122,21 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(sizes.hidden_size, eps=1e-6)
         self.post_attention_layernorm = nn.RMSNorm(sizes.hidden_size, eps=1e-6)
 
-    def forward(self, image: Tensor, text: Tensor, *context) -> tuple[Tensor, Tensor]:
-        """Both streams, `[B, 257, H]` and `[B * rows, R, H]`; `context` as in `Attention`."""
+    def forward(
+        self, image: Tensor, text: Tensor, *context, point: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Both streams, `[B, 257, H]` and `[B * rows, R, H]`; `context` as in `Attention`.
+
+        With `point` also the log of the attention to the prefix, `[B * rows, heads, R, 257]`.
+        """
         norm = self.input_layernorm
-        seen, read = self.self_attn(norm(image), norm(text), *context, self.last)
+        seen, read, pointed = self.self_attn(norm(image), norm(text), *context, self.last, point)
         text = text + read
         text = text + self.mlp(self.post_attention_layernorm(text))
         if seen is not None:
             image = image + seen
             image = image + self.mlp(self.post_attention_layernorm(image))
-        return image, text
+        return image, text, pointed
 
 
 class Projector(nn.Module):
@@ -153,7 +163,7 @@ HEADS = {
     "own": len(NAMES) + 1,
     "left": len(NAMES) + 1,
     "above": len(NAMES) + 1,
-    "seen": 5,
+    "phase": (PATCHES // GRID) ** 2,
     "tens": 10,
     "units": 10,
 }
@@ -181,8 +191,14 @@ class Decoder(nn.Module):
                 nn.init.normal_(module.weight, std=0.04)
 
     def forward(
-        self, features: Tensor, user: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        features: Tensor,
+        user: Tensor,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        point: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Run pictures and questions.
 
         Args:
@@ -191,10 +207,12 @@ class Decoder(nn.Module):
             tokens: `[B * rows, R]`, questions packed into rows.
             positions: `[B * rows, R]`; each question restarts at 257.
             mask: `[B * rows, 1, R, 257 + R]`, 0 or minus infinity.
+            point: also give the attention that follows the middle layer.
 
         Returns:
-            Projected visual tokens `[B, 256, H]`, their state after the middle layer, and the
-            normalised last state of the questions `[B * rows, R, H]`.
+            Projected visual tokens `[B, 256, H]`, their state after the middle layer, the
+            normalised last state of the questions `[B * rows, R, H]`, and with `point` the log of
+            the questions' attention to the prefix in the next layer, `[B * rows, heads, R, 257]`.
         """
         visual = self.multi_modal_projector(features)
         start = self.embed_tokens(user).expand(len(features), 1, -1)
@@ -203,12 +221,14 @@ class Decoder(nn.Module):
         image_table = rotary(torch.arange(PREFIX, device=features.device), dim)
         cos, sin = rotary(positions, dim)
         text_table = (cos[:, None], sin[:, None])
-        between = image
-        for number, layer in enumerate(self.layers, 1):
-            image, text = layer(image, text, image_table, text_table, mask)
+        between, pointed = image, None
+        for number, layer in enumerate(self.layers):
             if number == self.middle:
                 between = image
-        return visual, between[:, 1:], self.norm(text)
+            here = point and number == self.middle
+            image, text, found = layer(image, text, image_table, text_table, mask, point=here)
+            pointed = found if here else pointed
+        return visual, between[:, 1:], self.norm(text), pointed
 
     def exported(self) -> dict[str, Tensor]:
         """Weights under LLaVA's names on disk, the standardisation folded into the projector."""

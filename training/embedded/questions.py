@@ -46,11 +46,16 @@ BALANCE: dict[str, int] = {"at": 3, "presence": 2, "count": 5, "left": 3, "above
 
 @dataclass(frozen=True)
 class Question:
-    """One question with its true answer, both as the model reads and writes them."""
+    """One question with its true answer, both as the model reads and writes them.
+
+    `cells` says where one has to look for the answer, `(row, column)` from 0: nowhere if what is
+    asked for is not there.
+    """
 
     kind: str
     text: str
     answer: str
+    cells: tuple[tuple[int, int], ...] = ()
 
 
 def vocabulary() -> list[str]:
@@ -115,6 +120,7 @@ def ask(
     often = Counter(p.name for p in placed)
     once = [p for p in placed if often[p.name] == 1]
     fields: dict[str, str] = {}
+    look: list[tuple[int, int]] = []
     wording = int(rng.integers(2))
 
     def pick(options: Sequence):
@@ -132,17 +138,20 @@ def ask(
         if cell is None:
             return None
         fields["place"], answer = place(*cell), called(grid.get(cell))
+        look = [cell]
     elif kind == "where":
         thing = pick(once)
         if thing is None:
             return None
         fields, answer = name_fields(thing.name), f"{place(thing.row, thing.column)}."
+        look = [(thing.row, thing.column)]
     elif kind in ("presence", "count"):
         wanted = [n for n in NAMES if (often[n] > 0 if kind == "presence" else often[n]) == want]
         name = pick(wanted)
         if name is None:
             return None
         fields = name_fields(name)
+        look = [(p.row, p.column) for p in placed if p.name == name]
         answer = ("yes." if want else "no.") if kind == "presence" else f"{COUNTS[often[name]]}."
     elif kind in ("left", "above"):
         down, right = (0, 1) if kind == "left" else (1, 0)
@@ -151,6 +160,7 @@ def ask(
         if thing is None:
             return None
         fields = name_fields(thing.name)
+        look = [(thing.row, thing.column)]
         answer = called(grid.get((thing.row - down, thing.column - right)))
     elif kind == "read":
         signs = [p for p in placed if p.number is not None]
@@ -159,15 +169,17 @@ def ask(
             return None
         wording = wording if len(signs) == 1 else 0
         fields["place"], answer = place(thing.row, thing.column), f"{in_words(thing.number)}."
+        look = [(thing.row, thing.column)]
     elif kind == "describe":
         rows = (
             ", ".join(grid[r, c].name if (r, c) in grid else NOTHING for c in range(GRID))
             for r in range(GRID)
         )
         answer = " ".join(f"{row}." for row in rows)
+        look = [(r, c) for r in range(GRID) for c in range(GRID)]
     else:
         raise ValueError(f"unknown kind {kind!r}: one of {', '.join(KINDS)}")
-    return Question(kind, WORDINGS[kind][wording].format(**fields), answer)
+    return Question(kind, WORDINGS[kind][wording].format(**fields), answer, tuple(look))
 
 
 def prompt(question: str, image: bool = True) -> str:

@@ -29,7 +29,9 @@ from scenes import NAMES
 from torch import Tensor, distributed
 
 app = typer.Typer(add_completion=False, help=__doc__)
-HEAD_WEIGHTS = {"row": 0.05, "column": 0.05, "own": 0.25, "left": 0.2, "above": 0.2, "seen": 0.2}
+HEAD_WEIGHTS = {"row": 0.05, "column": 0.05, "own": 0.25, "left": 0.2, "above": 0.2}
+LOOKING, COUNTING = slice(0, 4), slice(4, 6)
+"""Heads of the layer after the middle that are taught where to look, and what to count."""
 EVALUATED = 20
 """Pictures at once in an evaluation."""
 SIZE_FIELDS = (
@@ -61,7 +63,8 @@ def cache(
 
 def losses(model: Decoder, batch: Batch, user: Tensor, names: Tensor) -> dict[str, Tensor]:
     """Answer loss and dense losses of a batch; `names` are the word numbers of the cover labels."""
-    visual, between, state = model(batch.features, user, batch.tokens, batch.positions, batch.mask)
+    given = (batch.features, user, batch.tokens, batch.positions, batch.mask)
+    visual, between, state, pointed = model(*given, point=True)
     words = model.embed_tokens.weight
     chosen = batch.targets != IGNORE
     logits = state[chosen] @ words.T
@@ -75,6 +78,17 @@ def losses(model: Decoder, batch: Batch, user: Tensor, names: Tensor) -> dict[st
     between = between.flatten(0, 1)
     for name in HEADS:
         found[name] = _labelled(model.heads[name], between, batch.dense[name])
+    for name, heads, wanted in (
+        ("point", LOOKING, batch.point),
+        ("spread", COUNTING, batch.spread),
+    ):
+        rows = wanted.any(-1)
+        aimed, wanted = pointed[:, heads].transpose(1, 2)[rows], wanted[rows][:, None]
+        if name == "point":
+            each = -aimed.masked_fill(~wanted, float("-inf")).logsumexp(-1)
+        else:
+            each = -(aimed * wanted).sum(-1) / wanted.sum(-1) - wanted.sum(-1).log()
+        found[name] = each.mean() if bool(rows.any()) else aimed.sum() * 0.0
     return found
 
 
@@ -90,6 +104,7 @@ def _labelled(head: torch.nn.Module, state: Tensor, labels: Tensor) -> Tensor:
 def total(found: dict[str, Tensor], dense: float) -> Tensor:
     """Weighted sum of the losses; `dense` scales all but the answer's."""
     aside = 0.4 * found["cover"] + 0.1 * found["digit"]
+    aside = aside + 0.4 * found["point"] + 0.3 * found["spread"]
     for name in HEADS:
         aside = aside + HEAD_WEIGHTS.get(name, 0.1) * found[name]
     return found["answer"] + dense * aside
@@ -130,7 +145,7 @@ def save(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer, state: 
 
 def restore(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> dict:
     """Read a checkpoint back into model and optimizer; returns its state."""
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
     whole = optimizer.state_dict()
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in load_file(folder / "optimizer.safetensors").items():
