@@ -40,8 +40,9 @@ if ! "$folder/bin/python" -c 'import torch' 2>/dev/null; then
     elif install "torch==$TORCH+cpu" 2>/dev/null; then
         echo "Installed torch $TORCH for the CPU."
     else
-        # Where pip knows of no CPU build this may bring CUDA along; TORCH_INDEX avoids that.
-        echo "Installing torch as pip offers it (set TORCH_INDEX for a CPU build)."
+        # Where pip's own settings lead to no CPU build, this may bring CUDA along.
+        echo "Installing torch as pip offers it. On Linux that can mean gigabytes of CUDA; to avoid"
+        echo "them, stop and set TORCH_INDEX to the CPU package index that pytorch.org names."
         install torch
     fi
 fi

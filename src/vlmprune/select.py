@@ -81,6 +81,87 @@ def vispruner(
     return chosen.sort(dim=1).values
 
 
+def farthest_point(features: Tensor, keep: int) -> Tensor:
+    """DivPrune's choice: each next token is the one farthest from all chosen so far.
+
+    Distance is 1 - cosine, in float32. The first token is the one farthest from its nearest
+    neighbour. Ties go to the lower index.
+
+    Source: arXiv 2503.02175, section 3, and the authors' code, whose choices it equals.
+
+    Args:
+        features: [B, N, C].
+        keep: 1 to N.
+
+    Returns:
+        [B, keep] int64, ascending.
+
+    Raises:
+        ValueError: `keep` is outside 1 to N.
+    """
+    _check(features[..., 0], keep, least=1)
+    unit = torch.nn.functional.normalize(features.float(), dim=-1)
+    newest = _first_max(-_nearest(unit))
+    # The distance to the nearest chosen token; chosen ones are ruled out for good.
+    distance = torch.full(unit.shape[:2], torch.inf, device=unit.device)
+    chosen = [newest]
+    for _ in range(keep - 1):
+        rows = unit.gather(1, newest[:, :, None].expand(-1, -1, unit.shape[2]))
+        distance = torch.minimum(distance, 1.0 - (unit @ rows.transpose(1, 2))[:, :, 0])
+        distance.scatter_(1, newest, -torch.inf)
+        newest = _first_max(distance)
+        chosen.append(newest)
+    return torch.cat(chosen, dim=1).sort(dim=1).values
+
+
+def conditional_dpp(features: Tensor, relevance: Tensor, keep: int) -> Tensor:
+    """CDPruner's choice: greedy MAP of a determinantal point process, weighted by relevance.
+
+    The kernel is r_i · cosine(i, j) · r_j, in float32; one of its rows is computed a step, and
+    the N × N matrix never stands whole. Ties go to the lower index.
+
+    Source: arXiv 2506.10967, section 3, and the authors' code, whose choices it equals.
+
+    Args:
+        features: [B, N, D].
+        relevance: [B, N], not negative.
+        keep: 1 to N.
+
+    Returns:
+        [B, keep] int64, ascending.
+
+    Raises:
+        ValueError: shapes do not fit, or `keep` is outside 1 to N.
+    """
+    _check(relevance, keep, least=1)
+    if features.ndim != 3 or features.shape[:2] != relevance.shape:
+        raise ValueError(
+            f"features {tuple(features.shape)} do not fit relevance {tuple(relevance.shape)}; "
+            "expected [B, N, D] and [B, N]."
+        )
+    B, N = relevance.shape
+    unit = torch.nn.functional.normalize(features.float(), dim=-1)
+    weight = relevance.float()
+    # What each token would add, and the part of each kernel row that is explained already.
+    gain = weight * (unit * unit).sum(dim=-1) * weight
+    rows = unit.new_zeros(B, keep, N)
+    chosen = []
+    for step in range(keep):
+        newest = _first_max(gain)
+        chosen.append(newest)
+        if step + 1 == keep:
+            break
+        vector = unit.gather(1, newest[:, :, None].expand(-1, -1, unit.shape[2]))
+        kernel = weight.gather(1, newest) * (unit @ vector.transpose(1, 2))[:, :, 0] * weight
+        known = rows[:, :step]
+        at = known.gather(2, newest[:, None, :].expand(-1, step, -1))
+        row = kernel - (at.transpose(1, 2) @ known)[:, 0]
+        row = row / gain.gather(1, newest).clamp_min(1e-20).sqrt()
+        rows[:, step] = row
+        gain = (gain - row * row).scatter(1, newest, -torch.inf)
+    return torch.cat(chosen, dim=1).sort(dim=1).values
+
+
 def count_important(keep: int, important_ratio: float) -> int:
     """How many of `keep` tokens VisPruner takes by attention: floor(keep · ratio).
 
@@ -149,6 +230,26 @@ def _ordered_bits_(values: Tensor) -> Tensor:
     """int32 numbers in the order of float32 `values`, in their place; -0.0 counts as 0.0."""
     bits = values.add_(0.0).view(torch.int32)
     return bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
+
+
+def _first_max(values: Tensor) -> Tensor:
+    """[B, 1] index of each row's largest value, the lowest of equals on every device."""
+    N = values.shape[1]
+    best = values == values.amax(dim=1, keepdim=True)
+    place = torch.arange(N, device=values.device)
+    return torch.where(best, place, N).amin(dim=1, keepdim=True).clamp(max=N - 1)
+
+
+def _nearest(unit: Tensor, chunk: int = 1024) -> Tensor:
+    """[B, N] largest cosine of each unit vector [B, N, C] with another; memory chunk × N."""
+    N = unit.shape[1]
+    found = []
+    for start in range(0, N, chunk):
+        part = unit[:, start : start + chunk] @ unit.transpose(1, 2)
+        own = torch.arange(start, start + part.shape[1], device=unit.device)
+        part[:, own - start, own] = -torch.inf
+        found.append(part.amax(dim=2))
+    return torch.cat(found, dim=1)
 
 
 def _check(scores: Tensor, keep: int, least: int = 0) -> None:

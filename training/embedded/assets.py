@@ -68,15 +68,15 @@ class Photo:
 TRAIN_PHOTOS: dict[str, Photo] = {
     "chelsea": Photo("skimage", "data/chelsea.png", "CC0, Stefan van der Walt"),
     "hubble": Photo("skimage", "data/hubble_deep_field.jpg", "public domain, NASA"),
-    "retina": Photo("skimage", "data/retina.jpg", "CC0"),
+    "retina": Photo("skimage", "data/retina.jpg", "CC0, Mikael Häggström"),
     "tissue": Photo("skimage", "data/ihc.png", "no known copyright restrictions"),
-    "motorcycle": Photo("skimage", "data/motorcycle_left.png", "Middlebury stereo data, via CC0"),
+    "motorcycle": Photo("skimage", "data/motorcycle_left.png", "none stated, Middlebury 2014"),
     "brick": Photo("skimage", "data/brick.png", "CC0, CC0Textures"),
     "gravel": Photo("skimage", "data/gravel.png", "CC0, CC0Textures"),
     "camera": Photo("skimage", "data/camera.png", "CC0, Lav Varshney"),
     "coins": Photo("skimage", "data/coins.png", "no known copyright restrictions"),
-    "moon": Photo("skimage", "data/moon.png", "see scikit-image"),
-    "page": Photo("skimage", "data/page.png", "see scikit-image"),
+    "moon": Photo("skimage", "data/moon.png", "none stated"),
+    "page": Photo("skimage", "data/page.png", "none stated"),
     "clock": Photo("skimage", "data/clock_motion.png", "public domain, Stefan van der Walt"),
     "china": Photo("sklearn", "datasets/images/china.jpg", "CC BY 2.0, danielbuechele"),
     "flower": Photo("sklearn", "datasets/images/flower.jpg", "CC BY 2.0, vultilion"),
@@ -87,7 +87,7 @@ HELD_OUT_PHOTOS: dict[str, Photo] = {
     "astronaut": Photo("skimage", "data/astronaut.png", "public domain, NASA"),
     "coffee": Photo("skimage", "data/coffee.png", "CC0, Rachel Michetti"),
     "rocket": Photo("skimage", "data/rocket.jpg", "public domain, SpaceX"),
-    "grass": Photo("skimage", "data/grass.png", "CC0"),
+    "grass": Photo("skimage", "data/grass.png", "CC0, linolafett"),
 }
 """Backgrounds of the validation, test and demonstration scenes; never trained on."""
 
