@@ -172,3 +172,23 @@ def test_the_last_column_may_be_dropped(policy: Any) -> None:
             assert float((got[0] - wanted).abs().max()) < TOLERANCE
         return
     raise AssertionError("no seed dropped the last column")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    """Half-precision hosts: as near to masking as their rounding allows."""
+    built = model().to(dtype)
+    req = request(model(), [1, 2])
+    req.inputs["pixel_values"] = req.inputs["pixel_values"].to(dtype)
+    with VisPruner(keep=4)(built) as handle:
+        pruned = generate(built, **req.inputs)
+    assert handle.report is not None
+    kept = handle.report.kept
+    dropped = dropped_columns(req, kept)
+    # Rounding may turn a near-tie between two tokens; the first step is free of that.
+    first = pruned.logits[0].float()
+    expected = masked(built, req, dropped, "compact").logits[0].float()
+    others = [(n - 1 - k).flip(0) for k, n in zip(kept, req.lengths, strict=True)]
+    control = masked(built, req, dropped_columns(req, others), "compact").logits[0].float()
+    near, far = (first - expected).abs().max(), (first - control).abs().max()
+    assert float(near) < 0.05 and float(far) > 5 * float(near)

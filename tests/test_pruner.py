@@ -153,11 +153,14 @@ def test_two_threads_on_one_model() -> None:
 
 def test_a_detached_model_can_be_collected() -> None:
     built = model()
-    VisPruner(keep=4).attach(built).detach()
+    pruner = VisPruner(keep=4)
+    with pruner(built):
+        built.generate(**request(built, [1]).inputs, **OPTIONS)
     gone = weakref.ref(built)
     del built
     gc.collect()
     assert gone() is None
+    assert pruner.report is not None and pruner.report.visual_tokens_after == 4
 
 
 def test_signatures_stay() -> None:

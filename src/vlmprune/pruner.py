@@ -65,7 +65,8 @@ class Pruner:
             VlmpruneError: the model is not supported.
         """
         handle = Handle(self, model)
-        object.__setattr__(self, "_last", handle)
+        # Not the handle: a pruner that lives on must not keep the model alive.
+        object.__setattr__(self, "_last", handle.latest)
         return handle
 
     @contextmanager
@@ -86,8 +87,8 @@ class Pruner:
     @property
     def report(self) -> Report | None:
         """What the last call under this pruner's latest attachment kept and saved."""
-        handle = getattr(self, "_last", None)
-        return None if handle is None else handle.report
+        latest: Latest | None = getattr(self, "_last", None)
+        return None if latest is None else latest.report
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,13 @@ def _stages(pruner: Pruner) -> tuple[Pruner, ...]:
     return pruner.stages if isinstance(pruner, Chain) else (pruner,)
 
 
+@dataclass
+class Latest:
+    """Holds the report of an attachment's last call."""
+
+    report: Report | None = None
+
+
 class Handle:
     """A pruner on a model.
 
@@ -132,7 +140,7 @@ class Handle:
         model: the host.
         family: the host's record.
         positions: the position policy in use.
-        report: what the last call kept and saved; None before the first.
+        latest: holds the report of the last call.
     """
 
     def __init__(self, pruner: Pruner, model: nn.Module) -> None:
@@ -140,12 +148,21 @@ class Handle:
         self.pruner = pruner
         self.model: Any = model
         self.positions = families.resolve_positions(model, pruner.positions)
-        self.report: Report | None = None
+        self.latest = Latest()
         config: Any = model.config
         self.image_token_id: int = config.image_token_id
         pad = getattr(config.get_text_config(), "pad_token_id", None)
         self.pad_id: int = pad if isinstance(pad, int) and pad >= 0 else 0
         self.host = host.join(model, self)
+
+    @property
+    def report(self) -> Report | None:
+        """What the last call kept and saved; None before the first."""
+        return self.latest.report
+
+    @report.setter
+    def report(self, report: Report | None) -> None:
+        self.latest.report = report
 
     def detach(self) -> None:
         """Give the model back exactly as it was. May be called again."""
