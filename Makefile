@@ -6,12 +6,14 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 export PYTHON TORCH TORCH_INDEX
 
-SCENE = src/vlmprune/embedded/scenes/README_SCENE
+SCENE = src/vlmprune/embedded/scenes/coffee.jpg
+QUESTION = what is in row three column one?
 .PHONY: demo test test-oldest lint bench train clean
 
 demo: $(VENV)/.demo
-	@mkdir -p demo-output
-	$(VENV)/bin/vlmprune run $(SCENE) "README_QUESTION" --keep 64 --save-overlay demo-output/overlay.png
+	@$(VENV)/bin/vlmprune run $(SCENE) "$(QUESTION)" --keep 64 --save-overlay demo-output/kept.png
+	@echo
+	@$(VENV)/bin/vlmprune plan llava-next-7b --keep 29
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest
