@@ -83,6 +83,11 @@ TRAIN_PHOTOS: dict[str, Photo] = {
 }
 """Backgrounds of the training scenes."""
 
+CLUTTER_PHOTOS: dict[str, Photo] = TRAIN_PHOTOS | {
+    "hopper": Photo("matplotlib", "mpl-data/sample_data/grace_hopper.jpg", "public domain, US Navy")
+}
+"""Backgrounds of the cluttered training scenes."""
+
 HELD_OUT_PHOTOS: dict[str, Photo] = {
     "astronaut": Photo("skimage", "data/astronaut.png", "public domain, NASA"),
     "coffee": Photo("skimage", "data/coffee.png", "CC0, Rachel Michetti"),
@@ -117,13 +122,13 @@ class Assets:
     @cache  # noqa: B019
     def photo(self, name: str) -> Image.Image:
         """The photograph, RGB, in its own size."""
-        return Image.open(photo_path({**TRAIN_PHOTOS, **HELD_OUT_PHOTOS}[name])).convert("RGB")
+        return Image.open(photo_path({**CLUTTER_PHOTOS, **HELD_OUT_PHOTOS}[name])).convert("RGB")
 
 
 def photo_path(photo: Photo) -> Path:
     """File of a photograph inside its installed package."""
     spec = importlib.util.find_spec(photo.package)
-    name = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[photo.package]
+    name = {"skimage": "scikit-image", "sklearn": "scikit-learn"}.get(photo.package, photo.package)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"{name} is not installed: its photographs are the backgrounds")
     file = Path(spec.origin).parent / photo.file

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from assets import HELD_OUT_PHOTOS, TRAIN_PHOTOS, Assets
+from assets import CLUTTER_PHOTOS, HELD_OUT_PHOTOS, TRAIN_PHOTOS, Assets
 from scenes import PATCHES, Placed, scene
 
 TOKENS = PATCHES * PATCHES
 WIDTH = 384
-SEEDS = {"train": 1, "large": 1, "reading": 4, "validation": 2, "test": 3}
+SEEDS = {"train": 1, "large": 1, "reading": 4, "clutter": 5, "validation": 2, "test": 3}
 """Seed of each set of scenes."""
-STYLE = {"train": "small signs", "reading": "many signs"}
+STYLE = {"train": "small signs", "reading": "many signs", "clutter": "clutter"}
 """Style of the sets that are not plain scenes."""
-TRAINING = {"train": 0.55, "large": 0.25, "reading": 0.2}
+TRAINING = {"train": 0.35, "large": 0.15, "reading": 0.1, "clutter": 0.4}
 """The training sets and their shares of each batch; only they use the training photographs."""
 
 
@@ -58,6 +58,8 @@ class Features:
 
 def photos(split: str) -> list[str]:
     """Names of the photographs that a set of scenes may use."""
+    if split == "clutter":
+        return list(CLUTTER_PHOTOS)
     return list(TRAIN_PHOTOS if split in TRAINING else HELD_OUT_PHOTOS)
 
 

@@ -23,7 +23,7 @@ NAMES: tuple[str, ...] = (*SYMBOLS, SIGN)
 
 SIGN_COLOURS = (("white", "black"), ("gold", "black"))
 SMALL_SIGN_COLOURS = (*SIGN_COLOURS, ("navy", "white"), ("darkgreen", "white"))
-STYLES = ("plain", "small signs", "many signs")
+STYLES = ("plain", "small signs", "many signs", "clutter")
 """Kinds of scenes. Small signs lie at jittered places and are never read; see `small_sign`."""
 
 
@@ -93,6 +93,43 @@ def background(photo: Image.Image, rng: np.random.Generator) -> Image.Image:
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         crop = enhance(crop).enhance(float(rng.uniform(0.7, 1.25)))
     return crop
+
+
+def clutter(assets: Assets, photos: Sequence[str], rng: np.random.Generator) -> Image.Image:
+    """A busy background: recoloured photographs, and shapes over them that are no symbols."""
+
+    def photo() -> Image.Image:
+        made = background(assets.photo(photos[int(rng.integers(len(photos)))]), rng)
+        if rng.random() < 0.5:
+            hue, *others = made.convert("HSV").split()
+            shift = int(rng.integers(256))
+            hue = hue.point(lambda value: (value + shift) % 256)
+            made = Image.merge("HSV", (hue, *others)).convert("RGB")
+        return made
+
+    image = photo()
+    for _ in range(int(rng.integers(6, 19))):
+        width, height = (int(v) for v in rng.integers(8, 60, size=2))
+        mask = Image.new("L", (width, height), 0)
+        pen, box, kind = ImageDraw.Draw(mask), (0, 0, width - 1, height - 1), int(rng.integers(4))
+        if kind == 0:
+            pen.ellipse(box, fill=255)
+        elif kind == 1:
+            pen.rounded_rectangle(box, radius=int(rng.integers(12)), fill=255)
+        elif kind == 2:
+            corners = rng.integers(0, (width, height), size=(int(rng.integers(3, 7)), 2))
+            pen.polygon([(int(x), int(y)) for x, y in corners], fill=255)
+        else:
+            letters = "".join(rng.choice(list("ABCDEFGHKLMNPRSTUVXYZ"), size=2))
+            pen.text((0, 0), letters, fill=255, font=ImageFont.load_default(size=height))
+        colour = tuple(int(v) for v in rng.integers(256, size=3))
+        flat = rng.random() < 0.5
+        fill = Image.new("RGB", mask.size, colour) if flat else photo().resize(mask.size)
+        turn = float(rng.uniform(0, 360))
+        mask, fill = mask.rotate(turn, expand=True), fill.rotate(turn, expand=True)
+        x, y = int(rng.integers(-20, SIDE - 10)), int(rng.integers(-20, SIDE - 10))
+        image.paste(fill, (x, y), mask)
+    return image
 
 
 def sign(number: int, rng: np.random.Generator, scale: int = 1) -> Image.Image:
@@ -187,7 +224,10 @@ def scene(
     if style not in STYLES:
         raise ValueError(f"unknown style {style!r}: one of {', '.join(STYLES)}")
     rng = np.random.default_rng([seed, index])
-    photo = assets.photo(photos[int(rng.integers(len(photos)))])
-    base, things = background(photo, rng), contents(rng, style)
+    if style == "clutter":
+        base = clutter(assets, photos, rng)
+    else:
+        base = background(assets.photo(photos[int(rng.integers(len(photos)))]), rng)
+    things = contents(rng, style)
     draw_sign = small_sign if style == "small signs" else sign
     return compose(base, things, assets, rng, draw_sign=draw_sign)

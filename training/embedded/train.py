@@ -50,14 +50,16 @@ def cache(
     vision: Annotated[Path, typer.Option(help="folder of the vision tower")],
     out: Annotated[Path, typer.Option(help="where the features go, 200 MB per 1,000 scenes")],
     train: int = 6000,
-    large: int = 1200,
+    large: int = 1800,
     reading: int = 400,
+    clutter: int = 1500,
     validation: int = 300,
     processes: int = 2,
 ) -> None:
     """Compute and keep the vision features of the scenes."""
     compute("validation", validation, out, assets, vision, processes)
-    for split, amount in {"train": train, "large": large, "reading": reading}.items():
+    sets = {"train": train, "large": large, "reading": reading, "clutter": clutter}
+    for split, amount in sets.items():
         compute(split, amount, out, assets, vision, processes)
 
 
