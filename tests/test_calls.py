@@ -106,6 +106,19 @@ def test_several_samples_a_prompt() -> None:
 
 
 @FAMILIES
+def test_repeated_rows_keep_their_images_in_order(family: str) -> None:
+    """Samples that leave nothing to chance are all the greedy answer."""
+    built = model(family)
+    req = request(built, [2, 1])
+    with VisPruner(keep=4)(built):
+        greedy = built.generate(**req.inputs, do_sample=False, max_new_tokens=6)
+        options = {"do_sample": True, "top_k": 1, "max_new_tokens": 6}
+        samples = built.generate(**req.inputs, **options, num_return_sequences=2)
+    assert torch.equal(samples, greedy.repeat_interleave(2, 0))
+    assert not torch.equal(greedy[0, -6:], greedy[1, -6:])
+
+
+@FAMILIES
 def test_text_only(family: str) -> None:
     built = model(family)
     req = request(built, [0, 0])

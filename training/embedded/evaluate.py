@@ -2,9 +2,9 @@
 
     python evaluate.py --assets A --out result.json
 
-The scenes lie on photographs, at places and with contents that training never saw. Four
-conditions: all 256 visual tokens, none, 64 at random, and an even 8 x 8 grid of them; what is kept
-keeps its original positions. The pictures go through the processor and the model's own
+The scenes lie on photographs, at places and with contents that training never saw. Five
+conditions: all 256 visual tokens, all those of a blank grey picture instead, none, 64 at random,
+and an even 8 x 8 grid of them; what is kept keeps its original positions. The pictures go through the processor and the model's own
 `get_image_features`; the answers come from the stock forward with its cache. The first scenes are
 also answered by the literal `processor(...)` and `generate`, and must agree.
 """
@@ -23,11 +23,14 @@ import typer
 from assets import Assets
 from batches import fixed_questions
 from features import SEEDS, TOKENS, photos
+from PIL import Image
 from questions import Question, prompt, right
 from rich.progress import track
-from scenes import GRID, PATCHES, Scene, scene
+from scenes import GRID, PATCHES, SIDE, Scene, scene
 from torch import Tensor
 
+TOGETHER = 5
+"""Scenes answered at once."""
 LONGEST = 40
 """Tokens of the longest answer, a description of 16 cells, and some to spare."""
 
@@ -42,6 +45,7 @@ def conditions(seed: int) -> dict[str, Callable[[int], Tensor]]:
 
     return {
         "all": lambda number: torch.arange(TOKENS),
+        "blank": lambda number: torch.arange(TOKENS),
         "none": lambda number: torch.arange(0),
         "random 64": random,
         "grid 64": lambda number: grid,
@@ -49,21 +53,21 @@ def conditions(seed: int) -> dict[str, Callable[[int], Tensor]]:
 
 
 @torch.inference_mode()
-def visual_tokens(model, processor, made: Scene) -> Tensor:
-    """The scene's visual tokens as the decoder gets them, `[256, hidden]`."""
-    pixels = processor.image_processor(made.image, return_tensors="pt")["pixel_values"]
+def visual_tokens(model, processor, picture: Image.Image) -> Tensor:
+    """The picture's visual tokens as the decoder gets them, `[256, hidden]`."""
+    pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
     features = model.model.get_image_features(pixels.to(model.device, model.dtype))
     features = getattr(features, "pooler_output", features)
     return features[0] if isinstance(features, list | tuple) else features.squeeze(0)
 
 
 @torch.inference_mode()
-def answers(model, processor, visual: Tensor, kept: Tensor, asked: list[Question]) -> list[str]:
-    """Greedy answers to several questions about one picture, of which `kept` tokens remain."""
+def answers(model, processor, asked: list[tuple[Question, Tensor, Tensor]]) -> list[str]:
+    """Greedy answers to questions, each with its picture's visual tokens and the kept of these."""
     tokenizer, device = processor.tokenizer, model.device
     image, pad = model.config.image_token_id, tokenizer.pad_token_id
     rows = []
-    for question in asked:
+    for question, _, kept in asked:
         ids = torch.tensor(tokenizer(prompt(question.text))["input_ids"])
         at = int((ids == image).nonzero())
         ids = torch.cat([ids[:at], torch.full((TOKENS,), image), ids[at + 1 :]])
@@ -80,7 +84,7 @@ def answers(model, processor, visual: Tensor, kept: Tensor, asked: list[Question
         mask[row, -len(found) :] = 1
     ids, positions, mask = ids.to(device), positions.to(device), mask.to(device)
     embeds = model.get_input_embeddings()(ids)
-    embeds[ids == image] = visual[kept].repeat(len(rows), 1).to(embeds)
+    embeds[ids == image] = torch.cat([visual[kept] for _, visual, kept in asked]).to(embeds)
     out = model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=True)
     last, written = positions[:, -1:], []
     finished = torch.zeros(len(rows), dtype=torch.bool, device=device)
@@ -123,21 +127,24 @@ def measure(model, processor, assets: Assets, amount: int, check: int) -> dict:
     made = [scene(i, SEEDS["test"], photos("test"), assets) for i in range(amount)]
     asked = fixed_questions(SimpleNamespace(placed=[s.placed for s in made]), SEEDS["test"])
     chosen = conditions(SEEDS["test"])
+    grey = visual_tokens(model, processor, Image.new("RGB", (SIDE, SIDE), (128, 128, 128)))
     hits: dict[str, dict[str, list[float]]] = {name: {} for name in chosen}
     agreed: list[bool] = []
-    for number, (one, questions) in enumerate(track([*zip(made, asked, strict=True)])):
-        visual = visual_tokens(model, processor, one)
+    for first in track(range(0, amount, TOGETHER)):
+        some = range(first, min(first + TOGETHER, amount))
+        visual = {i: visual_tokens(model, processor, made[i].image) for i in some}
+        pairs = [(i, question) for i in some for question in asked[i]]
         for name, kept in chosen.items():
-            said = answers(model, processor, visual, kept(number), questions)
-            for question, answer in zip(questions, said, strict=True):
+            seen = dict.fromkeys(some, grey) if name == "blank" else visual
+            said = answers(model, processor, [(q, seen[i], kept(i)) for i, q in pairs])
+            for (number, question), answer in zip(pairs, said, strict=True):
                 kinds = hits[name]
                 kinds.setdefault(question.kind, []).append(float(right(question, answer)))
                 if question.kind == "describe":
                     share = cells_right(question, answer)
                     kinds.setdefault("describe, per cell", []).append(share)
-            if name == "all" and number < check:
-                plain = [literal(model, processor, one, q) for q in questions]
-                agreed += [a == b for a, b in zip(said, plain, strict=True)]
+                if name == "all" and number < check:
+                    agreed.append(answer == literal(model, processor, made[number], question))
     table = {n: {k: round(float(np.mean(v)), 4) for k, v in h.items()} for n, h in hits.items()}
     counts = {k: len(v) for k, v in hits["all"].items() if k != "describe, per cell"}
     return {

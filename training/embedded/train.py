@@ -106,7 +106,7 @@ def _labelled(head: torch.nn.Module, state: Tensor, labels: Tensor) -> Tensor:
 def total(found: dict[str, Tensor], dense: float) -> Tensor:
     """Weighted sum of the losses; `dense` scales all but the answer's."""
     aside = 0.4 * found["cover"] + 0.1 * found["digit"]
-    aside = aside + 0.4 * found["point"] + 0.3 * found["spread"]
+    aside = aside + 0.4 * found["point"] + 0.8 * found["spread"]
     for name in HEADS:
         aside = aside + HEAD_WEIGHTS.get(name, 0.1) * found[name]
     return found["answer"] + dense * aside
@@ -160,7 +160,7 @@ def restore(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> d
 
 def mixture_of(scores: dict[str, float]) -> dict[str, float]:
     """Shares of the question kinds: more for what is still wrong."""
-    return {k: 0.08 + 1.0 - scores.get(k, 0.0) for k in KINDS if k != "describe"}
+    return {k: 0.04 + 1.0 - scores.get(k, 0.0) for k in KINDS if k != "describe"}
 
 
 @dataclass(frozen=True)
