@@ -3,7 +3,8 @@
     python demo.py --assets A --folder src/vlmprune/embedded/scenes
 
 The photographs are held out of training, the placements chosen by hand here. The pictures are 448
-pixels a side, so that they are good to look at; the processor halves them.
+pixels a side, so that they are good to look at; the processor halves them. Questions that the
+packaged model gets wrong are left out and named.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from typing import Annotated
 import numpy as np
 import typer
 from assets import HELD_OUT_PHOTOS, Assets
+from evaluate import literal
 from PIL import Image
 from questions import KINDS, Question, ask
 from scenes import SIDE, Placed, compose
+
+from vlmprune import embedded
 
 SCALE = 2
 
@@ -93,6 +97,7 @@ def main(
     folder: Annotated[Path, typer.Option(help="where pictures and scenes.json go")],
 ) -> None:
     """Write the pictures and `scenes.json`."""
+    model, processor = embedded.load()
     pictures = Assets(assets)
     folder.mkdir(parents=True, exist_ok=True)
     listed = []
@@ -103,8 +108,14 @@ def main(
         things = placed(demo.cells)
         made = compose(base, things, pictures, np.random.default_rng(demo.seed), SCALE)
         made.image.save(folder / f"{demo.name}.jpg", quality=93)
-        asked = [vars(q) for q in questions(things, demo.seed)]
-        asked = [{"kind": q["kind"], "question": q["text"], "answer": q["answer"]} for q in asked]
+        asked = []
+        shown = Image.open(folder / f"{demo.name}.jpg")
+        for q in questions(things, demo.seed):
+            said = literal(model, processor, shown, q)
+            if said == q.answer:
+                asked.append({"kind": q.kind, "question": q.text, "answer": q.answer})
+            else:
+                typer.echo(f"{demo.name}: left out {q.text!r}, answered {said!r}, not {q.answer!r}")
         listed.append(
             {
                 "file": f"{demo.name}.jpg",

@@ -4,9 +4,10 @@
 
 The scenes lie on photographs, at places and with contents that training never saw. Five
 conditions: all 256 visual tokens, all those of a blank grey picture instead, none, 64 at random,
-and an even 8 x 8 grid of them; what is kept keeps its original positions. The pictures go through the processor and the model's own
-`get_image_features`; the answers come from the stock forward with its cache. The first scenes are
-also answered by the literal `processor(...)` and `generate`, and must agree.
+and an even 8 x 8 grid of them; what is kept keeps its original positions. The pictures go through
+the processor and the model's own `get_image_features`; the answers come from the stock forward with
+its cache. The first scenes are also answered by the literal `processor(...)` and `generate`, and
+must agree.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from features import SEEDS, TOKENS, photos
 from PIL import Image
 from questions import Question, prompt, right
 from rich.progress import track
-from scenes import GRID, PATCHES, SIDE, Scene, scene
+from scenes import GRID, PATCHES, SIDE, scene
 from torch import Tensor
 
 TOGETHER = 5
@@ -107,9 +108,9 @@ def answers(model, processor, asked: list[tuple[Question, Tensor, Tensor]]) -> l
 
 
 @torch.inference_mode()
-def literal(model, processor, made: Scene, question: Question) -> str:
+def literal(model, processor, picture: Image.Image, question: Question) -> str:
     """The answer by the plainest use: `processor(...)`, then `generate`."""
-    inputs = processor(text=prompt(question.text), images=made.image, return_tensors="pt")
+    inputs = processor(text=prompt(question.text), images=picture, return_tensors="pt")
     out = model.generate(**inputs.to(model.device), max_new_tokens=LONGEST, do_sample=False)
     new = out[0, inputs["input_ids"].shape[1] :]
     return processor.decode(new, skip_special_tokens=True).strip()
@@ -144,7 +145,7 @@ def measure(model, processor, assets: Assets, amount: int, check: int) -> dict:
                     share = cells_right(question, answer)
                     kinds.setdefault("describe, per cell", []).append(share)
                 if name == "all" and number < check:
-                    agreed.append(answer == literal(model, processor, made[number], question))
+                    agreed.append(answer == literal(model, processor, made[number].image, question))
     table = {n: {k: round(float(np.mean(v)), 4) for k, v in h.items()} for n, h in hits.items()}
     counts = {k: len(v) for k, v in hits["all"].items() if k != "describe, per cell"}
     return {

@@ -30,6 +30,8 @@ from torch import Tensor, distributed
 
 app = typer.Typer(add_completion=False, help=__doc__)
 HEAD_WEIGHTS = {"row": 0.05, "column": 0.05, "own": 0.25, "left": 0.2, "above": 0.2}
+COUNT_WEIGHT = 4.0
+"""How much more a count's answer weighs than another: it is one word, and the hardest."""
 LOOKING, COUNTING = slice(0, 4), slice(4, 6)
 """Heads of the layer after the middle that are taught where to look, and what to count."""
 EVALUATED = 20
@@ -70,7 +72,10 @@ def losses(model: Decoder, batch: Batch, user: Tensor, names: Tensor) -> dict[st
     words = model.embed_tokens.weight
     chosen = batch.targets != IGNORE
     logits = state[chosen] @ words.T
-    found = {"answer": F.cross_entropy(logits, batch.targets[chosen])}
+    kinds = torch.tensor([COUNT_WEIGHT if q.kind == "count" else 1.0 for q in batch.questions])
+    heavy = kinds.to(logits.device)[batch.block[chosen]]
+    each = F.cross_entropy(logits, batch.targets[chosen], reduction="none")
+    found = {"answer": (each * heavy).sum() / heavy.sum()}
     cover = batch.dense["cover"].flatten()
     flat = F.rms_norm(visual.flatten(0, 1), visual.shape[-1:])
     each = F.cross_entropy(model.scale * (flat @ words.T), names[cover], reduction="none")
