@@ -29,8 +29,9 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/selection.py
 
+# Sets the environment up and shows the steps; they take hours, see the model card.
 train: $(VENV)/.train
-	$(VENV)/bin/python training/embedded/train.py --help
+	@cd training/embedded && ../../$(VENV)/bin/python train.py --help
 
 clean:
 	rm -rf $(VENV) $(OLDEST) demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

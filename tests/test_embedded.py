@@ -5,11 +5,10 @@ import logging
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 
-transformers = pytest.importorskip("transformers")
-
-from vlmprune import embedded  # noqa: E402
+from vlmprune import embedded
 
 
 @pytest.fixture(scope="module")

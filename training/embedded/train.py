@@ -1,5 +1,6 @@
 """Train the embedded model's projector and decoder on cached vision features.
 
+python train.py vision --out V                           # the packaged model's vision tower
 python train.py cache --assets A --vision V --out C      # features of the scenes, once
 python train.py run --cache C --out R --minutes 80       # train; call again to resume
 python train.py package --run R --vision V --folder F    # write the stock LLaVA folder
@@ -28,6 +29,8 @@ from safetensors.torch import load_file, save_file
 from scenes import NAMES
 from torch import Tensor, distributed
 
+from vlmprune import embedded
+
 app = typer.Typer(add_completion=False, help=__doc__)
 HEAD_WEIGHTS = {"row": 0.05, "column": 0.05, "own": 0.25, "left": 0.2, "above": 0.2}
 COUNT_WEIGHT = 4.0
@@ -44,6 +47,21 @@ SIZE_FIELDS = (
     "num_key_value_heads",
     "head_dim",
 )
+
+
+@app.command()
+def vision(out: Annotated[Path, typer.Option(help="folder to write")]) -> None:
+    """Write the packaged model's vision tower as a folder of its own; it is never trained."""
+    packaged = embedded.path()
+    config = json.loads((packaged / "config.json").read_text())["vision_config"]
+    shard = load_file(packaged / "model-00001-of-00002.safetensors")
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {key.removeprefix("vision_tower."): value for key, value in shard.items()},
+        out / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    (out / "config.json").write_text(json.dumps(config | {"architectures": ["Dinov2Model"]}))
 
 
 @app.command()
