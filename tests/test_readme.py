@@ -29,7 +29,7 @@ def test_the_demo_prints_what_the_readme_shows(tmp_path: Path, monkeypatch: Any)
         re.search(rf"^{n} = (.*)$", makefile, re.M)[1] for n in ("SCENE", "QUESTION")
     )
     shown = re.search(r"```\n\$ make demo\n(.*?)```", README, re.DOTALL)[1]
-    options = ["--keep", "64", "--device", "cpu", "--repeat", "1"]
+    options = ["--keep", "64", "--device", "cpu"]
     options += ["--save-overlay", str(tmp_path / "kept.png")]
     first = CliRunner().invoke(app, ["run", str(ROOT / scene), question, *options])
     second = CliRunner().invoke(app, ["plan", "llava-next-7b", "--keep", "29"])
