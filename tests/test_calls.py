@@ -258,6 +258,38 @@ def test_turns_may_come_in_any_form() -> None:
         assert handle.report.kept == []
 
 
+def test_a_cache_from_before_the_pruner() -> None:
+    """A cache that was filled without a pruner can be continued under one, in any form."""
+    built = model()
+    text = request(built, [0], text=3).inputs["input_ids"]
+    later = request(built, [1], text=30, seed=4).inputs
+    options = {"do_sample": False, "max_new_tokens": 4}
+    results = []
+    for form in ("whole", "new"):
+        cache = DynamicCache(config=built.config.get_text_config())
+        first = built.generate(input_ids=text, past_key_values=cache, **options)
+        ids = torch.cat((first, later["input_ids"]), 1)
+        done = cache.get_seq_length() * (form == "new")
+        with VisPruner(keep=4)(built) as handle:
+            out = built.generate(
+                input_ids=ids[:, done:],
+                attention_mask=torch.ones_like(ids),
+                pixel_values=later["pixel_values"],
+                past_key_values=cache,
+                **options,
+            )
+            assert len(handle.report.kept[0]) == 4
+            whole = torch.cat((ids[:, :done], out, text[:, -2:]), 1)
+            more = built.generate(input_ids=whole, past_key_values=cache, **options)
+        results.append(more)
+    assert torch.equal(*results)
+    assert handle.report.kept == [], "the last turn held no image"
+    req = Request(later | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, [16])
+    with VisPruner(keep=4)(built) as handle:
+        fresh = built.generate(**req.inputs, **options)
+    assert torch.equal(fresh, results[0][:, : fresh.shape[1]])
+
+
 def test_second_turn_takes_the_whole_conversations_pixels() -> None:
     """A processor that is given the whole chat brings the first image again."""
     built = model()

@@ -100,16 +100,16 @@ def prepare(
         plain: whether positions count columns (a plain forward) or real tokens (`generate`).
     """
     cached = cache.get_seq_length() if cache is not None else 0
-    prefix = _prefix(cache, cached, ids, mask, handle.pad_id)
+    # Ids may come with or without the columns that the cache holds.
+    whole = not (plain and cached > 0) and (mask is None or mask.shape[1] == ids.shape[1])
+    prefix = _prefix(cache, cached, ids, whole, mask, handle.pad_id)
     tail = cached - prefix.prompt.ids.shape[1]
     start = prefix.full_ids.shape[1]
     known = start + tail
     if mask is None:
-        only_new = cached > 0 and plain
-        mask = torch.ones(ids.shape[0], ids.shape[1] + known * only_new, dtype=torch.long)
-        mask = mask.to(ids.device)
-    # Ids may come with or without the columns that the cache holds.
-    if ids.shape[1] == mask.shape[1] and not (plain and cached > 0):
+        columns = ids.shape[1] if whole else known + ids.shape[1]
+        mask = torch.ones(ids.shape[0], columns, dtype=torch.long, device=ids.device)
+    if whole:
         seen, ids = ids[:, :known], ids[:, known:]
         expected = prefix.full_ids[:, : seen.shape[1]]
         if (
@@ -233,7 +233,9 @@ def _known(ids: Tensor, pad_id: int) -> Tensor:
     return ids.masked_fill(ids == UNKNOWN, pad_id)
 
 
-def _prefix(cache: Any, cached: int, ids: Tensor, mask: Tensor | None, pad_id: int) -> Prefix:
+def _prefix(
+    cache: Any, cached: int, ids: Tensor, whole: bool, mask: Tensor | None, pad_id: int
+) -> Prefix:
     """The record of a cache; an empty one without a cache, a plain one for any other cache."""
     known = mark(cache)
     if known is not None and cached > 0:
@@ -253,10 +255,7 @@ def _prefix(cache: Any, cached: int, ids: Tensor, mask: Tensor | None, pad_id: i
             )
         return known
     rows, device = ids.shape[0], ids.device
-    if ids.shape[1] > cached:
-        held = ids[:, :cached]
-    else:
-        held = torch.full((rows, cached), UNKNOWN, device=device)
+    held = ids[:, :cached] if whole else torch.full((rows, cached), UNKNOWN, device=device)
     real = torch.ones_like(held) if mask is None else mask[:, :cached].long()
     positions = (real.cumsum(dim=1) - 1).clamp(min=0)
     zeros = torch.zeros(rows, dtype=torch.long, device=device)
