@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -10,8 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+# No test is timed. In CI the examples are the same each time; elsewhere they are new ones.
+settings.register_profile("vlmprune", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("vlmprune")
 
 
 @pytest.fixture(autouse=True)
