@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteriaList
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tiny import dropped_columns, model, request
@@ -130,6 +130,25 @@ def test_one_pruner_on_two_models_interleaved() -> None:
     with pruner(one), VisPruner(keep=1)(two):
         assert torch.equal(one.generate(**requests[0].inputs, **OPTIONS), alone[0])
         assert counted(two, requests[1], pruner) < len(b.report.kept[0])
+
+
+def test_one_model_inside_anothers_generate() -> None:
+    """A call under way on one model leaves the features of another alone."""
+    one, two = model(seed=1), model(seed=2)
+    req = request(one, [1])
+    seen: list[int] = []
+
+    def look(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        features = two.get_image_features(pixel_values=req.inputs["pixel_values"])
+        seen.append(len(features.pooler_output[0]))
+        seen.append(counted(two, req, VisPruner(3)))
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    with VisPruner(keep=4)(one), VisPruner(keep=3)(two):
+        alone = one.generate(**req.inputs, **OPTIONS)
+        criteria = StoppingCriteriaList([look])
+        assert torch.equal(one.generate(**req.inputs, **OPTIONS, stopping_criteria=criteria), alone)
+    assert seen == [16, 3] * OPTIONS["max_new_tokens"]
 
 
 def test_two_threads_on_one_model() -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from numbers import Integral, Real
+from typing import Literal
 
 from vlmprune.errors import VlmpruneError
+
+# What a budget counts for: each crop, or all crops of an image together.
+Budget = Literal["crop", "image"]
 
 
 def check_keep(keep: int | float) -> None:

@@ -113,10 +113,10 @@ def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: 
     return result
 
 
-def image_features(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def image_features(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`get_image_features`: pruned features inside a pruned call, the host's own elsewhere."""
     state = active.get()
-    if state is None or state.output is None:
+    if state is None or state.handle is not handle or state.output is None:
         return original(*args, **kwargs)
     pixels = inspect.signature(original).bind(*args, **kwargs).arguments["pixel_values"]
     return state.image_features(pixels.shape[0])

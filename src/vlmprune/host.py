@@ -77,7 +77,8 @@ class Host:
 
         @functools.wraps(originals["get_image_features"])
         def get_image_features(*args: Any, **kwargs: Any) -> Any:
-            return calls.image_features(originals["get_image_features"], *args, **kwargs)
+            original = originals["get_image_features"]
+            return calls.image_features(self.handles[-1], original, *args, **kwargs)
 
         for function in (generate, forward, get_image_features):
             vars(self._places[function.__name__])[function.__name__] = function

@@ -6,16 +6,14 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from vlmprune import costs
-from vlmprune.budget import resolve_keep
+from vlmprune.budget import Budget, resolve_keep
 from vlmprune.errors import VlmpruneError
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-Budget = Literal["crop", "image"]
 
 TERA = 1e12
 MIB = 2**20

@@ -13,11 +13,11 @@ import torch
 from PIL import Image, ImageOps
 
 from vlmprune import embedded, plan
+from vlmprune.budget import Budget
 from vlmprune.errors import VlmpruneError
 from vlmprune.families import FAMILIES, TOWERS
 from vlmprune.methods import METHODS
 from vlmprune.pruner import Pruner
-from vlmprune.views import Budget
 
 DTYPES = ("float32", "float16", "bfloat16")
 

@@ -1,18 +1,17 @@
 """What a method sees and returns: small bundles of tensors, no class of any host.
 
-Imports torch alone.
+Imports no library but torch.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Budget = Literal["crop", "image"]
+from vlmprune.budget import Budget
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 
 from vlmprune import select
-from vlmprune.budget import check_keep, resolve_keep
+from vlmprune.budget import Budget, check_keep, resolve_keep
 from vlmprune.errors import VlmpruneError
 from vlmprune.families import Positions
 from vlmprune.pruner import Pruner
-from vlmprune.views import Budget, EncoderView, Selection
+from vlmprune.views import EncoderView, Selection
 
 
 @dataclass(frozen=True)
