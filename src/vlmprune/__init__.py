@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any
 from vlmprune.errors import VlmpruneError
 
 if TYPE_CHECKING:
-    from vlmprune.methods import METHODS, VisPruner
+    from vlmprune.methods import METHODS, PLPHP, VisPruner
     from vlmprune.pruner import Handle, Pruner
     from vlmprune.report import Report
 
 __version__ = "0.1.0"
 
-__all__ = ["METHODS", "Handle", "Pruner", "Report", "VisPruner", "VlmpruneError"]
+__all__ = ["METHODS", "PLPHP", "Handle", "Pruner", "Report", "VisPruner", "VlmpruneError"]
 
 # Imported when first asked for, so that the command line's help needs no torch.
 _HOMES = {
     "METHODS": "methods",
+    "PLPHP": "methods",
     "VisPruner": "methods",
     "Handle": "pruner",
     "Pruner": "pruner",

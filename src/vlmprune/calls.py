@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
+from vlmprune import families
+from vlmprune.cache import adopt, attending, binding_of, refusal
 from vlmprune.errors import VlmpruneError
 from vlmprune.request import Active, active, mark, prepare, remember
 
@@ -33,6 +37,8 @@ def generate(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs:
         handle.report_nothing()
         return original(**kwargs)
     _check_generate(handle.model, kwargs, ids, setting)
+    if handle.pruner.cuts:
+        _check_cutting(handle, kwargs, setting)
 
     assert ids is not None
     mask = kwargs.get("attention_mask")
@@ -40,7 +46,7 @@ def generate(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs:
         mask = _mask_of(ids, setting("pad_token_id"), setting("eos_token_id"))
     with torch.no_grad():
         prepared = prepare(handle, ids, mask, kwargs.get("position_ids"), cache, kwargs, False)
-    if not prepared.state.features:
+    if not prepared.state.images:
         handle.report_nothing()
     given = prepared.prompt.ids
     changed = _shorter_limits(handle.model, kwargs, mask.shape[1] - given.shape[1])
@@ -77,7 +83,9 @@ def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: 
     """A plain forward with fewer visual tokens; logits are those of the shorter sequence."""
     state = active.get()
     if state is not None and state.handle is handle:
-        return original(*args, **_inside(state, kwargs))
+        kwargs = _inside(state, kwargs)
+        with _cutting(handle, state, kwargs.get("past_key_values")):
+            return original(*args, **kwargs)
     bound = inspect.signature(original).bind(*args, **kwargs).arguments
     kwargs = {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
     cache = kwargs.get("past_key_values")
@@ -90,8 +98,20 @@ def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: 
             "logits_to_keep as a tensor counts columns that pruning removes; pass an int."
         )
     assert ids is not None
+    caching = _caches(handle.model, kwargs)
+    if handle.pruner.cuts and caching:
+        _check_cutting(handle, kwargs, lambda name: kwargs.get(name))
+        if cache is None and kwargs.get("pixel_values") is not None:
+            cache = kwargs["past_key_values"] = DynamicCache(config=handle.model.config)
     prepared = prepare(
-        handle, ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), cache, kwargs, True
+        handle,
+        ids,
+        kwargs.get("attention_mask"),
+        kwargs.get("position_ids"),
+        cache,
+        kwargs,
+        True,
+        caching,
     )
     new = slice(prepared.known[1], None)
     kwargs = {k: v for k, v in kwargs.items() if k not in handle.family.pixel_inputs}
@@ -103,12 +123,13 @@ def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: 
     }
     token = active.set(prepared.state)
     try:
-        result = original(**kwargs)
+        with _cutting(handle, prepared.state, kwargs.get("past_key_values")):
+            result = original(**kwargs)
     finally:
         active.reset(token)
     after = getattr(result, "past_key_values", None) or cache
     # Tokens without an image need no new record: the old one still says what was dropped.
-    if prepared.state.features or mark(after) is None:
+    if prepared.state.images or mark(after) is None:
         remember(after, prepared.prefix, "")
     return result
 
@@ -120,6 +141,36 @@ def image_features(handle: Handle, original: Callable[..., Any], *args: Any, **k
         return original(*args, **kwargs)
     pixels = inspect.signature(original).bind(*args, **kwargs).arguments["pixel_values"]
     return state.image_features(pixels.shape[0])
+
+
+@contextmanager
+def _cutting(handle: Handle, state: Active, cache: Any) -> Iterator[None]:
+    """Let a forward attend to a cache that was cut, and cut what a prompt brings."""
+    retaining = state.retaining
+    if retaining is not None and retaining.done:
+        retaining = None
+    if retaining is not None and cache is not None:
+        depth = len(families.decoder_layers(handle.model))
+        adopt(cache, handle.cuttable, depth)
+    if binding_of(cache) is None:
+        yield
+        return
+    with attending(cache, handle.attention, retaining):
+        yield
+    if retaining is not None and cache is not None and retaining.due(cache.get_seq_length()):
+        retaining.done = True
+        if handle.report is not None:
+            handle.report = handle.report.with_layers(
+                retaining.layers, depth, retaining.seconds, state.numbers
+            )
+
+
+def _caches(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a plain forward fills a cache."""
+    wanted = kwargs.get("use_cache")
+    if wanted is None:
+        wanted = getattr(model.config.get_text_config(), "use_cache", True)
+    return bool(wanted) and not (model.training and getattr(model, "is_gradient_checkpointing", 0))
 
 
 def _inside(state: Active, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -188,6 +239,33 @@ def _check_generate(
             "this release of transformers loses images under prefill_chunk_size; leave it out, or "
             "upgrade transformers."
         )
+
+
+def _check_cutting(handle: Handle, kwargs: dict[str, Any], setting: Callable[[str], Any]) -> None:
+    """Refuse, before any work, what a method that cuts caches cannot do."""
+    method = repr(handle.pruner)
+    if setting("use_cache") is False:
+        raise VlmpruneError(f"{method} cuts the KV cache and needs one; leave out use_cache=False.")
+    config = handle.model.config.get_text_config()
+    if setting("output_attentions") or getattr(config, "output_attentions", False):
+        raise VlmpruneError(
+            f"{method} has no full attention weights to return; leave out output_attentions."
+        )
+    kind = setting("cache_implementation")
+    if kind not in (None, "dynamic", "dynamic_full", "offloaded"):
+        raise VlmpruneError(
+            f"{method} cannot cut a cache of cache_implementation={kind!r}; leave it out, for the "
+            "dynamic cache."
+        )
+    if config._attn_implementation == "flex_attention":
+        raise VlmpruneError(
+            f"{method} does not work with flex_attention; load the model with "
+            "attn_implementation='sdpa'."
+        )
+    cache = kwargs.get("past_key_values")
+    why = None if cache is None else refusal(cache, handle.cuttable)
+    if why is not None:
+        raise VlmpruneError(f"{method} {why}")
 
 
 def _mask_of(ids: Tensor, pad: Any, eos: Any) -> Tensor:

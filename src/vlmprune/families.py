@@ -144,6 +144,25 @@ def tower(model: Any) -> Any:
     return base(model).vision_tower
 
 
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The layers of the language model."""
+    return base(model).language_model.layers
+
+
+def cuttable_layers(model: Any) -> list[int]:
+    """The decoder layers with full attention, whose cache may be cut.
+
+    A sliding window drops old columns by itself, and linear attention has none.
+    """
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        windows = [getattr(config, n, None) for n in ("sliding_window", "attention_chunk_size")]
+        kinds = ["full_attention" if windows == [None, None] else "other"]
+        kinds = kinds * config.num_hidden_layers
+    return [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+
+
 def projector(model: Any) -> Any:
     """The module that takes the encoder's features to the language model's width."""
     return base(model).multi_modal_projector
@@ -192,6 +211,17 @@ def grid_of(model: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
     patch = model.config.vision_config.patch_size
     height, width = inputs["pixel_values"].shape[-2:]
     return height // patch, width // patch
+
+
+def architecture(model: Any) -> str:
+    """What a calibration holds for: the type and size of the language model, in words."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return (
+        f"{model.config.model_type} with {config.num_hidden_layers} layers, hidden size "
+        f"{config.hidden_size}, {config.num_attention_heads} query and {heads} KV heads, "
+        f"vocabulary {config.vocab_size}"
+    )
 
 
 def resolve_positions(model: Any, positions: Positions) -> Literal["compact", "original"]:

@@ -5,36 +5,55 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from vlmprune import families, host
+from vlmprune import dispatch, families, host
 from vlmprune.errors import VlmpruneError
 from vlmprune.families import Positions
 from vlmprune.report import Report, make
-from vlmprune.views import EncoderView, Selection
+from vlmprune.views import EncoderView, LayerView, Retention, Selection
 
 
 class Pruner:
     """A method with its settings; holds no model and can be attached to any number of them.
 
-    A subclass is a frozen dataclass that implements `select` and `check`, and says in class
-    variables what it is. Use one of
+    A subclass is a frozen dataclass that implements `select` (with `check`) or `retain`, and says
+    in class variables what it is. Use one of
 
         with pruner(model) as handle: ...
         handle = pruner.attach(model); ...; handle.detach()
     """
 
     positions: Positions = "auto"
+    # Of methods that cut caches: how many of the prompt's last tokens are asked, and the
+    # architecture that its thresholds are for.
+    window: int = 1
+    calibrated_on: str | None = None
     needs: ClassVar[str] = ""
     stage: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     text_agnostic: ClassVar[bool] = False
 
+    @property
+    def shortens(self) -> bool:
+        """Whether it chooses visual tokens before the language model."""
+        return type(self).select is not Pruner.select
+
+    @property
+    def cuts(self) -> bool:
+        """Whether it cuts the KV cache after prefill."""
+        return type(self).retain is not Pruner.retain
+
     def select(self, view: EncoderView) -> Selection:
         """Choose cells after the vision encoder."""
+        raise NotImplementedError
+
+    def retain(self, layer: int, view: LayerView) -> Retention | None:
+        """Choose what a decoder layer's cache keeps of a prompt; None keeps everything."""
         raise NotImplementedError
 
     def check(self, counts: list[int]) -> None:
@@ -54,6 +73,16 @@ class Pruner:
         nothing = torch.empty(0)
         view = EncoderView(nothing, nothing, candidates, images)
         self.check(view.counts(getattr(self, "budget", "crop")))
+
+    def check_prompt(self, others: int, images: int, heads: int, token_bytes: int) -> None:
+        """Refuse a prompt whose cache the settings cannot hold, before it is run.
+
+        Args:
+            others: tokens of a sample that stay whatever is chosen, all KV heads together.
+            images: the sample's images.
+            heads: KV heads.
+            token_bytes: bytes of one token's key and value in one KV head.
+        """
 
     def attach(self, model: nn.Module) -> Handle:
         """Prune every call of `model` until `detach`.
@@ -93,7 +122,10 @@ class Pruner:
 
 @dataclass(frozen=True)
 class Chain(Pruner):
-    """Several pruners, left to right; each chooses among what the one before it keeps."""
+    """Several pruners, left to right; each chooses among what the one before it keeps.
+
+    One that cuts the KV cache comes last.
+    """
 
     stages: tuple[Pruner, ...]
 
@@ -105,6 +137,33 @@ class Chain(Pruner):
                 "give all of them the same."
             )
         object.__setattr__(self, "positions", asked.pop() if asked else "auto")
+        object.__setattr__(self, "window", self.stages[-1].window)
+        object.__setattr__(self, "calibrated_on", self.stages[-1].calibrated_on)
+        cutting = [stage for stage in self.stages if stage.cuts]
+        if len(cutting) > 1:
+            raise VlmpruneError(
+                f"{' and '.join(map(repr, cutting))} would both cut the KV cache; chain only one."
+            )
+        if cutting and cutting[0] is not self.stages[-1]:
+            raise VlmpruneError(f"{cutting[0]!r} acts after prefill and must come last in a chain.")
+
+    @property
+    def shortens(self) -> bool:
+        """Whether any stage chooses visual tokens before the language model."""
+        return any(stage.shortens for stage in self.stages)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether any stage cuts the KV cache."""
+        return any(stage.cuts for stage in self.stages)
+
+    def retain(self, layer: int, view: LayerView) -> Retention | None:
+        """The choice of the stage that cuts the KV cache."""
+        return self.stages[-1].retain(layer, view)
+
+    def check_prompt(self, others: int, images: int, heads: int, token_bytes: int) -> None:
+        """The check of the stage that cuts the KV cache."""
+        self.stages[-1].check_prompt(others, images, heads, token_bytes)
 
     def check_request(self, candidates: Tensor, images: tuple[int, ...]) -> None:
         """Check the first stage; the later ones see what it leaves."""
@@ -113,8 +172,9 @@ class Chain(Pruner):
     def select(self, view: EncoderView) -> Selection:
         """Choose by each stage in turn; the roles are the last one's."""
         for stage in self.stages:
-            selection = stage.select(view)
-            view = view.narrow(selection.kept)
+            if stage.shortens:
+                selection = stage.select(view)
+                view = view.narrow(selection.kept)
         return selection
 
     def __repr__(self) -> str:
@@ -140,6 +200,7 @@ class Handle:
         model: the host.
         family: the host's record.
         positions: the position policy in use.
+        cuttable: decoder layers whose cache the method may cut.
         latest: holds the report of the last call.
     """
 
@@ -148,6 +209,9 @@ class Handle:
         self.pruner = pruner
         self.model: Any = model
         self.positions = families.resolve_positions(model, pruner.positions)
+        self.cuttable = families.cuttable_layers(model) if pruner.cuts else []
+        if pruner.cuts:
+            self._check_decoder()
         self.latest = Latest()
         config: Any = model.config
         self.image_token_id: int = config.image_token_id
@@ -163,6 +227,25 @@ class Handle:
     @report.setter
     def report(self, report: Report | None) -> None:
         self.latest.report = report
+
+    def _check_decoder(self) -> None:
+        here = families.architecture(self.model)
+        asked = self.pruner.calibrated_on
+        if asked is not None and asked != here:
+            raise VlmpruneError(
+                f"the thresholds were calibrated on another model ({asked}) than this ({here}); "
+                "run `vlmprune calibrate` on it, or give alpha and beta yourself."
+            )
+        if not self.cuttable:
+            raise VlmpruneError(
+                f"every layer of {type(self.model).__name__} has sliding-window or linear "
+                f"attention, which {self.pruner!r} leaves whole; prune before the language model."
+            )
+
+    @cached_property
+    def attention(self) -> Any:
+        """The attention module of a decoder layer."""
+        return dispatch.attention_of(families.decoder_layers(self.model)[0])
 
     def detach(self) -> None:
         """Give the model back exactly as it was. May be called again."""

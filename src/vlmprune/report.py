@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,62 @@ from torch import Tensor
 
 from vlmprune import costs
 from vlmprune.layout import Layout
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one decoder layer's cache keeps of a prompt.
+
+    Attributes:
+        index: number of the layer.
+        gamma: for each sample, its vision attention, 0 to 1; None for one without images.
+        retention: for each sample, the retention rate asked for; None likewise.
+        mask: [B, H, V] bool; what each KV head keeps of the sample's visual tokens.
+        images: [B, V] int64; image of each visual token within its sample; -1 where a sample has
+            fewer than V.
+        bytes_before: of the layer's whole prompt, text and padding included, uncut.
+        bytes_after: of all tensors that the layer holds after the cut.
+        kv_bytes: of the visual tokens' keys and values after the cut.
+        numbers: for each sample, [v] the number of each of its visual tokens among those that it
+            would have without any pruning; None where nothing was pruned before.
+    """
+
+    index: int
+    gamma: list[float | None]
+    retention: list[float | None]
+    mask: Tensor = field(repr=False)
+    images: Tensor = field(repr=False)
+    bytes_before: int
+    bytes_after: int
+    kv_bytes: int
+    numbers: list[Tensor] | None = field(repr=False, default=None)
+
+    @property
+    def kept(self) -> list[list[Tensor]]:
+        """For each KV head one [k] int64 a sample: ascending numbers of the visual tokens kept.
+
+        They count all visual tokens of the sample's prompt, its images one after the other, as
+        the language model would have seen them without any pruning.
+        """
+        mask = self.mask.cpu()
+        found = [
+            [mask[row, head].nonzero()[:, 0] for row in range(len(mask))]
+            for head in range(mask.shape[1])
+        ]
+        if self.numbers is None:
+            return found
+        return [[self.numbers[row][at] for row, at in enumerate(head)] for head in found]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything that JSON can hold; of `kept` the numbers of tokens, head by sample."""
+        return {
+            "layer": self.index,
+            "gamma": self.gamma,
+            "retention": self.retention,
+            "kept": self.mask.sum(dim=2).transpose(0, 1).tolist(),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
 
 
 @dataclass(frozen=True)
@@ -34,6 +90,7 @@ class Report:
         seconds_selecting: time that choosing took, without the encoder.
         layouts: for each image, where its visual tokens lie.
         roles: for each image, by name, a bool [n] over its visual tokens ("important", …).
+        layers: what each decoder layer's cache kept, where a method cut it.
     """
 
     method: str
@@ -50,6 +107,7 @@ class Report:
     seconds_selecting: float
     layouts: list[Layout] = field(repr=False, default_factory=list)
     roles: list[dict[str, Tensor]] = field(repr=False, default_factory=list)
+    layers: list[LayerReport] = field(repr=False, default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything that JSON can hold; `kept` as lists."""
@@ -59,7 +117,27 @@ class Report:
         )
         out: dict[str, Any] = {name: getattr(self, name) for name in names.split()}
         out["kept"] = [indices.tolist() for indices in self.kept]
+        out["layers"] = [layer.as_dict() for layer in self.layers]
         return out
+
+    def with_layers(
+        self, layers: list[LayerReport], depth: int, seconds: float, numbers: list[Tensor]
+    ) -> Report:
+        """The same call after its prompt's cache was cut.
+
+        Args:
+            layers: those that a method was asked about.
+            depth: number of decoder layers.
+            seconds: time that the cuts took.
+            numbers: as in `LayerReport`.
+        """
+        whole = self.kv_bytes_after // depth * (depth - len(layers))
+        return replace(
+            self,
+            layers=[replace(layer, numbers=numbers) for layer in layers],
+            kv_bytes_after=whole + sum(layer.kv_bytes for layer in layers),
+            seconds_selecting=self.seconds_selecting + seconds,
+        )
 
     def json(self, indent: int | None = None) -> str:
         """The report as JSON."""
@@ -68,11 +146,17 @@ class Report:
     def __str__(self) -> str:
         if not self.kept:
             return f"{self.method}: no image in this call, nothing pruned"
+        cut = ""
+        if self.layers:
+            gammas = [g for layer in self.layers for g in layer.gamma if g is not None]
+            span = f"{min(gammas):.2f} to {max(gammas):.2f}"
+            cut = f", {len(self.layers)} layers cut (vision attention {span})"
+        score = f", {self.score}" if self.score else ""
         return (
             f"{self.method}: {self.visual_tokens_before} → {self.visual_tokens_after} visual "
             f"tokens in {len(self.kept)} image(s), {_flops(self.flops_before)} → "
             f"{_flops(self.flops_after)}FLOPs, KV {self.kv_bytes_before / 2**20:.1f} → "
-            f"{self.kv_bytes_after / 2**20:.1f} MiB, {self.positions} positions, {self.score}, "
+            f"{self.kv_bytes_after / 2**20:.1f} MiB{cut}, {self.positions} positions{score}, "
             f"selected in {1000 * self.seconds_selecting:.1f} ms"
         )
 

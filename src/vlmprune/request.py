@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from vlmprune.cache import RaggedLayer
 from vlmprune.encode import Plan, encode, plan, with_features
 from vlmprune.errors import VlmpruneError
 from vlmprune.inputs import ALIGNED, Prefix, Prompt, dropped_columns, images_per_row, join, shorten
-from vlmprune.report import make
+from vlmprune.report import Report, make
+from vlmprune.retaining import Retaining, row_lengths
 
 if TYPE_CHECKING:
     from vlmprune.pruner import Handle
@@ -37,6 +39,9 @@ class Active:
         last: [B] position of each row's last prompt column.
         drift: [B] to add to later positions where a row's last columns were dropped; None if 0.
         gapped: whether positions have gaps, which must not be taken for packing.
+        images: number of images that are new in it.
+        retaining: what is to be cut out of the cache; None for nothing.
+        numbers: for each row, the number of each kept visual token among all that it brought.
     """
 
     handle: Handle
@@ -46,6 +51,9 @@ class Active:
     last: Tensor
     drift: Tensor | None
     gapped: bool
+    images: int = 0
+    retaining: Retaining | None = None
+    numbers: list[Tensor] = field(default_factory=list)
 
     def image_features(self, images: int) -> Any:
         """Pruned features, row by row, each row repeated if beams or samples repeat the rows."""
@@ -87,6 +95,7 @@ def prepare(
     cache: Any,
     inputs: Mapping[str, Any],
     plain: bool,
+    caching: bool = True,
 ) -> Prepared:
     """Encode the images of a request, choose, and shorten its columns.
 
@@ -98,6 +107,7 @@ def prepare(
         cache: the cache to continue, or None.
         inputs: all inputs of the call.
         plain: whether positions count columns (a plain forward) or real tokens (`generate`).
+        caching: whether the call fills a cache.
     """
     cached = cache.get_seq_length() if cache is not None else 0
     # Ids may come with or without the columns that the cache holds.
@@ -159,6 +169,9 @@ def prepare(
     shift = prefix.shift
     if handle.positions == "compact":
         shift = shift + dropped.sum(dim=1)
+    retaining = None
+    if handle.pruner.cuts and kept and caching:
+        retaining = _retaining(handle, prompt, short, kept, rows, cache)
     return Prepared(
         (known, cached),
         prompt,
@@ -172,8 +185,51 @@ def prepare(
             last,
             drift if bool((drift != 0).any()) else None,
             handle.positions == "original" and bool(dropped.any()),
+            len(kept),
+            retaining,
+            _by_row([k.nonzero()[:, 0] for k in kept], planned.lengths, rows) if retaining else [],
         ),
     )
+
+
+def _retaining(
+    handle: Handle, prompt: Prompt, short: Prompt, kept: list[Tensor], rows: list[int], cache: Any
+) -> Retaining:
+    """The cut of a prompt's cache, checked against the method's settings."""
+    visual = torch.zeros_like(prompt.mask, dtype=torch.bool)
+    visual[:, prompt.mask.shape[1] - short.mask.shape[1] :] = (
+        short.ids == handle.image_token_id
+    ) & (short.mask != 0)
+    flat = iter([int(k.sum()) for k in kept])
+    lengths = [[next(flat) for _ in range(images)] for images in rows]
+    config = handle.model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token_bytes = 2 * head_dim * (torch.finfo(handle.model.dtype).bits // 8)
+    others = ((prompt.mask != 0) & ~visual).sum(dim=1) * heads
+    stored = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, RaggedLayer)]
+    for layer in stored:
+        if layer.prefix is not None:
+            # Later turns: what the fullest layer holds of a row, not what it has seen.
+            tail = ((prompt.mask != 0) & ~visual)[:, layer.start :].sum(dim=1) * heads
+            now = row_lengths(layer.prefix).to(tail.device) + tail
+            others = now if layer is stored[0] else others.maximum(now)
+    for held, images in zip(others.tolist(), lengths, strict=True):
+        handle.pruner.check_prompt(held, len(images), heads, token_bytes)
+    return Retaining(handle.pruner, prompt.mask, visual, lengths)
+
+
+def _by_row(numbers: list[Tensor], lengths: list[int], rows: list[int]) -> list[Tensor]:
+    """Kept tokens of each row, counted over all its images' tokens."""
+    out, image = [], 0
+    for images in rows:
+        parts, before = [torch.zeros(0, dtype=torch.long)], 0
+        for _ in range(images):
+            parts.append(numbers[image].cpu() + before)
+            before += lengths[image]
+            image += 1
+        out.append(torch.cat(parts))
+    return out
 
 
 def _choose(
@@ -182,6 +238,11 @@ def _choose(
     """Encode and select; returns kept [n] bools, the encoder's output and pruned features."""
     if not planned.layouts:
         return [], None, []
+    if not handle.pruner.shortens:
+        # The host encodes by itself, in its own time; every token goes on.
+        kept = [torch.ones_like(one.labels, dtype=torch.bool) for one in planned.layouts]
+        handle.report = _report(handle, planned, kept, [{} for _ in kept], rows, inputs, "", 0.0)
+        return kept, None, []
     handle.pruner.check_request(planned.candidates, planned.images)
     encoded = encode(handle.model, handle.host.original("get_image_features"), inputs, planned)
     _synchronize(encoded.view.attention)
@@ -201,11 +262,25 @@ def _choose(
         for image, part in enumerate(cells.split(crops)):
             on_patch = planned.layouts[image].labels >= 0
             roles[image][name] = part.flatten()[patch_of[image]] & on_patch
-    handle.report = make(
+    handle.report = _report(handle, planned, kept, roles, rows, inputs, encoded.score, seconds)
+    return kept, encoded.output, features
+
+
+def _report(
+    handle: Handle,
+    planned: Plan,
+    kept: list[Tensor],
+    roles: list[dict[str, Tensor]],
+    rows: list[int],
+    inputs: Mapping[str, Any],
+    score: str,
+    seconds: float,
+) -> Report:
+    return make(
         config=handle.model.config,
         method=repr(handle.pruner),
         positions=handle.positions,
-        score=encoded.score,
+        score=score,
         layouts=list(planned.layouts),
         kept=kept,
         roles=roles,
@@ -214,7 +289,6 @@ def _choose(
         dtype=handle.model.dtype,
         seconds=seconds,
     )
-    return kept, encoded.output, features
 
 
 def mark(cache: Any) -> Prefix | None:

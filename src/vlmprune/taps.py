@@ -2,21 +2,20 @@
 
 SDPA and flash attention return no weights. A tap sees the queries and keys of one layer as the
 attention function gets them (after projections, norms and rotary embedding), computes the
-softmax of the wanted rows alone in float32, and passes the call on unchanged. While that layer
-runs, and only then, the function registered for the model's attention implementation is
-replaced by a dispatcher that looks at the calling module.
+softmax of the wanted rows alone in float32, and passes the call on unchanged.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from vlmprune.dispatch import attention_of, watching
 
 Rows = Literal["cls", "received"]
 
@@ -75,37 +74,6 @@ class Tap:
         self.rows_seen.append(attention_rows(query, key, scaling, self.rows))
 
 
-class _Dispatcher:
-    """Stands in for one registered attention function while at least one tap needs it."""
-
-    def __init__(self, interface: Any, name: str) -> None:
-        self.interface, self.name = interface, name
-        self.taps: dict[nn.Module, list[Tap]] = {}
-        self.local = name in interface._local_mapping
-        self.original = interface.get(name)
-
-    def __call__(
-        self, module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        # A copy, as other threads may add or remove theirs meanwhile.
-        for tap in tuple(self.taps.get(module, ())):
-            tap.see(module, query, key, kwargs.get("scaling"))
-        return (self.original or _eager(module))(module, query, key, *args, **kwargs)
-
-    def install(self) -> None:
-        self.interface[self.name] = self
-
-    def remove(self) -> None:
-        if self.local:
-            self.interface[self.name] = self.original
-        else:
-            del self.interface[self.name]
-
-
-_lock = threading.RLock()
-_dispatchers: dict[tuple[int, str], _Dispatcher] = {}
-
-
 @contextmanager
 def tapped(layer: nn.Module, tap: Tap) -> Iterator[None]:
     """Record with `tap` whenever `layer` (an encoder or decoder layer) runs.
@@ -117,16 +85,18 @@ def tapped(layer: nn.Module, tap: Tap) -> Iterator[None]:
         LookupError: the layer holds no attention that goes through Transformers' registry.
     """
     module = attention_of(layer)
-    entered: list[_Dispatcher] = []
+    entered: list[AbstractContextManager[None]] = []
 
     # Other threads run these hooks too, and must not take the dispatcher away from this one.
     def before(*_: Any) -> None:
         if tap.here:
-            entered.append(_enter(module, tap))
+            watch = watching(module, tap)
+            watch.__enter__()
+            entered.append(watch)
 
     def after(*_: Any) -> None:
         if tap.here and entered:
-            _leave(entered.pop(), module, tap)
+            entered.pop().__exit__(None, None, None)
 
     handles = [
         module.register_forward_pre_hook(before),
@@ -138,45 +108,4 @@ def tapped(layer: nn.Module, tap: Tap) -> Iterator[None]:
         for handle in handles:
             handle.remove()
         while entered:
-            _leave(entered.pop(), module, tap)
-
-
-def attention_of(layer: nn.Module) -> Any:
-    """The one module of a layer whose code calls Transformers' attention registry."""
-    for module in layer.modules():
-        source = sys.modules.get(type(module).__module__)
-        has_registry = hasattr(source, "ALL_ATTENTION_FUNCTIONS")
-        if has_registry and hasattr(module, "is_causal") and hasattr(module, "config"):
-            return module
-    raise LookupError(f"{type(layer).__name__} has no attention that can be tapped")
-
-
-def _enter(module: Any, tap: Tap) -> _Dispatcher:
-    interface = sys.modules[type(module).__module__].ALL_ATTENTION_FUNCTIONS
-    name = module.config._attn_implementation
-    with _lock:
-        dispatcher = _dispatchers.get((id(interface), name))
-        if dispatcher is None:
-            dispatcher = _dispatchers[id(interface), name] = _Dispatcher(interface, name)
-            dispatcher.install()
-        dispatcher.taps.setdefault(module, []).append(tap)
-        return dispatcher
-
-
-def _leave(dispatcher: _Dispatcher, module: nn.Module, tap: Tap) -> None:
-    with _lock:
-        dispatcher.taps[module].remove(tap)
-        if not dispatcher.taps[module]:
-            del dispatcher.taps[module]
-        if not dispatcher.taps:
-            dispatcher.remove()
-            del _dispatchers[id(dispatcher.interface), dispatcher.name]
-
-
-def _eager(module: nn.Module) -> Callable[..., Any]:
-    """Eager attention is not registered: each modeling file has its own function."""
-    for cls in type(module).__mro__:
-        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
-        if function is not None:
-            return function
-    raise LookupError(f"{type(module).__name__} has no eager attention function")
+            entered.pop().__exit__(None, None, None)

@@ -73,3 +73,42 @@ class Selection:
 
     kept: Tensor
     roles: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """The visual tokens of a prompt in one decoder layer, as prefill leaves it.
+
+    Attributes:
+        attention: [B, Hq, V] float32; post-softmax attention of each query head to each visual
+            token, averaged over the last `window` tokens of the prompt; 0 where a row has fewer
+            than V visual tokens.
+        images: [B, V] int64; image of each visual token, counted within its row; -1 where a row
+            has fewer.
+        counts: [B, I] int64; visual tokens of each image; 0 where a row has fewer images.
+        kv_heads: KV heads H, a divisor of Hq.
+        others: [B] int64; tokens that stay whatever is chosen, added up over the KV heads.
+        token_bytes: bytes of one token's key and value in one KV head.
+    """
+
+    attention: Tensor
+    images: Tensor
+    counts: Tensor
+    kv_heads: int
+    others: Tensor
+    token_bytes: int
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What a layer keeps.
+
+    Attributes:
+        kept: [B, H, V] bool.
+        gamma: [B]; the layer's vision attention.
+        rate: [B]; the retention rate asked for.
+    """
+
+    kept: Tensor
+    gamma: Tensor
+    rate: Tensor

@@ -1,0 +1,154 @@
+"""A scoped override of the attention functions that Transformers has registered.
+
+While somebody needs it, and only then, the function registered for a model's attention
+implementation is replaced by a dispatcher. It lets watchers of a module see the call, and hands
+calls whose keys bring a guest of their own (a cache that knows how to attend to itself) to that
+guest. All other calls, of other models and threads too, go to the plain function.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+# The attribute under which keys carry their guest.
+GUEST = "vlmprune_guest"
+
+
+class Watcher(Protocol):
+    """Sees the attention calls of a module."""
+
+    def see(self, module: nn.Module, query: Tensor, key: Tensor, scaling: float | None) -> None:
+        """Take note of one call."""
+
+
+class Guest(Protocol):
+    """Computes the attention calls whose keys carry it."""
+
+    def attend(
+        self,
+        function: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The call's result, by the plain `function` or otherwise."""
+
+
+class _Dispatcher:
+    """Stands in for one registered attention function while at least one user needs it."""
+
+    def __init__(self, interface: Any, name: str) -> None:
+        self.interface, self.name = interface, name
+        self.users = 0
+        self.watchers: dict[nn.Module, list[Watcher]] = {}
+        self.local = name in interface._local_mapping
+        self.original = interface.get(name)
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        # A copy, as other threads may add or remove theirs meanwhile.
+        for watcher in tuple(self.watchers.get(module, ())):
+            watcher.see(module, query, key, kwargs.get("scaling"))
+        function = self.original or _eager(module)
+        guest: Guest | None = getattr(key, GUEST, None)
+        if guest is not None:
+            return guest.attend(function, module, query, key, value, *args, **kwargs)
+        return function(module, query, key, value, *args, **kwargs)
+
+    def install(self) -> None:
+        self.interface[self.name] = self
+
+    def remove(self) -> None:
+        if self.local:
+            self.interface[self.name] = self.original
+        else:
+            del self.interface[self.name]
+
+
+_lock = threading.RLock()
+_dispatchers: dict[tuple[int, str], _Dispatcher] = {}
+
+
+@contextmanager
+def dispatching(module: Any) -> Iterator[None]:
+    """Dispatch the attention calls that `module`'s implementation makes, inside the block."""
+    dispatcher = _acquire(module)
+    try:
+        yield
+    finally:
+        _release(dispatcher)
+
+
+@contextmanager
+def watching(module: Any, watcher: Watcher) -> Iterator[None]:
+    """Let `watcher` see the attention calls of `module` inside the block."""
+    dispatcher = _acquire(module)
+    with _lock:
+        dispatcher.watchers.setdefault(module, []).append(watcher)
+    try:
+        yield
+    finally:
+        with _lock:
+            dispatcher.watchers[module].remove(watcher)
+            if not dispatcher.watchers[module]:
+                del dispatcher.watchers[module]
+        _release(dispatcher)
+
+
+def attention_of(layer: nn.Module) -> Any:
+    """The one module of a layer whose code calls Transformers' attention registry.
+
+    Raises:
+        LookupError: there is none.
+    """
+    for module in layer.modules():
+        source = sys.modules.get(type(module).__module__)
+        has_registry = hasattr(source, "ALL_ATTENTION_FUNCTIONS")
+        if has_registry and hasattr(module, "is_causal") and hasattr(module, "config"):
+            return module
+    raise LookupError(f"{type(layer).__name__} has no attention that can be tapped")
+
+
+def _acquire(module: Any) -> _Dispatcher:
+    interface = sys.modules[type(module).__module__].ALL_ATTENTION_FUNCTIONS
+    name = module.config._attn_implementation
+    with _lock:
+        dispatcher = _dispatchers.get((id(interface), name))
+        if dispatcher is None:
+            dispatcher = _dispatchers[id(interface), name] = _Dispatcher(interface, name)
+            dispatcher.install()
+        dispatcher.users += 1
+        return dispatcher
+
+
+def _release(dispatcher: _Dispatcher) -> None:
+    with _lock:
+        dispatcher.users -= 1
+        if not dispatcher.users:
+            dispatcher.remove()
+            del _dispatchers[id(dispatcher.interface), dispatcher.name]
+
+
+def _eager(module: nn.Module) -> Callable[..., Any]:
+    """Eager attention is not registered: each modeling file has its own function."""
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise LookupError(f"{type(module).__name__} has no eager attention function")

@@ -1,0 +1,166 @@
+"""PLPHP: a KV cache of which every layer keeps its own share and every head its own tokens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vlmprune import retention
+from vlmprune.errors import VlmpruneError
+from vlmprune.pruner import Pruner
+from vlmprune.views import LayerView, Retention
+
+
+@dataclass(frozen=True)
+class PLPHP(Pruner):
+    """Cut the visual tokens out of the KV cache after prefill, per layer and per KV head.
+
+    Prefill is whole, so the first generated token is the unpruned model's. As it leaves a layer,
+    that layer's cache is cut: layers that attend much to the image keep more of it, and every KV
+    head keeps the tokens that its own query heads attend to. All other tokens stay.
+
+    Paper: "PLPHP: Per-Layer Per-Head Vision Token Pruning for Efficient Large Vision-Language
+    Models", arXiv 2502.14504; there is no released code.
+
+    Attributes:
+        r: retention rate of an ordinary layer. 0.4 is our reading.
+        dr: what a vision-attentive layer keeps more, and a vision-indifferent one less; the
+            three-level rule is the paper's, 0.3 is our reading.
+        alpha: vision attention γ from which a layer is vision-attentive. 0.25 is our reading;
+            `vlmprune calibrate` finds a model's own.
+        beta: γ below which a layer is vision-indifferent. 0.1 is our reading, see `alpha`.
+        first_pruned_layer: layers before it are left whole. 0 is our reading.
+        window: how many of the prompt's last tokens are asked what they attend to. 1, the last
+            token alone, is our reading.
+        per_head: "equal" gives every KV head the same number (the paper); "adaptive" shares one
+            budget a layer among its heads by their attention (AdaKV's idea; not the paper's).
+        max_layer_bytes: upper limit, in bytes, of what one layer keeps of one sample's prompt,
+            all heads together; where the rates ask for more, every image gives way alike.
+            None, the default, sets none; not the paper's.
+        calibrated_on: the architecture that alpha and beta were calibrated on, see `from_file`;
+            on any other the pruner refuses to be attached. None: not checked.
+
+    γ is the attention that the last prompt token gives to visual tokens, summed over them and
+    averaged over the query heads: 0 to 1. Per image max(1, round(rate · tokens)) are kept, half
+    rounded up, the most attended by the mean over the query heads of a KV head's group, ties to
+    the lower index. These are readings too, but for the budget per image, which is the paper's.
+    A later turn on the same cache asks its own last token, for its own images.
+
+    Where it deviates from the paper: every sample of a batch has its own γ and rate; newline
+    tokens among an image's placeholders count as visual tokens; sliding-window and
+    linear-attention layers are left whole.
+
+    Shapes: attention [B, Hq, V] → kept [B, H, V].
+
+    Raises:
+        VlmpruneError: a value is out of range; one sentence names it.
+    """
+
+    r: float = 0.4
+    dr: float = 0.3
+    alpha: float = 0.25
+    beta: float = 0.1
+    first_pruned_layer: int = 0
+    window: int = 1
+    per_head: Literal["equal", "adaptive"] = "equal"
+    max_layer_bytes: int | None = None
+    calibrated_on: str | None = None
+
+    needs: ClassVar[str] = "attention of the last prompt token, KV cache"
+    stage: ClassVar[str] = "KV cache, after prefill"
+    paper: ClassVar[str] = "arXiv 2502.14504"
+    text_agnostic: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("r", "dr", "alpha", "beta"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise VlmpruneError(f"{name}={value!r} is not a number from 0 to 1.")
+        if self.r - self.dr < 0 or self.r + self.dr > 1 + 1e-9 or self.r == 0:
+            raise VlmpruneError(
+                f"r={self.r} with dr={self.dr} gives rates from {self.r - self.dr:g} to "
+                f"{self.r + self.dr:g}; choose them so that r > 0 and all lie within 0 and 1, as "
+                "r=0.4 with dr=0.3 does."
+            )
+        if self.beta > self.alpha:
+            raise VlmpruneError(
+                f"beta={self.beta} is above alpha={self.alpha}; beta is the lower threshold."
+            )
+        for name, least in (("first_pruned_layer", 0), ("window", 1), ("max_layer_bytes", 1)):
+            value = getattr(self, name)
+            if value is None and name == "max_layer_bytes":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise VlmpruneError(f"{name}={value!r} is not a whole number of {least} or more.")
+        if self.per_head not in ("equal", "adaptive"):
+            raise VlmpruneError(
+                f"per_head={self.per_head!r} is not known; use 'equal', 'adaptive'."
+            )
+
+    @classmethod
+    def from_file(cls, path: str | Path, **changes: Any) -> PLPHP:
+        """The settings that `vlmprune calibrate` wrote.
+
+        Args:
+            path: its JSON file.
+            changes: fields to set otherwise.
+
+        Raises:
+            VlmpruneError: the file cannot be read or holds no calibration.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = dict(content["plphp"])
+        except OSError as error:
+            raise VlmpruneError(f"{str(path)!r} cannot be read ({error.strerror}).") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise VlmpruneError(
+                f"{str(path)!r} is no calibration; make one with `vlmprune calibrate`."
+            ) from error
+        known = {field.name for field in fields(cls)}
+        unknown = sorted({*found, *changes} - known)
+        if unknown:
+            raise VlmpruneError(f"PLPHP has no setting {unknown[0]!r}; it has {', '.join(known)}.")
+        return cls(**(found | changes))
+
+    def check_prompt(self, others: int, images: int, heads: int, token_bytes: int) -> None:
+        """Refuse a `max_layer_bytes` below what text and one token an image and head take."""
+        least = (others + images * heads) * token_bytes
+        if self.max_layer_bytes is not None and self.max_layer_bytes < least:
+            raise VlmpruneError(
+                f"max_layer_bytes={self.max_layer_bytes} is below the {least} bytes that the text "
+                f"and one token of each image take; use at least {least}."
+            )
+
+    def retain(self, layer: int, view: LayerView) -> Retention | None:
+        """What a layer's KV heads keep; None leaves the layer whole."""
+        if layer < self.first_pruned_layer:
+            return None
+        gamma = view.attention.sum(dim=2).mean(dim=1)
+        # The three rates are worked out once, in Python's precision, whatever the device has.
+        rates = gamma.new_tensor([self.r - self.dr, self.r, self.r + self.dr], dtype=torch.float32)
+        level = (gamma >= self.beta).long() + (gamma >= self.alpha).long()
+        rate = rates[level]
+        counts = view.counts
+        # Rounding half up, with room for float32's error in rates such as 0.1.
+        keep = (rate[:, None] * counts + 0.5 + 1e-4).floor().long().clamp(min=1).minimum(counts)
+        if self.max_layer_bytes is not None:
+            keep = self._within_limit(keep, view)
+        scores = view.attention.unflatten(1, (view.kv_heads, -1)).mean(dim=2)
+        choose = retention.shared if self.per_head == "adaptive" else retention.per_image
+        return Retention(choose(scores, view.images, keep), gamma, rate)
+
+    def _within_limit(self, keep: Tensor, view: LayerView) -> Tensor:
+        """Fewer tokens of each image where the layer would grow too large; one at least."""
+        assert self.max_layer_bytes is not None
+        room = (self.max_layer_bytes // view.token_bytes - view.others) // view.kv_heads
+        least = (keep > 0).long()
+        images, wanted = least.sum(dim=1), keep.sum(dim=1)
+        spare = (room - images).clamp(min=0)
+        share = (keep - least) * spare[:, None] // (wanted - images).clamp(min=1)[:, None]
+        return torch.where((wanted > room)[:, None], least + share, keep)

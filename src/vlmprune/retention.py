@@ -1,0 +1,76 @@
+"""What each KV head keeps of each image: pure tensor functions, as `select` is.
+
+They import torch alone and break ties by index, so that CPU and GPU agree.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Share of an equal split that every head is sure of under one budget for all (AdaKV's released
+# code calls it the floor and uses the same value).
+FLOOR = 0.2
+
+
+def per_image(scores: Tensor, images: Tensor, keep: Tensor) -> Tensor:
+    """The best tokens of each image in each head, the same number in all heads.
+
+    Source: arXiv 2502.14504, section 3 (images do not compete with each other).
+
+    Args:
+        scores: [B, H, V].
+        images: [B, V] int64; image of each token, -1 for none.
+        keep: [B, I] int64; how many of each image.
+
+    Returns:
+        [B, H, V] bool. Ties go to the lower index.
+    """
+    budget = _at(keep, images)
+    return _rank(scores, images[:, None].expand_as(scores)) < budget[:, None]
+
+
+def shared(scores: Tensor, images: Tensor, keep: Tensor, floor: float = FLOOR) -> Tensor:
+    """The best tokens of each image over all heads: one budget for the layer, unequal heads.
+
+    Every head is sure of its own best: the fraction `floor` of an equal split, at least one
+    token of each image. What is left goes to the highest scores, whichever head they are in.
+
+    Source: the idea of AdaKV, arXiv 2407.11550, within each image.
+
+    Args:
+        scores: [B, H, V].
+        images: [B, V] int64; image of each token, -1 for none.
+        keep: [B, I] int64; how many of each image in an equal split: the budget is `keep` · H.
+        floor: 0 to 1.
+
+    Returns:
+        [B, H, V] bool.
+    """
+    batch, heads, _ = scores.shape
+    everywhere = images[:, None].expand_as(scores)
+    least = (keep * floor).floor().long().clamp(min=1).minimum(keep)
+    sure = _rank(scores, everywhere) < _at(least, images)[:, None]
+    # Scores are attention, so nothing that is not sure outranks what is.
+    raised = torch.where(sure, torch.inf, scores).flatten(1)
+    rank = _rank(raised, everywhere.flatten(1))
+    budget = _at(keep * heads, images)[:, None].expand_as(scores)
+    return rank.view(batch, heads, -1) < budget
+
+
+def _at(values: Tensor, images: Tensor) -> Tensor:
+    """Each token's entry of [B, I] `values` by its image; 0 where it has none."""
+    return values.gather(1, images.clamp(min=0)).masked_fill(images < 0, 0)
+
+
+def _rank(scores: Tensor, images: Tensor) -> Tensor:
+    """Each token's place within its image along the last dimension, the best being 0."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, images.gather(-1, order).argsort(dim=-1, stable=True))
+    sorted_images = images.gather(-1, order)
+    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    # An image's tokens now stand together; its first one's place is where a new image begins.
+    begins = torch.ones_like(sorted_images, dtype=torch.bool)
+    begins[..., 1:] = sorted_images[..., 1:] != sorted_images[..., :-1]
+    first = places.masked_fill(~begins, 0).cummax(dim=-1).values
+    return torch.empty_like(places.contiguous()).scatter(-1, order, places - first)
