@@ -37,7 +37,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from vlmprune import select
-from vlmprune.taps import Tap, attention_of, tapped
+from vlmprune.dispatch import attention_of
+from vlmprune.taps import Tap, tapped
 
 # Hidden state -2 is the output of this layer.
 LAYER = 22

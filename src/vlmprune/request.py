@@ -160,6 +160,8 @@ def prepare(
     planned = plan(handle.model, handle.family, inputs) if inputs else Plan((), (0, 0))
     _check_flash(handle, ids)
     rows = images_per_row(visual, planned.lengths)
+    if handle.pruner.cuts and planned.layouts and caching:
+        _check_prompt(handle, join(join(prefix.prompt, between), new), visual, rows, cache)
     kept, output, features = _choose(handle, inputs, planned, rows)
     dropped = dropped_columns(visual, kept)
     short, following = shorten(new, dropped, handle.positions, handle.pad_id)
@@ -171,7 +173,7 @@ def prepare(
         shift = shift + dropped.sum(dim=1)
     retaining = None
     if handle.pruner.cuts and kept and caching:
-        retaining = _retaining(handle, prompt, short, kept, rows, cache)
+        retaining = _retaining(handle, prompt, short, kept, rows)
     return Prepared(
         (known, cached),
         prompt,
@@ -192,30 +194,38 @@ def prepare(
     )
 
 
+def _check_prompt(
+    handle: Handle, prompt: Prompt, visual: Tensor, rows: list[int], cache: Any
+) -> None:
+    """Let the method look at the size of the cache that it is to cut, before any work."""
+    config = handle.model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    stays = prompt.mask != 0
+    stays[:, stays.shape[1] - visual.shape[1] :] &= ~visual
+    held = [stays.sum(dim=1) * heads]
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, RaggedLayer) and layer.prefix is not None:
+            # Of an earlier turn, what the layer holds counts, not what it has seen.
+            tail = stays[:, layer.start :].sum(dim=1) * heads
+            held.append(row_lengths(layer.prefix).to(tail.device) + tail)
+    most = torch.stack(held[1:] or held).amax(dim=0)
+    images = torch.tensor(rows, device=most.device)
+    worst = int((most + images * heads).argmax())
+    token_bytes = 2 * head_dim * (torch.finfo(handle.model.dtype).bits // 8)
+    handle.pruner.check_prompt(int(most[worst]), rows[worst], heads, token_bytes)
+
+
 def _retaining(
-    handle: Handle, prompt: Prompt, short: Prompt, kept: list[Tensor], rows: list[int], cache: Any
+    handle: Handle, prompt: Prompt, short: Prompt, kept: list[Tensor], rows: list[int]
 ) -> Retaining:
-    """The cut of a prompt's cache, checked against the method's settings."""
+    """The cut of a prompt's cache."""
     visual = torch.zeros_like(prompt.mask, dtype=torch.bool)
     visual[:, prompt.mask.shape[1] - short.mask.shape[1] :] = (
         short.ids == handle.image_token_id
     ) & (short.mask != 0)
     flat = iter([int(k.sum()) for k in kept])
     lengths = [[next(flat) for _ in range(images)] for images in rows]
-    config = handle.model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token_bytes = 2 * head_dim * (torch.finfo(handle.model.dtype).bits // 8)
-    others = ((prompt.mask != 0) & ~visual).sum(dim=1) * heads
-    stored = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, RaggedLayer)]
-    for layer in stored:
-        if layer.prefix is not None:
-            # Later turns: what the fullest layer holds of a row, not what it has seen.
-            tail = ((prompt.mask != 0) & ~visual)[:, layer.start :].sum(dim=1) * heads
-            now = row_lengths(layer.prefix).to(tail.device) + tail
-            others = now if layer is stored[0] else others.maximum(now)
-    for held, images in zip(others.tolist(), lengths, strict=True):
-        handle.pruner.check_prompt(held, len(images), heads, token_bytes)
     return Retaining(handle.pruner, prompt.mask, visual, lengths)
 
 

@@ -1,0 +1,195 @@
+"""What each head keeps of each image: against plain restatements, and PLPHP's own settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from beartype import beartype
+from hypothesis import given
+from hypothesis import strategies as st
+from jaxtyping import Bool, Float, Int, jaxtyped
+from torch import Tensor
+
+from tiny import model, request
+from vlmprune import PLPHP, VisPruner, VlmpruneError, retention
+from vlmprune.views import LayerView
+
+
+@jaxtyped(typechecker=beartype)
+def choose(
+    rule: str, scores: Float[Tensor, "B H V"], images: Int[Tensor, "B V"], keep: Int[Tensor, "B I"]
+) -> Bool[Tensor, "B H V"]:
+    return getattr(retention, rule)(scores, images, keep)
+
+
+@st.composite
+def cases(draw: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    lengths = draw(
+        st.lists(st.lists(st.integers(1, 7), max_size=3), min_size=batch, max_size=batch)
+    )
+    most = max(len(row) for row in lengths)
+    longest = max(sum(row) for row in lengths)
+    images = torch.full((batch, longest), -1)
+    keep = torch.zeros(batch, max(1, most), dtype=torch.long)
+    for row, counts in enumerate(lengths):
+        flat = [i for i, n in enumerate(counts) for _ in range(n)]
+        images[row, : len(flat)] = torch.tensor(flat, dtype=torch.long)
+        for i, n in enumerate(counts):
+            keep[row, i] = draw(st.integers(1, n))
+    # Few distinct values, so that ties are common.
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
+    scores = torch.randint(0, 5, (batch, heads, longest), generator=generator) / 8
+    return scores, images, keep
+
+
+@given(cases())
+def test_equal_numbers_a_head(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    scores, images, keep = case
+    kept = choose("per_image", scores, images, keep)
+    for row in range(scores.shape[0]):
+        for head in range(scores.shape[1]):
+            wanted = set()
+            for image in range(keep.shape[1]):
+                own = (images[row] == image).nonzero()[:, 0].tolist()
+                best = sorted(own, key=lambda i: (-float(scores[row, head, i]), i))
+                wanted |= set(best[: int(keep[row, image])])
+            assert set(kept[row, head].nonzero()[:, 0].tolist()) == wanted
+
+
+@given(cases())
+def test_one_budget_for_all_heads(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    scores, images, keep = case
+    kept = choose("shared", scores, images, keep)
+    heads = scores.shape[1]
+    for row in range(scores.shape[0]):
+        assert not kept[row][:, images[row] < 0].any()
+        for image in range(keep.shape[1]):
+            count = int(keep[row, image])
+            own = (images[row] == image).nonzero()[:, 0].tolist()
+            chosen = kept[row][:, own]
+            assert int(chosen.sum()) == count * heads
+            wanted = set()
+            for head in range(heads):
+                best = sorted(own, key=lambda i: (-float(scores[row, head, i]), i))
+                wanted |= {(head, i) for i in best[: min(count, max(1, int(count * 0.2)))]}
+            rest = [(h, i) for h in range(heads) for i in own if (h, i) not in wanted]
+            rest.sort(key=lambda at: (-float(scores[row, at[0], at[1]]), at))
+            wanted |= set(rest[: count * heads - len(wanted)])
+            found = {(h, own[i]) for h, i in chosen.nonzero().tolist()}
+            assert found == wanted
+
+
+def test_by_hand() -> None:
+    """Two heads over two images of three tokens, one of each to keep."""
+    scores = torch.tensor([[[0.1, 0.5, 0.2, 0.0, 0.0, 0.9], [0.3, 0.3, 0.0, 0.4, 0.8, 0.1]]])
+    images = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    kept = choose("per_image", scores, images, torch.tensor([[1, 1]]))
+    assert kept[0].nonzero().tolist() == [[0, 1], [0, 5], [1, 0], [1, 4]]
+    # Two of the first image for both heads together: head 0 is sure of token 1, head 1 of token 0,
+    # and two more go to the best of the rest, 0.3 and 0.2.
+    kept = choose("shared", scores, images, torch.tensor([[2, 1]]))
+    assert kept[0].nonzero().tolist() == [[0, 1], [0, 2], [0, 5], [1, 0], [1, 1], [1, 4]]
+
+
+def view(gamma: list[float], tokens: int) -> LayerView:
+    """One sample a gamma, one image of `tokens` tokens, one head."""
+    attention = torch.tensor(gamma)[:, None, None].expand(-1, 2, tokens) / tokens
+    rows = len(gamma)
+    images = torch.zeros(rows, tokens, dtype=torch.long)
+    counts = torch.full((rows, 1), tokens)
+    return LayerView(attention, images, counts, 1, torch.zeros(rows, dtype=torch.long), 8)
+
+
+def test_three_levels_of_a_layer() -> None:
+    found = PLPHP().retain(0, view([0.3, 0.2, 0.05], tokens=10))
+    assert found is not None
+    assert found.rate.tolist() == pytest.approx([0.7, 0.4, 0.1])
+    assert found.kept.sum(dim=2)[:, 0].tolist() == [7, 4, 1]
+    found = PLPHP(alpha=0.5, beta=0.5).retain(0, view([0.51, 0.49], tokens=10))
+    assert found is not None and found.kept.sum(dim=2)[:, 0].tolist() == [7, 1]
+
+
+@pytest.mark.parametrize(
+    ("r", "tokens", "kept"),
+    [(0.4, 576, 230), (0.1, 5, 1), (0.1, 4, 1), (0.5, 5, 3), (0.3, 5, 2), (0.05, 576, 29)],
+)
+def test_half_a_token_is_rounded_up_and_one_stays(r: float, tokens: int, kept: int) -> None:
+    found = PLPHP(r=r, dr=0, alpha=1, beta=0).retain(0, view([0.5], tokens))
+    assert found is not None and int(found.kept.sum()) == kept
+
+
+def test_first_layers_are_not_asked() -> None:
+    pruner = PLPHP(first_pruned_layer=2)
+    assert pruner.retain(1, view([0.3], 10)) is None and pruner.retain(2, view([0.3], 10))
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"r": 1.2}, "r=1.2 is not a number from 0 to 1"),
+        ({"r": 0}, "gives rates from"),
+        ({"r": 0.2, "dr": 0.3}, "rates from -0.1 to 0.5"),
+        ({"r": 0.9, "dr": 0.3}, "rates from 0.6 to 1.2"),
+        ({"alpha": True}, "alpha=True"),
+        ({"alpha": 0.1, "beta": 0.2}, "beta=0.2 is above alpha=0.1"),
+        ({"window": 0}, "window=0 is not a whole number of 1 or more"),
+        ({"first_pruned_layer": -1}, "first_pruned_layer=-1"),
+        ({"first_pruned_layer": 1.5}, "first_pruned_layer=1.5"),
+        ({"max_layer_bytes": 0}, "max_layer_bytes=0"),
+        ({"per_head": "each"}, "per_head='each' is not known"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(VlmpruneError, match=match):
+        PLPHP(**settings)
+
+
+def test_chains_that_make_no_sense() -> None:
+    with pytest.raises(VlmpruneError, match="must come last in a chain"):
+        PLPHP() | VisPruner(keep=4)
+    with pytest.raises(VlmpruneError, match="would both cut the KV cache"):
+        PLPHP() | PLPHP(r=0.5)
+    chain = VisPruner(keep=8) | VisPruner(keep=4) | PLPHP(window=3)
+    assert chain.window == 3 and chain.cuts and chain.shortens
+    assert PLPHP().cuts and not PLPHP().shortens
+    assert VisPruner(keep=4).shortens and not VisPruner(keep=4).cuts
+
+
+def test_from_file(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps({"plphp": {"alpha": 0.6, "beta": 0.2, "calibrated_on": "x"}}))
+    assert PLPHP.from_file(path) == PLPHP(alpha=0.6, beta=0.2, calibrated_on="x")
+    changed = PLPHP.from_file(path, r=0.5, alpha=0.7)
+    assert (changed.r, changed.alpha, changed.beta) == (0.5, 0.7, 0.2)
+    with pytest.raises(VlmpruneError, match="calibrated on another model \\(x\\) than this"):
+        PLPHP.from_file(path).attach(model())
+    with pytest.raises(VlmpruneError, match="no setting 'rate'"):
+        PLPHP.from_file(path, rate=1)
+    with pytest.raises(VlmpruneError, match="cannot be read"):
+        PLPHP.from_file(tmp_path / "absent.json")
+    for content in ("{", "[]", '{"other": 1}', '{"plphp": 3}'):
+        path.write_text(content)
+        with pytest.raises(VlmpruneError, match="is no calibration"):
+            PLPHP.from_file(path)
+
+
+@given(r=st.floats(0.01, 1), seed=st.integers(0, 20))
+def test_the_first_token_never_changes_and_no_image_is_lost(r: float, seed: int) -> None:
+    built = model(seed=seed % 3)
+    req = request(built, [1, 2], seed=seed)
+    settings = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
+    plain = built.generate(**req.inputs, **settings)
+    per_head: Any = "adaptive" if seed % 2 else "equal"
+    with PLPHP(r=r, dr=min(r, 1 - r), per_head=per_head)(built) as handle:
+        pruned = built.generate(**req.inputs, **settings)
+    assert torch.equal(plain.logits[0], pruned.logits[0])
+    assert handle.report is not None
+    for layer in handle.report.layers:
+        for head in layer.kept:
+            assert {int(n) // 16 for n in head[0]} == {0}
+            assert {int(n) // 16 for n in head[1]} == {0, 1}
