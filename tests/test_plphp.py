@@ -9,11 +9,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, Qwen2Config, TextStreamer
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3NextConfig,
+    TextStreamer,
+)
 
 from masked import kept_columns, masking
 from tiny import EOS, IMAGE, PAD, VOCABULARY, model, request
-from vlmprune import PLPHP, VisPruner
+from vlmprune import PLPHP, VisPruner, VlmpruneError
 from vlmprune.cache import RaggedLayer
 
 pytestmark = pytest.mark.oracle
@@ -438,6 +445,47 @@ def test_sliding_layers_stay_whole(given: bool) -> None:
     assert kinds == [True, False, True]
     with masking(built, kept_columns(handle.report, req.inputs["input_ids"], IMAGE)):
         assert distance(pruned, generate(built, req.inputs)) < TOLERANCE
+
+
+def test_linear_attention_layers_stay_whole() -> None:
+    config = Qwen3NextConfig(
+        **{
+            **{k: v for k, v in text_config().to_dict().items() if k != "model_type"},
+            "num_hidden_layers": 4,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "head_dim": 8,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        }
+    )
+    built = model(text_config=config)
+    req = request(built, [1, 1])
+    with PLPHP(**SETTINGS)(built) as handle:
+        pruned = generate(built, req.inputs)
+    report = handle.report
+    assert report is not None and [layer.index for layer in report.layers] == [1, 3]
+    kept = sum(len(k) for layer in report.layers for head in layer.kept for k in head)
+    assert report.kv_bytes_after == kept * 2 * 8 * 4
+    assert report.kv_bytes_before == 2 * 16 * 2 * 2 * 2 * 8 * 4
+    with masking(built, kept_columns(report, req.inputs["input_ids"], IMAGE)):
+        assert distance(pruned, generate(built, req.inputs)) < TOLERANCE
+
+
+def test_a_model_without_full_attention_is_refused() -> None:
+    config = MistralConfig(
+        **{
+            **{k: v for k, v in text_config().to_dict().items() if k != "model_type"},
+            "sliding_window": 12,
+        }
+    )
+    with pytest.raises(VlmpruneError, match="every layer of LlavaForConditionalGeneration has"):
+        PLPHP().attach(model(text_config=config))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from vlmprune import families
+from vlmprune import costs, families
 from vlmprune.cache import adopt, attending, binding_of, refusal
 from vlmprune.errors import VlmpruneError
 from vlmprune.request import Active, active, mark, prepare, remember
@@ -150,8 +150,7 @@ def _cutting(handle: Handle, state: Active, cache: Any) -> Iterator[None]:
     if retaining is not None and retaining.done:
         retaining = None
     if retaining is not None and cache is not None:
-        depth = len(families.decoder_layers(handle.model))
-        adopt(cache, handle.cuttable, depth)
+        adopt(cache, handle.cuttable, len(families.decoder_layers(handle.model)))
     if binding_of(cache) is None:
         yield
         return
@@ -160,8 +159,9 @@ def _cutting(handle: Handle, state: Active, cache: Any) -> Iterator[None]:
     if retaining is not None and cache is not None and retaining.due(cache.get_seq_length()):
         retaining.done = True
         if handle.report is not None:
+            cached = costs.kv_layers(handle.model.config)
             handle.report = handle.report.with_layers(
-                retaining.layers, depth, retaining.seconds, state.numbers
+                retaining.layers, cached, retaining.seconds, state.numbers
             )
 
 

@@ -52,8 +52,8 @@ def kv_bytes(config: Any, tokens: int, bytes_per_value: int = 2) -> int:
         bytes_per_value: 2 for float16 and bfloat16, 4 for float32, 1 for 8-bit caches.
 
     Returns:
-        `2 * layers * kv_heads * head_dim * bytes_per_value * tokens` bytes. The published "MB" are
-        MiB (2**20 bytes).
+        `2 * layers * kv_heads * head_dim * bytes_per_value * tokens` bytes, over the layers that
+        cache keys and values. The published "MB" are MiB (2**20 bytes).
 
     Raises:
         ValueError: a negative count, `bytes_per_value` below 1, or a config that lacks a field.
@@ -63,7 +63,20 @@ def kv_bytes(config: Any, tokens: int, bytes_per_value: int = 2) -> int:
         raise ValueError(f"bytes_per_value={bytes_per_value} must be 1 or more.")
     text = _text(config)
     _, kv = _attention_widths(text)
-    return int(2 * _field(text, "num_hidden_layers") * kv * bytes_per_value * n)
+    return int(2 * kv_layers(text) * kv * bytes_per_value * n)
+
+
+def kv_layers(config: Any) -> int:
+    """Number of decoder layers that cache keys and values: all but those of linear attention.
+
+    Raises:
+        ValueError: a config that lacks a field.
+    """
+    text = _text(config)
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        return int(_field(text, "num_hidden_layers"))
+    return sum(kind not in ("linear_attention", "conv", "mamba", "moe", "mlp") for kind in kinds)
 
 
 def encoder_flops(

@@ -244,8 +244,9 @@ class Handle:
 
     @cached_property
     def attention(self) -> Any:
-        """The attention module of a decoder layer."""
-        return dispatch.attention_of(families.decoder_layers(self.model)[0])
+        """The attention module of a decoder layer with full attention."""
+        layers = families.decoder_layers(self.model)
+        return dispatch.attention_of(layers[families.cuttable_layers(self.model)[0]])
 
     def detach(self) -> None:
         """Give the model back exactly as it was. May be called again."""

@@ -121,17 +121,17 @@ class Report:
         return out
 
     def with_layers(
-        self, layers: list[LayerReport], depth: int, seconds: float, numbers: list[Tensor]
+        self, layers: list[LayerReport], cached: int, seconds: float, numbers: list[Tensor]
     ) -> Report:
         """The same call after its prompt's cache was cut.
 
         Args:
             layers: those that a method was asked about.
-            depth: number of decoder layers.
+            cached: number of decoder layers that cache keys and values.
             seconds: time that the cuts took.
             numbers: as in `LayerReport`.
         """
-        whole = self.kv_bytes_after // depth * (depth - len(layers))
+        whole = self.kv_bytes_after // cached * (cached - len(layers))
         return replace(
             self,
             layers=[replace(layer, numbers=numbers) for layer in layers],
