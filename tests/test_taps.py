@@ -394,3 +394,39 @@ def test_no_gradient_is_kept() -> None:
     with tapped(layers_of(model)[1], tap):
         model(pixels())
     assert not tap.rows_seen[0].requires_grad
+
+
+@pytest.mark.parametrize("form", ["bool", "additive", "two-dimensional"])
+def test_padding_neither_gives_nor_receives(form: str) -> None:
+    """A padded batch scores each row as the row alone would be scored."""
+    torch.manual_seed(3)
+    query, key = torch.randn(2, 4, 300, 8), torch.randn(2, 4, 300, 8)
+    real = torch.ones(2, 300, dtype=torch.bool)
+    real[1, 170:] = False
+    mask = real[:, None, None]
+    if form == "additive":
+        mask = torch.zeros(2, 1, 300, 300).masked_fill(~mask, torch.finfo(torch.float32).min)
+    elif form == "two-dimensional":
+        mask = real.long()
+    found = taps.attention_rows(query, key, 0.3, "received", mask)
+    assert torch.allclose(found[:1], taps.attention_rows(query[:1], key[:1], 0.3, "received"))
+    alone = taps.attention_rows(query[1:, :, :170], key[1:, :, :170], 0.3, "received")
+    assert torch.allclose(found[1:, :170], alone) and not found[1, 170:].any()
+
+
+def test_images_in_one_masked_sequence_are_scored_apart() -> None:
+    """Towers that pack images into one sequence keep them apart by a block-diagonal mask."""
+    torch.manual_seed(3)
+    query, key = torch.randn(1, 4, 200, 8), torch.randn(1, 4, 200, 8)
+    lengths = [60, 140]
+    mask = torch.block_diag(*[torch.ones(n, n, dtype=torch.bool) for n in lengths])[None, None]
+    found = taps.attention_rows(query, key, 0.3, "received", mask)
+    alone = [
+        taps.attention_rows(q, k, 0.3, "received")
+        for q, k in zip(query.split(lengths, 2), key.split(lengths, 2), strict=True)
+    ]
+    assert torch.allclose(found, torch.cat(alone, dim=1))
+    tap = taps.Tap("received")
+    ends = torch.tensor([0, 60, 200])
+    tap.see(nn.Identity(), query, key, None, {"scaling": 0.3, "cu_seq_lens_q": ends})
+    assert torch.equal(torch.cat(tap.rows_seen, dim=1), torch.cat(alone, dim=1))

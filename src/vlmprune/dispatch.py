@@ -23,7 +23,14 @@ GUEST = "vlmprune_guest"
 class Watcher(Protocol):
     """Sees the attention calls of a module."""
 
-    def see(self, module: nn.Module, query: Tensor, key: Tensor, scaling: float | None) -> None:
+    def see(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        attention_mask: Any,
+        kwargs: dict[str, Any],
+    ) -> None:
         """Take note of one call."""
 
 
@@ -59,17 +66,17 @@ class _Dispatcher:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *args: Any,
+        attention_mask: Any = None,
         **kwargs: Any,
     ) -> Any:
         # A copy, as other threads may add or remove theirs meanwhile.
         for watcher in tuple(self.watchers.get(module, ())):
-            watcher.see(module, query, key, kwargs.get("scaling"))
+            watcher.see(module, query, key, attention_mask, kwargs)
         function = self.original or _eager(module)
         guest: Guest | None = getattr(key, GUEST, None)
         if guest is not None:
-            return guest.attend(function, module, query, key, value, *args, **kwargs)
-        return function(module, query, key, value, *args, **kwargs)
+            return guest.attend(function, module, query, key, value, attention_mask, **kwargs)
+        return function(module, query, key, value, attention_mask, **kwargs)
 
     def install(self) -> None:
         self.interface[self.name] = self

@@ -23,29 +23,57 @@ Rows = Literal["cls", "received"]
 CHUNK = 128
 
 
-def attention_rows(query: Tensor, key: Tensor, scaling: float, rows: Rows) -> Tensor:
+def attention_rows(
+    query: Tensor, key: Tensor, scaling: float, rows: Rows, mask: Tensor | None = None
+) -> Tensor:
     """Post-softmax attention that each key gets, averaged over heads.
 
     Args:
         query: [B, H, L, D].
         key: [B, H', L, D], H' a divisor of H.
         scaling: factor of the dot products.
-        rows: "cls", the row of query 0; "received", the mean over all queries, computed in
-            chunks so that memory stays linear in L.
+        rows: "cls", the row of query 0; "received", the mean over the queries that see the key,
+            computed in chunks so that memory stays linear in L.
+        mask: None, [B, L] of which 0 is padding, or [B or 1, 1 or H, L or 1, L], bool (True is
+            seen) or additive. A token that no query sees is padding: it receives 0, and its own
+            query does not count.
 
     Returns:
-        [B, L] float32; sums to 1.
+        [B, L] float32; sums to 1 where all see all.
     """
     query, key = query.detach(), key.detach()
     if key.shape[1] != query.shape[1]:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     key = key.float().transpose(2, 3)
-    if rows == "cls":
-        return (query[:, :, :1].float() @ key * scaling).softmax(dim=-1).mean(dim=1)[:, 0]
+    queries = query[:, :, :1] if rows == "cls" else query
     total = torch.zeros(query.shape[0], query.shape[2], device=query.device)
-    for chunk in query.split(CHUNK, dim=2):
-        total += (chunk.float() @ key * scaling).softmax(dim=-1).sum(dim=2).mean(dim=1)
-    return total / query.shape[2]
+    seen_by = torch.zeros_like(total)
+    real = None
+    if mask is not None:
+        mask = mask.detach()[:, None, None].bool() if mask.ndim == 2 else mask.detach()
+        mask = mask.expand(-1, -1, query.shape[2], -1)
+        real = _seen(mask).flatten(1, 2).any(dim=1)
+    start = 0
+    for chunk in queries.split(CHUNK, dim=2):
+        scores = chunk.float() @ key * scaling
+        end = start + chunk.shape[2]
+        if mask is None:
+            seen_by += chunk.shape[2]
+            total += scores.softmax(dim=-1).sum(dim=2).mean(dim=1)
+        else:
+            assert real is not None
+            seen = _seen(mask[:, :, start:end]) & real[:, None, start:end, None]
+            added = scores if mask.dtype == torch.bool else scores + mask[:, :, start:end].float()
+            weights = added.masked_fill(~seen, -torch.inf).softmax(dim=-1).nan_to_num()
+            total += weights.sum(dim=2).mean(dim=1)
+            seen_by += seen.expand(-1, scores.shape[1], -1, -1).float().mean(dim=1).sum(dim=1)
+        start = end
+    return total / seen_by.clamp(min=1)
+
+
+def _seen(mask: Tensor) -> Tensor:
+    """A mask as bool, True where a query sees a key."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 class Tap:
@@ -65,13 +93,29 @@ class Tap:
         """Whether the running thread is the tap's own."""
         return threading.get_ident() == self.thread
 
-    def see(self, module: nn.Module, query: Tensor, key: Tensor, scaling: float | None) -> None:
+    def see(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        attention_mask: Any,
+        kwargs: dict[str, Any],
+    ) -> None:
         """Take the rows out of one attention call of the tap's own thread."""
         if not self.here:
             return
+        scaling = kwargs.get("scaling")
         if scaling is None:
             scaling = query.shape[-1] ** -0.5
-        self.rows_seen.append(attention_rows(query, key, scaling, self.rows))
+        mask = attention_mask if isinstance(attention_mask, Tensor) else None
+        ends = kwargs.get("cu_seq_lens_q")
+        if ends is None:
+            self.rows_seen.append(attention_rows(query, key, scaling, self.rows, mask))
+            return
+        # Flash attention gets several images packed into one sequence.
+        lengths = (ends[1:] - ends[:-1]).tolist()
+        for q, k in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), strict=True):
+            self.rows_seen.append(attention_rows(q, k, scaling, self.rows))
 
 
 @contextmanager
