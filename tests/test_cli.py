@@ -1,48 +1,17 @@
-"""The command line: its figures against independent facts, and its sentences for mistakes."""
+"""`vlmprune run`: its figures against independent facts, its table, its options."""
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
-from vlmprune import METHODS, VisPruner, __version__, costs, embedded, running
-from vlmprune.cli import app
-from vlmprune.families import FAMILIES, TOWERS
-
-COFFEE = str(embedded.scenes() / "coffee.jpg")
-QUESTION = "where is the cat?"
-
-
-def call(*words):
-    return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def sentence(*words):
-    """The sentence of a mistake; checks exit code and form."""
-    result = call(*words)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    assert result.stderr.startswith("vlmprune: ") and result.stderr.count("\n") == 1
-    return result.stderr
-
-
-@pytest.fixture
-def no_loading(monkeypatch):
-    """For mistakes that must be found before a model is loaded."""
-
-    def load(*_):
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(running, "load", load)
+from commandline import COFFEE, QUESTION, call, config_of_embedded
+from vlmprune import PLPHP, VisPruner, costs, embedded, loading, spec
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +32,6 @@ def ran(tmp_path_factory):
     return json.loads(result.stdout), target
 
 
-def config_of_embedded():
-    return json.loads((embedded.path() / "config.json").read_text())
-
-
 def test_run_tells_tokens_and_bytes(ran):
     content, target = ran
     text = config_of_embedded()["text_config"]
@@ -85,6 +50,11 @@ def test_run_tells_tokens_and_bytes(ran):
     assert content["question"] == QUESTION and content["images"] == [COFFEE]
     speedup = content["full"]["prefill_ms"] / content["pruned"]["prefill_ms"]
     assert content["prefill_speedup"] == pytest.approx(speedup)
+    rates = [content[side]["decode_tokens_per_second"] for side in ("full", "pruned")]
+    assert min(rates) > 0 and content["decode_speedup"] == pytest.approx(rates[1] / rates[0])
+    assert content["decode_tokens"] == 32
+    assert content["method"] == "vispruner:keep=64"
+    assert content["first_token_same"] is True
 
 
 def test_run_tells_flops(ran, loaded):
@@ -134,7 +104,7 @@ def test_overlay_shows_what_was_kept(ran):
 
 
 def test_settings_reach_the_method(loaded, monkeypatch):
-    monkeypatch.setattr(running, "load", lambda *_: running.Loaded(*loaded))
+    monkeypatch.setattr(loading, "load", lambda *_: loading.Loaded(*loaded))
     result = call(
         *("run", COFFEE, QUESTION, "--keep", 0.125, "--important-ratio", 0.75, "--json"),
         *("--positions", "compact", "--budget", "image", "--repeat", 1, "--max-new-tokens", 2),
@@ -148,8 +118,81 @@ def test_settings_reach_the_method(loaded, monkeypatch):
     assert content["full"]["new_tokens"] == content["pruned"]["new_tokens"] == 2
 
 
+@pytest.fixture
+def short(loaded, monkeypatch):
+    """`run` on the loaded model with short answers, as JSON unless told otherwise."""
+    monkeypatch.setattr(loading, "load", lambda *_: loading.Loaded(*loaded))
+
+    def ask(*words, form="--json", question=QUESTION):
+        options = ("--repeat", 1, "--max-new-tokens", 2, "--device", "cpu")
+        result = call("run", COFFEE, question, *options, *words, *[form] * bool(form))
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout) if form else result.stdout
+
+    return ask
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), VisPruner(keep=64)),
+        (("--method", "vispruner:keep=32"), VisPruner(keep=32)),
+        (
+            ("--method", "vispruner:keep=0.5", "--positions", "compact"),
+            VisPruner(0.5, 0.5, "compact"),
+        ),
+        (("--method", "plphp"), PLPHP()),
+        (("--method", "vispruner+plphp:r=0.5"), VisPruner(64) | PLPHP(r=0.5)),
+        (
+            ("--method", "vispruner|vispruner:keep=8", "--keep", 16, "--important-ratio", 1),
+            VisPruner(16, 1.0) | VisPruner(8, 1.0),
+        ),
+    ],
+    ids=lambda value: " ".join(map(str, value)) or "default" if isinstance(value, tuple) else None,
+)
+def test_a_spec_and_its_shorthands(short, words, expected):
+    content = short("--decode-tokens", 0, *words)
+    assert content["report"]["method"] == repr(expected)
+    assert spec.parse(content["method"]) == expected
+
+
+def test_a_cut_cache_and_its_table(short):
+    content = short("--method", "plphp:r=0.5,dr=0", "--decode-tokens", 2)
+    # Nothing is chosen before prefill, so the first token cannot change.
+    assert content["first_token_same"] is True
+    assert content["pruned"]["visual_tokens"] == content["full"]["visual_tokens"] == 256
+    assert 2 * content["pruned"]["kv_bytes"] == content["full"]["kv_bytes"]
+    assert (
+        len(content["report"]["layers"]) == config_of_embedded()["text_config"]["num_hidden_layers"]
+    )
+    shown = short("--method", "vispruner+plphp:r=0.5,dr=0", form=None)
+    assert "vispruner + plphp" in shown and "cut, to 50 % to 50 % of" in shown
+
+
+def test_decode_speed_can_be_left_out(short):
+    content = short("--decode-tokens", 0)
+    assert content["decode_tokens"] == 0 and content["decode_speedup"] is None
+    assert content["full"]["decode_tokens_per_second"] is None
+    shown = short("--decode-tokens", 0, form=None)
+    assert "tok/s" not in shown and "decode: over" not in shown
+    # A dash in both columns.
+    row = next(line for line in shown.splitlines() if line.startswith("decode"))
+    assert row.split() == ["decode", "–", "–"]  # noqa: RUF001
+
+
+def test_a_first_token_that_changes_is_told(short):
+    # The sign is lost among eight tokens.
+    asked = {"question": "can you see a sign?"}
+    content = short("--keep", 8, "--decode-tokens", 0, **asked)
+    assert content["first_token_same"] is False
+    assert (content["full"]["answer"][:3], content["pruned"]["answer"][:2]) == ("yes", "no")
+    for keep, told in ((8, "not"), (256, "the same as")):
+        shown = short("--keep", keep, "--decode-tokens", 0, form=None, **asked)
+        assert f"first token: {told} the unpruned model's" in shown
+
+
 def test_table_and_several_images(loaded, monkeypatch, tmp_path):
-    monkeypatch.setattr(running, "load", lambda *_: running.Loaded(*loaded))
+    monkeypatch.setattr(loading, "load", lambda *_: loading.Loaded(*loaded))
     grass = embedded.scenes() / "grass.jpg"
     result = call(
         *("run", COFFEE, grass, QUESTION, "--repeat", 1, "--max-new-tokens", 4),
@@ -159,6 +202,8 @@ def test_table_and_several_images(loaded, monkeypatch, tmp_path):
     assert max(map(len, result.stdout.replace(str(tmp_path), "").splitlines())) <= 80
     for fact in ("512", "128", "-75 %", "original positions", "CLS attention", "median of 1"):
         assert fact in result.stdout
+    assert "tok/s" in result.stdout and "over 32 tokens" in result.stdout
+    assert "first token: the same as the unpruned model's" in result.stdout
     pictures = sorted(tmp_path.iterdir())
     assert [picture.name for picture in pictures] == ["out-1.png", "out-2.png"]
     assert pictures[0].read_bytes() != pictures[1].read_bytes()
@@ -226,101 +271,12 @@ def test_any_resolution_end_to_end(any_resolution, tmp_path):
         assert drawn.width == 2 * 672 + 3 * 20
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (("run",), "Missing argument"),
-        (("run", COFFEE), "Missing argument"),
-        (("run", COFFEE, COFFEE), "the question is missing"),
-        (("run", "nowhere.jpg", QUESTION), "image 'nowhere.jpg' does not exist"),
-        (("run", __file__, QUESTION), "cannot be opened as a picture"),
-        (("run", str(embedded.scenes()), QUESTION), "cannot be opened as a picture"),
-        (("run", COFFEE, QUESTION, "--keep", "0"), "keep=0 leaves no visual tokens"),
-        (("run", COFFEE, QUESTION, "--keep", "1.5"), "outside (0, 1]"),
-        (("run", COFFEE, QUESTION, "--keep", "many"), "--keep many is not a number"),
-        (("run", COFFEE, QUESTION, "--keep", "257"), "more than the 256 visual tokens"),
-        (("run", COFFEE, QUESTION, "--method", "magic"), "use one of vispruner"),
-        (("run", COFFEE, QUESTION, "--important-ratio", "2"), "outside [0, 1]"),
-        (("run", COFFEE, QUESTION, "--positions", "odd"), "positions='odd' is not known"),
-        (("run", COFFEE, QUESTION, "--budget", "odd"), "budget='odd' is not known"),
-        (("run", COFFEE, QUESTION, "--repeat", "0"), "--repeat 0 is too few"),
-        (("run", COFFEE, QUESTION, "--max-new-tokens", "0"), "--max-new-tokens 0 is too few"),
-        (("run", COFFEE, QUESTION, "--dtype", "int8"), "dtype 'int8' is unknown"),
-        (("run", COFFEE, QUESTION, "--device", "abacus"), "device 'abacus' is not available"),
-        (("run", COFFEE, QUESTION, "--model", "./none"), "model path './none' does not exist"),
-        (("run", COFFEE, QUESTION, "--model", "llava-1.5-7b"), "for `vlmprune plan`"),
-        (("run", COFFEE, QUESTION, "--save-overlay", "o.txt"), "no suffix of a picture"),
-        (("run", COFFEE, QUESTION, "--save-overlay", f"{COFFEE}/o.png"), "cannot be written"),
-        (("run", COFFEE, QUESTION, "--save-overlay", COFFEE), "is one of the images"),
-        (("plan", "nothing"), "neither known nor a local path"),
-        (("plan", "llava-1.5-7b", "--keep", "577"), "more than the 576 visual tokens"),
-        (("plan", "llava-1.5-7b", "--budget", "odd"), "budget='odd' is unknown"),
-        (("plan", "llava-1.5-7b", "--crops", "0"), "crops=0 is too few"),
-        (("nothing",), "No such command 'nothing'"),
-        (("--nothing",), "--nothing"),
-    ],
-    ids=lambda value: None if isinstance(value, str) else " ".join(value).replace(COFFEE, "IMAGE"),
-)
-def test_mistakes_are_one_sentence_before_loading(no_loading, words, expected):
-    assert expected in sentence(*words)
-
-
-def test_model_folders_that_will_not_do(no_loading, tmp_path):
-    asked = ("run", COFFEE, QUESTION, "--model", tmp_path)
-    assert "has no config.json" in sentence(*asked)
-    (tmp_path / "config.json").write_text("{")
-    assert "cannot be read as JSON" in sentence(*asked)
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    said = sentence(*asked)
-    assert "models of type 'gpt2'" in said and "LlavaForConditionalGeneration" in said
-    tower = {"model_type": "llava", "vision_config": {"model_type": "vit"}}
-    (tmp_path / "config.json").write_text(json.dumps(tower))
-    assert "vision tower 'vit'" in sentence(*asked)
-
-
-def test_model_folders_that_lack_files(tmp_path):
-    def copy(name):
-        shutil.copy(embedded.path() / name, tmp_path)
-
-    asked = ("run", COFFEE, QUESTION, "--model", tmp_path)
-    copy("config.json")
-    assert "processor" in sentence(*asked)
-    for file in embedded.path().iterdir():
-        if not file.name.startswith("model"):
-            copy(file.name)
-    assert f"the weights of '{tmp_path}' cannot be loaded" in sentence(*asked)
-
-
-def test_a_processor_that_needs_torchvision(monkeypatch):
-    from transformers import AutoProcessor
-
-    def missing(*args, **kwargs):
-        raise ImportError("requires the Torchvision library")
-
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", missing)
-    assert "pip install torchvision" in sentence("run", COFFEE, QUESTION)
-
-
-def test_no_overlay_is_left_by_a_mistake(tmp_path):
-    sentence("run", COFFEE, QUESTION, "--keep", 300, "--save-overlay", tmp_path / "o.png")
-    assert not list(tmp_path.iterdir())
-
-
-def test_interrupted_quietly(monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(running, "load", interrupted)
-    result = call("run", COFFEE, QUESTION)
-    assert (result.exit_code, result.output) == (130, "")
-
-
 def test_warnings_and_bars_come_back(ran):
     """The command silences Transformers for itself alone."""
     from transformers.utils import logging
 
     logging.set_verbosity_warning()
-    with running.quiet():
+    with loading.quiet():
         assert logging.get_verbosity() == logging.ERROR
         assert not logging.is_progress_bar_enabled()
     assert logging.get_verbosity() == logging.WARNING
@@ -340,60 +296,3 @@ def test_real_process(tmp_path):
     right = process("run", COFFEE, QUESTION, "--json", "--repeat", "1")
     assert (right.returncode, right.stderr) == (0, "")
     assert json.loads(right.stdout)["pruned"]["visual_tokens"] == 64
-
-
-def test_version_and_help():
-    assert call("--version").stdout == f"vlmprune {__version__}\n"
-    for text in (call().stdout, call("--help").stdout):
-        for command in ("run", "plan", "methods", "models"):
-            assert command in text
-
-
-@pytest.mark.parametrize(
-    ("model", "keep", "tokens", "before", "after", "megabytes"),
-    [
-        ("llava-1.5-7b", 64, 64, "8.02", "1.21", 32),
-        ("llava-1.5-7b", 192, 192, "8.02", "2.89", 96),
-        ("llava-next-7b", 144, 720, "43.6", "11.5", 360),
-    ],
-)
-def test_plan_reproduces_the_published_figures(model, keep, tokens, before, after, megabytes):
-    content = json.loads(call("plan", model, "--keep", keep, "--json").stdout)
-    assert content["visual_tokens_after"] == tokens
-    assert f"{content['total_tflops_before']:.3g}" == before
-    assert f"{content['total_tflops_after']:.3g}" == after
-    assert content["kv_bytes_after"] == megabytes * 2**20
-    shown = call("plan", model, "--keep", keep).stdout
-    assert f"{before} → {after}" in shown and f"→ {tokens}" in shown
-
-
-def test_plan_options():
-    options = ("--keep", 640, "--budget", "image", "--crops", 3)
-    content = json.loads(call("plan", "llava-next-7b", *options, "--json").stdout)
-    assert (content["visual_tokens_before"], content["visual_tokens_after"]) == (3 * 576, 640)
-    assert json.loads(call("plan", "llava-1.5-7b", "--json").stdout)["flops_saving"] == 0
-
-
-def test_methods_lists_all():
-    content = json.loads(call("methods", "--json").stdout)["methods"]
-    assert [one["name"] for one in content] == list(METHODS)
-    for one in content:
-        cls = METHODS[one["name"]]
-        assert list(one["settings"]) == [field.name for field in fields(cls)]
-        assert (one["needs"], one["paper"]) == (cls.needs, cls.paper)
-    own = content[0]["settings"]
-    assert own["keep"]["required"] and own["important_ratio"]["default"] == 0.5
-    assert content[0]["reusable_across_questions"] and "ties go" in content[0]["deviations"]
-    shown = call("methods").stdout
-    assert "arXiv 2412.01818" in shown and "important_ratio=0.5" in shown
-
-
-def test_models_lists_all():
-    content = json.loads(call("models", "--json").stdout)
-    assert [one["model_type"] for one in content["families"]] == list(FAMILIES)
-    assert {one["model_type"]: one["cls_token"] for one in content["towers"]} == dict(TOWERS)
-    assert content["embedded"]["positions"] == config_of_embedded()["vlmprune"]["positions"]
-    shown = call("models").stdout
-    for family in FAMILIES.values():
-        assert family.cls in shown
-    assert "embedded model" in shown and "attention received" in shown

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+HINT = "Give settings as in --method vispruner:keep=64,important_ratio=0.75; chain methods by +."
 
 
 def methods() -> dict[str, Any]:
@@ -18,12 +20,14 @@ def methods() -> dict[str, Any]:
 
 
 def _method(name: str, cls: type) -> dict[str, Any]:
+    from vlmprune import spec
+
     settings = {}
     for field in fields(cls):
-        required = field.default is MISSING
+        required = spec.required(field)
         settings[field.name] = {
             "required": required,
-            "default": None if required else field.default,
+            "default": None if required else spec.default_of(field),
         }
     paragraphs = [" ".join(p.split()) for p in (inspect.getdoc(cls) or "").split("\n\n")]
     deviations = [p for p in paragraphs if p.startswith("Where it deviates")]
@@ -36,6 +40,7 @@ def _method(name: str, cls: type) -> dict[str, Any]:
         "paper": getattr(cls, "paper", ""),
         "reusable_across_questions": bool(getattr(cls, "text_agnostic", False)),
         "settings": settings,
+        "reads_files": spec.reads_files(cls),
         "deviations": deviations[0].partition(": ")[2] if deviations else "",
     }
 
@@ -46,6 +51,8 @@ def method_table(method: dict[str, Any]) -> Table:
         f"{name} (required)" if about["required"] else f"{name}={about['default']!r}"
         for name, about in method["settings"].items()
     )
+    if method["reads_files"]:
+        settings += ", or from=FILE and what to change of it"
     reusable = (
         "the question is not looked at: what is kept serves all questions about an image"
         if method["reusable_across_questions"]

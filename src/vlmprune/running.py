@@ -1,12 +1,10 @@
-"""One question with and without pruning: load, answer, time. Prints nothing; `cli` does that."""
+"""One question with and without pruning: answer, time. Prints nothing; `cli` does that."""
 
 from __future__ import annotations
 
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,10 +13,11 @@ from PIL import Image
 
 from vlmprune import costs, overlay
 from vlmprune.boxes import token_boxes
-from vlmprune.errors import VlmpruneError
-from vlmprune.pruner import Handle, Pruner
+from vlmprune.loading import Loaded, attached, enough_memory
+from vlmprune.measure import timed, wait
+from vlmprune.pruner import Pruner
 from vlmprune.report import Report
-from vlmprune.sources import Source, reason
+from vlmprune.sources import at_least_one, check_decode
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,8 @@ class Measured:
         visual_tokens: how many the language model saw.
         new_tokens: length of the answer in tokens, the end token included.
         prefill_ms: time to the first token, vision tower and selection included.
+        decode_tokens_per_second: speed after the first token, over the same number of tokens
+            either way; None where it was not measured.
         total_ms: time of the whole call.
         kv_bytes: bytes that the visual tokens' keys and values take.
         decoder_flops: of the language model's prefill on visual tokens.
@@ -40,6 +41,7 @@ class Measured:
     visual_tokens: int
     new_tokens: int
     prefill_ms: float
+    decode_tokens_per_second: float | None
     total_ms: float
     kv_bytes: int
     decoder_flops: float
@@ -48,10 +50,23 @@ class Measured:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Both ways, and what the pruner reports."""
+    """Both ways, and what the pruner reports.
+
+    Attributes:
+        full: with all visual tokens.
+        pruned: with the pruner.
+        first_token_same: whether both answers begin with the same token.
+        decode_tokens: tokens over which the decode speed was measured; 0 if it was not.
+        report: the pruner's, of the whole answer.
+        device: where the model is.
+        dtype: of its weights.
+        repeat: timed rounds, of which the medians were taken.
+    """
 
     full: Measured
     pruned: Measured
+    first_token_same: bool
+    decode_tokens: int
     report: Report
     device: str
     dtype: str
@@ -61,6 +76,12 @@ class Outcome:
     def prefill_speedup(self) -> float:
         """How many times faster the first token comes."""
         return self.full.prefill_ms / self.pruned.prefill_ms
+
+    @property
+    def decode_speedup(self) -> float | None:
+        """How many times faster a token after the first comes; None if it was not measured."""
+        full, pruned = (m.decode_tokens_per_second for m in (self.full, self.pruned))
+        return None if full is None or pruned is None else pruned / full
 
     @property
     def total_speedup(self) -> float:
@@ -75,71 +96,13 @@ class Outcome:
             "repeat": self.repeat,
             "full": asdict(self.full),
             "pruned": asdict(self.pruned),
+            "first_token_same": self.first_token_same,
+            "decode_tokens": self.decode_tokens,
             "prefill_speedup": self.prefill_speedup,
+            "decode_speedup": self.decode_speedup,
             "total_speedup": self.total_speedup,
             "report": self.report.as_dict(),
         }
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model with its processor."""
-
-    model: Any
-    processor: Any
-
-
-def load(source: Source, device: torch.device, dtype: Any) -> Loaded:
-    """The model, in eval mode on the device, and its processor.
-
-    Raises:
-        VlmpruneError: something of it is missing; the sentence says what.
-    """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    local = {"local_files_only": source.folder is not None, "trust_remote_code": False}
-    try:
-        processor = AutoProcessor.from_pretrained(source.name, **local)
-    except ImportError as error:
-        raise VlmpruneError(
-            f"the processor of {source.name!r} needs torchvision; install it with "
-            "`pip install torchvision`."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise VlmpruneError(
-            f"the processor of {source.name!r} cannot be loaded ({reason(error)})."
-        ) from error
-    if getattr(processor, "image_processor", None) is None:
-        raise VlmpruneError(
-            f"{source.name!r} has no processor for images; give a folder that holds the "
-            "processor's files beside the weights."
-        )
-    try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(source.name, dtype=dtype, **local)
-        model.to(device).eval()
-    except torch.OutOfMemoryError as error:
-        raise _too_large(device) from error
-    except (OSError, ValueError) as error:
-        raise VlmpruneError(
-            f"the weights of {source.name!r} cannot be loaded ({reason(error)})."
-        ) from error
-    return Loaded(model, processor)
-
-
-def prepare(loaded: Loaded, images: Sequence[Image.Image], question: str) -> Any:
-    """The processor's inputs for a question about images, on the model's device."""
-    processor = loaded.processor
-    if getattr(processor, "chat_template", None):
-        content: list[dict[str, str]] = [{"type": "image"} for _ in images]
-        content.append({"type": "text", "text": question})
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-    else:
-        mark = getattr(processor, "image_token", None) or "<image>"
-        text = "USER: " + f"{mark}\n" * len(images) + f"{question} ASSISTANT:"
-    inputs = processor(text=text, images=list(images), return_tensors="pt")
-    return inputs.to(loaded.model.device, dtype=loaded.model.dtype)
 
 
 def answer_twice(
@@ -148,6 +111,7 @@ def answer_twice(
     inputs: Any,
     max_new_tokens: int,
     repeat: int,
+    decode_tokens: int,
     say: Callable[[str], None] = lambda message: None,
 ) -> Outcome:
     """Answer and time the same inputs without and with the pruner, turn by turn.
@@ -158,12 +122,15 @@ def answer_twice(
         inputs: from `prepare`.
         max_new_tokens: limit of the answer.
         repeat: timed rounds, of which the medians are taken.
+        decode_tokens: tokens that both ways generate, whatever the answer's length, so that the
+            decode speed is that of the same number of steps; 0 leaves it out.
         say: told what happens, for a progress line.
 
     Raises:
-        VlmpruneError: a limit below 1, or what the pruner refuses.
+        VlmpruneError: a number out of range, or what the pruner refuses.
     """
-    check_counts(max_new_tokens, repeat)
+    at_least_one(max_new_tokens=max_new_tokens, repeat=repeat)
+    check_decode(decode_tokens)
     model, device = loaded.model, loaded.model.device
     prompt = inputs["input_ids"].shape[1]
 
@@ -173,41 +140,37 @@ def answer_twice(
         return new
 
     def clock(limit: int) -> float:
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         call(limit)
-        _wait(device)
+        wait(device)
         return 1000 * (time.perf_counter() - start)
-
-    @contextmanager
-    def way(pruned: bool) -> Iterator[Handle | None]:
-        if not pruned:
-            yield None
-            return
-        with pruner(model) as handle:
-            yield handle
 
     ids: dict[bool, torch.Tensor] = {}
     times: dict[tuple[bool, int], list[float]] = {}
+    rates: dict[bool, list[float]] = {True: [], False: []}
     selecting: list[float] = []
     limits = (1, max_new_tokens)
-    try:
+    with enough_memory(device):
         # The pruned way first, since it is the one that may refuse.
         for pruned in (True, False):
             say("Answering with pruning…" if pruned else "Answering with all visual tokens…")
-            with way(pruned):
+            with attached(pruner if pruned else None, model):
                 ids[pruned] = call(max_new_tokens)
         for turn in range(repeat):
             say(f"Timing, round {turn + 1} of {repeat}…")
             for pruned in (bool(turn % 2), not turn % 2):
-                with way(pruned) as handle:
+                with attached(pruner if pruned else None, model) as handle:
                     for limit in limits:
                         times.setdefault((pruned, limit), []).append(clock(limit))
                     if handle is not None and handle.report is not None:
                         selecting.append(handle.report.seconds_selecting)
                         report = handle.report
-    except torch.OutOfMemoryError as error:
-        raise _too_large(device) from error
+                    rate = (
+                        timed(model, inputs, decode_tokens).decode_rate if decode_tokens else None
+                    )
+                    if rate is not None:
+                        rates[pruned].append(rate)
 
     report = replace(report, seconds_selecting=statistics.median(selecting))
 
@@ -219,6 +182,7 @@ def answer_twice(
             visual_tokens=tokens,
             new_tokens=len(ids[pruned]),
             prefill_ms=statistics.median(times[pruned, 1]),
+            decode_tokens_per_second=statistics.median(rates[pruned]) if rates[pruned] else None,
             total_ms=statistics.median(times[pruned, max_new_tokens]),
             kv_bytes=getattr(report, f"kv_bytes_{part}"),
             decoder_flops=costs.prefill_flops(model.config, tokens),
@@ -226,7 +190,16 @@ def answer_twice(
         )
 
     dtype = str(model.dtype).removeprefix("torch.")
-    return Outcome(measured(False), measured(True), report, str(device), dtype, repeat)
+    return Outcome(
+        full=measured(False),
+        pruned=measured(True),
+        first_token_same=bool(ids[False][0] == ids[True][0]),
+        decode_tokens=decode_tokens,
+        report=report,
+        device=str(device),
+        dtype=dtype,
+        repeat=repeat,
+    )
 
 
 def draw(
@@ -269,43 +242,3 @@ def _panels(crops: torch.Tensor) -> torch.Tensor:
         current = crop if crop >= 0 else current
         numbers.append(current)
     return torch.tensor(numbers)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep Transformers' warnings and progress bars off the terminal, and undo that."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def check_counts(max_new_tokens: int, repeat: int) -> None:
-    """Refuse a limit or a number of rounds below 1.
-
-    Raises:
-        VlmpruneError: one of them is.
-    """
-    for name, value in (("max-new-tokens", max_new_tokens), ("repeat", repeat)):
-        if value < 1:
-            raise VlmpruneError(f"--{name} {value} is too few; use 1 or more.")
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _too_large(device: torch.device) -> VlmpruneError:
-    return VlmpruneError(
-        f"the memory of {device} is too small for this; use --dtype float16, or --device cpu."
-    )

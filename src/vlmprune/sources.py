@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageOps
 
-from vlmprune import embedded, plan
+from vlmprune import embedded, plan, spec
 from vlmprune.budget import Budget
 from vlmprune.errors import VlmpruneError
 from vlmprune.families import FAMILIES, TOWERS
-from vlmprune.methods import METHODS
 from vlmprune.pruner import Pruner
 
 DTYPES = ("float32", "float16", "bfloat16")
+
+# Visual tokens to keep where nobody says how many.
+KEEP = 64
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ def find_model(model: str | None) -> Source:
         return Source(str(folder), folder, _supported(_local_config(folder)), model)
     if model in plan.KNOWN:
         raise VlmpruneError(
-            f"model {model!r} is an architecture for `vlmprune plan`, without weights; give a "
-            "model folder or an id of the Hub."
+            f"model {model!r} is an architecture for `vlmprune plan` and `bench --shape`, without "
+            "weights; give a model folder or an id of the Hub."
         )
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise VlmpruneError(
@@ -147,14 +149,7 @@ def overlay_paths(target: str, images: Sequence[str]) -> list[Path]:
     names = [path]
     if len(images) > 1:
         names = [path.with_stem(f"{path.stem}-{i}") for i in range(1, len(images) + 1)]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(path.parent, os.W_OK) and all(
-            os.access(name, os.W_OK) and not name.is_dir() for name in names if name.exists()
-        )
-    except OSError:
-        writable = False
-    if not writable:
+    if not _writable(names):
         raise VlmpruneError(f"overlay {target!r} cannot be written; choose another path.")
     for name in names:
         if any(name.exists() and name.samefile(image) for image in images):
@@ -162,23 +157,68 @@ def overlay_paths(target: str, images: Sequence[str]) -> list[Path]:
     return names
 
 
-def make_pruner(method: str, settings: dict[str, Any]) -> Pruner:
-    """A method by its name, with those settings that are not None.
+def result_path(target: str) -> Path:
+    """Where results go as JSON; makes the folder.
 
     Raises:
-        VlmpruneError: the method, a setting of it or a value is unknown.
+        VlmpruneError: the suffix is another, or the place cannot be written.
     """
-    if method not in METHODS:
-        raise VlmpruneError(f"method {method!r} is unknown; use one of {', '.join(METHODS)}.")
-    cls = METHODS[method]
-    given = {name: value for name, value in settings.items() if value is not None}
-    has = [field.name for field in fields(cls)]
-    for name in given:
-        if name not in has:
+    path = Path(target).expanduser()
+    if path.suffix.lower() != ".json":
+        raise VlmpruneError(f"--out {target!r} does not end in .json; use a name such as out.json.")
+    if not _writable([path]):
+        raise VlmpruneError(f"--out {target!r} cannot be written; choose another path.")
+    return path
+
+
+def _writable(names: Sequence[Path]) -> bool:
+    """Whether files of one folder can be written; makes the folder."""
+    folder = names[0].parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.access(folder, os.W_OK) and all(
+            os.access(name, os.W_OK) and not name.is_dir() for name in names if name.exists()
+        )
+    except OSError:
+        return False
+
+
+def make_pruner(method: str, settings: Mapping[str, Any]) -> Pruner:
+    """The methods of a spec, its gaps filled by the command line's options.
+
+    An option sets that setting of every method that has it and that the spec leaves open. Without
+    one, a method that needs `keep` gets the default.
+
+    Args:
+        method: a spec, see `vlmprune.spec`.
+        settings: values of the options by their settings' names; None where one was not given.
+
+    Raises:
+        VlmpruneError: the method, a setting of it or a value is unknown; or an option changes
+            nothing.
+    """
+    stages = spec.read(method)
+    for name, value in settings.items():
+        if value is None:
+            continue
+        option = f"--{name.replace('_', '-')}"
+        having = [stage for stage in stages if name in stage.names]
+        unset = [stage for stage in having if name not in stage.settings]
+        if not having:
             raise VlmpruneError(
-                f"method {method!r} has no setting {name!r}; it has {', '.join(has)}."
+                f"{option} is no setting of {', '.join(stage.name for stage in stages)}; leave it "
+                "out."
             )
-    return cls(**given)
+        if not unset:
+            raise VlmpruneError(
+                f"{name} is given twice, in --method {method} and by {option}; give it once."
+            )
+        for stage in unset:
+            stage.settings[name] = value
+    for stage in stages:
+        if "keep" in stage.missing:
+            stage.settings["keep"] = KEEP
+    return spec.build(stages)
 
 
 def check_budget(source: Source, pruner: Pruner) -> None:
@@ -187,9 +227,42 @@ def check_budget(source: Source, pruner: Pruner) -> None:
     Raises:
         VlmpruneError: there are fewer visual tokens than `keep`.
     """
-    budget: Budget = getattr(pruner, "budget", "crop")
-    if source.folder is not None and (budget == "crop" or source.model_type == "llava"):
-        plan.plan(str(source.folder), getattr(pruner, "keep", None), budget)
+    keep, budget = budget_of(pruner)
+    if keep is None or source.folder is None:
+        return
+    if budget == "crop" or source.model_type == "llava":
+        plan.plan(str(source.folder), keep, budget)
+
+
+def budget_of(pruner: Pruner) -> tuple[int | float | None, Budget]:
+    """`keep` and `budget` of the method that sees all visual tokens; keep is None without one."""
+    # Of several methods that choose, that is the first.
+    stage: Any = next((one for one in spec.stages(pruner) if hasattr(one, "keep")), None)
+    return getattr(stage, "keep", None), getattr(stage, "budget", "crop")
+
+
+def at_least_one(**counts: int) -> None:
+    """Refuse options that are below 1.
+
+    Raises:
+        VlmpruneError: one of them is.
+    """
+    for name, value in counts.items():
+        if value < 1:
+            raise VlmpruneError(f"--{name.replace('_', '-')} {value} is too few; use 1 or more.")
+
+
+def check_decode(tokens: int) -> None:
+    """Refuse a number of tokens that leaves no step to measure; 0 measures none.
+
+    Raises:
+        VlmpruneError: it does.
+    """
+    if tokens < 0 or tokens == 1:
+        raise VlmpruneError(
+            f"--decode-tokens {tokens} leaves no step after the first token; use 2 or more, or 0 "
+            "to skip it."
+        )
 
 
 def choose_device(name: str | None) -> torch.device:

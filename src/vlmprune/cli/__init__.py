@@ -1,0 +1,31 @@
+"""The command `vlmprune`: parses, and prints what other modules work out.
+
+Nothing heavy is imported here before a command needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from vlmprune.cli import benching, lists, running
+from vlmprune.cli.app import app
+
+for command in (
+    running.run,
+    benching.bench,
+    lists.plan,
+    lists.methods,
+    lists.models,
+):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,75 @@
+"""The application: its mistakes are one sentence each."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from vlmprune.errors import VlmpruneError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Typer has Click inside since 0.26 and beside it before; this is the class of both.
+_UsageError: Any = typer.BadParameter.__bases__[0]
+
+
+@contextmanager
+def _mistakes() -> Iterator[None]:
+    """Turn a user's mistake into one sentence and exit code 2, and Ctrl-C into code 130."""
+    try:
+        yield
+    except VlmpruneError as error:
+        typer.echo(f"vlmprune: {error}", err=True)
+        raise typer.Exit(2) from None
+    except _UsageError as error:
+        message = error.format_message().rstrip(".")
+        where = error.ctx.command_path if error.ctx else "vlmprune"
+        typer.echo(f"vlmprune: {message}; see `{where} --help`.", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+class _Group(TyperGroup):
+    """Commands whose mistakes are told in one sentence."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _mistakes():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, *args: Any, **kwargs: Any) -> Any:
+        with _mistakes():
+            return super().invoke(*args, **kwargs)
+
+
+app = typer.Typer(
+    name="vlmprune",
+    cls=_Group,
+    help="Keep the visual tokens that matter, on the vision-language model that you already have.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from vlmprune import __version__
+
+        typer.echo(f"vlmprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())

@@ -1,0 +1,68 @@
+"""Where and how the commands print: results on stdout, what goes on meanwhile on stderr."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from rich.console import Console
+    from rich.table import Table
+
+
+def console(to_stderr: bool = False) -> Console:
+    """The terminal."""
+    from rich.console import Console
+
+    return Console(stderr=to_stderr, highlight=False)
+
+
+@contextmanager
+def progress(message: str) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what goes on; nothing where stderr is no terminal."""
+    from rich.markup import escape
+
+    # Drawn seldom, since timing goes on meanwhile.
+    with console(to_stderr=True).status(message, refresh_per_second=4) as status:
+        yield lambda text: status.update(escape(text))
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def bare_table(*ways: str) -> Table:
+    """A table with a column of names and one for each way, the pruned ones in bold."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left")
+    table.add_column("", style="dim", no_wrap=True)
+    for number, way in enumerate(ways):
+        table.add_column(Text(way), style="bold" if number else "", overflow="fold")
+    return table
+
+
+def less(before: float, after: float) -> str:
+    """What is saved, as a percentage; nothing where nothing is."""
+    return "" if before == after else f"-{100 * (1 - after / before):.0f} %"
+
+
+def mib(size: int) -> str:
+    """Bytes in MiB (2**20)."""
+    return f"{size / 2**20:.2f} MiB"
+
+
+def flops(value: float) -> str:
+    """FLOPs with three digits."""
+    for unit, scale in (("T", 1e12), ("G", 1e9)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}FLOPs"
+    return f"{value / 1e6:.3g} MFLOPs"

@@ -1,0 +1,331 @@
+"""`vlmprune bench`: what it measures, on which work, and how it tells it. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from commandline import COFFEE, call, sentence
+from tiny import model, request
+from vlmprune import PLPHP, VisPruner, bench, measure, shapes, work
+from vlmprune.errors import VlmpruneError
+
+CPU = torch.device("cpu")
+# Bytes of a tiny model's token in the cache: keys and values, 3 layers, 2 heads of 8, four bytes.
+TOKEN = 2 * 3 * 2 * 8 * 4
+
+
+def tiny_work(images: list[int]) -> bench.Work:
+    built = model("llava")
+    return bench.Work(built, request(built, images).inputs, "tiny", images[0])
+
+
+@pytest.fixture(scope="module")
+def compared() -> bench.Result:
+    pruners = {"few": VisPruner(4), "all": VisPruner(1.0), "cut": PLPHP(r=0.5, dr=0)}
+    return bench.compare(tiny_work([1, 1]), pruners, new_tokens=3, repeat=4)
+
+
+def test_what_was_counted(compared: bench.Result) -> None:
+    full, (few, whole, cut) = compared.full, compared.methods
+    assert (compared.batch, compared.new_tokens, compared.repeat) == (2, 3, 4)
+    assert [one.name for one in compared.methods] == ["few", "all", "cut"]
+    # Two rows of 16 visual tokens, of which a method keeps 4 a row, all, or half a head's.
+    assert [one.visual_tokens for one in (full, few, whole, cut)] == [32, 8, 32, 32]
+    assert [one.visual_kv_bytes for one in (full, few, whole, cut)] == [
+        TOKEN * n for n in (32, 8, 32, 16)
+    ]
+    # What is stored besides are texts, padding and what was decoded: the same either way.
+    assert full.cache_bytes - few.cache_bytes == TOKEN * 24
+    assert full.cache_bytes == whole.cache_bytes == TOKEN * 2 * (compared.prompt_tokens + 2)
+    assert full.flops == whole.flops > few.flops
+    assert len(full.first_tokens) == 2
+    assert full.peak_bytes is None
+
+
+def test_ways_against_all_tokens(compared: bench.Result) -> None:
+    full, (few, whole, cut) = compared.full, compared.methods
+    # Nothing dropped, or dropped after prefill, changes no first token.
+    for one in (whole, cut):
+        assert one.first_tokens == full.first_tokens
+        assert one.against(full)["same_first_tokens"] == 2
+    against = few.against(full)
+    assert against["visual_kv_ratio"] == 4
+    assert against["flops_ratio"] == full.flops / few.flops
+    assert against["prefill_speedup"] == full.first_ms.median / few.first_ms.median
+    assert against["peak_ratio"] is None
+    myself = full.against(full)
+    assert all(value in (1, 2, None) for value in myself.values())
+
+
+def test_every_way_is_measured_in_every_turn(compared: bench.Result) -> None:
+    for one in (compared.full, *compared.methods):
+        assert one.decode_tokens_per_second is not None
+        for spread in (one.first_ms, one.decode_tokens_per_second, one.total_ms):
+            assert len(spread.values) == 4
+            assert min(spread.values) > 0
+        for first, total in zip(one.first_ms.values, one.total_ms.values, strict=True):
+            assert first < total
+    assert compared.full.selecting_ms is None
+    for one in compared.methods:
+        assert one.selecting_ms is not None and len(one.selecting_ms.values) == 4
+
+
+def test_all_ways_take_the_lead_in_turn() -> None:
+    built = tiny_work([1])
+    said: list[str] = []
+    ways = {"a": VisPruner(4), "b": VisPruner(8)}
+    bench.compare(built, ways, new_tokens=1, repeat=3, say=said.append)
+    assert said[:3] == ["Warming up: a…", "Warming up: b…", "Warming up: all tokens…"]
+    turns = [line.partition(": ")[2].rstrip("…") for line in said[3:]]
+    rounds = [turns[i : i + 3] for i in (0, 3, 6)]
+    assert [one[0] for one in rounds] == ["a", "b", "all tokens"]
+    assert all(sorted(one) == ["a", "all tokens", "b"] for one in rounds)
+
+
+def test_the_model_is_given_back() -> None:
+    built = tiny_work([1])
+    before = set(vars(built.model))
+    with pytest.raises(VlmpruneError, match="more than the 16 visual tokens"):
+        bench.compare(built, {"too many": VisPruner(17)}, new_tokens=1, repeat=1)
+    assert set(vars(built.model)) == before
+
+
+def test_one_new_token_has_no_decode_speed() -> None:
+    result = bench.compare(tiny_work([1]), {"few": VisPruner(4)}, new_tokens=1, repeat=1)
+    assert result.full.decode_tokens_per_second is None
+    assert result.methods[0].against(result.full)["decode_speedup"] is None
+
+
+@given(st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=9))
+def test_spread(values: list[float]) -> None:
+    spread = bench.Spread.of(values)
+    assert spread is not None
+    assert spread.median == pytest.approx(statistics.median(values))
+    room = 1e-9 * max(values)
+    assert min(values) - room <= spread.low <= spread.median + room
+    assert spread.median - room <= spread.high <= max(values) + room
+    assert spread.values == tuple(values) and spread.share >= 0
+
+
+def test_no_spread_of_nothing() -> None:
+    assert bench.Spread.of([]) is None
+    assert bench.Spread.of([2.0]) == bench.Spread(2.0, 2.0, 2.0, (2.0,))
+
+
+def test_end_tokens_are_ignored() -> None:
+    """Else ways that say different things would take different numbers of steps."""
+    built = model("llava")
+    inputs = request(built, [1, 2]).inputs
+    say = measure.timed(built, inputs, 6).new
+    assert say.shape == (2, 6)
+    built.generation_config.eos_token_id = say[:, 1].tolist()
+    stopped = built.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert (stopped[:, -6:] != say).any()
+    again = measure.timed(built, inputs, 6, with_cache=True)
+    assert again.new.shape == (2, 6)
+    assert not torch.isin(again.new[:, :5], say[:, 1]).any()
+    assert again.cache.get_seq_length() == inputs["input_ids"].shape[1] + 5
+
+
+def test_decode_rate_counts_all_rows() -> None:
+    times = {"first_ms": 1.0, "total_ms": 300.0}
+    one = measure.Timed(torch.zeros(3, 5), decode_ms=200.0, **times)
+    assert one.decode_rate == 3 * 4 / 0.2
+    assert measure.Timed(torch.zeros(3, 1), decode_ms=0.0, **times).decode_rate is None
+
+
+def test_stored_bytes() -> None:
+    held = torch.zeros(2, 3, 4, dtype=torch.float16)
+    plain = SimpleNamespace(keys=held, values=held.float())
+    asked = SimpleNamespace(keys=held, values=held, nbytes=lambda: 7)
+    empty = SimpleNamespace(keys=None, values=None)
+    other = SimpleNamespace(states=held)
+    cache = SimpleNamespace(layers=[plain, asked, empty, other])
+    assert measure.stored_bytes(cache) == 24 * 2 + 24 * 4 + 7
+    assert measure.stored_bytes(None) == 0
+
+
+def test_facts() -> None:
+    facts = measure.facts(CPU)
+    assert facts["versions"]["torch"] == torch.__version__
+    assert set(facts["versions"]) == {"vlmprune", "torch", "transformers", "python"}
+    assert facts["threads"] == torch.get_num_threads()
+    assert facts["device_name"].strip()
+
+
+@pytest.fixture(scope="module")
+def benched(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    out = tmp_path_factory.mktemp("bench") / "new" / "figures.json"
+    result = call(
+        *("bench", "--shape", "small", "--method", "vispruner:keep=64+plphp:r=0.5,dr=0"),
+        *("--method", "plphp:r=0.5,dr=0", "--repeat", 1, "--new-tokens", 3, "--text-tokens", 9),
+        *("--device", "cpu", "--json", "--out", out),
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    return json.loads(result.stdout), out
+
+
+def test_bench_as_json(benched: tuple[dict[str, Any], Path]) -> None:
+    content, out = benched
+    assert json.loads(out.read_text(encoding="utf-8")) == content
+    assert content["model"] == "small shape, random weights"
+    assert (content["batch"], content["images"], content["prompt_tokens"]) == (1, 1, 585)
+    assert (content["new_tokens"], content["repeat"], content["dtype"]) == (3, 1, "float32")
+    assert content["arguments"]["text_tokens"] == 9 and content["arguments"]["batch"] == 1
+    both, cut = content["methods"]
+    assert both["name"] == "vispruner:keep=64+plphp:r=0.5,dr=0"
+    assert (both["visual_tokens"], cut["visual_tokens"]) == (64, 576)
+    # 8 layers, 4 KV heads of 64, four bytes.
+    token = 2 * 8 * 4 * 64 * 4
+    assert both["visual_kv_bytes"] == 32 * token
+    assert cut["visual_kv_bytes"] == 288 * token
+    assert content["all_tokens"]["cache_bytes"] == (585 + 2) * token
+    # Kept positions and room for more tokens are stored as well.
+    for one in (both, cut):
+        held = one["cache_bytes"] - one["visual_kv_bytes"]
+        assert 11 * token <= held < 60 * token
+    assert cut["against_all_tokens"]["same_first_tokens"] == 1
+    assert cut["against_all_tokens"]["visual_kv_ratio"] == 2
+    for one in (both, cut):
+        assert set(one["against_all_tokens"]) == {
+            *("prefill_speedup", "decode_speedup", "total_speedup", "visual_kv_ratio"),
+            *("cache_ratio", "peak_ratio", "flops_ratio", "same_first_tokens"),
+        }
+    assert content["versions"]["torch"] == torch.__version__
+
+
+def test_the_command_is_what_was_given(benched: tuple[dict[str, Any], Path]) -> None:
+    content, out = benched
+    words = shlex.split(content["command"])
+    assert words[:2] == ["vlmprune", "bench"]
+    pairs = {tuple(words[i : i + 2]) for i in range(2, len(words))}
+    assert ("--method", "plphp:r=0.5,dr=0") in pairs and ("--text-tokens", "9") in pairs
+    assert ("--out", str(out)) in pairs and "--json" in words
+    assert "--batch" not in words
+
+
+def test_one_method_as_a_table() -> None:
+    options = ("--repeat", 2, "--new-tokens", 2, "--batch", 2)
+    result = call("bench", "--device", "cpu", *options)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "embedded model; 2 prompt(s) of 1 image(s)" in lines[0]
+    rows = {line.split("  ")[0]: line for line in lines}
+    assert "512" in rows["visual tokens"] and "-75 %  128" in rows["visual tokens"]
+    assert "tok/s" in rows["decode"] and rows["prefill"].count("ms") == 2
+    assert "-75 %" in rows["visual KV"] and "±" in rows["total"]
+    assert "peak memory" not in rows
+    assert rows["first token"].split()[2:] in ([str(n), "of", "2"] for n in range(3))
+    assert "medians of 2 turns" in result.stdout
+
+
+def test_several_methods_as_a_table(tmp_path: Path) -> None:
+    out = tmp_path / "o.json"
+    result = call(
+        *("bench", "--repeat", 1, "--new-tokens", 1, "--device", "cpu", "--images", COFFEE),
+        *("--method", "vispruner:keep=64", "--method", "plphp", "--out", out),
+    )
+    assert result.exit_code == 0, result.output
+    assert f"all figures are in {out}" in result.stdout
+    lines = result.stdout.splitlines()[:-1]
+    assert max(map(len, lines)) <= 80
+    cells = {line.split()[0]: line.split()[1:] for line in lines if line.strip()}
+    assert cells["vispruner:keep=64"][0] == "64"
+    assert cells["plphp"][0] == "256" and cells["plphp"][-1] == "same"
+    # Pruning after prefill spares it nothing; there is no second token to time.
+    assert "=" in cells["plphp"] and len(cells["plphp"]) < len(cells["vispruner:keep=64"])
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert content["arguments"]["images"] == [COFFEE]
+    assert content["images"] == 1 and content["all_tokens"]["decode_tokens_per_second"] is None
+
+
+MISTAKES = [
+    ("--method magic", "method 'magic' is unknown"),
+    ("--method vispruner:keep=257", "more than the 256 visual tokens"),
+    ("--method plphp --method plphp", "--method plphp is given twice"),
+    ("--shape huge", "shape 'huge' is unknown; use one of llava-1.5-7b"),
+    ("--shape small --method vispruner:keep=577", "more than the 576 visual tokens"),
+    ("--shape llava-next-7b --method vispruner:keep=577", "more than the 576 visual tokens"),
+    (
+        "--shape llava-next-7b --method vispruner:keep=2881,budget=image",
+        "more than the 2880 visual tokens of the image",
+    ),
+    ("--shape small --model ./x", "--shape and --model exclude each other"),
+    ("--shape small --images 2 --visual-tokens 9", "--images and --visual-tokens exclude"),
+    (f"--shape small --images {COFFEE}", "--shape makes its own pictures"),
+    ("--shape small --visual-tokens 0", "--visual-tokens 0 is too few"),
+    ("--shape small --text-tokens 0", "--text-tokens 0 is too few"),
+    ("--visual-tokens 9", "--visual-tokens needs a --shape"),
+    ("--images 0", "--images 0 is too few"),
+    ("--images -1", "--images -1 is too few"),
+    ("--images nowhere.jpg", "image 'nowhere.jpg' does not exist"),
+    (f"--images 2 --images {COFFEE}", "image '2' does not exist"),
+    ("--batch 0", "--batch 0 is too few"),
+    ("--new-tokens 0", "--new-tokens 0 is too few"),
+    ("--repeat 0", "--repeat 0 is too few"),
+    ("--device abacus", "device 'abacus' is not available"),
+    ("--dtype int8", "dtype 'int8' is unknown"),
+    ("--model ./none", "model path './none' does not exist"),
+    ("--model llava-1.5-7b", "an architecture for `vlmprune plan` and `bench --shape`"),
+    ("--out figures.txt", "does not end in .json"),
+    (f"--out {COFFEE}/o.json", "cannot be written; choose another path"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), MISTAKES, ids=lambda v: v.replace(COFFEE, "IMAGE"))
+def test_mistakes_are_told_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, words: str, said: str
+) -> None:
+    def worked(*_: Any) -> None:
+        raise AssertionError("a model was made or loaded")
+
+    monkeypatch.setattr(shapes, "build", worked)
+    monkeypatch.setattr(work, "load", worked)
+    assert said in sentence("bench", "--device", "cpu", *shlex.split(words))
+
+
+def test_a_shape_that_does_not_fit_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "free_bytes", lambda device: shapes.GIB)
+    said = sentence("bench", "--shape", "llava-next-13b", "--device", "cpu", "--batch", 4)
+    assert "1.0 GiB are free" in said
+
+
+def test_out_of_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(error: Exception) -> Any:
+        def build(*_: Any) -> None:
+            raise error
+
+        return build
+
+    asked = ("bench", "--shape", "small", "--device", "cpu")
+    errors = (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    )
+    for error in errors:
+        monkeypatch.setattr(shapes, "build", full(error))
+        assert "the memory of cpu is too small for this; use" in sentence(*asked)
+    monkeypatch.setattr(shapes, "build", full(RuntimeError("another trouble")))
+    assert isinstance(call(*asked).exception, RuntimeError)
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from vlmprune.cli import main; sys.argv[1:] = ['bench', '--help']\n"
+    code += "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--shape" in done.stdout

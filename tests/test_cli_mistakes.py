@@ -1,0 +1,122 @@
+"""Mistakes at the command line: one sentence each, before any work, and no traceback."""
+
+import json
+import shutil
+
+import pytest
+
+from commandline import COFFEE, QUESTION, call, sentence
+from vlmprune import embedded, loading
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    """For mistakes that must be found before a model is loaded."""
+
+    def load(*_):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(loading, "load", load)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("run",), "Missing argument"),
+        (("run", COFFEE), "Missing argument"),
+        (("run", COFFEE, COFFEE), "the question is missing"),
+        (("run", "nowhere.jpg", QUESTION), "image 'nowhere.jpg' does not exist"),
+        (("run", __file__, QUESTION), "cannot be opened as a picture"),
+        (("run", str(embedded.scenes()), QUESTION), "cannot be opened as a picture"),
+        (("run", COFFEE, QUESTION, "--keep", "0"), "keep=0 leaves no visual tokens"),
+        (("run", COFFEE, QUESTION, "--keep", "1.5"), "outside (0, 1]"),
+        (("run", COFFEE, QUESTION, "--keep", "many"), "--keep many is not a number"),
+        (("run", COFFEE, QUESTION, "--keep", "257"), "more than the 256 visual tokens"),
+        (("run", COFFEE, QUESTION, "--method", "magic"), "use one of vispruner"),
+        (
+            ("run", COFFEE, QUESTION, "--method", "vispruner:kept=4"),
+            "no setting 'kept'; it has keep",
+        ),
+        (("run", COFFEE, QUESTION, "--method", "vispruner:keep=257"), "more than the 256 visual"),
+        (("run", COFFEE, QUESTION, "--method", "vispruner:keep=257+plphp"), "more than the 256"),
+        (("run", COFFEE, QUESTION, "--method", "plphp+vispruner"), "must come last in a chain"),
+        (("run", COFFEE, QUESTION, "--method", "plphp", "--keep", "4"), "no setting of plphp"),
+        (
+            ("run", COFFEE, QUESTION, "--method", "vispruner:keep=4", "--keep", "4"),
+            "keep is given twice, in --method vispruner:keep=4 and by --keep",
+        ),
+        (("run", COFFEE, QUESTION, "--decode-tokens", "1"), "--decode-tokens 1 leaves no step"),
+        (("run", COFFEE, QUESTION, "--decode-tokens", "-2"), "--decode-tokens -2 leaves no step"),
+        (("run", COFFEE, QUESTION, "--important-ratio", "2"), "outside [0, 1]"),
+        (("run", COFFEE, QUESTION, "--positions", "odd"), "positions='odd' is not known"),
+        (("run", COFFEE, QUESTION, "--budget", "odd"), "budget='odd' is not known"),
+        (("run", COFFEE, QUESTION, "--repeat", "0"), "--repeat 0 is too few"),
+        (("run", COFFEE, QUESTION, "--max-new-tokens", "0"), "--max-new-tokens 0 is too few"),
+        (("run", COFFEE, QUESTION, "--dtype", "int8"), "dtype 'int8' is unknown"),
+        (("run", COFFEE, QUESTION, "--device", "abacus"), "device 'abacus' is not available"),
+        (("run", COFFEE, QUESTION, "--model", "./none"), "model path './none' does not exist"),
+        (("run", COFFEE, QUESTION, "--model", "llava-1.5-7b"), "for `vlmprune plan`"),
+        (("run", COFFEE, QUESTION, "--save-overlay", "o.txt"), "no suffix of a picture"),
+        (("run", COFFEE, QUESTION, "--save-overlay", f"{COFFEE}/o.png"), "cannot be written"),
+        (("run", COFFEE, QUESTION, "--save-overlay", COFFEE), "is one of the images"),
+        (("plan", "nothing"), "neither known nor a local path"),
+        (("plan", "llava-1.5-7b", "--keep", "577"), "more than the 576 visual tokens"),
+        (("plan", "llava-1.5-7b", "--budget", "odd"), "budget='odd' is unknown"),
+        (("plan", "llava-1.5-7b", "--crops", "0"), "crops=0 is too few"),
+        (("nothing",), "No such command 'nothing'"),
+        (("--nothing",), "--nothing"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else " ".join(value).replace(COFFEE, "IMAGE"),
+)
+def test_mistakes_are_one_sentence_before_loading(no_loading, words, expected):
+    assert expected in sentence(*words)
+
+
+def test_model_folders_that_will_not_do(no_loading, tmp_path):
+    asked = ("run", COFFEE, QUESTION, "--model", tmp_path)
+    assert "has no config.json" in sentence(*asked)
+    (tmp_path / "config.json").write_text("{")
+    assert "cannot be read as JSON" in sentence(*asked)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    said = sentence(*asked)
+    assert "models of type 'gpt2'" in said and "LlavaForConditionalGeneration" in said
+    tower = {"model_type": "llava", "vision_config": {"model_type": "vit"}}
+    (tmp_path / "config.json").write_text(json.dumps(tower))
+    assert "vision tower 'vit'" in sentence(*asked)
+
+
+def test_model_folders_that_lack_files(tmp_path):
+    def copy(name):
+        shutil.copy(embedded.path() / name, tmp_path)
+
+    asked = ("run", COFFEE, QUESTION, "--model", tmp_path)
+    copy("config.json")
+    assert "processor" in sentence(*asked)
+    for file in embedded.path().iterdir():
+        if not file.name.startswith("model"):
+            copy(file.name)
+    assert f"the weights of '{tmp_path}' cannot be loaded" in sentence(*asked)
+
+
+def test_a_processor_that_needs_torchvision(monkeypatch):
+    from transformers import AutoProcessor
+
+    def missing(*args, **kwargs):
+        raise ImportError("requires the Torchvision library")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", missing)
+    assert "pip install torchvision" in sentence("run", COFFEE, QUESTION)
+
+
+def test_no_overlay_is_left_by_a_mistake(tmp_path):
+    sentence("run", COFFEE, QUESTION, "--keep", 300, "--save-overlay", tmp_path / "o.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_interrupted_quietly(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "load", interrupted)
+    result = call("run", COFFEE, QUESTION)
+    assert (result.exit_code, result.output) == (130, "")
