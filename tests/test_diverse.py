@@ -137,3 +137,13 @@ def test_wrong_budgets_are_refused(keep: int) -> None:
         select.conditional_dpp(torch.ones(1, 5, 3), torch.ones(1, 5), keep)
     with pytest.raises(ValueError, match="do not fit"):
         select.conditional_dpp(torch.ones(1, 4, 3), torch.ones(1, 5), 2)
+
+
+def test_dpp_chooses_no_token_twice_when_nothing_is_left_to_explain() -> None:
+    """Features of rank three, some without relevance: rounding errors alone decide the rest."""
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        features = torch.randint(-1, 2, (2, 11, 3), generator=generator).float()
+        relevance = torch.randint(0, 2, (2, 11), generator=generator).float()
+        chosen = select.conditional_dpp(features, relevance, 11)
+        assert chosen.tolist() == [list(range(11))] * 2

@@ -145,6 +145,7 @@ def conditional_dpp(features: Tensor, relevance: Tensor, keep: int) -> Tensor:
     # What each token would add, and the part of each kernel row that is explained already.
     gain = weight * (unit * unit).sum(dim=-1) * weight
     rows = unit.new_zeros(B, keep, N)
+    least = torch.finfo(gain.dtype).min
     chosen = []
     for step in range(keep):
         newest = _first_max(gain)
@@ -156,9 +157,14 @@ def conditional_dpp(features: Tensor, relevance: Tensor, keep: int) -> Tensor:
         known = rows[:, :step]
         at = known.gather(2, newest[:, None, :].expand(-1, step, -1))
         row = kernel - (at.transpose(1, 2) @ known)[:, 0]
-        row = row / gain.gather(1, newest).clamp_min(1e-20).sqrt()
+        left = gain.gather(1, newest)
+        # Where rounding is all that is left to explain, dividing by it would only blow it up.
+        row = torch.where(left > 1e-20, row / left.clamp_min(1e-20).sqrt(), 0.0)
         rows[:, step] = row
-        gain = (gain - row * row).scatter(1, newest, -torch.inf)
+        # Tokens chosen before stay below every other, however little another would add.
+        taken = gain.isneginf().scatter(1, newest, True)
+        gain = (gain - row * row).nan_to_num(neginf=least).clamp(min=least)
+        gain = gain.masked_fill(taken, -torch.inf)
     return torch.cat(chosen, dim=1).sort(dim=1).values
 
 
