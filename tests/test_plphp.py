@@ -503,3 +503,12 @@ def test_half_precision(dtype: torch.dtype) -> None:
         far = generate(built, req.inputs, max_new_tokens=2)
     assert torch.equal(pruned.logits[0], near.logits[0])
     assert distance(pruned, near) < 0.05 and distance(pruned, far) > 4 * distance(pruned, near)
+
+
+def test_a_model_that_overflows_is_told() -> None:
+    built = model()
+    req = request(built, [1])
+    with torch.no_grad():
+        built.model.language_model.layers[1].self_attn.q_proj.weight[0, 0] = torch.nan
+    with pytest.raises(VlmpruneError, match="is not a number"), PLPHP()(built):
+        generate(built, req.inputs)

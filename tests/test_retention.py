@@ -168,6 +168,9 @@ def test_from_file(tmp_path: Path) -> None:
     assert (changed.r, changed.alpha, changed.beta) == (0.5, 0.7, 0.2)
     with pytest.raises(VlmpruneError, match="calibrated on another model \\(x\\) than this"):
         PLPHP.from_file(path).attach(model())
+    with pytest.raises(VlmpruneError, match="calibrated with window=1, not 8"):
+        PLPHP.from_file(path, window=8)
+    assert PLPHP.from_file(path, window=8, alpha=0.5, beta=0.4).window == 8
     with pytest.raises(VlmpruneError, match="no setting 'rate'"):
         PLPHP.from_file(path, rate=1)
     with pytest.raises(VlmpruneError, match="cannot be read"):

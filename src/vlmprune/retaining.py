@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlmprune import ragged
 from vlmprune.cache import Guest
+from vlmprune.errors import VlmpruneError
 from vlmprune.ragged import Ragged
 from vlmprune.report import LayerReport
 from vlmprune.views import LayerView
@@ -150,10 +151,16 @@ class Retaining:
         total = scores.logsumexp(dim=-1)
         if guest.prefix is not None:
             total = torch.logaddexp(total, ragged.partial(row, guest.prefix, scale)[1][:, :, 0])
-        return (scores - total[..., None]).exp().nan_to_num()
+        # A row of padding alone sees nothing, and its attention is none.
+        return (scores - total[..., None]).exp().masked_fill(total.isneginf()[..., None], 0.0)
 
     def _of_rows(self, values: Tensor) -> list[float | None]:
         """One number a row, None where a row has no image; float32's tail of digits cut off."""
+        if bool(values.isnan().any()):
+            raise VlmpruneError(
+                "the attention of a decoder layer is not a number, so the model overflows; load it "
+                "as float32 or bfloat16."
+            )
         has = (self.counts.sum(dim=1) > 0).tolist()
         return [round(v, 6) if h else None for v, h in zip(values.tolist(), has, strict=True)]
 

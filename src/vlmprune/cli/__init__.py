@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 
-from vlmprune.cli import benching, lists, running
+from vlmprune.cli import benching, calibrating, lists, running
 from vlmprune.cli.app import app
 
 for command in (
     running.run,
     benching.bench,
+    calibrating.calibrate,
     lists.plan,
     lists.methods,
     lists.models,

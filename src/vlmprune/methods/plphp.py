@@ -36,7 +36,8 @@ class PLPHP(Pruner):
         beta: γ below which a layer is vision-indifferent. 0.1 is our reading, see `alpha`.
         first_pruned_layer: layers before it are left whole. 0 is our reading.
         window: how many of the prompt's last tokens are asked what they attend to. 1, the last
-            token alone, is our reading.
+            token alone, is our reading; on long answers of the embedded model 8 keeps much more
+            of the accuracy (docs/plphp.md).
         per_head: "equal" gives every KV head the same number (the paper); "adaptive" shares one
             budget a layer among its heads by their attention (AdaKV's idea; not the paper's).
         max_layer_bytes: upper limit, in bytes, of what one layer keeps of one sample's prompt,
@@ -99,7 +100,7 @@ class PLPHP(Pruner):
                 raise VlmpruneError(f"{name}={value!r} is not a whole number of {least} or more.")
         if self.per_head not in ("equal", "adaptive"):
             raise VlmpruneError(
-                f"per_head={self.per_head!r} is not known; use 'equal', 'adaptive'."
+                f"per_head={self.per_head!r} is not known; use 'equal' or 'adaptive'."
             )
 
     @classmethod
@@ -111,7 +112,8 @@ class PLPHP(Pruner):
             changes: fields to set otherwise.
 
         Raises:
-            VlmpruneError: the file cannot be read or holds no calibration.
+            VlmpruneError: the file cannot be read, holds no calibration, or was made with another
+                window.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -126,6 +128,12 @@ class PLPHP(Pruner):
         unknown = sorted({*found, *changes} - known)
         if unknown:
             raise VlmpruneError(f"PLPHP has no setting {unknown[0]!r}; it has {', '.join(known)}.")
+        before, now = (settings.get("window", cls.window) for settings in (found, found | changes))
+        if before != now and not {"alpha", "beta"} <= changes.keys():
+            raise VlmpruneError(
+                f"{str(path)!r} was calibrated with window={before}, not {now}; run `vlmprune "
+                f"calibrate --window {now}`, or give alpha and beta as well."
+            )
         return cls(**(found | changes))
 
     def check_prompt(self, others: int, images: int, heads: int, token_bytes: int) -> None:
