@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from vlmprune import ragged
+from vlmprune import ragged, ragged_varlen
 from vlmprune.ragged import Ragged
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -200,7 +200,7 @@ def test_varlen_equals_the_reference(case: Case, heads_first: bool) -> None:
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(varlen, "varlen_attn", varlen_stand_in(heads_first))
-        patch.setattr(ragged, "varlen_runs", lambda *_: True)
+        patch.setattr(ragged_varlen, "runs", lambda *_: True)
         got = case.run("varlen")
         assert torch.equal(case.run("auto"), got)
     assert close(got, case.run("reference"))
@@ -212,7 +212,7 @@ def test_varlen_equals_the_reference(case: Case, heads_first: bool) -> None:
 def test_varlen_on_a_gpu(case: Case) -> None:
     half = case.to("cuda", torch.bfloat16)
     prefix = Ragged.cut(half.keys, half.values, half.keep)
-    if ragged.varlen_runs(half.query, prefix):
+    if ragged_varlen.runs(half.query, prefix):
         assert close(half.run("varlen"), half.run("reference"), torch.bfloat16)
 
 
@@ -423,10 +423,10 @@ def test_which_backend_auto_means(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make()
     prefix = Ragged.cut(case.keys, case.values, case.keep)
     assert ragged.choose_backend(case.query, prefix, None) == "cpu"
-    assert not ragged.varlen_runs(case.query, prefix)
+    assert not ragged_varlen.runs(case.query, prefix)
     able = {"triton": True, "varlen": True}
     monkeypatch.setattr(ragged, "_triton_runs", lambda *_: able["triton"])
-    monkeypatch.setattr(ragged, "varlen_runs", lambda *_: able["varlen"])
+    monkeypatch.setattr(ragged_varlen, "runs", lambda *_: able["varlen"])
     gpu: Any = SimpleNamespace(is_cuda=True)
     chosen = []
     for name in ("triton", "varlen", ""):

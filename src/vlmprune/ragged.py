@@ -7,7 +7,6 @@ Pure functions that import torch alone; `ragged_triton` is loaded only where it 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -16,6 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from vlmprune import ragged_varlen
+from vlmprune.ragged_varlen import nothing
 
 BACKENDS = ("reference", "cpu", "varlen", "triton")
 Pair = tuple[Tensor, Tensor]
@@ -131,6 +133,22 @@ class Ragged:
         """`offsets` on the host."""
         return (0, *accumulate(self.lengths))
 
+    @cached_property
+    def runs(self) -> list[tuple[slice, Pair]]:
+        """Neighbours of equal length, with keys and values as dense [n, 1, length, D] views."""
+        out, first = [], 0
+        for length, run in groupby(self.lengths):
+            last = first + len(list(run))
+            part = slice(self.starts[first], self.starts[last])
+            views = (t[part].view(last - first, 1, length, t.shape[1]) for t in self._pair)
+            out.append((slice(first, last), tuple(views)))
+            first = last
+        return out  # type: ignore[return-value]
+
+    @property
+    def _pair(self) -> Pair:
+        return self.keys, self.values
+
     @property
     def longest(self) -> int:
         """The largest length; 0 where there is none."""
@@ -178,14 +196,15 @@ def attend(
     if not tail_keys.shape[2]:
         return first[0]
     plain = backend == "reference"
-    return merge(first, dense_partial(query, tail_keys, tail_values, tail_mask, scaling, plain))[0]
+    second = dense_partial(query, tail_keys, tail_values, tail_mask, scaling, plain)
+    return _mix(first, second, sure=0 not in prefix.lengths)
 
 
 def choose_backend(query: Tensor, prefix: Ragged, tail_mask: Mask = None) -> str:
     """What "auto" means: triton for one query on CUDA, else varlen where it runs, else cpu."""
     if query.is_cuda and _triton_runs(query, prefix, tail_mask):
         return "triton"
-    return "varlen" if varlen_runs(query, prefix) else "cpu"
+    return "varlen" if ragged_varlen.runs(query, prefix) else "cpu"
 
 
 def partial(query: Tensor, prefix: Ragged, scaling: float, backend: str = "auto") -> Pair:
@@ -199,10 +218,10 @@ def partial(query: Tensor, prefix: Ragged, scaling: float, backend: str = "auto"
     """
     _check(query, prefix)
     if backend == "auto":
-        backend = "varlen" if varlen_runs(query, prefix) else "cpu"
+        backend = "varlen" if ragged_varlen.runs(query, prefix) else "cpu"
     if backend not in _PARTIAL:
         raise ValueError(f"The backend must be one of {', '.join(_PARTIAL)}, not {backend}.")
-    if backend == "varlen" and not varlen_runs(query, prefix):
+    if backend == "varlen" and not ragged_varlen.runs(query, prefix):
         raise ValueError("varlen needs CUDA, 16-bit floats, equal dims and a torch that has it.")
     B, Hq, Q, D = query.shape
     # The queries of a KV head's group become rows of one sequence.
@@ -233,33 +252,18 @@ def dense_partial(
 
 def merge(first: Pair, second: Pair) -> Pair:
     """Two results, [..., Dv] and [...] float32, over disjoint keys as one over all of them."""
+    return _mix(first, second, sure=False), torch.logaddexp(first[1], second[1])
+
+
+def _mix(first: Pair, second: Pair, sure: bool) -> Tensor:
+    """The output of `merge`; `sure` says that every row of the first saw a key."""
     (a, lse_a), (b, lse_b) = first, second
+    share = torch.sigmoid(lse_b - lse_a)
     # Where neither saw a key the difference is NaN, and both outputs are 0.
-    share = torch.sigmoid(lse_b - lse_a).nan_to_num_(0.0)[..., None]
-    return a.float().lerp(b.float(), share).to(a.dtype), torch.logaddexp(lse_a, lse_b)
-
-
-def varlen_runs(query: Tensor, prefix: Ragged) -> bool:
-    """Whether torch's variable-length attention can attend to the prefix; never raises."""
-    D, dtype = query.shape[3], query.dtype
-    return (
-        (query.is_cuda and torch.version.hip is None)
-        and dtype in (torch.float16, torch.bfloat16)
-        and dtype == prefix.keys.dtype == prefix.values.dtype
-        and (prefix.values.shape[1] == D and D % 8 == 0 and D <= 256)
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        and _has_varlen()
-    )
-
-
-@lru_cache(maxsize=1)
-def _has_varlen() -> bool:
-    try:
-        from torch.nn.attention.varlen import AuxRequest, varlen_attn
-    except ImportError:
-        return False
-    known = inspect.signature(varlen_attn).parameters
-    return hasattr(AuxRequest, "lse") and {"enable_gqa", "return_aux", "scale"} <= set(known)
+    share = (share if sure else share.nan_to_num_(0.0))[..., None]
+    if a.dtype == torch.float32:
+        return a.lerp(b, share)
+    return a.float().lerp(b.float(), share).to(a.dtype)
 
 
 @lru_cache(maxsize=1)
@@ -276,7 +280,7 @@ def _triton_runs(query: Tensor, prefix: Ragged, mask: Mask) -> bool:
 
 
 def _reference(rows: Tensor, prefix: Ragged, scaling: float, _: int) -> Pair:
-    out, lse = _nothing(rows, prefix.values)
+    out, lse = nothing(rows, prefix.values)
     for i, length in enumerate(prefix.lengths):
         if length:
             part = slice(prefix.starts[i], prefix.starts[i] + length)
@@ -288,17 +292,12 @@ def _reference(rows: Tensor, prefix: Ragged, scaling: float, _: int) -> Pair:
 
 def _cpu(rows: Tensor, prefix: Ragged, scaling: float, _: int) -> Pair:
     """One call for each run of neighbours of equal length, which is a dense batch as it lies."""
+    parts = [_attention(rows[part, None], cache, scaling) for part, cache in prefix.runs]
+    if len(parts) == 1:
+        return parts[0][0][:, 0], parts[0][1][:, 0]
     # The first part has no rows, for a cache without samples.
-    pairs = [_nothing(rows[:0, None], prefix.values)]
-    D, Dv = rows.shape[2], prefix.values.shape[1]
-    runs = [(length, len(list(run))) for length, run in groupby(prefix.lengths)]
-    sizes = [length * n for length, n in runs]
-    queries = rows[:, None].split([n for _, n in runs])
-    parts = zip(runs, queries, prefix.keys.split(sizes), prefix.values.split(sizes), strict=True)
-    for (length, n), query, keys, values in parts:
-        cache = keys.view(n, 1, length, D), values.view(n, 1, length, Dv)
-        pairs.append(_attention(query, cache, scaling))
-    return torch.cat([out for out, _ in pairs])[:, 0], torch.cat([lse for _, lse in pairs])[:, 0]
+    parts = [nothing(rows[:0, None], prefix.values), *parts]
+    return torch.cat([out for out, _ in parts])[:, 0], torch.cat([lse for _, lse in parts])[:, 0]
 
 
 def _attention(
@@ -307,7 +306,7 @@ def _attention(
     """Rows [n, h, R, D] over keys and values [n, h, T, D]; `mask` is added to the scores."""
     keys, values = cache
     if not keys.shape[2] or not rows.numel():
-        return _nothing(rows, values)
+        return nothing(rows, values)
     if (
         (rows.device.type == "cpu" and not plain)
         and rows.dtype == keys.dtype == values.dtype
@@ -331,52 +330,13 @@ def _attention(
     return out, lse
 
 
-def _varlen(rows: Tensor, prefix: Ragged, scaling: float, count: int) -> Pair:
-    """One sequence for each (sample, KV head), of `count` tokens and a head for each query head."""
-    from torch.nn.attention.varlen import AuxRequest, varlen_attn
-
-    if not prefix.longest or not rows.numel():
-        return _nothing(rows, prefix.values)
-    (n, R, D), cache = rows.shape, (prefix.keys[:, None], prefix.values[:, None])
-    group = R // count
-    queries = rows.view(n, group, count, D).transpose(1, 2).reshape(n * count, group, D)
-    ends = torch.arange(0, n * count + 1, count, dtype=torch.int32, device=rows.device)
-    sizes: Any = (ends, prefix.offsets, count, prefix.longest)
-    wanted: dict[str, Any] = {"return_aux": AuxRequest(lse=True), "enable_gqa": True}
-    out, lse = varlen_attn(queries, *cache, *sizes, scale=scaling, **wanted)
-    out = out.view(n, count, group, D).transpose(1, 2).reshape(n, R, D)
-    if not _heads_first(varlen_attn, AuxRequest, rows.device, rows.dtype, D):
-        lse = lse.T
-    lse = lse.reshape(group, n, count).transpose(0, 1).reshape(n, R)
-    if 0 in prefix.lengths:
-        # What the kernel leaves there differs between its versions.
-        empty = (prefix.offsets.diff() == 0)[:, None]
-        out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
-    return out, lse
-
-
-@lru_cache(maxsize=8)
-def _heads_first(attn: Any, aux: Any, device: torch.device, dtype: torch.dtype, dim: int) -> bool:
-    """Whether the log-sum-exp is [heads, tokens], as torch's code has it, and not as it says."""
-    tokens = torch.zeros(2, 1, dim, dtype=dtype, device=device)
-    ends = torch.tensor([0, 2], dtype=torch.int32, device=device)
-    _, lse = attn(tokens, tokens, tokens, ends, ends, 2, 2, return_aux=aux(lse=True))
-    return tuple(lse.shape) == (1, 2)
-
-
-_PARTIAL = {"reference": _reference, "cpu": _cpu, "varlen": _varlen}
+_PARTIAL = {"reference": _reference, "cpu": _cpu, "varlen": ragged_varlen.attend}
 
 
 def _check(query: Tensor, prefix: Ragged) -> None:
     shape, B, H, D = tuple(query.shape), prefix.batch, prefix.heads, prefix.keys.shape[1]
     if len(shape) != 4 or shape[0] != B or shape[1] % max(H, 1) or shape[3] != D:
         raise ValueError(f"query {shape} does not fit {B} samples, {H} KV heads and keys of {D}.")
-
-
-def _nothing(rows: Tensor, values: Tensor) -> Pair:
-    """The result over no keys."""
-    lse = torch.full(rows.shape[:-1], -torch.inf, device=rows.device)
-    return rows.new_zeros(*lse.shape, values.shape[-1]), lse
 
 
 def _offsets(counts: Tensor) -> Tensor:
