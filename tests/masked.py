@@ -25,23 +25,33 @@ def masking(built: Any, keep: dict[int, Tensor]) -> Iterator[None]:
             query on that comes after them. Layers that are missing see everything.
     """
     name = built.config.get_text_config()._attn_implementation
+    decoder = built.get_decoder()
     layers = {
         layer.self_attn: i
-        for i, layer in enumerate(built.model.language_model.layers)
+        for i, layer in enumerate(getattr(decoder, "model", decoder).layers)
         if hasattr(layer, "self_attn")
     }
     before = ALL_ATTENTION_FUNCTIONS._local_mapping.get(name)
     plain = ALL_ATTENTION_FUNCTIONS.get(name)
 
     def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, **kwargs: Any
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, None]:
+        mask = attention_mask
         seen = keep.get(layers.get(module, -1))
         queries, columns = query.shape[2], key.shape[2]
         if seen is None or columns - queries < seen.shape[2]:
             if plain is not None:
                 return plain(module, query, key, value, mask, **kwargs)
-            eager = sys.modules[type(module).__module__].eager_attention_forward
+            # Llama 4's tower has one of its own in the same file.
+            called = type(module).forward.__code__.co_names
+            own = [n for n in called if n.endswith("eager_attention_forward")]
+            eager = getattr(sys.modules[type(module).__module__], own[0])
             return eager(module, query, key, value, mask, **kwargs)
         group = query.shape[1] // key.shape[1]
         times = query.shape[0] // seen.shape[0]

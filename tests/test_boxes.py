@@ -5,9 +5,13 @@ import pytest
 import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
+)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
 )
 
 from vlmprune import VlmpruneError, layout
@@ -46,6 +50,21 @@ def square():
 def any_resolution():
     return LlavaNextImageProcessorPil(
         size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, **PLAIN
+    )
+
+
+def onevision():
+    return LlavaOnevisionImageProcessorPil(
+        size={"height": 336, "width": 336},
+        image_grid_pinpoints=any_resolution().image_grid_pinpoints,
+        **PLAIN,
+    )
+
+
+def canvas(**more):
+    """As InternVL's processor has it cut images."""
+    return GotOcr2ImageProcessorPil(
+        size={"height": 224, "width": 224}, crop_to_patches=True, max_patches=6, **PLAIN, **more
     )
 
 
@@ -105,12 +124,17 @@ CASES = [
     (lambda: crop(edge=300), "llava"),
     (square, "llava"),
     (any_resolution, "llava_next"),
+    (onevision, "llava_onevision"),
+    (stretch, "paligemma"),
+    (canvas, "internvl"),
 ]
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
-    ("make", "family"), CASES, ids=["stretch", "crop", "crop-448", "small", "square", "any"]
+    ("make", "family"),
+    CASES,
+    ids=["stretch", "crop", "crop-448", "small", "square", "any", "onevision", "one", "canvas"],
 )
 def test_boxes_find_the_block_where_the_processor_put_it(make, family, size):
     seen = 0.0
@@ -195,7 +219,23 @@ def test_pixels_behind_the_last_whole_patch_are_in_no_box():
     assert token_boxes(layout.plain(1, (15, 15)), (224, 224), stretch(), "llava").max() == 224
 
 
+def test_squares_of_merged_patches_fill_the_picture():
+    boxes = token_boxes(layout.plain(1, (4, 4)), (640, 420), stretch(), "gemma3", patch_size=14)
+    assert boxes[5].tolist() == pytest.approx([160, 105, 320, 210])
+    tiles = token_boxes(layout.plain(3, (4, 4)), (448, 224), canvas(), "internvl", patch_size=14)
+    assert tiles[0].tolist() == [0, 0, 56, 56] and tiles[16].tolist() == [224, 0, 280, 56]
+    assert tiles[32].tolist() == [0, 0, 112, 56]
+
+
 def test_mistakes_are_told():
+    with pytest.raises(VlmpruneError, match="is not known for SmolVLM yet"):
+        token_boxes(layout.plain(1, (3, 3)), (64, 64), stretch(), "smolvlm")
+    panned = stretch()
+    panned.do_pan_and_scan = True
+    with pytest.raises(VlmpruneError, match="do_pan_and_scan"):
+        token_boxes(layout.plain(1, (4, 4)), (64, 64), panned, "gemma3")
+    with pytest.raises(VlmpruneError, match="has 3 crops but its processor's settings make 5"):
+        token_boxes(layout.plain(3, (4, 4)), (224, 224), canvas(min_patches=4), "internvl")
     with pytest.raises(VlmpruneError, match=r"has 2 crops but its processor's settings make 1"):
         token_boxes(layout.plain(2, (16, 16)), (64, 64), stretch(), "llava")
     with pytest.raises(VlmpruneError, match="family 'qwen' is not known"):

@@ -571,3 +571,15 @@ def test_ids_and_pixels_that_do_not_fit_are_refused() -> None:
         text = {k: req.inputs[k][:, -4:] for k in ("input_ids", "attention_mask")}
         with pytest.raises(VlmpruneError, match="without image placeholders"):
             built.generate(**(req.inputs | text), max_new_tokens=2)
+
+
+def test_a_mask_that_hides_placeholders_is_refused() -> None:
+    built = model()
+    req = request(built, [1, 1])
+    mask = req.inputs["attention_mask"].clone()
+    mask[0, (req.inputs["input_ids"][0] == IMAGE).nonzero()[3, 0]] = 0
+    with (
+        pytest.raises(VlmpruneError, match="attention_mask hides image placeholders"),
+        VisPruner(keep=4)(built),
+    ):
+        built.generate(**(req.inputs | {"attention_mask": mask}), max_new_tokens=1)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmprune import VlmpruneError
-from vlmprune.inputs import Prompt, dropped_columns, images_per_row, shorten
+from vlmprune.inputs import Prompt, dropped_columns, shorten, spans
 
 PAD, IMAGE = 0, 9
 Row = tuple[int, list[bool]]  # padding, and for each real column whether it is to be dropped
@@ -77,19 +77,20 @@ def test_images_find_their_columns(batch: list[list[int]], data: st.DataObject) 
     lengths = [n for row in batch for n in row]
     width = max(sum(n + 1 for n in row) for row in batch) + 1
     ids = torch.ones(len(batch), width, dtype=torch.long)
-    spans = []
+    places = []
     for i, row in enumerate(batch):
         at = 1
         for n in row:
             ids[i, at : at + n] = IMAGE
-            spans.append((i, at))
+            places.append((i, at))
             at += n + 1
     kept = [
         torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n))) for n in lengths
     ]
-    dropped = dropped_columns(ids == IMAGE, kept)
-    assert images_per_row(ids == IMAGE, lengths) == [len(row) for row in batch]
-    for (row, at), k in zip(spans, kept, strict=True):
+    found = spans(ids == IMAGE, lengths, "image")
+    dropped = dropped_columns(ids, found, kept)
+    assert [(span.row, int(span.columns[0])) for span in found] == places
+    for (row, at), k in zip(places, kept, strict=True):
         assert torch.equal(dropped[row, at : at + len(k)], ~k)
     assert int(dropped.sum()) == sum(int((~k).sum()) for k in kept)
 
@@ -97,6 +98,6 @@ def test_images_find_their_columns(batch: list[list[int]], data: st.DataObject) 
 def test_placeholders_that_do_not_match_are_refused() -> None:
     visual = torch.tensor([[True, True, False], [True, True, True]])
     with pytest.raises(VlmpruneError, match="5 image placeholders but the images make 4"):
-        dropped_columns(visual, [torch.ones(4, dtype=torch.bool)])
+        spans(visual, [4], "image")
     with pytest.raises(VlmpruneError, match="do not match its images"):
-        images_per_row(visual, [3, 2])
+        spans(visual, [3, 2], "image")

@@ -75,7 +75,7 @@ def requests(draw: st.DrawFn) -> tuple[list[list[int]], list[tuple[int, int]]]:
 
 
 def pack(inputs: dict[str, Any], maps: list[Tensor]) -> list[Tensor]:
-    return FAMILIES["llava_next"].pack(HOST, inputs, maps)
+    return FAMILIES["llava_next"].media[0].pack(HOST, inputs, maps)
 
 
 @settings(max_examples=150, deadline=None)
@@ -87,7 +87,7 @@ def test_labels_follow_real_features(
     pinpoints, sizes = request_
     HOST.config.image_grid_pinpoints = HOST.model.config.image_grid_pinpoints = pinpoints
     inputs = {"image_sizes": torch.tensor(sizes)}
-    counts = FAMILIES["llava_next"].crops(HOST, inputs)
+    counts = FAMILIES["llava_next"].media[0].crops(HOST, inputs)
     generator = torch.Generator().manual_seed(seed)
     features = [torch.randn(n, GRID[0] * GRID[1], WIDTH, generator=generator) for n in counts]
     newline = torch.randn(WIDTH, generator=generator)

@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from vlmprune.methods import METHODS, PLPHP, VisPruner
     from vlmprune.pruner import Handle, Pruner
     from vlmprune.report import Report
+    from vlmprune.reuse import Vision
 
 __version__ = "0.1.0"
 
-__all__ = ["METHODS", "PLPHP", "Handle", "Pruner", "Report", "VisPruner", "VlmpruneError"]
+__all__ = ["METHODS", "PLPHP", "Handle", "Pruner", "Report", "VisPruner", "Vision", "VlmpruneError"]
 
 # Imported when first asked for, so that the command line's help needs no torch.
 _HOMES = {
@@ -24,6 +25,7 @@ _HOMES = {
     "Handle": "pruner",
     "Pruner": "pruner",
     "Report": "report",
+    "Vision": "reuse",
 }
 
 

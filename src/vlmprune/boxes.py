@@ -6,6 +6,7 @@ An image processor resizes, pads, crops and tiles; each of these steps moves an 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,19 +55,26 @@ def token_boxes(
         image_sizes_entry: the (height, width) that the processor returned for the image, where
             it returns `image_sizes`; by default that of the original.
         patch_size: side of a patch in pixels. By default the grid fills the crop, which is right
-            wherever the crop is a whole number of patches.
+            wherever the crop is a whole number of patches. Looked at for the families of LLaVA
+            alone; with the others the grid always fills the crop.
 
     Returns:
         [n, 4] float32 of (x0, y0, x1, y1), clipped to the image. A token that belongs to no
-        patch, or whose patch holds padding alone, has a box without area.
+        patch, or whose patch holds padding alone, has a box without area; one that blends several
+        patches has that of the heaviest.
 
     Raises:
-        VlmpruneError: an unknown family, a way of resizing that is not known, or a layout with
-            other crops than the processor makes.
+        VlmpruneError: an unknown family or one without such boxes, a video, a way of resizing
+            that is not known, or a layout with other crops than the processor makes.
     """
+    if layout.kind == "video":
+        raise VlmpruneError("boxes on a picture are not known for a video; pass an image's layout.")
     width, height = image_size
     seen = (height, width) if image_sizes_entry is None else tuple(map(int, image_sizes_entry))
-    views = _views(image_processor, (seen[0], seen[1]), _any_resolution(family))
+    overlay = _overlay(family)
+    if overlay in ("own", "square", "canvas"):
+        patch_size = None
+    views = _views(image_processor, (seen[0], seen[1]), overlay, layout.crops)
     if len(views) != layout.crops:
         raise VlmpruneError(
             f"the image has {layout.crops} crops but its processor's settings make {len(views)}; "
@@ -89,17 +97,31 @@ def token_boxes(
     return boxes
 
 
-def _any_resolution(family: str) -> bool:
+def _overlay(family: str) -> str:
+    """How a family's images are cut, as `Medium.overlay` says it."""
     for kind, record in FAMILIES.items():
         if family in (kind, record.name):
-            return "image_sizes" in record.pixel_inputs
+            found = next((m.overlay for m in record.media if m.kind == "image"), "")
+            if not found:
+                raise VlmpruneError(f"where visual tokens lie is not known for {record.name} yet.")
+            return found
     raise VlmpruneError(f"family {family!r} is not known; use one of {', '.join(FAMILIES)}.")
 
 
-def _views(processor: Any, size: Size, any_resolution: bool) -> list[_View]:
+def _views(processor: Any, size: Size, overlay: str, crops: int) -> list[_View]:
     """The crops of an image of (height, width) `size`, in order."""
     whole = (_Axis(size[0]), _Axis(size[1]))
-    if any_resolution:
+    if overlay == "own":
+        return [whole]
+    if overlay == "square" and getattr(processor, "do_pan_and_scan", False):
+        raise VlmpruneError(
+            "with do_pan_and_scan a picture goes in as several, whose places on it are not told; "
+            "switch that off."
+        )
+    if overlay == "canvas" and crops > 1:
+        return _canvas(processor, size)
+    # LLaVA-OneVision does not tile an image that shares its prompt with others.
+    if overlay == "tiles" and crops > 1:
         return [_then(view, _fit(processor, _lengths(view))) for view in _tiles(processor, size)]
     if getattr(processor, "do_pad", False) and hasattr(processor, "pad_to_square"):
         side = max(size)
@@ -132,6 +154,26 @@ def _tiles(processor: Any, size: Size) -> list[_View]:
             columns = _Axis(min(tile, target[1] - left), shift=left)
             views.append((padded[0].then(rows), padded[1].then(columns)))
     return views
+
+
+def _canvas(processor: Any, size: Size) -> list[_View]:
+    """What InternVL's processor cuts an image into: stretched tiles, the view of the whole last."""
+    side = _entry(processor.size, "height"), _entry(processor.size, "width")
+    for kind in type(processor).__mro__:
+        chosen = getattr(sys.modules[kind.__module__], "get_optimal_tiled_canvas", None)
+        if chosen is not None:
+            break
+    else:
+        raise VlmpruneError(f"how {type(processor).__name__} cuts an image is not known.")
+    columns, rows = chosen(size, side, processor.min_patches, processor.max_patches)
+    target = (rows * side[0], columns * side[1])
+    whole = (_resized(size[0], target[0]), _resized(size[1], target[1]))
+    views = [
+        _then(whole, (_Axis(side[0], shift=top), _Axis(side[1], shift=left)))
+        for top in range(0, target[0], side[0])
+        for left in range(0, target[1], side[1])
+    ]
+    return [*views, (_resized(size[0], side[0]), _resized(size[1], side[1]))]
 
 
 def _fit(processor: Any, size: Size) -> _View:

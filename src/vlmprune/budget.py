@@ -7,8 +7,37 @@ from typing import Literal
 
 from vlmprune.errors import VlmpruneError
 
-# What a budget counts for: each crop, or all crops of an image together.
-Budget = Literal["crop", "image"]
+# What a budget counts for: each crop, or all crops of an image together. Of a video the frames are
+# the crops; "frame" and "clip" say the same of it, and are refused where there is none.
+Budget = Literal["crop", "image", "frame", "clip"]
+BUDGETS: tuple[Budget, ...] = ("crop", "image", "frame", "clip")
+
+
+def each_crop(budget: Budget) -> bool:
+    """Whether a budget counts for each crop (frame), not for a whole image (clip)."""
+    return budget in ("crop", "frame")
+
+
+def check_budget(budget: str, videos: bool = True) -> None:
+    """Refuse a budget that is not known, or that counts videos where there are none.
+
+    Args:
+        budget: the setting.
+        videos: whether there is a video.
+
+    Raises:
+        VlmpruneError: it is one of the two.
+    """
+    if budget not in BUDGETS:
+        raise VlmpruneError(
+            f"budget={budget!r} is not known; use 'crop' or 'image', or for videos 'frame' or "
+            "'clip'."
+        )
+    if budget in ("frame", "clip") and not videos:
+        instead = "crop" if budget == "frame" else "image"
+        raise VlmpruneError(
+            f"budget={budget!r} is for videos, and this request holds none; use budget={instead!r}."
+        )
 
 
 def check_keep(keep: int | float) -> None:

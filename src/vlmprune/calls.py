@@ -16,24 +16,26 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from vlmprune import costs, families
+from vlmprune import costs, families, reuse
+from vlmprune.active import Active, active
 from vlmprune.cache import adopt, attending, binding_of, refusal
 from vlmprune.errors import VlmpruneError
-from vlmprune.request import Active, active, mark, prepare, remember
+from vlmprune.request import handed, leave_deltas, mark, prepare, remember
 
 if TYPE_CHECKING:
     from vlmprune.pruner import Handle
+    from vlmprune.reuse import Vision
 
 
 def generate(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`generate` with fewer visual tokens; returns what the host would have returned."""
+    vision = _vision(handle, kwargs)
     bound = inspect.signature(original).bind(*args, **kwargs).arguments
     kwargs = {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
     ids = kwargs.get("input_ids") if kwargs.get("inputs") is None else kwargs["inputs"]
     cache = kwargs.get("past_key_values")
     setting = _settings(handle.model, kwargs)
-    has_images = kwargs.get("pixel_values") is not None
-    if not has_images and mark(cache) is None:
+    if vision is None and not _brings_items(handle, kwargs) and mark(cache) is None:
         handle.report_nothing()
         return original(**kwargs)
     _check_generate(handle.model, kwargs, ids, setting)
@@ -45,19 +47,21 @@ def generate(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs:
     if mask is None:
         mask = _mask_of(ids, setting("pad_token_id"), setting("eos_token_id"))
     with torch.no_grad():
-        prepared = prepare(handle, ids, mask, kwargs.get("position_ids"), cache, kwargs, False)
-    if not prepared.state.images:
+        positions = kwargs.get("position_ids")
+        prepared = prepare(handle, ids, mask, positions, cache, kwargs, False, vision=vision)
+    if not prepared.state.items:
         handle.report_nothing()
     given = prepared.prompt.ids
     changed = _shorter_limits(handle.model, kwargs, mask.shape[1] - given.shape[1])
     if ids.shape[1] < mask.shape[1]:
         # Ids that came without the columns of the cache go on without them.
         given = given[:, prepared.known[1] :]
-    changed |= {"attention_mask": prepared.prompt.mask, "position_ids": prepared.prompt.positions}
+    changed |= {"attention_mask": prepared.prompt.mask, "position_ids": handed(prepared.prompt)}
     changed |= prepared.prompt.aligned
     if kwargs.get("streamer") is not None:
         changed["streamer"] = _FullPrompt(kwargs["streamer"], ids)
-    old = ("inputs", "input_ids", *handle.family.pixel_inputs)
+    old = {"inputs", "input_ids"} | {n for medium in handle.family.media for n in medium.inputs}
+    given_positions = kwargs.get("position_ids")
     kwargs = {k: v for k, v in kwargs.items() if k not in old} | prepared.pixels | changed
 
     token = active.set(prepared.state)
@@ -73,6 +77,7 @@ def generate(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs:
     beams = (setting("num_beams") or 1) > 1
     for holder in (cache, getattr(result, "past_key_values", None)):
         remember(holder, prepared.prefix.repeat(times), "it comes from a beam search" * beams)
+    leave_deltas(handle, prepared.prefix, given_positions)
     if isinstance(result, Tensor):
         return sequences
     result.sequences = sequences
@@ -84,12 +89,18 @@ def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: 
     state = active.get()
     if state is not None and state.handle is handle:
         kwargs = _inside(state, kwargs)
+        state.running = kwargs["input_ids"].shape[0]
+        for medium in handle.family.media:
+            ahead = (kwargs.get("mm_encoder_outputs") or {}).get(medium.kind)
+            if ahead is not None and medium.method in state.pruned:
+                medium.form(ahead)
         with _cutting(handle, state, kwargs.get("past_key_values")):
             return original(*args, **kwargs)
+    vision = _vision(handle, kwargs)
     bound = inspect.signature(original).bind(*args, **kwargs).arguments
     kwargs = {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
     cache = kwargs.get("past_key_values")
-    if kwargs.get("pixel_values") is None and mark(cache) is None:
+    if vision is None and not _brings_items(handle, kwargs) and mark(cache) is None:
         return original(**kwargs)
     ids = kwargs.get("input_ids")
     _check_common(kwargs, ids)
@@ -101,7 +112,7 @@ def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: 
     caching = _caches(handle.model, kwargs)
     if handle.pruner.cuts and caching:
         _check_cutting(handle, kwargs, lambda name: kwargs.get(name))
-        if cache is None and kwargs.get("pixel_values") is not None:
+        if cache is None and (vision is not None or _brings_items(handle, kwargs)):
             cache = kwargs["past_key_values"] = DynamicCache(config=handle.model.config)
     prepared = prepare(
         handle,
@@ -112,15 +123,19 @@ def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: 
         kwargs,
         True,
         caching,
+        vision,
     )
+    given_positions = kwargs.get("position_ids")
     new = slice(prepared.known[1], None)
-    kwargs = {k: v for k, v in kwargs.items() if k not in handle.family.pixel_inputs}
+    old = {name for medium in handle.family.media for name in medium.inputs}
+    kwargs = {k: v for k, v in kwargs.items() if k not in old}
     kwargs |= prepared.pixels | {
         "input_ids": prepared.prompt.ids[:, new],
         "attention_mask": prepared.prompt.mask,
-        "position_ids": prepared.prompt.positions[:, new],
+        "position_ids": handed(prepared.prompt, new) + handle.family.first,
         **prepared.prompt.aligned,
     }
+    prepared.state.running = prepared.prompt.ids.shape[0]
     token = active.set(prepared.state)
     try:
         with _cutting(handle, prepared.state, kwargs.get("past_key_values")):
@@ -128,19 +143,39 @@ def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: 
     finally:
         active.reset(token)
     after = getattr(result, "past_key_values", None) or cache
+    leave_deltas(handle, prepared.prefix, given_positions)
     # Tokens without an image need no new record: the old one still says what was dropped.
-    if prepared.state.images or mark(after) is None:
+    if prepared.state.items or mark(after) is None:
         remember(after, prepared.prefix, "")
     return result
 
 
-def image_features(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`get_image_features`: pruned features inside a pruned call, the host's own elsewhere."""
+def encode(handle: Handle, inputs: dict[str, Any]) -> Vision:
+    """The images and videos of a request after pruning, for later requests."""
+    reuse.check(handle)
+    _check_common(inputs, inputs.get("input_ids"))
+    if not _brings_items(handle, inputs):
+        raise VlmpruneError(
+            "there is no image or video to encode; pass all that the model's processor returns."
+        )
+    mask = inputs.get("attention_mask")
+    ids = inputs["input_ids"]
+    prepared = prepare(handle, ids, mask, None, None, inputs, False, False)
+    return prepared.vision()
+
+
+def features(
+    handle: Handle, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """`get_image_features` and its like: pruned inside a pruned call, the host's own elsewhere."""
     state = active.get()
-    if state is None or state.handle is not handle or state.output is None:
+    if state is None or state.handle is not handle or name not in state.pruned:
         return original(*args, **kwargs)
-    pixels = inspect.signature(original).bind(*args, **kwargs).arguments["pixel_values"]
-    return state.image_features(pixels.shape[0])
+    pruned = state.pruned[name]
+    if state.running is None:
+        # `generate` encodes ahead, and repeats the items by itself.
+        return pruned.listed()
+    return pruned.formed(max(1, state.running // state.batch))
 
 
 @contextmanager
@@ -165,12 +200,36 @@ def _cutting(handle: Handle, state: Active, cache: Any) -> Iterator[None]:
             )
 
 
+def _vision(handle: Handle, kwargs: dict[str, Any]) -> Vision | None:
+    """Take the argument that is ours out of a call's."""
+    vision = kwargs.pop("vision", None)
+    if vision is None:
+        return None
+    reuse.check(handle, vision)
+    return vision.to(handle.model.device)
+
+
+def _brings_items(handle: Handle, kwargs: dict[str, Any]) -> bool:
+    """Whether a call comes with images or videos."""
+    for medium in handle.family.media:
+        for name in medium.replaced:
+            if kwargs.get(name) is not None:
+                raise VlmpruneError(
+                    f"{name} is called {medium.inputs[0]} in this release of transformers; pass "
+                    "it under that name."
+                )
+    return any(kwargs.get(medium.inputs[0]) is not None for medium in handle.family.media)
+
+
 def _caches(model: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a plain forward fills a cache."""
     wanted = kwargs.get("use_cache")
     if wanted is None:
         wanted = getattr(model.config.get_text_config(), "use_cache", True)
-    return bool(wanted) and not (model.training and getattr(model, "is_gradient_checkpointing", 0))
+    # Recomputing activations goes without a cache; the flag's name differs between releases.
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    name = next((n for n in names if hasattr(type(model), n)), "")
+    return bool(wanted) and not (model.training and getattr(model, name, False))
 
 
 def _inside(state: Active, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -178,8 +237,12 @@ def _inside(state: Active, kwargs: dict[str, Any]) -> dict[str, Any]:
     positions = kwargs.get("position_ids")
     if positions is None:
         return kwargs
-    if state.drift is not None:
-        times = positions.shape[0] // state.drift.shape[0]
+    if state.drift is not None and state.drift.ndim == 2:
+        cache = kwargs.get("past_key_values")
+        start = cache.get_seq_length() if cache is not None else 0
+        kwargs = kwargs | {"position_ids": state.drifted(positions, start)}
+    elif state.drift is not None:
+        times = positions.shape[-2] // state.drift.shape[0]
         last, drift = (
             t.repeat_interleave(times, 0)[:, None].to(positions.device)
             for t in (state.last, state.drift)
@@ -262,10 +325,28 @@ def _check_cutting(handle: Handle, kwargs: dict[str, Any], setting: Callable[[st
             f"{method} does not work with flex_attention; load the model with "
             "attn_implementation='sdpa'."
         )
+    if _is_compiled(handle):
+        raise VlmpruneError(
+            f"{method} does not work with a compiled model, whose graphs pass its cache by; use "
+            "the model as it is, or prune before the language model alone."
+        )
     cache = kwargs.get("past_key_values")
     why = None if cache is None else refusal(cache, handle.cuttable)
     if why is not None:
         raise VlmpruneError(f"{method} {why}")
+
+
+def _is_compiled(handle: Handle) -> bool:
+    """Whether the model, or a module of it, was given to `torch.compile`."""
+    mark = "_torchdynamo_orig_callable"
+    if hasattr(handle.host.original("forward"), mark):
+        return True
+    return any(
+        hasattr(vars(module).get("forward"), mark)
+        or type(module).__name__ == "OptimizedModule"
+        or getattr(module, "_compiled_call_impl", None) is not None
+        for module in handle.model.modules()
+    )
 
 
 def _mask_of(ids: Tensor, pad: Any, eos: Any) -> Tensor:

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 # Towers that put no CLS token in front of their patches.
-_WITHOUT_CLS = ("siglip", "pixtral")
+_WITHOUT_CLS = ("siglip", "pixtral", "idefics3", "smolvlm", "qwen")
+# Towers whose feed-forward has a gate, and so three matrices.
+_GATED = ("pixtral", "qwen2_5_vl")
 
 
 def prefill_flops(config: Any, visual_tokens: int) -> float:
@@ -89,8 +91,9 @@ def encoder_flops(
     """FLOPs that a ViT tower spends on `crops` crops, all of its layers.
 
     Per layer `2 * (4nd^2 + 2n^2d + 2ndm)` with n = patches, plus the CLS and register tokens where
-    the tower has them; a SwiGLU feed-forward counts three matrices instead of two. The patch
-    embedding and the projector do not count, as in the published tables.
+    the tower has them; a SwiGLU feed-forward counts three matrices instead of two, and a layer
+    with window attention its windows alone, all of them as if full. The patch embedding and the
+    projector do not count, as in the published tables.
 
     Args:
         config: a VLM's config (its `vision_config` is used) or a tower's own config.
@@ -112,9 +115,18 @@ def encoder_flops(
     elif pixels is not None:
         raise ValueError("give patches or pixels, not both.")
     n = _count("patches", patches) + _prefix_tokens(tower)
-    d = _field(tower, "hidden_size")
-    per_layer = 4 * n * d * d + 2 * n * n * d + n * d * _feed_forward_width(tower, d)
-    return float(2 * count * _field(tower, "num_hidden_layers") * per_layer)
+    # Qwen2-VL's tower calls the language model's width its hidden size, and towers of that line
+    # the number of their layers their depth.
+    d = _optional(tower, "embed_dim", None) or _field(tower, "hidden_size")
+    layers = _optional(tower, "depth", None) or _field(tower, "num_hidden_layers")
+    linear = layers * (4 * n * d * d + n * d * _feed_forward_width(tower, d))
+    whole = getattr(tower, "fullatt_block_indexes", None)
+    seen = layers * n
+    if whole is not None:
+        window = (_field(tower, "window_size") // _field(tower, "patch_size")) ** 2
+        wide = len([number for number in whole if number < layers])
+        seen = wide * n + (layers - wide) * min(n, window)
+    return float(2 * count * (linear + 2 * n * seen * d))
 
 
 def patch_count(config: Any, pixels: int | Sequence[int] | None = None) -> int:
@@ -195,6 +207,8 @@ def _feed_forward_width(tower: Any, hidden_size: int) -> int:
         if getattr(tower, "mlp_ratio", None) is None:
             _field(tower, "intermediate_size")
         m = int(hidden_size * tower.mlp_ratio)
+    if str(getattr(tower, "model_type", "")).startswith(_GATED):
+        return int(3 * m)
     if getattr(tower, "use_swiglu_ffn", False):
         # DINOv2's own rounding of the gated width, of which there are three matrices.
         return 3 * ((int(m * 2 / 3) + 7) // 8 * 8)

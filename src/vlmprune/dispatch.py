@@ -8,6 +8,7 @@ guest. All other calls, of other models and threads too, go to the plain functio
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -127,8 +128,12 @@ def attention_of(layer: nn.Module) -> Any:
     for module in layer.modules():
         source = sys.modules.get(type(module).__module__)
         has_registry = hasattr(source, "ALL_ATTENTION_FUNCTIONS")
-        if has_registry and hasattr(module, "is_causal") and hasattr(module, "config"):
-            return module
+        if has_registry and hasattr(module, "config"):
+            if hasattr(module, "is_causal"):
+                return module
+            # Llama 4's vision attention has no such attribute, but its code names the registry.
+            if "ALL_ATTENTION_FUNCTIONS" in _names(type(module)):
+                return module
     raise LookupError(f"{type(layer).__name__} has no attention that can be tapped")
 
 
@@ -153,9 +158,18 @@ def _release(dispatcher: _Dispatcher) -> None:
 
 
 def _eager(module: nn.Module) -> Callable[..., Any]:
-    """Eager attention is not registered: each modeling file has its own function."""
+    """Eager attention is not registered: each modeling file has its own function, or several."""
     for cls in type(module).__mro__:
-        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
-        if function is not None:
-            return function
+        own = [name for name in _names(cls) if name.endswith("eager_attention_forward")]
+        for name in (*own, "eager_attention_forward"):
+            function = getattr(sys.modules[cls.__module__], name, None)
+            if function is not None:
+                return function
     raise LookupError(f"{type(module).__name__} has no eager attention function")
+
+
+def _names(cls: type) -> tuple[str, ...]:
+    """Names that the code of a class's own forward uses."""
+    forward = vars(cls).get("forward")
+    code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None
+    return getattr(code, "co_names", ())

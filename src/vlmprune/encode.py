@@ -1,50 +1,88 @@
-"""Encode a request's images once, and record on the way what a method needs.
+"""Encode a request's images and videos once, and record on the way what a method needs.
 
-The host's own `get_image_features` does the work, with its own fast attention; a tap reads the
-attention row, a hook on the projector reads the features that the model selected.
+The host's own methods do the work, with their own fast attention; a tap reads the attention, a
+hook on the projector reads the features that the model selected.
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlmprune import families, layout
-from vlmprune.errors import VlmpruneError
-from vlmprune.families import Family
-from vlmprune.layout import NO_PATCH, Layout
-from vlmprune.taps import Rows, Tap, tapped
+from vlmprune.active import active
+from vlmprune.families.media import Medium
+from vlmprune.inputs import Span, spans
+from vlmprune.layout import Layout
+from vlmprune.taps import Tap, tapped
 from vlmprune.views import EncoderView
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The geometry of a request's images, known before any is encoded."""
+class Item:
+    """One image or video of a request.
 
-    layouts: tuple[Layout, ...]
-    grid: tuple[int, int]
+    Attributes:
+        medium: its modality, as a place in the family's `media`.
+        number: its place among the items of that modality.
+        layout: where its visual tokens lie within it.
+        span: where they lie in the prompt.
+    """
+
+    medium: int
+    number: int
+    layout: Layout
+    span: Span
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The geometry of a request's items, in prompt order, known before any is encoded."""
+
+    items: tuple[Item, ...] = ()
+
+    @property
+    def layouts(self) -> list[Layout]:
+        """One an item."""
+        return [item.layout for item in self.items]
 
     @property
     def lengths(self) -> list[int]:
-        """Visual tokens of each image, as the language model would see them."""
-        return [len(one.labels) for one in self.layouts]
+        """Visual tokens of each item, as the language model would see them."""
+        return [len(item.layout.labels) for item in self.items]
+
+    @property
+    def cells(self) -> int:
+        """Cells of the largest crop."""
+        return max((item.layout.patches for item in self.items), default=0)
 
     @property
     def candidates(self) -> Tensor:
-        """[crops, N] bool over all images."""
-        return torch.cat([one.candidates() for one in self.layouts])
+        """[crops, cells] bool over all items; False where a crop has fewer cells."""
+        return torch.cat([_wide(one.candidates(), self.cells) for one in self.layouts])
 
     @property
     def images(self) -> tuple[int, ...]:
-        """Image of each crop."""
+        """Item of each crop."""
         return tuple(i for i, one in enumerate(self.layouts) for _ in range(one.crops))
+
+    def of(self, medium: int) -> list[int]:
+        """Places of one modality's items, in the order in which it encodes them."""
+        own = [i for i, item in enumerate(self.items) if item.medium == medium]
+        return sorted(own, key=lambda i: self.items[i].number)
+
+    def rows(self, batch: int, medium: int | None = None) -> list[int]:
+        """How many items, of one modality or of all, each row of the batch holds."""
+        counts = [0] * batch
+        for item in self.items:
+            counts[item.span.row] += medium is None or item.medium == medium
+        return counts
 
 
 @dataclass(frozen=True)
@@ -52,99 +90,132 @@ class Encoded:
     """Encoder output of a request, with the view that methods choose from.
 
     Attributes:
-        output: what `get_image_features` returned; `pooler_output` is a list of [n, D], one an
-            image.
+        outputs: by modality, what the host's own method returned.
         view: attention and features of every crop.
         score: where the attention came from, in words.
     """
 
-    output: Any
+    outputs: dict[int, Any]
     view: EncoderView
     score: str
 
 
-def plan(model: nn.Module, family: Family, inputs: Mapping[str, Any]) -> Plan:
-    """Follow each patch of each image to its place among the visual tokens.
+def plan(
+    model: nn.Module,
+    media: Sequence[Medium],
+    inputs: Sequence[Mapping[str, Any]],
+    visual: Sequence[Tensor],
+) -> Plan:
+    """Follow each cell of each item to its place in the prompt.
+
+    Args:
+        model: the host.
+        media: the family's modalities.
+        inputs: for each of them the request's inputs; empty where it brings none.
+        visual: for each of them [B, L] bool, the columns that are its placeholders.
 
     Raises:
         VlmpruneError: the inputs are not what the family's processor makes.
     """
-    grid = families.grid_of(model, inputs)
-    device = inputs["pixel_values"].device
-    counts = family.crops(model, inputs)
-    maps = [layout.label_map(crops, grid, device) for crops in counts]
-    if families.keeps_cls(model, inputs):
-        maps = [nn.functional.pad(m, (0, 0, 1, 0), value=float(NO_PATCH)) for m in maps]
-    packed = family.pack(model, inputs, maps)
-    return Plan(
-        tuple(layout.read_labels(p, n, grid) for p, n in zip(packed, counts, strict=True)), grid
-    )
+    items = []
+    for number, (medium, given, columns) in enumerate(zip(media, inputs, visual, strict=True)):
+        found = medium.layouts(model, given, columns) if given else []
+        layouts = [replace(one, kind=medium.kind) for one in found]
+        places = spans(columns, [len(one.labels) for one in layouts], medium.kind)
+        items += [
+            Item(number, i, layout, place)
+            for i, (layout, place) in enumerate(zip(layouts, places, strict=True))
+        ]
+    return Plan(tuple(sorted(items, key=lambda item: item.span.order)))
 
 
 def encode(
     model: nn.Module,
-    get_image_features: Callable[..., Any],
-    inputs: Mapping[str, Any],
+    media: Sequence[Medium],
+    originals: Callable[[str], Callable[..., Any]],
+    inputs: Sequence[Mapping[str, Any]],
     planned: Plan,
 ) -> Encoded:
-    """Run the vision encoder once.
+    """Run the vision encoder once for each modality that the request brings.
 
     Args:
         model: the host.
-        get_image_features: the host's own method.
-        inputs: the request's inputs; those that the method takes are passed on.
-        planned: the geometry of the images.
+        media: the family's modalities.
+        originals: the host's own methods by name.
+        inputs: for each modality the request's inputs.
+        planned: the geometry.
 
     Raises:
-        VlmpruneError: the tower makes another number of tokens than its patches account for.
+        VlmpruneError: a tower makes another number of tokens than its patches account for.
     """
-    has_cls = families.has_cls(model)
-    rows: Rows = "cls" if has_cls else "received"
-    layers = families.tower_layers(model)
-    number = (
-        families.feature_layer(model, inputs.get("vision_feature_layer"))
-        if has_cls
-        else len(layers) - 1
+    outputs: dict[int, Any] = {}
+    scores: dict[int, list[Tensor]] = {}
+    features: dict[int, list[Tensor]] = {}
+    words: list[str] = []
+    for number, medium in enumerate(media):
+        own = planned.of(number)
+        if not own:
+            continue
+        outputs[number], attention, given, where = _run(
+            model, medium, originals(medium.method), inputs[number]
+        )
+        layouts = [planned.items[i].layout for i in own]
+        rows, cells = medium.cells(model, inputs[number], layouts, attention, given)
+        start = 0
+        for i, layout in zip(own, layouts, strict=True):
+            scores[i] = rows[start : start + layout.crops]
+            features[i] = cells[start : start + layout.crops]
+            start += layout.crops
+        words += [where] if where not in words else []
+    order = range(len(planned.items))
+    view = EncoderView(
+        torch.stack([_wide(row, planned.cells) for i in order for row in scores[i]]),
+        torch.stack([_tall(crop, planned.cells) for i in order for crop in features[i]]),
+        planned.candidates,
+        planned.images,
     )
-    tap = Tap(rows)
+    return Encoded(outputs, view, "; ".join(words))
+
+
+def _run(
+    model: nn.Module, medium: Medium, method: Callable[..., Any], inputs: Mapping[str, Any]
+) -> tuple[Any, list[Tensor], list[Tensor], str]:
+    """One call of the host's own method: output, attention and features seen, and where."""
+    scored = medium.scored(model, inputs)
+    tap = Tap(scored.rows)
     features: list[Tensor] = []
-    takes = inspect.signature(get_image_features).parameters
-    arguments = {k: v for k, v in inputs.items() if k in takes and k != "kwargs"}
+    takes = inspect.signature(method).parameters
+    # The pixels' name differs between releases, and some releases take the rest by **kwargs.
+    pixels, *others = medium.inputs
+    known = {*takes, *others} - {"kwargs", pixels, next(iter(takes)), *medium.host_only}
+    arguments = {k: v for k, v in inputs.items() if k in known and v is not None}
+    # What a release requires beside the pixels, its own forward fills in as None.
+    for name, one in list(takes.items())[1:]:
+        if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD:
+            arguments.setdefault(name, None)
     with ExitStack() as stack:
-        stack.enter_context(tapped(layers[number], tap))
+        # The method may call another one of the host's, whose shadow must not give what an outer
+        # call has pruned.
+        stack.callback(active.reset, active.set(None))
+        stack.enter_context(tapped(scored.layer, tap))
         thread = threading.get_ident()
 
-        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if threading.get_ident() == thread:
-                features.append(args[0].detach())
+                first = args[0] if args else next(iter(kwargs.values()))
+                features.append(first.detach())
 
-        hook = families.projector(model).register_forward_pre_hook(keep)
+        hook = medium.projector(model).register_forward_pre_hook(keep, with_kwargs=True)
         stack.callback(hook.remove)
-        output = get_image_features(**arguments, return_dict=True)
-
-    patches = planned.grid[0] * planned.grid[1]
-    attention = torch.cat(tap.rows_seen)
-    chosen = torch.cat(features)
-    if attention.shape[1] != patches + has_cls or chosen.shape[1] - patches not in (0, 1):
-        raise VlmpruneError(
-            f"the vision tower makes {attention.shape[1]} tokens for {patches} patches, which "
-            "vlmprune cannot follow; towers with one CLS token or none are supported."
-        )
-    view = EncoderView(
-        attention[:, -patches:], chosen[:, -patches:], planned.candidates, planned.images
-    )
-    what = "CLS attention" if has_cls else "attention received (the tower has no CLS token)"
-    return Encoded(output, view, f"{what}, encoder layer {number}")
+        output = method(inputs[pixels], **arguments, return_dict=True)
+    return medium.completed(model, output), tap.rows_seen, features, scored.words
 
 
-def with_features(output: Any, features: list[Tensor]) -> Any:
-    """A fresh copy of an encoder output that holds other features and nothing else large.
+def _wide(values: Tensor, length: int) -> Tensor:
+    """Padded with zeros along the last dimension."""
+    return nn.functional.pad(values, (0, length - values.shape[-1]))
 
-    Fresh, because `generate` expands `pooler_output` in place.
-    """
-    light = {
-        name: value
-        for name, value in output.items()
-        if name not in ("last_hidden_state", "hidden_states", "attentions")
-    }
-    return type(output)(**(light | {"pooler_output": list(features)}))
+
+def _tall(values: Tensor, length: int) -> Tensor:
+    """Padded with zeros along the dimension before the last."""
+    return nn.functional.pad(values, (0, 0, 0, length - values.shape[-2]))

@@ -32,8 +32,9 @@ class Host:
         self._places: dict[str, nn.Module] = {
             "generate": model,
             "forward": model,
-            "get_image_features": families.base(model),
         }
+        for medium in families.family_of(model).media:
+            self._places[medium.method] = families.base(model)
         self._originals: dict[str, Callable[..., Any]] = {}
         self._before: dict[str, Any] = {}
 
@@ -75,13 +76,19 @@ class Host:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return calls.forward(self.handles[-1], originals["forward"], *args, **kwargs)
 
-        @functools.wraps(originals["get_image_features"])
-        def get_image_features(*args: Any, **kwargs: Any) -> Any:
-            original = originals["get_image_features"]
-            return calls.image_features(self.handles[-1], original, *args, **kwargs)
-
-        for function in (generate, forward, get_image_features):
+        for function in (generate, forward):
             vars(self._places[function.__name__])[function.__name__] = function
+        for name in self._places.keys() - {"generate", "forward"}:
+            vars(self._places[name])[name] = self._features(name)
+
+    def _features(self, name: str) -> Callable[..., Any]:
+        original = self._originals[name]
+
+        @functools.wraps(original)
+        def features(*args: Any, **kwargs: Any) -> Any:
+            return calls.features(self.handles[-1], name, original, *args, **kwargs)
+
+        return features
 
 
 def join(model: nn.Module, handle: Handle) -> Host:

@@ -7,7 +7,7 @@ keep mask, so that cache lengths and mask growth come out right by themselves. F
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,7 +27,8 @@ class Prompt:
     Attributes:
         ids: [B, L] token ids.
         mask: [B, L], 0 where a column is padding.
-        positions: [B, L] position of each column.
+        positions: [B, L] position of each column, or [3, B, L] where the model has three
+            (temporal, height, width).
         aligned: further [B, L] inputs by name (labels, token types).
     """
 
@@ -45,7 +46,7 @@ class Prefix:
         full_ids: [B, P] the prompt as the user knows it; -1 where it is not known.
         prompt: the [B, S] prompt that the cache was filled with.
         next_position: [B] position of the column after it.
-        images: number of images in it.
+        items: number of items of each modality in it.
         shift: [B] how much lower its positions are than the user counts them.
         refusal: if not None, why the cache cannot be continued.
     """
@@ -53,7 +54,7 @@ class Prefix:
     full_ids: Tensor
     prompt: Prompt
     next_position: Tensor
-    images: int
+    items: tuple[int, ...]
     shift: Tensor
     refusal: str | None = None
 
@@ -68,9 +69,13 @@ class Prefix:
         short = self.prompt
         return Prefix(
             rows(self.full_ids),
-            Prompt(rows(short.ids), rows(short.mask), rows(short.positions)),
+            Prompt(
+                rows(short.ids),
+                rows(short.mask),
+                short.positions.repeat_interleave(times, short.positions.ndim - 2),
+            ),
             rows(self.next_position),
-            self.images,
+            self.items,
             rows(self.shift),
             self.refusal,
         )
@@ -98,7 +103,7 @@ def shorten(
     """
     real = prompt.mask != 0
     before = dropped.long().cumsum(dim=1)
-    following = (prompt.positions.masked_fill(~real, -1)).amax(dim=1) + 1
+    following = latest(prompt) + 1
     moved = prompt.positions
     if positions == "compact":
         moved = moved - before
@@ -119,7 +124,7 @@ def shorten(
         aligned["labels"][:, 0] = ALIGNED["labels"]
 
     def take(values: Tensor, padding: int) -> Tensor:
-        return values.gather(1, order).masked_fill(added, padding)
+        return values.gather(-1, order.expand(*values.shape[:-1], -1)).masked_fill(added, padding)
 
     short = Prompt(
         take(prompt.ids, pad_id),
@@ -130,50 +135,75 @@ def shorten(
     return short, following
 
 
-def dropped_columns(visual: Tensor, kept: list[Tensor]) -> Tensor:
+@dataclass(frozen=True)
+class Span:
+    """Where an item's visual tokens lie in a prompt.
+
+    Attributes:
+        row: row of the batch.
+        columns: [n] int64 columns, ascending.
+    """
+
+    row: int
+    columns: Tensor
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts spans as the prompt has them."""
+        return self.row, int(self.columns[0]) if len(self.columns) else 0
+
+
+def spans(visual: Tensor, lengths: list[int], kind: str) -> list[Span]:
+    """Give a modality's placeholders to its items, in order.
+
+    Args:
+        visual: [B, L] bool; columns that are its placeholders.
+        lengths: visual tokens of each item.
+        kind: "image" or "video".
+
+    Raises:
+        VlmpruneError: their numbers differ, or an item's tokens run across two rows.
+    """
+    rows, columns = visual.nonzero(as_tuple=True)
+    if len(columns) != sum(lengths):
+        raise VlmpruneError(
+            f"the prompt holds {len(columns)} {kind} placeholders but the {kind}s make "
+            f"{sum(lengths)} visual tokens; pass ids and pixels from one call of the model's own "
+            "processor, untruncated."
+        )
+    out = []
+    for row, part in zip(rows.split(lengths), columns.split(lengths), strict=True):
+        own = row.unique().tolist()
+        if len(own) > 1:
+            raise VlmpruneError(
+                f"the {kind} placeholders of a prompt do not match its {kind}s; pass ids and "
+                "pixels from one call of the model's own processor, untruncated."
+            )
+        out.append(Span(own[0] if own else 0, part))
+    return out
+
+
+def dropped_columns(like: Tensor, places: Sequence[Span], kept: Sequence[Tensor]) -> Tensor:
     """Columns that hold a visual token which was not kept.
 
     Args:
-        visual: [B, L] bool, columns that are visual tokens.
-        kept: for each image in prompt order, a [n] bool over its visual tokens.
+        like: [B, L] anything of the prompt's shape.
+        places: one an item.
+        kept: for each item a [n] bool over its visual tokens.
 
     Returns:
         [B, L] bool.
-
-    Raises:
-        VlmpruneError: the numbers of visual columns and of visual tokens differ.
     """
-    flat = torch.cat(kept) if kept else torch.zeros(0, dtype=torch.bool)
-    columns = int(visual.sum())
-    if columns != len(flat):
-        raise VlmpruneError(
-            f"the prompt holds {columns} image placeholders but the images make {len(flat)} visual "
-            "tokens; pass ids and pixels from one call of the model's own processor, untruncated."
-        )
-    dropped = torch.zeros_like(visual)
-    dropped[visual] = ~flat.to(visual.device)
+    dropped = torch.zeros_like(like, dtype=torch.bool)
+    for span, stays in zip(places, kept, strict=True):
+        dropped[span.row, span.columns] = ~stays.to(like.device)
     return dropped
 
 
-def images_per_row(visual: Tensor, lengths: list[int]) -> list[int]:
-    """How many images each row of a prompt holds, from their token counts in prompt order.
-
-    Raises:
-        VlmpruneError: an image's tokens run across two rows.
-    """
-    counts, image = [], 0
-    for tokens in visual.sum(dim=1).tolist():
-        first = image
-        while tokens > 0 and image < len(lengths):
-            tokens -= lengths[image]
-            image += 1
-        if tokens != 0:
-            raise VlmpruneError(
-                "the image placeholders of a prompt do not match its images; pass ids and pixels "
-                "from one call of the model's own processor, untruncated."
-            )
-        counts.append(image - first)
-    return counts
+def latest(prompt: Prompt) -> Tensor:
+    """[B] the largest position of each row, in any dimension; -1 for a row of padding."""
+    highest = prompt.positions.masked_fill(prompt.mask == 0, -1).amax(dim=-1)
+    return highest if highest.ndim == 1 else highest.amax(dim=0)
 
 
 def join(first: Prompt, second: Prompt) -> Prompt:
@@ -181,6 +211,6 @@ def join(first: Prompt, second: Prompt) -> Prompt:
     return Prompt(
         torch.cat((first.ids, second.ids), dim=1),
         torch.cat((first.mask, second.mask), dim=1),
-        torch.cat((first.positions, second.positions), dim=1),
-        second.aligned,
+        torch.cat((first.positions, second.positions), dim=-1),
+        dict(second.aligned),
     )

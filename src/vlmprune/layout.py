@@ -11,6 +11,7 @@ Imports torch alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,18 +22,24 @@ NO_PATCH = -1
 
 @dataclass(frozen=True)
 class Layout:
-    """The visual tokens of one image, in prompt order.
+    """The visual tokens of one image or video, in prompt order.
 
     Attributes:
         labels: [n] int64; the patch behind each visual token, numbered crop by crop and row by
             row over all crops of the image, or -1 for a newline or CLS token.
-        crops: number of crops; crop 0 is the view of the whole image.
+            Where the host scales joined crops down, so that a token blends neighbouring patches,
+            it is the heaviest of them; the token is kept if that one is.
+        crops: number of crops; crop 0 is the view of the whole image. Of a video, its frames.
         grid: (rows, columns) of patches in a crop.
+        blended: whether tokens blend patches.
+        kind: what it is the layout of.
     """
 
     labels: Tensor
     crops: int
     grid: tuple[int, int]
+    blended: bool = False
+    kind: Literal["image", "video"] = "image"
 
     @property
     def patches(self) -> int:
@@ -112,3 +119,57 @@ def read_labels(packed: Tensor, crops: int, grid: tuple[int, int]) -> Layout:
     if not whole or not in_range or cells.unique().numel() != cells.numel():
         raise ValueError("the host's packing mixes patches, so its tokens cannot be followed.")
     return Layout(labels, crops, grid)
+
+
+def place_map(whole: Layout) -> Tensor:
+    """[crops, patches, 2] float32; the (row, column) of each patch on the joined detail crops.
+
+    Scaling a plane of places down gives the place of each new point. `read_places` reads them.
+
+    Args:
+        whole: the layout without any scaling: crop 0, then the joined crops row by row, each row
+            ended by a newline. What it cuts away has place 0.
+
+    Raises:
+        ValueError: it has another form.
+    """
+    plane = _plane(whole)
+    places = torch.zeros(whole.crops * whole.patches, 2, device=whole.labels.device)
+    if plane.numel():
+        rows, columns = plane.shape
+        here = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        places[plane.flatten()] = here.to(places)
+    return places.view(whole.crops, whole.patches, 2)
+
+
+def read_places(packed: Tensor, whole: Layout) -> Layout:
+    """Turn a packed `place_map` [n, 2], scaled down on the way, into a layout.
+
+    Raises:
+        ValueError: a place lies outside, so the packing cannot be followed.
+    """
+    plane = _plane(whole)
+    labels = torch.full((len(packed),), NO_PATCH, device=whole.labels.device)
+    labels[: whole.patches] = whole.labels[: whole.patches]
+    rest = packed[whole.patches :]
+    real = (rest != NO_PATCH).any(dim=1)
+    # The nearest patch is the heaviest; of two that are equally near, the first.
+    nearest = (rest[real] - 0.5).ceil().long()
+    limit = torch.tensor(plane.shape, device=nearest.device)
+    if bool(((nearest < 0) | (nearest >= limit)).any()):
+        raise ValueError("the host's packing moves patches, so its tokens cannot be followed.")
+    labels[whole.patches :][real] = plane[nearest[:, 0], nearest[:, 1]]
+    return Layout(labels, whole.crops, whole.grid, blended=True)
+
+
+def _plane(whole: Layout) -> Tensor:
+    """[rows, columns] labels of the joined detail crops, without newlines."""
+    rest = whole.labels[whole.patches :]
+    ends = (rest == NO_PATCH).nonzero()[:, 0]
+    if whole.crops == 1 or len(ends) == 0:
+        return rest[:0].view(0, 0)
+    width = int(ends[0]) + 1
+    rows = rest.view(-1, width) if len(rest) % width == 0 else rest[:0].view(0, 1)
+    if len(rows) != len(ends) or bool((rows[:, -1] != NO_PATCH).any()):
+        raise ValueError("the host's packing has rows of unequal length, which cannot be followed.")
+    return rows[:, :-1]

@@ -87,7 +87,10 @@ def models() -> dict[str, Any]:
             "model_type": kind,
             "name": family.name,
             "class": family.cls,
+            "media": [medium.kind for medium in family.media],
+            "score": family.score,
             "positions": family.positions,
+            "proved": _proved([medium.kind for medium in family.media]),
             "note": family.note,
         }
         for kind, family in FAMILIES.items()
@@ -112,6 +115,15 @@ def models() -> dict[str, Any]:
     return {"families": families, "towers": towers, "embedded": own}
 
 
+def _proved(media: list[str]) -> str:
+    """What tests/test_families.py proves of every record, with the media that it has."""
+    videos = ", videos, both in one prompt" if "video" in media else ""
+    return (
+        f"equal to masking with SDPA and eager attention: padding, several images{videos}; cut "
+        "caches equal to per-head masking; keeping everything changes no bit"
+    )
+
+
 def _score(cls_token: bool) -> str:
     return "CLS attention" if cls_token else "attention received"
 
@@ -127,7 +139,15 @@ def models_table(found: dict[str, Any]) -> Table:
     table.add_row("[dim not bold]family[/]", "[dim]class[/]", "[dim]positions[/]")
     for one in rows:
         table.add_row(one["name"], one["class"], one["positions"])
-        table.add_row("", f"[dim]{one['note']}[/]")
+        for part in ("score", "note"):
+            if part in one:
+                table.add_row(f"[dim not bold]  {part}[/]", f"[dim]{one[part]}[/]")
+    table.add_row()
+    table.add_row("proved on each", _proved(["image"]))
+    table.add_row("", "[dim]videos too, and both in one prompt, where a family has them[/]")
+    table.add_row(
+        "any other", "[dim]…ForConditionalGeneration is checked when a pruner attaches[/]"
+    )
     table.add_row()
     table.add_row("[dim not bold]vision tower[/]", "[dim]scored by[/]")
     for tower in found["towers"]:

@@ -11,10 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vlmprune import dispatch, families, host
+from vlmprune import calls, dispatch, families, host
+from vlmprune.budget import Budget, check_budget
 from vlmprune.errors import VlmpruneError
 from vlmprune.families import Positions
 from vlmprune.report import Report, make
+from vlmprune.reuse import Vision
 from vlmprune.views import EncoderView, LayerView, Retention, Selection
 
 
@@ -63,16 +65,19 @@ class Pruner:
             counts: visual tokens of each unit of the method's budget.
         """
 
-    def check_request(self, candidates: Tensor, images: tuple[int, ...]) -> None:
+    def check_request(self, candidates: Tensor, images: tuple[int, ...], videos: bool) -> None:
         """Refuse a request that the settings do not fit, before anything is encoded.
 
         Args:
             candidates: [crops, N] bool, as in `EncoderView`.
             images: image of each crop.
+            videos: whether any of the images is a video.
         """
         nothing = torch.empty(0)
         view = EncoderView(nothing, nothing, candidates, images)
-        self.check(view.counts(getattr(self, "budget", "crop")))
+        budget: Budget = getattr(self, "budget", "crop")
+        check_budget(budget, videos)
+        self.check(view.counts(budget))
 
     def check_prompt(self, others: int, images: int, heads: int, token_bytes: int) -> None:
         """Refuse a prompt whose cache the settings cannot hold, before it is run.
@@ -165,9 +170,11 @@ class Chain(Pruner):
         """The check of the stage that cuts the KV cache."""
         self.stages[-1].check_prompt(others, images, heads, token_bytes)
 
-    def check_request(self, candidates: Tensor, images: tuple[int, ...]) -> None:
+    def check_request(self, candidates: Tensor, images: tuple[int, ...], videos: bool) -> None:
         """Check the first stage; the later ones see what it leaves."""
-        self.stages[0].check_request(candidates, images)
+        self.stages[0].check_request(candidates, images, videos)
+        for stage in self.stages[1:]:
+            check_budget(getattr(stage, "budget", "crop"), videos)
 
     def select(self, view: EncoderView) -> Selection:
         """Choose by each stage in turn; the roles are the last one's."""
@@ -200,11 +207,13 @@ class Handle:
         model: the host.
         family: the host's record.
         positions: the position policy in use.
+        tokens: for each modality of the family the id of its placeholders.
         cuttable: decoder layers whose cache the method may cut.
         latest: holds the report of the last call.
     """
 
     def __init__(self, pruner: Pruner, model: nn.Module) -> None:
+        model = families.unwrapped(model)
         self.family = families.family_of(model)
         self.pruner = pruner
         self.model: Any = model
@@ -214,7 +223,7 @@ class Handle:
             self._check_decoder()
         self.latest = Latest()
         config: Any = model.config
-        self.image_token_id: int = config.image_token_id
+        self.tokens: list[int] = [getattr(config, m.token) for m in self.family.media]
         pad = getattr(config.get_text_config(), "pad_token_id", None)
         self.pad_id: int = pad if isinstance(pad, int) and pad >= 0 else 0
         self.host = host.join(model, self)
@@ -236,6 +245,13 @@ class Handle:
                 f"the thresholds were calibrated on another model ({asked}) than this ({here}); "
                 "run `vlmprune calibrate` on it, or give alpha and beta yourself."
             )
+        text = self.model.config.get_text_config(decoder=True)
+        if getattr(text, "attn_logit_softcapping", None) is not None:
+            raise VlmpruneError(
+                f"{type(self.model).__name__} has a language model whose attention is capped "
+                f"(attn_logit_softcapping), which {self.pruner!r} cannot cut; prune before the "
+                "language model."
+            )
         if not self.cuttable:
             raise VlmpruneError(
                 f"every layer of {type(self.model).__name__} has sliding-window or linear "
@@ -252,6 +268,27 @@ class Handle:
         """Give the model back exactly as it was. May be called again."""
         host.leave(self.model, self)
 
+    @property
+    def architecture(self) -> str:
+        """The model's language model, in words."""
+        return families.architecture(self.model)
+
+    @torch.no_grad()
+    def encode(self, **inputs: Any) -> Vision:
+        """Encode and prune the images and videos of a request, to be asked about later.
+
+        Give the result to later calls as `model.generate(**inputs, vision=...)` or
+        `model(**inputs, vision=...)`, whose pixels are then not looked at and may be left out.
+        Only for methods that do not look at the question.
+
+        Args:
+            inputs: all that the model's own processor returns.
+
+        Raises:
+            VlmpruneError: the method looks at the question, or the request holds no image.
+        """
+        return calls.encode(self, inputs)
+
     def report_nothing(self) -> None:
         """Report a call that held no image."""
         self.report = make(
@@ -263,7 +300,7 @@ class Handle:
             kept=[],
             roles=[],
             rows=[],
-            pixels=None,
+            patches=[],
             dtype=self.model.dtype,
             seconds=0.0,
         )

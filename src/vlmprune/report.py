@@ -77,8 +77,8 @@ class Report:
         method: the pruner, with its settings.
         positions: the position policy that "auto" came to, or that was asked for.
         score: where the attention scores came from.
-        kept: for each image in prompt order, ascending indices [k] int64 among the visual tokens
-            that the language model would have seen.
+        kept: for each image (or video) in prompt order, ascending indices [k] int64 among the
+            visual tokens that the language model would have seen.
         visual_tokens_before: visual tokens of all images, newline tokens included.
         visual_tokens_after: those that the language model saw.
         newline_tokens: how many of them belong to no patch; they are always kept.
@@ -152,9 +152,12 @@ class Report:
             span = f"{min(gammas):.2f} to {max(gammas):.2f}"
             cut = f", {len(self.layers)} layers cut (vision attention {span})"
         score = f", {self.score}" if self.score else ""
+        videos = sum(one.kind == "video" for one in self.layouts)
+        counts = {"image": len(self.kept) - videos, "video": videos}
+        items = " and ".join(f"{n} {kind}(s)" for kind, n in counts.items() if n)
         return (
             f"{self.method}: {self.visual_tokens_before} → {self.visual_tokens_after} visual "
-            f"tokens in {len(self.kept)} image(s), {_flops(self.flops_before)} → "
+            f"tokens in {items}, {_flops(self.flops_before)} → "
             f"{_flops(self.flops_after)}FLOPs, KV {self.kv_bytes_before / 2**20:.1f} → "
             f"{self.kv_bytes_after / 2**20:.1f} MiB{cut}, {self.positions} positions{score}, "
             f"selected in {1000 * self.seconds_selecting:.1f} ms"
@@ -170,7 +173,7 @@ def make(
     kept: list[Tensor],
     roles: list[dict[str, Tensor]],
     rows: list[int],
-    pixels: tuple[int, int] | None,
+    patches: list[int],
     dtype: torch.dtype,
     seconds: float,
 ) -> Report:
@@ -185,7 +188,7 @@ def make(
         kept: for each image a [n] bool.
         roles: for each image, bools by name.
         rows: images of each row of the batch.
-        pixels: (height, width) of a crop; None without images.
+        patches: patches of each crop that the vision tower encoded.
         dtype: of the KV cache.
         seconds: time spent selecting.
     """
@@ -195,8 +198,9 @@ def make(
             before[row] += len(kept[image])
             after[row] += int(kept[image].sum())
             image += 1
-    crops = sum(one.crops for one in layouts)
-    encoder = costs.encoder_flops(config, crops, pixels=pixels) if crops else 0.0
+    encoder = sum(
+        costs.encoder_flops(config, patches.count(size), patches=size) for size in set(patches)
+    )
     size = torch.finfo(dtype).bits // 8
     return Report(
         method=method,

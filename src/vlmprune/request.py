@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vlmprune.cache import RaggedLayer
-from vlmprune.encode import Plan, encode, plan, with_features
+from vlmprune.active import Active
+from vlmprune.choosing import check_prompt, choose, retaining
+from vlmprune.encode import Plan, plan
 from vlmprune.errors import VlmpruneError
-from vlmprune.inputs import ALIGNED, Prefix, Prompt, dropped_columns, images_per_row, join, shorten
-from vlmprune.report import Report, make
-from vlmprune.retaining import Retaining, row_lengths
+from vlmprune.inputs import ALIGNED, Prefix, Prompt, dropped_columns, join, latest, shorten
+from vlmprune.reuse import Vision, gather
 
 if TYPE_CHECKING:
     from vlmprune.pruner import Handle
@@ -25,47 +23,6 @@ if TYPE_CHECKING:
 MARK = "vlmprune_prefix"
 # Stands for the id of a column that a cache holds but nobody told us.
 UNKNOWN = -1
-
-
-@dataclass
-class Active:
-    """One call under way: what the host's own method will ask for.
-
-    Attributes:
-        handle: the attachment that made it.
-        output: encoder output whose features are replaced; None if there are no images.
-        features: pruned features of each image.
-        rows: images of each row.
-        last: [B] position of each row's last prompt column.
-        drift: [B] to add to later positions where a row's last columns were dropped; None if 0.
-        gapped: whether positions have gaps, which must not be taken for packing.
-        images: number of images that are new in it.
-        retaining: what is to be cut out of the cache; None for nothing.
-        numbers: for each row, the number of each kept visual token among all that it brought.
-    """
-
-    handle: Handle
-    output: Any
-    features: list[Tensor]
-    rows: list[int]
-    last: Tensor
-    drift: Tensor | None
-    gapped: bool
-    images: int = 0
-    retaining: Retaining | None = None
-    numbers: list[Tensor] = field(default_factory=list)
-
-    def image_features(self, images: int) -> Any:
-        """Pruned features, row by row, each row repeated if beams or samples repeat the rows."""
-        times = max(1, images // max(1, sum(self.rows)))
-        features, start = [], 0
-        for count in self.rows:
-            features += self.features[start : start + count] * times
-            start += count
-        return with_features(self.output, features)
-
-
-active: ContextVar[Active | None] = ContextVar("vlmprune_active", default=None)
 
 
 @dataclass(frozen=True)
@@ -78,6 +35,7 @@ class Prepared:
         pixels: the inputs that hold images, without those that the cache holds.
         prefix: to be remembered with the cache.
         state: for the host's callbacks.
+        vision: makes of it what later requests can take instead of pixels.
     """
 
     known: tuple[int, int]
@@ -85,6 +43,7 @@ class Prepared:
     pixels: dict[str, Any]
     prefix: Prefix
     state: Active
+    vision: Callable[[], Vision]
 
 
 def prepare(
@@ -96,6 +55,7 @@ def prepare(
     inputs: Mapping[str, Any],
     plain: bool,
     caching: bool = True,
+    vision: Vision | None = None,
 ) -> Prepared:
     """Encode the images of a request, choose, and shorten its columns.
 
@@ -108,11 +68,12 @@ def prepare(
         inputs: all inputs of the call.
         plain: whether positions count columns (a plain forward) or real tokens (`generate`).
         caching: whether the call fills a cache.
+        vision: new images and videos as they were encoded before, instead of pixels.
     """
     cached = cache.get_seq_length() if cache is not None else 0
     # Ids may come with or without the columns that the cache holds.
     whole = not (plain and cached > 0) and (mask is None or mask.shape[1] == ids.shape[1])
-    prefix = _prefix(cache, cached, ids, whole, mask, handle.pad_id)
+    prefix = _prefix(handle, cache, cached, ids, whole, mask)
     tail = cached - prefix.prompt.ids.shape[1]
     start = prefix.full_ids.shape[1]
     known = start + tail
@@ -140,165 +101,114 @@ def prepare(
             f"{known} of the cache, counted before pruning, and {ids.shape[1]} new ones."
         )
 
+    rope = handle.family.rope is not None
+    new_mask = mask[:, known:]
+    visual = [ids == token for token in handle.tokens]
+    if bool((torch.stack(visual).any(dim=0) & (new_mask == 0)).any()):
+        raise VlmpruneError(
+            "attention_mask hides image placeholders, whose features would then go to others; "
+            "leave those images out of the prompt."
+        )
+    if vision is None:
+        brought = _new_items(handle, inputs, prefix.items, visual)
+        planned = plan(handle.model, handle.family.media, brought, visual)
+    else:
+        brought, planned = vision.brought(handle, inputs, visual)
+
     steps = torch.ones_like(mask[:, start:]) if plain else mask[:, start:].long()
     local = prefix.next_position[:, None] + steps.cumsum(dim=1) - 1
     local = local if plain else local.masked_fill(mask[:, start:] == 0, 0)
-    between = Prompt(_known(seen[:, start:], handle.pad_id), mask[:, start:known], local[:, :tail])
-    positions = local[:, tail:]
+    held = _known(seen[:, start:], handle.pad_id)
+    between = Prompt(held, mask[:, start:known], _three(local[:, :tail], rope))
+    positions = _three(local[:, tail:], rope)
+    after = prefix.next_position if not tail else _after(between, prefix)
     if given_positions is not None:
-        own = given_positions[..., -ids.shape[1] :].expand(ids.shape[0], -1)
-        positions = own.to(ids.device) - prefix.shift[:, None]
+        own = given_positions[..., -ids.shape[1] :].to(ids.device)
+        own = own[-3:] if own.ndim == 3 else own.expand(ids.shape[0], -1)
+        positions = _three(own, rope) - prefix.shift[:, None] - handle.family.first * plain
+    elif handle.family.rope is not None and planned.items:
+        found = handle.family.rope(handle.model, ids, new_mask, visual, brought)
+        positions = (found + after[:, None]).masked_fill(new_mask == 0, 0)
     aligned = {
         name: inputs[name][:, -ids.shape[1] :]
         for name in ALIGNED
         if isinstance(inputs.get(name), Tensor)
     }
-    new = Prompt(ids, mask[:, known:], positions, aligned)
+    new = Prompt(ids, new_mask, positions, aligned)
+    already = join(prefix.prompt, between)
 
-    visual = ids == handle.image_token_id
-    inputs = _only_new_images(handle, inputs, prefix.images, visual)
-    planned = plan(handle.model, handle.family, inputs) if inputs else Plan((), (0, 0))
     _check_flash(handle, ids)
-    rows = images_per_row(visual, planned.lengths)
-    if handle.pruner.cuts and planned.layouts and caching:
-        _check_prompt(handle, join(join(prefix.prompt, between), new), visual, rows, cache)
-    kept, output, features = _choose(handle, inputs, planned, rows)
-    dropped = dropped_columns(visual, kept)
+    cutting = handle.pruner.cuts and caching and bool(planned.items)
+    if cutting:
+        any_visual = torch.stack(visual).any(dim=0)
+        rows = planned.rows(ids.shape[0])
+        check_prompt(handle, join(already, new), any_visual, rows, cache)
+    kept, pruned = choose(handle, brought, planned, ids.shape[0], vision)
+    dropped = dropped_columns(ids, [item.span for item in planned.items], kept)
     short, following = shorten(new, dropped, handle.positions, handle.pad_id)
-    prompt = join(join(prefix.prompt, between), short)
-    last = prompt.positions.masked_fill(prompt.mask == 0, -1).amax(dim=1)
+    # A row that brings padding alone stays where it was.
+    following = torch.where((new_mask != 0).any(dim=1), following, after)
+    prompt = join(already, short)
+    for name, values in short.aligned.items():
+        if inputs[name].shape[1] == mask.shape[1]:
+            # It came for all columns, and the host looks values up by column. Of earlier columns
+            # none can matter any more.
+            before = prompt.ids.shape[1] - values.shape[1]
+            prompt.aligned[name] = nn.functional.pad(values, (before, 0), value=ALIGNED[name])
+    last = latest(prompt)
     drift = following - last - 1
+    if rope:
+        # The host counts on from the last column, in each of the three by itself.
+        drift = new.positions[..., -1] - short.positions[..., -1]
     shift = prefix.shift
     if handle.positions == "compact":
         shift = shift + dropped.sum(dim=1)
-    retaining = None
-    if handle.pruner.cuts and kept and caching:
-        retaining = _retaining(handle, prompt, short, kept, rows)
+    counts = tuple(before + len(planned.of(number)) for number, before in enumerate(prefix.items))
+    pixels = _pixels(handle, brought, planned, kept, set(pruned))
+    cut, numbers = None, list[Tensor]()
+    if cutting:
+        cut, numbers = retaining(handle, prompt, short, planned, kept)
     return Prepared(
         (known, cached),
         prompt,
-        {name: inputs[name] for name in handle.family.pixel_inputs if name in inputs},
-        Prefix(torch.cat((seen, ids), dim=1), prompt, following, prefix.images + len(kept), shift),
+        pixels,
+        Prefix(torch.cat((seen, ids), dim=1), prompt, following, counts, shift),
         Active(
             handle,
-            output,
-            features,
-            rows,
-            last,
+            pruned,
+            last + handle.family.first,
             drift if bool((drift != 0).any()) else None,
-            handle.positions == "original" and bool(dropped.any()),
-            len(kept),
-            retaining,
-            _by_row([k.nonzero()[:, 0] for k in kept], planned.lengths, rows) if retaining else [],
+            handle.positions == "original" and not rope and bool(dropped.any()),
+            len(planned.items),
+            cut,
+            numbers,
+            ids.shape[0],
+            columns=prompt.ids.shape[1],
         ),
+        lambda: gather(handle, planned, brought, kept, pruned),
     )
 
 
-def _check_prompt(
-    handle: Handle, prompt: Prompt, visual: Tensor, rows: list[int], cache: Any
-) -> None:
-    """Let the method look at the size of the cache that it is to cut, before any work."""
-    config = handle.model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    stays = prompt.mask != 0
-    stays[:, stays.shape[1] - visual.shape[1] :] &= ~visual
-    held = [stays.sum(dim=1) * heads]
-    for layer in getattr(cache, "layers", ()):
-        if isinstance(layer, RaggedLayer) and layer.prefix is not None:
-            # Of an earlier turn, what the layer holds counts, not what it has seen.
-            tail = stays[:, layer.start :].sum(dim=1) * heads
-            held.append(row_lengths(layer.prefix).to(tail.device) + tail)
-    most = torch.stack(held[1:] or held).amax(dim=0)
-    images = torch.tensor(rows, device=most.device)
-    worst = int((most + images * heads).argmax())
-    token_bytes = 2 * head_dim * (torch.finfo(handle.model.dtype).bits // 8)
-    handle.pruner.check_prompt(int(most[worst]), rows[worst], heads, token_bytes)
+def _after(between: Prompt, prefix: Prefix) -> Tensor:
+    """[B] position after the columns that a cache holds behind its prompt."""
+    return torch.maximum(latest(between) + 1, prefix.next_position)
 
 
-def _retaining(
-    handle: Handle, prompt: Prompt, short: Prompt, kept: list[Tensor], rows: list[int]
-) -> Retaining:
-    """The cut of a prompt's cache."""
-    visual = torch.zeros_like(prompt.mask, dtype=torch.bool)
-    visual[:, prompt.mask.shape[1] - short.mask.shape[1] :] = (
-        short.ids == handle.image_token_id
-    ) & (short.mask != 0)
-    flat = iter([int(k.sum()) for k in kept])
-    lengths = [[next(flat) for _ in range(images)] for images in rows]
-    return Retaining(handle.pruner, prompt.mask, visual, lengths)
+def handed(prompt: Prompt, columns: slice = slice(None)) -> Tensor:
+    """Positions as the host takes them.
+
+    Models with three positions a column take a fourth first, which only tells where packed
+    sequences begin; it counts columns, for gaps would look like a beginning.
+    """
+    if prompt.positions.ndim == 2:
+        return prompt.positions[:, columns]
+    plain = (prompt.mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    return torch.cat((plain[None], prompt.positions))[..., columns]
 
 
-def _by_row(numbers: list[Tensor], lengths: list[int], rows: list[int]) -> list[Tensor]:
-    """Kept tokens of each row, counted over all its images' tokens."""
-    out, image = [], 0
-    for images in rows:
-        parts, before = [torch.zeros(0, dtype=torch.long)], 0
-        for _ in range(images):
-            parts.append(numbers[image].cpu() + before)
-            before += lengths[image]
-            image += 1
-        out.append(torch.cat(parts))
-    return out
-
-
-def _choose(
-    handle: Handle, inputs: Mapping[str, Any], planned: Plan, rows: list[int]
-) -> tuple[list[Tensor], Any, list[Tensor]]:
-    """Encode and select; returns kept [n] bools, the encoder's output and pruned features."""
-    if not planned.layouts:
-        return [], None, []
-    if not handle.pruner.shortens:
-        # The host encodes by itself, in its own time; every token goes on.
-        kept = [torch.ones_like(one.labels, dtype=torch.bool) for one in planned.layouts]
-        handle.report = _report(handle, planned, kept, [{} for _ in kept], rows, inputs, "", 0.0)
-        return kept, None, []
-    handle.pruner.check_request(planned.candidates, planned.images)
-    encoded = encode(handle.model, handle.host.original("get_image_features"), inputs, planned)
-    _synchronize(encoded.view.attention)
-    begin = time.perf_counter()
-    selection = handle.pruner.select(encoded.view)
-    crops = [one.crops for one in planned.layouts]
-    kept = [
-        one.to_tokens(cells)
-        for one, cells in zip(planned.layouts, selection.kept.split(crops), strict=True)
-    ]
-    _synchronize(encoded.view.attention)
-    seconds = time.perf_counter() - begin
-    features = [f[k.to(f.device)] for f, k in zip(encoded.output.pooler_output, kept, strict=True)]
-    patch_of = [one.labels.clamp(min=0) for one in planned.layouts]
-    roles: list[dict[str, Tensor]] = [{} for _ in kept]
-    for name, cells in selection.roles.items():
-        for image, part in enumerate(cells.split(crops)):
-            on_patch = planned.layouts[image].labels >= 0
-            roles[image][name] = part.flatten()[patch_of[image]] & on_patch
-    handle.report = _report(handle, planned, kept, roles, rows, inputs, encoded.score, seconds)
-    return kept, encoded.output, features
-
-
-def _report(
-    handle: Handle,
-    planned: Plan,
-    kept: list[Tensor],
-    roles: list[dict[str, Tensor]],
-    rows: list[int],
-    inputs: Mapping[str, Any],
-    score: str,
-    seconds: float,
-) -> Report:
-    return make(
-        config=handle.model.config,
-        method=repr(handle.pruner),
-        positions=handle.positions,
-        score=score,
-        layouts=list(planned.layouts),
-        kept=kept,
-        roles=roles,
-        rows=rows,
-        pixels=tuple(inputs["pixel_values"].shape[-2:]),
-        dtype=handle.model.dtype,
-        seconds=seconds,
-    )
+def _three(positions: Tensor, rope: bool) -> Tensor:
+    """[B, L] positions as [3, B, L] for a model that has three."""
+    return positions.expand(3, -1, -1) if rope and positions.ndim == 2 else positions
 
 
 def mark(cache: Any) -> Prefix | None:
@@ -312,13 +222,24 @@ def remember(cache: Any, prefix: Prefix, refusal: str = "") -> None:
         setattr(cache, MARK, replace(prefix, refusal=refusal or prefix.refusal))
 
 
+def leave_deltas(handle: Handle, prefix: Prefix, positions: Any) -> None:
+    """Let the host count on by itself, as it may after a call that was given no positions.
+
+    A model with three positions a column keeps, from one call to the next, how far they are from
+    the number of its columns, of which there are fewer now.
+    """
+    if handle.family.rope is not None and positions is None:
+        ahead = prefix.next_position - (prefix.prompt.mask != 0).sum(dim=1)
+        handle.model.base_model.rope_deltas = ahead[:, None]
+
+
 def _known(ids: Tensor, pad_id: int) -> Tensor:
     """Ids that the host may see: those that nobody knows become padding."""
     return ids.masked_fill(ids == UNKNOWN, pad_id)
 
 
 def _prefix(
-    cache: Any, cached: int, ids: Tensor, whole: bool, mask: Tensor | None, pad_id: int
+    handle: Handle, cache: Any, cached: int, ids: Tensor, whole: bool, mask: Tensor | None
 ) -> Prefix:
     """The record of a cache; an empty one without a cache, a plain one for any other cache."""
     known = mark(cache)
@@ -339,44 +260,73 @@ def _prefix(
             )
         return known
     rows, device = ids.shape[0], ids.device
+    rope = handle.family.rope is not None
     held = ids[:, :cached] if whole else torch.full((rows, cached), UNKNOWN, device=device)
     real = torch.ones_like(held) if mask is None else mask[:, :cached].long()
-    positions = (real.cumsum(dim=1) - 1).clamp(min=0)
+    positions = real.cumsum(dim=1) - 1
+    following = real.sum(dim=1)
+    if rope and cached:
+        # Of a cache that the host filled by itself it remembers how far positions are from columns.
+        ahead = getattr(handle.model.base_model, "rope_deltas", None)
+        if ahead is not None and rows % len(ahead) == 0:
+            ahead = ahead.to(device).repeat_interleave(rows // len(ahead), dim=0)
+            positions, following = positions + ahead, following + ahead[:, 0]
     zeros = torch.zeros(rows, dtype=torch.long, device=device)
-    return Prefix(held, Prompt(_known(held, pad_id), real, positions), real.sum(dim=1), 0, zeros)
+    prompt = Prompt(_known(held, handle.pad_id), real, _three(positions.clamp(min=0), rope))
+    return Prefix(held, prompt, following, (0,) * len(handle.tokens), zeros)
 
 
-def _only_new_images(
-    handle: Handle, inputs: Mapping[str, Any], known: int, visual: Tensor
+def _new_items(
+    handle: Handle, inputs: Mapping[str, Any], known: tuple[int, ...], visual: list[Tensor]
+) -> list[dict[str, Any]]:
+    """For each modality the inputs without items that a cache holds already; {} if none is new."""
+    out: list[dict[str, Any]] = []
+    for medium, before, columns in zip(handle.family.media, known, visual, strict=True):
+        pixels = inputs.get(medium.inputs[0])
+        if pixels is None or not bool(columns.any()):
+            if pixels is not None and before == 0:
+                raise VlmpruneError(
+                    f"{medium.inputs[0]} came without {medium.kind} placeholders in the ids; pass "
+                    "ids and pixels from one call of the model's own processor."
+                )
+            out.append({})
+            continue
+        # A processor that is given the whole conversation brings the earlier items again.
+        out.append(dict(medium.new(handle.model, inputs, before, columns)))
+    return out
+
+
+def _pixels(
+    handle: Handle,
+    brought: list[dict[str, Any]],
+    planned: Plan,
+    kept: list[Tensor],
+    pruned: set[str],
 ) -> dict[str, Any]:
-    """Inputs without the images that a cache holds already; empty if no image is new."""
-    pixels = inputs.get("pixel_values")
-    if pixels is None or not bool(visual.any()):
-        if pixels is not None and known == 0:
-            raise VlmpruneError(
-                "pixel_values came without image placeholders in the ids; pass ids and pixels "
-                "from one call of the model's own processor."
-            )
-        return {}
-    inputs = dict(inputs)
-    if known:
-        # A processor that is given the whole conversation brings the earlier images again.
-        lengths = plan(handle.model, handle.family, inputs).lengths
-        if sum(lengths) != int(visual.sum()) and sum(lengths[known:]) == int(visual.sum()):
-            for name in handle.family.pixel_inputs:
-                inputs[name] = inputs[name][known:]
-    return inputs
+    """The inputs that hold new items, as the host is given them.
+
+    Args:
+        handle: the attachment.
+        brought: for each modality the request's inputs.
+        planned: the geometry.
+        kept: of each item.
+        pruned: the host's methods whose output is pruned.
+    """
+    out: dict[str, Any] = {}
+    for number, (medium, given) in enumerate(zip(handle.family.media, brought, strict=True)):
+        if given and medium.method in pruned:
+            own = planned.of(number)
+            layouts = [planned.items[i].layout for i in own]
+            given = given | medium.left(given, layouts, [kept[i] for i in own])
+        out |= {name: given[name] for name in medium.inputs if name in given}
+    return out
 
 
 def _check_flash(handle: Handle, ids: Tensor) -> None:
     kind = handle.model.config.get_text_config()._attn_implementation or ""
-    if "flash" in kind and handle.positions == "original" and ids.shape[0] == 1:
+    gaps = handle.positions == "original" and handle.family.rope is None
+    if "flash" in kind and gaps and ids.shape[0] == 1:
         raise VlmpruneError(
             f"positions='original' leaves gaps that {kind} takes for packed sequences at batch 1; "
             "load the model with attn_implementation='sdpa', or use positions='compact'."
         )
-
-
-def _synchronize(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from vlmprune import costs, overlay
 from vlmprune.boxes import token_boxes
+from vlmprune.families import family_of
 from vlmprune.loading import Loaded, attached, enough_memory
 from vlmprune.measure import timed, wait
 from vlmprune.pruner import Pruner
@@ -213,7 +214,7 @@ def draw(
             layout,
             image.size,
             loaded.processor.image_processor,
-            loaded.model.config.model_type,
+            family_of(loaded.model).name,
             None if sizes is None else sizes[number].tolist(),
             loaded.model.config.vision_config.patch_size,
         )

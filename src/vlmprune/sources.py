@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from vlmprune import embedded, plan, spec
 from vlmprune.budget import Budget
 from vlmprune.errors import VlmpruneError
-from vlmprune.families import FAMILIES, TOWERS
+from vlmprune.families import FAMILIES, TOWERS, towers
 from vlmprune.pruner import Pruner
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -101,7 +101,8 @@ def _supported(config: dict[str, Any]) -> str:
             f"vlmprune does not support models of type {kind!r} yet; supported: {known}."
         )
     tower = (config.get("vision_config") or {}).get("model_type")
-    if tower is not None and tower not in TOWERS:
+    family = FAMILIES.get(f"{kind}:{tower}") or FAMILIES[str(kind)]
+    if tower is not None and tower not in TOWERS and any(map(towers.is_open, family.media)):
         raise VlmpruneError(
             f"vlmprune does not support the vision tower {tower!r} yet; supported towers: "
             f"{', '.join(TOWERS)}."

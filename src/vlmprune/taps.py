@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vlmprune.dispatch import attention_of, watching
 
-Rows = Literal["cls", "received"]
+Rows = Literal["cls", "last", "received"]
 
 # Queries a chunk when every row is needed: the extra memory is heads × CHUNK × N.
 CHUNK = 128
@@ -32,7 +32,8 @@ def attention_rows(
         query: [B, H, L, D].
         key: [B, H', L, D], H' a divisor of H.
         scaling: factor of the dot products.
-        rows: "cls", the row of query 0; "received", the mean over the queries that see the key,
+        rows: "cls", the row of query 0; "last", that of the last query, for towers that put
+            their CLS token there; "received", the mean over the queries that see the key,
             computed in chunks so that memory stays linear in L.
         mask: None, [B, L] of which 0 is padding, or [B or 1, 1 or H, L or 1, L], bool (True is
             seen) or additive. A token that no query sees is padding: it receives 0, and its own
@@ -45,7 +46,8 @@ def attention_rows(
     if key.shape[1] != query.shape[1]:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     key = key.float().transpose(2, 3)
-    queries = query[:, :, :1] if rows == "cls" else query
+    start = query.shape[2] - 1 if rows == "last" else 0
+    queries = query[:, :, start : start + 1 if rows == "cls" else None]
     total = torch.zeros(query.shape[0], query.shape[2], device=query.device)
     seen_by = torch.zeros_like(total)
     real = None
@@ -53,7 +55,6 @@ def attention_rows(
         mask = mask.detach()[:, None, None].bool() if mask.ndim == 2 else mask.detach()
         mask = mask.expand(-1, -1, query.shape[2], -1)
         real = _seen(mask).flatten(1, 2).any(dim=1)
-    start = 0
     for chunk in queries.split(CHUNK, dim=2):
         scores = chunk.float() @ key * scaling
         end = start + chunk.shape[2]

@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vlmprune.budget import Budget
+from vlmprune.budget import Budget, each_crop
 
 
 @dataclass(frozen=True)
 class EncoderView:
     """All crops of a request after the vision encoder, before the language model.
 
-    A *cell* is one patch of one crop, numbered crop · N + patch.
+    A *cell* is one patch of one crop, numbered crop · N + patch. A frame of a video is a crop, and
+    a video counts as an image.
 
     Attributes:
         attention: [crops, N] float32; what each patch receives, averaged over heads.
@@ -37,9 +38,9 @@ class EncoderView:
         return replace(self, candidates=self.candidates & kept)
 
     def counts(self, budget: Budget) -> list[int]:
-        """Candidates of each unit of the budget: of each crop, or of each image."""
+        """Candidates of each unit of the budget: of each crop (frame), or each image (clip)."""
         per_crop = self.candidates.sum(dim=1).tolist()
-        if budget == "crop":
+        if each_crop(budget):
             return [int(n) for n in per_crop]
         totals = [0] * (max(self.images, default=-1) + 1)
         for image, n in zip(self.images, per_crop, strict=True):

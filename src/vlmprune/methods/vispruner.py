@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from vlmprune import select
-from vlmprune.budget import Budget, check_keep, resolve_keep
+from vlmprune.budget import Budget, check_budget, check_keep, resolve_keep
 from vlmprune.errors import VlmpruneError
 from vlmprune.families import Positions
 from vlmprune.pruner import Pruner
@@ -32,7 +32,8 @@ class VisPruner(Pruner):
         positions: "compact" renumbers the tokens (as the release does), "original" keeps gaps,
             "auto" takes what the model's config recommends, else the family's release.
         budget: "crop" gives each crop of an any-resolution image the same number of tokens (as
-            the release does); "image" shares one number among all crops of an image.
+            the release does); "image" shares one number among all crops of an image. Of a video
+            the frames are the crops: "frame" and "clip" mean the same, and need a video.
 
     Where it deviates from the release: budgets that make its lists odd or short work instead of
     failing; ties go to the lower index; similarities are float32 in any model; any-resolution
@@ -67,8 +68,7 @@ class VisPruner(Pruner):
             raise VlmpruneError(
                 f"positions={self.positions!r} is not known; use 'auto', 'compact' or 'original'."
             )
-        if self.budget not in ("crop", "image"):
-            raise VlmpruneError(f"budget={self.budget!r} is not known; use 'crop' or 'image'.")
+        check_budget(self.budget)
 
     def check(self, counts: list[int]) -> None:
         """Refuse a `keep` above the tokens of even the largest crop (or image)."""

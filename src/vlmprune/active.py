@@ -1,0 +1,121 @@
+"""One call under way: what the host's own methods ask for meanwhile."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vlmprune.families.media import Medium
+
+if TYPE_CHECKING:
+    from vlmprune.pruner import Handle
+    from vlmprune.retaining import Retaining
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """One modality's encoder output, with fewer visual tokens.
+
+    Attributes:
+        medium: the modality.
+        output: what the host's own method returned, for its class and small fields; None where
+            the features were stored.
+        features: [k, D] kept visual tokens of each item, in the order of encoding.
+        extra: the same for later layers, layer by layer.
+        rows: items of each row of the batch.
+        flat: whether the host has the items of `extra` as one tensor a layer.
+    """
+
+    medium: Medium
+    output: Any
+    features: list[Tensor]
+    extra: list[list[Tensor]]
+    rows: list[int]
+    flat: bool = False
+
+    def listed(self) -> Any:
+        """The output with a list of items, which `generate` can repeat for beams."""
+        return self._made(list(self.features), [list(layer) for layer in self.extra])
+
+    def formed(self, times: int) -> Any:
+        """The output as the host's forward wants it, each row's items `times` times."""
+        order, start = [], 0
+        for count in self.rows:
+            order += list(range(start, start + count)) * times
+            start += count
+        features = [self.features[i] for i in order]
+        extra = [[layer[i] for i in order] for layer in self.extra]
+        return self.medium.form(self._made(features, extra))
+
+    def _made(self, features: list[Tensor], extra: list[list[Tensor]]) -> Any:
+        # Fresh each time, because `generate` expands `pooler_output` in place; and without the
+        # encoder's own states, which nobody reads any more.
+        large = ("last_hidden_state", "hidden_states", "attentions", "pooler_output")
+        if self.output is None:
+            made: Any = BaseModelOutputWithPooling()
+        else:
+            small = {k: v for k, v in self.output.items() if k not in large}
+            made = type(self.output)(**small)
+        # As an item, for a host may ask whether the output holds anything.
+        made["pooler_output"] = features
+        if extra:
+            # As the host has them: older releases do not part the items.
+            made.deepstack_features = [torch.cat(e) for e in extra] if self.flat else extra
+        return made
+
+
+@dataclass
+class Active:
+    """One call under way.
+
+    Attributes:
+        handle: the attachment that made it.
+        pruned: encoder outputs by the name of the host's method; empty where the host encodes.
+        last: [B] position of each row's last prompt column, as the host's forward counts it.
+        drift: [B] to add to later positions where a row's last columns were dropped, or [3, B]
+            where the model has three positions a column; None if 0.
+        gapped: whether positions have gaps, which must not be taken for packing.
+        items: number of images and videos that are new in it.
+        retaining: what is to be cut out of the cache; None for nothing.
+        batch: rows of the request.
+        running: rows of the forward that is under way; None before the first.
+        numbers: for each row, the number of each kept visual token among all that it brought.
+        columns: of the prompt, those of the cache included.
+    """
+
+    handle: Handle
+    pruned: dict[str, Pruned]
+    last: Tensor
+    drift: Tensor | None
+    gapped: bool
+    items: int = 0
+    retaining: Retaining | None = None
+    numbers: list[Tensor] = field(default_factory=list)
+    batch: int = 1
+    running: int | None = None
+    columns: int = 0
+
+    def drifted(self, positions: Tensor, start: int) -> Tensor:
+        """[3 or 4, B, L] positions with those behind the prompt moved.
+
+        They need not be larger than the prompt's: a long video reaches further in time than the
+        text behind it. So columns are counted.
+
+        Args:
+            positions: as the host hands them on.
+            start: number of columns before them.
+        """
+        assert self.drift is not None
+        columns = torch.arange(positions.shape[-1], device=positions.device) + start
+        drift = self.drift.repeat_interleave(positions.shape[1] // self.drift.shape[1], dim=1)
+        moved = positions.clone()
+        moved[-3:] += drift[..., None].to(positions.device) * (columns >= self.columns)
+        return moved
+
+
+active: ContextVar[Active | None] = ContextVar("vlmprune_active", default=None)

@@ -1,0 +1,114 @@
+"""One short record a model family: the accessors and policies in which families differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import nn
+
+from vlmprune.errors import VlmpruneError
+from vlmprune.families import generic, llava, pixtral, pooled, qwen, tiles, video
+from vlmprune.families.record import Family
+from vlmprune.families.towers import TOWERS
+
+Positions = Literal["auto", "compact", "original"]
+
+__all__ = ["FAMILIES", "TOWERS", "Family", "Positions", "family_of"]
+
+
+FAMILIES: Mapping[str, Family] = {
+    **llava.FAMILIES,
+    **video.FAMILIES,
+    **pixtral.FAMILIES,
+    **pooled.FAMILIES,
+    **tiles.FAMILIES,
+    **qwen.FAMILIES,
+}
+
+
+def family_of(model: Any) -> Family:
+    """The record of a model: its family's, else one that a self-check of the model makes.
+
+    Raises:
+        VlmpruneError: the model cannot be followed; one sentence says why.
+    """
+    config: Any = getattr(model, "config", None)
+    kind = getattr(config, "model_type", "")
+    tower = getattr(getattr(config, "vision_config", None), "model_type", "")
+    # A family may have a record of its own for one of its towers.
+    family = FAMILIES.get(f"{kind}:{tower}") or FAMILIES.get(kind)
+    if family is None or type(model).__name__ != family.cls:
+        return generic.family(model)
+    for medium in family.media:
+        medium.check(model)
+    return family
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside a wrapper of PEFT or `torch.compile`; any other as it is."""
+    while True:
+        if hasattr(type(model), "get_base_model") and hasattr(model, "peft_config"):
+            model = model.get_base_model()
+        elif type(model).__name__ == "OptimizedModule":
+            model = model._orig_mod
+        else:
+            return model
+
+
+def base(model: Any) -> Any:
+    """The model below the language-model head, which encodes images."""
+    return model.base_model
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The layers of the language model."""
+    decoder = model.get_decoder()
+    return getattr(decoder, "model", decoder).layers
+
+
+def cuttable_layers(model: Any) -> list[int]:
+    """The decoder layers with full attention, whose cache may be cut.
+
+    A sliding window drops old columns by itself, and linear attention has none.
+    """
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        windows = [getattr(config, n, None) for n in ("sliding_window", "attention_chunk_size")]
+        kinds = ["full_attention" if windows == [None, None] else "other"]
+        kinds = kinds * config.num_hidden_layers
+    return [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+
+
+def architecture(model: Any) -> str:
+    """What a calibration holds for: the type and size of the language model, in words."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return (
+        f"{model.config.model_type} with {config.num_hidden_layers} layers, hidden size "
+        f"{config.hidden_size}, {config.num_attention_heads} query and {heads} KV heads, "
+        f"vocabulary {config.vocab_size}"
+    )
+
+
+def resolve_positions(model: Any, positions: Positions) -> Literal["compact", "original"]:
+    """What `positions="auto"` means for a model: its config's advice, else the release's way.
+
+    A config gives advice by an extra entry `"vlmprune": {"positions": "original"}`.
+    """
+    family = family_of(model)
+    if family.rope is not None:
+        if positions == "compact":
+            raise VlmpruneError(
+                f"{family.name} gives a visual token three positions, which renumbering would "
+                "destroy; use positions='original' or 'auto'."
+            )
+        return "original"
+    if positions != "auto":
+        return positions
+    advice = getattr(model.config, "vlmprune", None) or {}
+    advised = advice.get("positions") if isinstance(advice, Mapping) else None
+    if advised in ("compact", "original"):
+        return advised
+    return family.positions

@@ -1,0 +1,237 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: any size, merged groups of patches, positions in 3-D."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vlmprune import layout
+from vlmprune.errors import VlmpruneError
+from vlmprune.families.media import Inputs, Medium, Scored, needs
+from vlmprune.families.record import Family
+from vlmprune.layout import Layout
+
+
+class QwenImages(Medium):
+    """Images, each a crop of its own size.
+
+    The pixels are patches [Σ t·h·w, values] in the order (time, group, patch of the group), and a
+    grid of (t, h, w) patches for each image says where it ends. A group of patches is merged into
+    one visual token, so that tokens lie time by time and row by row.
+    """
+
+    inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
+    # The processor stretches a picture to a whole number of groups.
+    overlay = "own"
+
+    def check(self, model: Any) -> None:
+        """Refuse a tower without a block that sees a whole image."""
+        _scored_block(model)
+
+    def grids(self, model: Any, inputs: Inputs) -> list[tuple[int, int, int]]:
+        """(frames, rows, columns) of each item, in visual tokens.
+
+        Raises:
+            VlmpruneError: the grids are missing, or do not account for the pixels.
+        """
+        pixels, grid = self.inputs[:2]
+        sizes: Any = needs(inputs, grid, pixels)
+        side = model.config.vision_config.spatial_merge_size
+        rows, patches = len(inputs[pixels]), int(sizes.prod(dim=1).sum())
+        if rows != patches or bool((sizes[:, 1:] % side).any()):
+            raise VlmpruneError(
+                f"{pixels} hold {rows} patches but {grid} asks for {patches}, in groups of "
+                f"{side} x {side}; pass what the model's own processor returns."
+            )
+        return [(t, h // side, w // side) for t, h, w in sizes.tolist()]
+
+    def layouts(self, model: Any, inputs: Inputs, visual: Tensor) -> list[Layout]:
+        """Every group in order; each frame of a video is a crop."""
+        device = inputs[self.inputs[0]].device
+        plain = [layout.plain(t, (h, w), device) for t, h, w in self.grids(model, inputs)]
+        return [replace(one, kind=self.kind) for one in plain]
+
+    def patches(self, model: Any, inputs: Inputs, layouts: Sequence[Layout]) -> list[int]:
+        """A group's patches for each visual token."""
+        group = model.config.vision_config.spatial_merge_size**2
+        return [one.patches * group for one in layouts for _ in range(one.crops)]
+
+    def after(self, model: Any, inputs: Inputs, known: int) -> dict[str, Any]:
+        """The inputs without the patches of the first `known` items."""
+        pixels, grid = self.inputs[:2]
+        rest = {name: inputs[name][known:] for name in self.inputs[1:] if name in inputs}
+        return {pixels: inputs[pixels][int(inputs[grid][:known].prod(dim=1).sum()) :], **rest}
+
+    def blank(self, inputs: Inputs, items: int) -> Tensor:
+        """As many patches as the grids ask for, with nothing in them."""
+        return torch.zeros(int(inputs[self.inputs[1]].prod(dim=1).sum()), 0)
+
+    def scored(self, model: Any, inputs: Inputs) -> Scored:
+        """What patches receive in the last block in which each sees its whole image."""
+        number = _scored_block(model)
+        side = model.config.vision_config.spatial_merge_size
+        return Scored(
+            model.model.visual.blocks[number],
+            "received",
+            "attention received (the tower has no CLS token), full-attention block "
+            f"{number}, mean of each {side} x {side} group",
+        )
+
+    def projector(self, model: Any) -> nn.Module:
+        """The last merger; the other ones of Qwen3-VL merge earlier blocks' features."""
+        return model.model.visual.merger
+
+    def cells(
+        self,
+        model: Any,
+        inputs: Inputs,
+        layouts: Sequence[Layout],
+        attention: list[Tensor],
+        features: list[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Means over merged groups, put back in the order of the visual tokens.
+
+        The tap sees a call per frame, or one call that it takes apart itself; the merger is given
+        the patches of all items at once.
+        """
+        group = model.config.vision_config.spatial_merge_size**2
+        scores = torch.cat([row.flatten() for row in attention]).view(-1, group).mean(dim=1)
+        patches = torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
+        merged = patches.view(-1, group, patches.shape[1]).float().mean(dim=1).to(patches.dtype)
+        merged = merged.to(scores.device)
+        order = self.order(model, inputs).to(scores.device)
+        sizes = [one.patches for one in layouts for _ in range(one.crops)]
+        return list(scores[order].split(sizes)), list(merged[order].split(sizes))
+
+    def order(self, model: Any, inputs: Inputs) -> Tensor:
+        """[n] int64; the place in the tower of each visual token's group."""
+        grid = inputs[self.inputs[1]]
+        vision = model.config.vision_config
+        if getattr(vision, "window_size", None) is None:
+            return torch.arange(int(grid.prod(dim=1).sum()) // vision.spatial_merge_size**2)
+        from transformers.vision_utils import get_vision_window_index
+
+        # The tower brings groups into the order of its windows, and its output back.
+        windows, _ = get_vision_window_index(
+            grid,
+            spatial_merge_size=vision.spatial_merge_size,
+            window_size=vision.window_size,
+            patch_size=vision.patch_size,
+        )
+        return windows.argsort()
+
+    def extra(self, output: Any, layouts: Sequence[Layout]) -> list[list[Tensor]]:
+        """Qwen3-VL's deepstack features, layer by layer; older releases do not part the items."""
+        lengths = [len(one.labels) for one in layouts]
+        return [
+            list(layer.split(lengths) if isinstance(layer, Tensor) else layer)
+            for layer in getattr(output, "deepstack_features", None) or []
+        ]
+
+
+class QwenVideos(QwenImages):
+    """Videos: a crop for each temporal patch, which is what Qwen makes of two frames."""
+
+    kind = "video"
+    token = "video_token_id"
+    method = "get_video_features"
+    inputs: ClassVar[tuple[str, ...]] = (
+        "pixel_values_videos",
+        "video_grid_thw",
+        "second_per_grid_ts",
+    )
+    host_only: ClassVar[tuple[str, ...]] = ("second_per_grid_ts",)
+
+    def left(
+        self, inputs: Inputs, layouts: Sequence[Layout], kept: Sequence[Tensor]
+    ) -> dict[str, Any]:
+        """Grids of the frames of which something is left.
+
+        Where `generate` repeats rows, older releases find a row's videos by counting its frames.
+        """
+        pixels, grid = self.inputs[:2]
+        sizes = inputs[grid].clone()
+        for size, one, stays in zip(sizes, layouts, kept, strict=True):
+            size[0] = max(1, len(one.crop[stays.to(one.labels.device)].unique()))
+        return {pixels: inputs[pixels][: int(sizes.prod(dim=1).sum())], grid: sizes}
+
+
+def _scored_block(model: Any) -> int:
+    """Number of the last block of the tower with attention over whole images.
+
+    Raises:
+        VlmpruneError: all blocks see windows alone.
+    """
+    vision = model.config.vision_config
+    whole = getattr(vision, "fullatt_block_indexes", None)
+    if whole is None:
+        return int(vision.depth) - 1
+    found = [number for number in whole if number < vision.depth]
+    if not found:
+        raise VlmpruneError(
+            "every block of this model's vision tower sees windows alone (fullatt_block_indexes "
+            "names none), so no attention tells which parts of an image matter."
+        )
+    return max(found)
+
+
+def rope(
+    model: Any, ids: Tensor, mask: Tensor, visual: Sequence[Tensor], inputs: Sequence[Inputs]
+) -> Tensor:
+    """[3, B, L] positions of a whole request, by the host's own rule.
+
+    Args:
+        model: the host.
+        ids: [B, L] token ids.
+        mask: [B, L], 0 where a column is padding.
+        visual: [B, L] bool, the placeholders of images and those of videos.
+        inputs: the inputs of images and those of videos.
+    """
+    kinds = torch.zeros_like(ids, dtype=torch.int)
+    for number, columns in enumerate(visual, start=1):
+        kinds = kinds.masked_fill(columns, number)
+    grids = {
+        name: given[name]
+        for medium, given in zip(MEDIA, inputs, strict=True)
+        for name in medium.inputs[1:]
+        if given.get(name) is not None
+    }
+    # The host's rule fails on a row of padding alone, whose positions nobody reads.
+    mask = mask.masked_fill((mask == 0).all(dim=1, keepdim=True), 1)
+    positions, _ = model.model.get_rope_index(
+        ids, mm_token_type_ids=kinds, attention_mask=mask, **grids
+    )
+    return positions
+
+
+MEDIA = (QwenImages(), QwenVideos())
+
+
+def _family(name: str, cls: str, note: str, where: str = "layer") -> Family:
+    score = f"attention received in the last {where}, averaged over the patches that a token merges"
+    return Family(name, cls, "original", MEDIA, note, score, rope)
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen2_vl": _family(
+        "Qwen2-VL",
+        "Qwen2VLForConditionalGeneration",
+        "images and videos; patches merged 2 x 2, positions in 3-D; each temporal patch of a "
+        "video is a frame",
+    ),
+    "qwen2_5_vl": _family(
+        "Qwen2.5-VL",
+        "Qwen2_5_VLForConditionalGeneration",
+        "as Qwen2-VL; windows put back in order",
+        "full-attention layer",
+    ),
+    "qwen3_vl": _family(
+        "Qwen3-VL",
+        "Qwen3VLForConditionalGeneration",
+        "as Qwen2-VL; deepstack features pruned alike",
+    ),
+}

@@ -1,0 +1,207 @@
+"""The oracle for every family of the table: pruned output equals masking, on the real classes.
+
+The matrix is made from the zoo and `FAMILIES`: a family is proved by adding its record.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from masked import masking
+from vlmprune import PLPHP, VisPruner, VlmpruneError
+from vlmprune.families import FAMILIES, family_of
+from zoo import ZOO, Request
+from zoo.base import IMAGE, VIDEO
+
+pytestmark = pytest.mark.oracle
+STEPS = 6
+TOLERANCE = 1e-5
+DIFFERENT = 1e-3
+
+KNOWN = {name: entry for name, entry in ZOO.items() if entry.make().config.model_type in FAMILIES}
+
+
+def batches(name: str) -> dict[str, list[list[Any]]]:
+    """One image, several, a padded batch with a row without any; the same with videos."""
+    entry = KNOWN[name]
+    found: dict[str, list[list[Any]]] = {
+        "one image": [["image"]],
+        "several images": [["image", "image", "image"]],
+        "padded batch": [["image", "image"], ["image"], ["image"] if entry.images_first else []],
+    }
+    if "video" in entry.modalities:
+        found["one video"] = [["video"]]
+        found["mixed"] = [["video", "image"], ["image", "video", "image"], []]
+    return found
+
+
+def test_every_record_is_proved() -> None:
+    proved = set()
+    for entry in KNOWN.values():
+        proved.add(next(k for k, f in FAMILIES.items() if f is family_of(entry.make())))
+    assert proved == set(FAMILIES)
+
+
+CASES = [
+    (name, attention, batch)
+    for name in KNOWN
+    for attention, batch in product(["sdpa", "eager"], batches(name))
+]
+
+
+def generate(built: Any, inputs: dict[str, Tensor], **more: Any) -> Any:
+    settings = {"max_new_tokens": STEPS, "do_sample": False, **more}
+    return built.generate(**inputs, **settings, return_dict_in_generate=True, output_logits=True)
+
+
+def distance(left: Any, right: Any) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(left.logits, right.logits, strict=True))
+
+
+def columns_of(req: Request, lengths: list[int]) -> list[tuple[int, list[int]]]:
+    """Row and columns of each item of a report, by walking along the prompt."""
+    ids = req.inputs["input_ids"]
+    free = {
+        (row, token): (ids[row] == token).nonzero()[:, 0].tolist()
+        for row in range(len(ids))
+        for token in (IMAGE, VIDEO)
+    }
+    out = []
+    for length in lengths:
+        row = min(row for (row, _), columns in free.items() if columns)
+        first = {token: free[row, token][0] for token in (IMAGE, VIDEO) if free[row, token]}
+        token = min(first, key=lambda t: first[t])
+        out.append((row, free[row, token][:length]))
+        free[row, token] = free[row, token][length:]
+    assert not any(free.values())
+    return out
+
+
+def dropped_columns(req: Request, report: Any, kept: list[Tensor] | None = None) -> Tensor:
+    """[B, L] columns of visual tokens that a call did not keep."""
+    dropped = torch.zeros_like(req.inputs["input_ids"], dtype=torch.bool)
+    lengths = [len(layout.labels) for layout in report.layouts]
+    for (row, columns), keep in zip(columns_of(req, lengths), kept or report.kept, strict=True):
+        dropped[row, columns] = True
+        dropped[row, [columns[i] for i in keep.tolist()]] = False
+    return dropped
+
+
+def others(report: Any) -> list[Tensor]:
+    """As many tokens of each item as were kept, but others; what belongs to no cell stays."""
+    out = []
+    for layout, kept in zip(report.layouts, report.kept, strict=True):
+        always = (layout.labels < 0).nonzero()[:, 0].tolist()
+        cells = [i for i in range(len(layout.labels)) if i not in always]
+        count = len(set(kept.tolist()) - set(always))
+        chosen = [i for i in cells if i not in kept.tolist()]
+        chosen += [i for i in cells if i in kept.tolist()]
+        out.append(torch.tensor(sorted(always + chosen[:count])))
+    return out
+
+
+def masked(built: Any, req: Request, dropped: Tensor, policy: str) -> Any:
+    """The full model, told to overlook the dropped columns."""
+    given = req.inputs["attention_mask"]
+    mask = given * ~dropped
+    if FAMILIES[built.config.model_type].rope is not None:
+        base = built.base_model
+        names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
+        grids = {n: req.inputs[n] for n in names if n in req.inputs}
+        three, _ = base.get_rope_index(req.inputs["input_ids"], attention_mask=given, **grids)
+        text = (given.cumsum(1) - 1).clamp(min=0)
+        positions = torch.cat((text[None], three))
+    else:
+        counted = given.bool() if policy == "original" else mask.bool()
+        positions = (counted.long().cumsum(1) - 1).clamp(min=0)
+    changed = {"attention_mask": mask, "position_ids": positions}
+    return generate(built, req.inputs | changed)
+
+
+@pytest.mark.parametrize(("name", "attention", "batch"), CASES)
+def test_generate_equals_masking(name: str, attention: str, batch: str) -> None:
+    entry = KNOWN[name]
+    built = entry.build(attention)
+    req = entry.request(built, batches(name)[batch])
+    policies = ["original"]
+    if FAMILIES[built.config.model_type].rope is None:
+        policies.append("compact")
+    for policy in policies:
+        with VisPruner(keep=0.4, positions=policy)(built) as handle:  # type: ignore[arg-type]
+            pruned = generate(built, req.inputs)
+        report = handle.report
+        assert report is not None
+        assert report.visual_tokens_before == sum(req.lengths)
+        assert 0 < report.visual_tokens_after < 0.8 * report.visual_tokens_before
+        expected = masked(built, req, dropped_columns(req, report), policy)
+        assert torch.equal(pruned.sequences, expected.sequences)
+        assert distance(pruned, expected) < TOLERANCE
+        control = masked(built, req, dropped_columns(req, report, others(report)), policy)
+        assert distance(pruned, control) > DIFFERENT
+
+
+@pytest.mark.parametrize(("name", "attention", "batch"), CASES)
+def test_keeping_everything_changes_no_bit(name: str, attention: str, batch: str) -> None:
+    entry = KNOWN[name]
+    built = entry.build(attention)
+    req = entry.request(built, batches(name)[batch])
+    plain = generate(built, req.inputs)
+    with torch.no_grad():
+        logits = built(**req.inputs).logits
+    with VisPruner(keep=1.0)(built), torch.no_grad():
+        same = generate(built, req.inputs)
+        again = built(**req.inputs).logits
+    assert all(torch.equal(a, b) for a, b in zip(plain.logits, same.logits, strict=True))
+    assert torch.equal(logits, again)
+    with VisPruner(keep=0.5)(built):
+        assert distance(plain, generate(built, req.inputs)) > 0
+
+
+# Attention that is capped cannot be cut; all families but these can.
+CAPPED = ["paligemma2"]
+
+
+@pytest.mark.parametrize("name", CAPPED)
+def test_capped_attention_cannot_be_cut(name: str) -> None:
+    with pytest.raises(VlmpruneError, match="prune before the language model"):
+        PLPHP(alpha=0.8, beta=0.6).attach(KNOWN[name].build())
+
+
+@pytest.mark.parametrize(("name", "attention", "batch"), [c for c in CASES if c[0] not in CAPPED])
+def test_a_cut_cache_equals_masking(name: str, attention: str, batch: str) -> None:
+    entry = KNOWN[name]
+    built = entry.build(attention)
+    req = entry.request(built, batches(name)[batch])
+    with PLPHP(alpha=0.8, beta=0.6, per_head="adaptive")(built) as handle:
+        pruned = generate(built, req.inputs)
+    report = handle.report
+    assert report is not None and report.layers
+    keep = {}
+    lengths = [len(layout.labels) for layout in report.layouts]
+    places: dict[int, list[int]] = {}
+    for row, columns in columns_of(req, lengths):
+        places.setdefault(row, []).extend(columns)
+    for layer in report.layers:
+        mask = torch.ones(*req.inputs["input_ids"].shape, dtype=torch.bool)
+        mask = mask[:, None].repeat(1, len(layer.kept), 1)
+        for head, rows in enumerate(layer.kept):
+            for row, columns in places.items():
+                mask[row, head, columns] = False
+                mask[row, head, [columns[i] for i in rows[row].tolist()]] = True
+        keep[layer.index] = mask
+    with masking(built, keep):
+        expected = generate(built, req.inputs)
+    assert torch.equal(pruned.logits[0], expected.logits[0])
+    assert distance(pruned, expected) < TOLERANCE
+    assert distance(pruned, generate(built, req.inputs)) > DIFFERENT
+
+
+@pytest.mark.parametrize("name", [n for n in KNOWN if n.startswith("qwen")])
+def test_three_positions_cannot_be_renumbered(name: str) -> None:
+    with pytest.raises(VlmpruneError, match="renumbering would destroy"):
+        VisPruner(keep=0.5, positions="compact").attach(KNOWN[name].build())
