@@ -44,11 +44,13 @@ def test_the_snippets_run() -> None:
     built = model("llava_next")
     inputs = request(built, [1]).inputs
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     space: dict[str, Any] = {"model": built, "inputs": inputs}
     # The tiny model's crops have 16 tokens.
     exec(blocks[0].replace("keep=64", "keep=6"), space)
     assert space["out"].shape[1] > inputs["input_ids"].shape[1]
     exec(blocks[1], space)
+    exec(blocks[2].replace("keep=64", "keep=6"), space)
+    assert len(space["vision"]) == 1
     with torch.no_grad():
         assert built(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
