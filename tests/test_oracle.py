@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tiny import Request, dropped_columns, model, positions_of, request
-from vlmprune import VisPruner
+from vlmprune import VisPruner, VlmpruneError
 
 pytestmark = pytest.mark.oracle
 STEPS = 7
@@ -192,3 +192,37 @@ def test_half_precision(dtype: torch.dtype) -> None:
     control = masked(built, req, dropped_columns(req, others), "compact").logits[0].float()
     near, far = (first - expected).abs().max(), (first - control).abs().max()
     assert float(near) < 0.05 and float(far) > 5 * float(near)
+
+
+def test_the_pooling_heads_attention_may_score() -> None:
+    """SigLIP's head attends with one learned query; restated from its weights."""
+    built = model(kind="siglip")
+    req = request(built, [2, 1])
+    seen: list[Tensor] = []
+    head = built.model.vision_tower.head
+    hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with VisPruner(keep=4, important_ratio=1, score="pooling")(built) as handle:
+        generate(built, **req.inputs)
+    hook.remove()
+    assert handle.report is not None and "pooling head" in handle.report.score
+    heads, hidden = head.attention.num_heads, seen[0]
+    weights, biases = head.attention.in_proj_weight.chunk(3), head.attention.in_proj_bias.chunk(3)
+    query = (head.probe @ weights[0].T + biases[0]).unflatten(-1, (heads, -1)).transpose(1, 2)
+    key = (hidden @ weights[1].T + biases[1]).unflatten(-1, (heads, -1)).transpose(1, 2)
+    scores = (query @ key.transpose(2, 3) / query.shape[-1] ** 0.5).softmax(-1).mean(1)[:, 0]
+    best = scores.topk(4).indices.sort().values
+    assert [kept.tolist() for kept in handle.report.kept] == best.tolist()
+    with VisPruner(keep=4, important_ratio=1)(built) as other:
+        generate(built, **req.inputs)
+    assert other.report is not None
+    assert [k.tolist() for k in other.report.kept] != best.tolist()
+
+    with (
+        VisPruner(keep=4, score="pooling")(model()) as handle,
+        pytest.raises(VlmpruneError, match="has no pooling head"),
+    ):
+        handle.model.generate(**request(model(), [1]).inputs, max_new_tokens=1)
+    with pytest.raises(VlmpruneError, match="score='most' is not known"):
+        VisPruner(keep=4, score="most")  # type: ignore[arg-type]
+    with pytest.raises(VlmpruneError, match="ask for different scores"):
+        VisPruner(keep=8, score="pooling") | VisPruner(keep=4)

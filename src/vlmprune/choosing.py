@@ -57,7 +57,9 @@ def choose(
     videos = any(one.kind == "video" for one in planned.layouts)
     handle.pruner.check_request(planned.candidates, planned.images, videos)
     media = handle.family.media
-    encoded = encode(handle.model, media, handle.host.original, inputs, planned)
+    encoded = encode(
+        handle.model, media, handle.host.original, inputs, planned, handle.pruner.score
+    )
     _synchronize(encoded.view.attention)
     begin = time.perf_counter()
     selection = handle.pruner.select(encoded.view)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune.active import active
+from vlmprune.errors import VlmpruneError
 from vlmprune.families.media import Medium
 from vlmprune.inputs import Span, spans
 from vlmprune.layout import Layout
-from vlmprune.taps import Tap, tapped
+from vlmprune.taps import Score, Tap, pooling, tapped
 from vlmprune.views import EncoderView
 
 
@@ -135,6 +136,7 @@ def encode(
     originals: Callable[[str], Callable[..., Any]],
     inputs: Sequence[Mapping[str, Any]],
     planned: Plan,
+    score: Score = "auto",
 ) -> Encoded:
     """Run the vision encoder once for each modality that the request brings.
 
@@ -144,9 +146,12 @@ def encode(
         originals: the host's own methods by name.
         inputs: for each modality the request's inputs.
         planned: the geometry.
+        score: which attention scores tokens: "auto", as the family says, or "pooling", that of
+            the tower's pooling head.
 
     Raises:
-        VlmpruneError: a tower makes another number of tokens than its patches account for.
+        VlmpruneError: a tower has no pooling head that was asked for, or makes another number of
+            tokens than its patches account for.
     """
     outputs: dict[int, Any] = {}
     scores: dict[int, list[Tensor]] = {}
@@ -157,7 +162,7 @@ def encode(
         if not own:
             continue
         outputs[number], attention, given, where = _run(
-            model, medium, originals(medium.method), inputs[number]
+            model, medium, originals(medium.method), inputs[number], score
         )
         layouts = [planned.items[i].layout for i in own]
         rows, cells = medium.cells(model, inputs[number], layouts, attention, given)
@@ -178,10 +183,20 @@ def encode(
 
 
 def _run(
-    model: nn.Module, medium: Medium, method: Callable[..., Any], inputs: Mapping[str, Any]
+    model: nn.Module,
+    medium: Medium,
+    method: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    score: Score,
 ) -> tuple[Any, list[Tensor], list[Tensor], str]:
     """One call of the host's own method: output, attention and features seen, and where."""
     scored = medium.scored(model, inputs)
+    head = medium.pooling_head(model) if score == "pooling" else None
+    if score == "pooling" and head is None:
+        raise VlmpruneError(
+            f"the vision tower of {type(model).__name__} has no pooling head whose attention could "
+            "score tokens; use score='auto'."
+        )
     tap = Tap(scored.rows)
     features: list[Tensor] = []
     takes = inspect.signature(method).parameters
@@ -197,7 +212,7 @@ def _run(
         # The method may call another one of the host's, whose shadow must not give what an outer
         # call has pruned.
         stack.callback(active.reset, active.set(None))
-        stack.enter_context(tapped(scored.layer, tap))
+        stack.enter_context(tapped(scored.layer, tap) if head is None else pooling(head, tap))
         thread = threading.get_ident()
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -208,7 +223,8 @@ def _run(
         hook = medium.projector(model).register_forward_pre_hook(keep, with_kwargs=True)
         stack.callback(hook.remove)
         output = method(inputs[pixels], **arguments, return_dict=True)
-    return medium.completed(model, output), tap.rows_seen, features, scored.words
+    words = scored.words if head is None else "attention of the tower's pooling head"
+    return medium.completed(model, output), tap.rows_seen, features, words
 
 
 def _wide(values: Tensor, length: int) -> Tensor:

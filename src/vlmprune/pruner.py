@@ -17,6 +17,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.families import Positions
 from vlmprune.report import Report, make
 from vlmprune.reuse import Vision
+from vlmprune.taps import Score
 from vlmprune.views import EncoderView, LayerView, Retention, Selection
 
 
@@ -31,6 +32,7 @@ class Pruner:
     """
 
     positions: Positions = "auto"
+    score: Score = "auto"
     # Of methods that cut caches: how many of the prompt's last tokens are asked, and the
     # architecture that its thresholds are for.
     window: int = 1
@@ -142,6 +144,13 @@ class Chain(Pruner):
                 "give all of them the same."
             )
         object.__setattr__(self, "positions", asked.pop() if asked else "auto")
+        scores = {stage.score for stage in self.stages if stage.shortens}
+        if len(scores) > 1:
+            raise VlmpruneError(
+                f"the chained pruners ask for different scores ({', '.join(sorted(scores))}); "
+                "give all of them the same."
+            )
+        object.__setattr__(self, "score", scores.pop() if scores else "auto")
         object.__setattr__(self, "window", self.stages[-1].window)
         object.__setattr__(self, "calibrated_on", self.stages[-1].calibrated_on)
         cutting = [stage for stage in self.stages if stage.cuts]

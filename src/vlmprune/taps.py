@@ -19,6 +19,9 @@ from vlmprune.dispatch import attention_of, watching
 
 Rows = Literal["cls", "last", "received"]
 
+# Which attention scores visual tokens.
+Score = Literal["auto", "pooling"]
+
 # Queries a chunk when every row is needed: the extra memory is heads × CHUNK × N.
 CHUNK = 128
 
@@ -154,3 +157,28 @@ def tapped(layer: nn.Module, tap: Tap) -> Iterator[None]:
             handle.remove()
         while entered:
             entered.pop().__exit__(None, None, None)
+
+
+@contextmanager
+def pooling(head: Any, tap: Tap) -> Iterator[None]:
+    """Record with `tap` what the query of a pooling head attends to, averaged over heads.
+
+    Args:
+        head: a module with `probe` [1, 1, C] and `attention`, a `nn.MultiheadAttention`, that is
+            called with hidden states [B, N, C]; SigLIP's `MultiheadAttentionPoolingHead`.
+        tap: gets [B, N] float32 a call.
+    """
+
+    def look(_: nn.Module, args: tuple[Any, ...]) -> None:
+        if tap.here:
+            hidden = args[0].detach()
+            probe = head.probe.detach().expand(len(hidden), -1, -1)
+            with torch.no_grad():
+                weights = head.attention(probe, hidden, hidden, need_weights=True)[1]
+            tap.rows_seen.append(weights[:, 0].float())
+
+    hook = head.register_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -141,6 +141,10 @@ class Medium:
         """Where to read the attention."""
         raise NotImplementedError
 
+    def pooling_head(self, model: Any) -> nn.Module | None:
+        """A head that pools the tower's tokens by attention, if the tower runs one."""
+        return None
+
     def projector(self, model: Any) -> nn.Module:
         """The module whose first argument is the features that the model selected."""
         raise NotImplementedError

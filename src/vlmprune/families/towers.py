@@ -68,6 +68,13 @@ class Crops(Medium):
         """The module that takes the features to the language model's width."""
         return model.model.multi_modal_projector
 
+    def pooling_head(self, model: Any) -> nn.Module | None:
+        """SigLIP's head, in checkpoints that have one (`vision_use_head`)."""
+        for module in self.tower(model).modules():
+            if type(module).__name__.endswith("MultiheadAttentionPoolingHead"):
+                return module
+        return None
+
     def has_cls(self, model: Any) -> bool:
         """Whether the tower puts a CLS token first."""
         kind = model.config.vision_config.model_type

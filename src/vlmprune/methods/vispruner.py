@@ -12,6 +12,7 @@ from vlmprune.budget import Budget, check_budget, check_keep, resolve_keep
 from vlmprune.errors import VlmpruneError
 from vlmprune.families import Positions
 from vlmprune.pruner import Pruner
+from vlmprune.taps import Score
 from vlmprune.views import EncoderView, Selection
 
 
@@ -35,6 +36,10 @@ class VisPruner(Pruner):
             the release does); "image" shares one number among all crops of an image. Of a video
             the frames are the crops: "frame" and "clip" mean the same, and need a video.
 
+        score: "auto" takes the CLS token's attention, or what patches receive where there is no
+            CLS token (as the release does); "pooling" that of a SigLIP tower's pooling head, in
+            models that have it (not the release's).
+
     Where it deviates from the release: budgets that make its lists odd or short work instead of
     failing; ties go to the lower index; similarities are float32 in any model; any-resolution
     images keep their newline tokens, which are not counted, and padding that the host cuts away
@@ -51,6 +56,7 @@ class VisPruner(Pruner):
     important_ratio: float = 0.5
     positions: Positions = "auto"
     budget: Budget = "crop"
+    score: Score = "auto"
 
     needs: ClassVar[str] = "CLS attention (else attention received), encoder features"
     stage: ClassVar[str] = "before the language model"
@@ -69,6 +75,8 @@ class VisPruner(Pruner):
                 f"positions={self.positions!r} is not known; use 'auto', 'compact' or 'original'."
             )
         check_budget(self.budget)
+        if self.score not in ("auto", "pooling"):
+            raise VlmpruneError(f"score={self.score!r} is not known; use 'auto' or 'pooling'.")
 
     def check(self, counts: list[int]) -> None:
         """Refuse a `keep` above the tokens of even the largest crop (or image)."""
