@@ -7,6 +7,7 @@ import pytest
 
 from commandline import COFFEE, QUESTION, call, sentence
 from vlmprune import embedded, loading
+from zoo import ZOO
 
 
 @pytest.fixture
@@ -120,3 +121,20 @@ def test_interrupted_quietly(monkeypatch):
     monkeypatch.setattr(loading, "load", interrupted)
     result = call("run", COFFEE, QUESTION)
     assert (result.exit_code, result.output) == (130, "")
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_every_family_gets_as_far_as_its_weights(name, tmp_path):
+    """Nothing before loading stands in the way of a family that is not counted in advance."""
+    model = ZOO[name].make()
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    said = sentence("run", COFFEE, QUESTION, "--model", tmp_path, "--keep", 4)
+    assert "processor" in said and str(tmp_path) in said
+
+
+def test_a_class_that_may_be_followed_gets_that_far_too(tmp_path):
+    config = {"model_type": "cohere2_vision"}
+    config["architectures"] = ["Cohere2VisionForConditionalGeneration"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "processor" in sentence("run", COFFEE, QUESTION, "--model", tmp_path)

@@ -56,7 +56,7 @@ KNOWN: dict[str, Any] = {
 }
 
 # Crops of one image, by model type; any-resolution models at their largest: a base view and 2 x 2.
-_CROPS = {"llava": 1, "vipllava": 1, "llava_next": 5}
+CROPS = {"llava": 1, "vipllava": 1, "llava_next": 5}
 
 # `image_seq_length` that the LLaVA config classes have when nobody sets it.
 _DEFAULT_SEQUENCE = 576
@@ -147,7 +147,7 @@ def plan(
         raise VlmpruneError(f"crops={crops} is too few; use 1 or more.")
     try:
         config, per_crop, patches = _architecture(model)
-        count = _CROPS[config.model_type] if crops is None else crops
+        count = CROPS[config.model_type] if crops is None else crops
         before = count * per_crop
         if keep is None:
             after = before
@@ -229,10 +229,10 @@ def _architecture(model: str) -> tuple[Any, int, int]:
             "or a local directory with a config.json."
         )
     config = _local_config(folder)
-    if config.model_type not in _CROPS:
+    if config.model_type not in CROPS:
         raise VlmpruneError(
             f"{folder / 'config.json'} is of type {config.model_type!r}, whose visual tokens "
-            f"cannot be counted yet; use a config of type {', '.join(_CROPS)}, or one of "
+            f"cannot be counted yet; use a config of type {', '.join(CROPS)}, or one of "
             f"{', '.join(KNOWN)}."
         )
     # "full" hands the CLS token on to the decoder as one more visual token.

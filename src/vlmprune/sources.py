@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from vlmprune import embedded, plan, spec
 from vlmprune.budget import Budget
 from vlmprune.errors import VlmpruneError
-from vlmprune.families import FAMILIES, TOWERS, towers
+from vlmprune.families import FAMILIES, TOWERS, generic, towers
 from vlmprune.pruner import Pruner
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -95,6 +95,10 @@ def _hub_config(name: str) -> dict[str, Any]:
 
 def _supported(config: dict[str, Any]) -> str:
     kind = config.get("model_type")
+    classes = [str(name) for name in config.get("architectures") or []]
+    if kind not in FAMILIES and any(name.endswith(generic.SUFFIX) for name in classes):
+        # Whether its layout can be followed is seen when the pruner attaches.
+        return str(kind)
     if kind not in FAMILIES:
         known = ", ".join(family.cls for family in FAMILIES.values())
         raise VlmpruneError(
@@ -229,7 +233,7 @@ def check_budget(source: Source, pruner: Pruner) -> None:
         VlmpruneError: there are fewer visual tokens than `keep`.
     """
     keep, budget = budget_of(pruner)
-    if keep is None or source.folder is None:
+    if keep is None or source.folder is None or source.model_type not in plan.CROPS:
         return
     if budget == "crop" or source.model_type == "llava":
         plan.plan(str(source.folder), keep, budget)
