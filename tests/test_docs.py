@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tiny import model, request
+from tiny import IMAGE, model, request
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -37,3 +37,21 @@ def test_add_a_method(tmp_path: Path) -> None:
     expected = {16 * crop + int(i) for crop, row in enumerate(norms) for i in row.topk(3).indices}
     labels = layout.labels[handle.report.kept[0]]
     assert set(labels[labels >= 0].tolist()) == expected
+
+
+def test_add_a_method_that_cuts_the_cache() -> None:
+    space: dict[str, Any] = {"__name__": "example"}
+    page = "add-a-method.md"
+    exec(compile(code(page), page, "exec", dont_inherit=True), space)
+    built = model(attention="eager")
+    req = request(built, [2])
+    with space["MostAttended"](share=0.25)(built) as handle:
+        built.generate(**req.inputs, max_new_tokens=2)
+    with torch.no_grad():
+        full = built(**req.inputs, output_attentions=True).attentions
+    visual = (req.inputs["input_ids"][0] == IMAGE).nonzero()[:, 0]
+    for layer, attention in zip(handle.report.layers, full, strict=True):
+        scores = attention[0, :, -1, visual].unflatten(0, (2, 2)).mean(1)
+        for head, (kept,) in enumerate(layer.kept):
+            best = [half.topk(4).indices.sort().values for half in scores[head].split(16)]
+            assert kept.tolist() == torch.cat((best[0], best[1] + 16)).tolist()
