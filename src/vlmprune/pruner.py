@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from vlmprune.families import Positions
 from vlmprune.report import Report, make
 from vlmprune.reuse import Vision
 from vlmprune.taps import Score
-from vlmprune.views import EncoderView, LayerView, Retention, Selection
+from vlmprune.views import Ask, EncoderView, LayerView, Reads, Retention, Rows, RowView, Selection
 
 
 class Pruner:
@@ -41,6 +41,8 @@ class Pruner:
     stage: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     text_agnostic: ClassVar[bool] = False
+    # Of methods that drop rows inside the language model: what positions="auto" means.
+    released: ClassVar[Literal["compact", "original"]] = "original"
 
     @property
     def shortens(self) -> bool:
@@ -52,8 +54,38 @@ class Pruner:
         """Whether it cuts the KV cache after prefill."""
         return type(self).retain is not Pruner.retain
 
+    @property
+    def drops(self) -> bool:
+        """Whether it drops visual tokens between decoder layers."""
+        return type(self).drop is not Pruner.drop
+
+    def reads(self, depth: int, feature: int) -> Reads:
+        """What `select` wants to see beside the family's own score and features.
+
+        Args:
+            depth: number of encoder layers.
+            feature: 0-based layer whose output the model takes as features.
+        """
+        return Reads()
+
     def select(self, view: EncoderView) -> Selection:
         """Choose cells after the vision encoder."""
+        raise NotImplementedError
+
+    def asks(self, depth: int) -> Mapping[int, Ask]:
+        """The decoder layers at whose input `drop` is asked, and what it wants to see there.
+
+        Args:
+            depth: number of decoder layers. Layer 0 cannot be asked.
+        """
+        return {}
+
+    def raters(self, view: RowView) -> Tensor:
+        """[B, X] bool; the text tokens whose attention counts, from the embedded prompt."""
+        return view.text
+
+    def drop(self, layer: int, view: RowView) -> Rows | None:
+        """Choose the rows that go on into a decoder layer; None lets all go on."""
         raise NotImplementedError
 
     def retain(self, layer: int, view: LayerView) -> Retention | None:

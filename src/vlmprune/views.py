@@ -6,7 +6,9 @@ Imports no library but torch.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,23 +17,64 @@ from vlmprune.budget import Budget, each_crop
 
 
 @dataclass(frozen=True)
+class Reads:
+    """What a method reads of the vision encoder beside the family's own score and features.
+
+    Layers are 0-based numbers of encoder layers.
+
+    Attributes:
+        layers: layers whose attention scores are wanted (the CLS token's row, else received).
+        patches: the layer whose patch-to-patch attention is wanted, by its column and row means.
+        keys: the layer whose keys are wanted, averaged over heads.
+        projected: whether the projected features are wanted.
+        relevance: "" for none; "auto", the likeness of each visual token to the question, by the
+            model's own text tower where it has one, else by the language model's text
+            embeddings; or the folder or id of a CLIP model whose text tower is to be used.
+    """
+
+    layers: tuple[int, ...] = ()
+    patches: int | None = None
+    keys: int | None = None
+    projected: bool = False
+    relevance: str = ""
+
+
+@dataclass(frozen=True)
 class EncoderView:
     """All crops of a request after the vision encoder, before the language model.
 
     A *cell* is one patch of one crop, numbered crop · N + patch. A frame of a video is a crop, and
-    a video counts as an image.
+    a video counts as an image. What a method did not ask for (`Pruner.reads`) is None or empty.
 
     Attributes:
         attention: [crops, N] float32; what each patch receives, averaged over heads.
         features: [crops, N, C]; encoder features before the projector.
         candidates: [crops, N] bool; patches that the language model would see.
         images: for each crop, the number of its image in the request.
+        grids: for each crop (rows, columns) of its cells; of a smaller crop the cells past
+            rows · columns are no candidates.
+        videos: for each image, whether it is a video, whose crops are its frames in order.
+        layers: by encoder layer, attention as in `attention`.
+        received: [crops, N] float32; mean over patches of the attention that each patch gets.
+        given: [crops, N] float32; mean over patches of the attention that each patch gives.
+        keys: [crops, N, D] keys averaged over heads.
+        projected: [crops, N, D] features as the language model gets them; zeros where a cell is no
+            candidate.
+        relevance: [crops, N] float32; mean cosine to the parts of the question.
     """
 
     attention: Tensor
     features: Tensor
     candidates: Tensor
     images: tuple[int, ...]
+    grids: tuple[tuple[int, int], ...] = ()
+    videos: tuple[bool, ...] = ()
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
+    received: Tensor | None = None
+    given: Tensor | None = None
+    keys: Tensor | None = None
+    projected: Tensor | None = None
+    relevance: Tensor | None = None
 
     def narrow(self, kept: Tensor) -> EncoderView:
         """The same view with the cells that are not in `kept` [crops, N] ruled out."""
@@ -64,16 +107,113 @@ class EncoderView:
 
 
 @dataclass(frozen=True)
+class Merge:
+    """Kept cells that are made of several: each becomes a weighted sum of features.
+
+    Cells are numbered crop · N + cell; an entry adds weight · features[source] to the new value of
+    the kept cell `into`. Kept cells that no entry names stay as they are.
+
+    Attributes:
+        into: [M] int64.
+        source: [M] int64.
+        weight: [M] float32.
+        projected: whether projected features are added up; else those before the projector, which
+            then sees the sums. Where a projector does not work cell by cell, the projected ones
+            are added up in either case.
+    """
+
+    into: Tensor
+    source: Tensor
+    weight: Tensor
+    projected: bool = False
+
+
+@dataclass(frozen=True)
 class Selection:
     """What a method chose.
 
     Attributes:
         kept: [crops, N] bool.
         roles: [crops, N] bool by name, for pictures; disjoint parts of `kept`.
+        merge: how kept cells are made of several; None where they stay as they are.
+        members: [crops, N] int64; the kept cell that each cell went into (a kept cell: itself), -1
+            where it went into none; for pictures. None where nothing is merged.
+        last: [crops, N] bool; kept cells whose tokens come behind the crop's other tokens where
+            positions are renumbered; None for none.
     """
 
     kept: Tensor
     roles: dict[str, Tensor]
+    merge: Merge | None = None
+    members: Tensor | None = None
+    last: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a method that drops rows wants to see at the input of a decoder layer.
+
+    Attributes:
+        attention: "previous", as the layer before attended; "own", as this layer would attend to
+            all rows that reach it; "" for none.
+        queries: whose attention, averaged: the prompt's last token, or the raters
+            (`Pruner.raters`).
+        keys: whether the keys of the layer before are wanted.
+    """
+
+    attention: Literal["previous", "own", ""] = ""
+    queries: Literal["last", "raters"] = "last"
+    keys: bool = False
+
+
+@dataclass(frozen=True)
+class RowView:
+    """The rows of a prompt that reach a decoder layer.
+
+    V is the largest number of visual tokens that a sample still has, X of text tokens. Of text,
+    only what this prompt brings is counted, not what a cache holds.
+
+    Attributes:
+        hidden: [B, V, D]; states of the visual tokens.
+        images: [B, V] int64; image of each visual token, counted within its sample; -1 where a
+            sample has fewer.
+        counts: [B, I] int64; visual tokens that each image still has.
+        before: [B, I] int64; visual tokens that it had at the first layer.
+        text_hidden: [B, X, D]; states of the other tokens.
+        text: [B, X] bool; False where a sample has fewer.
+        after: [B, X] bool; text behind the sample's first visual token.
+        attention: [B, V] float32; post-softmax attention that the asked queries pay to each visual
+            token, averaged over heads and queries; None where not asked for.
+        keys: [B, V, H · D] keys after rotary embedding, KV heads side by side; None likewise.
+        text_keys: [B, X, H · D]; None likewise.
+    """
+
+    hidden: Tensor
+    images: Tensor
+    counts: Tensor
+    before: Tensor
+    text_hidden: Tensor
+    text: Tensor
+    after: Tensor
+    attention: Tensor | None = None
+    keys: Tensor | None = None
+    text_keys: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows go on.
+
+    Attributes:
+        kept: [B, V] bool; visual tokens that go on, all text does.
+        states: [B, V, D] new states of the visual tokens; None leaves them.
+        last: [B, V] bool; kept rows that come behind the other rows of their image (merged rows);
+            None for none.
+    """
+
+    kept: Tensor
+    states: Tensor | None = None
+    last: Tensor | None = None
 
 
 @dataclass(frozen=True)
