@@ -2,6 +2,7 @@
 
     python benchmarks/selection.py
     python benchmarks/selection.py --crops 1 --crops 5 --keep 64 --device cuda --json out.json
+    python benchmarks/selection.py --memory
 
 The tower is CLIP ViT-L/14 at 336 pixels: 577 tokens, 24 layers. Its weights are random and larger
 than at the start of a training, so that attention and features differ from token to token.
@@ -13,6 +14,9 @@ than at the start of a training, so that attention and features differ from toke
 All variants take turns within one process. Times are medians; the spread beside them is half
 the distance between the quartiles, relative to the median. On a CPU only ratios are printed, as
 absolute times say little there (the JSON file holds them).
+
+With --memory nothing is timed: for every method the extra peak of its choice among many visual
+tokens is shown instead.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,12 +36,14 @@ import torch
 import transformers
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from vlmprune import select
+from peaks import peak_of, table
+from vlmprune import METHODS, select
 from vlmprune.dispatch import attention_of
 from vlmprune.taps import Tap, tapped
 
@@ -272,6 +279,17 @@ def show(console: Console, result: dict[str, Any], with_times: bool) -> None:
     )
 
 
+def _memory(tokens: int, json_path: Path | None) -> None:
+    peaks = [
+        peak_of(name, tokens, lambda call: peak_bytes(call, "cpu"))
+        for name in track(METHODS, description="Methods")
+    ]
+    Console().print(table(peaks))
+    if json_path is not None:
+        text = json.dumps([asdict(one) for one in peaks], indent=2)
+        json_path.write_text(text + "\n")
+
+
 @torch.inference_mode()
 def main(
     crops: Annotated[list[int] | None, typer.Option(help="Crops in a batch; may repeat.")] = None,
@@ -284,8 +302,13 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="The tower's precision.")] = "float32",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures.")] = None,
+    memory: Annotated[bool, typer.Option("--memory", help="Peaks of all methods only.")] = False,
+    tokens: Annotated[int, typer.Option(help="Visual tokens for --memory.")] = 16384,
 ) -> None:
     """Compare VisPruner's selection as released with vlmprune's."""
+    if memory:
+        _memory(tokens, json_path)
+        return
     if (TOKENS - int(keep * important_ratio)) % 2:
         raise typer.BadParameter("the authors' procedure fails on lists of odd length; change it.")
     console = Console()

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 
-from commandline import call, config_of_embedded
+from commandline import call, config_of_embedded, sentence
 from vlmprune import METHODS, __version__
 from vlmprune.families import FAMILIES, TOWERS
 
@@ -49,16 +49,25 @@ def test_methods_lists_all():
         cls = METHODS[one["name"]]
         assert list(one["settings"]) == [field.name for field in fields(cls)]
         assert (one["needs"], one["paper"]) == (cls.needs, cls.paper)
+        # What a user has to know of each; a control is nobody's method.
+        assert one["stage"] and one["needs"], one["name"]
+        assert one["paper"] == "control" or (one["paper"].startswith("arXiv ") and one["deviations"])
     own = content[0]["settings"]
     assert own["keep"]["required"] and own["important_ratio"]["default"] == 0.5
     assert content[0]["reusable_across_questions"] and "ties go" in content[0]["deviations"]
-    assert {one["name"]: one["reads_files"] for one in content} == {
-        "vispruner": False,
-        "plphp": True,
-    }
+    files = [one["name"] for one in content if one["reads_files"]]
+    assert files == ["plphp", "gsearch"]
     shown = call("methods").stdout
     assert "arXiv 2412.01818" in shown and "important_ratio=0.5" in shown
+    brief = call("methods", "--brief").stdout
+    assert all(name in brief for name in METHODS) and "important_ratio=0.5" not in brief
+    one = call("methods", "plphp").stdout
+    assert "PLPHP" in one and "VisPruner" not in one
     assert "from=FILE" in shown and "chain methods by +" in " ".join(shown.split())
+
+
+def test_an_unknown_method_is_told():
+    assert "method 'fast' is unknown" in sentence("methods", "fast")
 
 
 def test_models_lists_all():

@@ -66,6 +66,31 @@ def test_outlines_tell_the_roles_apart() -> None:
     assert orange[0] > orange[2] and blue[2] > blue[0]
 
 
+def test_members_are_tinted_and_the_legend_says_so() -> None:
+    image, boxes = photo(400, 400), grid(0, 0, 400, 400, 4)
+    roles = ["dropped"] * 16
+    roles[5], roles[6] = "important", "member"
+    before, after = np.asarray(image, dtype=float), plain(image, boxes, roles)
+    old, member, dropped = (inside(p, boxes[i]) for p, i in ((before, 6), (after, 6), (after, 9)))
+    assert (inside(after, boxes[5]) == inside(before, boxes[5])).all()
+    # Darker than a kept one, brighter than a dropped one, and greener than it was.
+    assert old.mean() > member.mean() > 1.3 * dropped.mean()
+    green = member[..., 1] - member[..., [0, 2]].mean(axis=-1)
+    assert (green > 20).all() and abs(dropped[..., 1] - dropped[..., 0]).max() < 20
+    # Kept patches alone are outlined.
+    assert (after[102, 150] == overlay.COLOURS["important"]).all()
+    assert tuple(after[198, 250]) != overlay.COLOURS["member"]
+    # One that a kept patch overlaps, shows the kept patch.
+    both = torch.cat((boxes, boxes[6:7]))
+    shown = plain(image, both, [*roles, "kept"])
+    assert (inside(shown, boxes[6]) == inside(before, boxes[6])).all()
+    colour = np.array(overlay.COLOURS["member"])
+    for role, count in (("member", True), ("dropped", False)):
+        named = [*roles[:6], role, *roles[7:]]
+        card = np.asarray(overlay.draw(image, boxes, named, min_side=400))[410:]
+        assert (int((card == colour).all(axis=2).sum()) > 60) == count
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 63), st.integers(0, 63))
 def test_the_bright_place_is_the_kept_box(kept: int, other: int) -> None:
@@ -208,7 +233,7 @@ def test_no_tokens_at_all() -> None:
     ("changes", "words"),
     [
         ({"roles": ["kept"] * 3}, "4 boxes have 3 roles"),
-        ({"roles": ["kept"] * 3 + ["merged"]}, "unknown roles"),
+        ({"roles": ["kept"] * 3 + ["melted"]}, "unknown roles"),
         ({"boxes": torch.zeros(4, 3)}, r"must be \[n, 4\]"),
         ({"boxes": torch.full((4, 4), float("nan"))}, "finite"),
         ({"boxes": torch.tensor([[9.0, 0, 1, 1]] * 4)}, "x0 <= x1"),

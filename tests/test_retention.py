@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from beartype import beartype
@@ -84,6 +85,27 @@ def test_one_budget_for_all_heads(case: tuple[Tensor, Tensor, Tensor]) -> None:
             assert found == wanted
 
 
+@given(st.integers(1, 3), st.integers(1, 12), st.floats(0.05, 0.99), st.integers(0, 9999))
+def test_the_fewest_that_hold_a_share(batch: int, tokens: int, share: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # Eighths, of which sums are exact, and so few that ties are common.
+    sums = torch.randint(0, 9, (batch, tokens), generator=generator) / 8
+    seen = torch.randint(1, 4, (batch, tokens), generator=generator)
+    pads = torch.randint(0, tokens, (batch,), generator=generator).tolist()
+    for row, pad in enumerate(pads):
+        sums[row, :pad], seen[row, :pad] = 0, 0
+    kept = retention.important(sums, seen, share)
+    for row, pad in enumerate(pads):
+        own = list(range(pad, tokens))
+        left, count = float(np.float32(share) * np.float32(sums[row].sum())), 0
+        for value in sorted(sums[row].tolist(), reverse=True):
+            count, left = count + 1, left - value
+            if left <= 0:
+                break
+        best = sorted(own, key=lambda i: (-float(sums[row, i] / seen[row, i]), i))
+        assert set(kept[row].nonzero()[:, 0].tolist()) == {*best[:count], tokens - 1}
+
+
 def test_by_hand() -> None:
     """Two heads over two images of three tokens, one of each to keep."""
     scores = torch.tensor([[[0.1, 0.5, 0.2, 0.0, 0.0, 0.9], [0.3, 0.3, 0.0, 0.4, 0.8, 0.1]]])
@@ -94,6 +116,24 @@ def test_by_hand() -> None:
     # and two more go to the best of the rest, 0.3 and 0.2.
     kept = choose("shared", scores, images, torch.tensor([[2, 1]]))
     assert kept[0].nonzero().tolist() == [[0, 1], [0, 2], [0, 5], [1, 0], [1, 1], [1, 4]]
+
+
+def test_important_by_hand() -> None:
+    """Five columns hold 1, 4, 2, 2 and 1 of ten: 4 + 2 + 2 make up 0.8, and 3 are important."""
+    sums = torch.tensor([[1.0, 4.0, 2.0, 2.0, 1.0, 0.0]])
+    seen = torch.tensor([[10, 10, 8, 4, 1, 0]])
+    # A row, they get 0.1, 0.4, 0.25, 0.5 and 1.
+    assert retention.important(sums, seen, 0.8).nonzero()[:, 1].tolist() == [1, 3, 4]
+    # 0.4 is one column: column 4, which is the last one, too.
+    assert retention.important(sums, seen, 0.4).nonzero()[:, 1].tolist() == [4]
+    # The last one stays though others are better.
+    seen[0, 4] = 10
+    assert retention.important(sums, seen, 0.4).nonzero()[:, 1].tolist() == [3, 4]
+    # Ties go to the lower index: all get 1 of 5, of which 0.6 are three.
+    even = torch.ones(1, 5)
+    found = retention.important(even, torch.ones(1, 5).long(), 0.59)
+    assert found.nonzero()[:, 1].tolist() == [0, 1, 2, 4]
+    assert retention.important(sums, seen, 1).tolist() == [[True] * 5 + [False]]
 
 
 def view(gamma: list[float], tokens: int) -> LayerView:

@@ -78,7 +78,7 @@ def test_reads(text: str, expected: Pruner) -> None:
     [
         ("", "the method is empty; write for example vispruner:keep=64"),
         ("  ", "the method is empty"),
-        ("magic", "method 'magic' is unknown; use one of vispruner, plphp, any"),
+        ("magic", "method 'magic' is unknown; use one of vispruner, plphp, "),
         ("vispruner:keep=4|magic:r=1", "method 'magic' is unknown"),
         ("VisPruner:keep=4", "method 'VisPruner' is unknown"),
         ("vispruner:keep=4|", "a method is missing in 'vispruner:keep=4|'"),

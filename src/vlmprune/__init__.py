@@ -8,24 +8,97 @@ from typing import TYPE_CHECKING, Any
 from vlmprune.errors import VlmpruneError
 
 if TYPE_CHECKING:
-    from vlmprune.methods import METHODS, PLPHP, VisPruner
+    from vlmprune.methods import (
+        DART,
+        EVS,
+        METHODS,
+        PLPHP,
+        AveragePooling,
+        CDPruner,
+        DivPrune,
+        Downsample,
+        FasterVLM,
+        FastV,
+        FoPru,
+        GSearch,
+        PruMerge,
+        PSigmoid,
+        PyramidDrop,
+        RandomTokens,
+        SparseVLM,
+        ToMe,
+        UniformGrid,
+        VisionZip,
+        VisPruner,
+        VtcCls,
+        ZipVL,
+    )
     from vlmprune.pruner import Handle, Pruner
     from vlmprune.report import Report
     from vlmprune.reuse import Vision
 
 __version__ = "0.1.0"
 
-__all__ = ["METHODS", "PLPHP", "Handle", "Pruner", "Report", "VisPruner", "Vision", "VlmpruneError"]
+__all__ = [
+    "DART",
+    "EVS",
+    "METHODS",
+    "PLPHP",
+    "AveragePooling",
+    "CDPruner",
+    "DivPrune",
+    "Downsample",
+    "FastV",
+    "FasterVLM",
+    "FoPru",
+    "GSearch",
+    "Handle",
+    "PSigmoid",
+    "PruMerge",
+    "Pruner",
+    "PyramidDrop",
+    "RandomTokens",
+    "Report",
+    "SparseVLM",
+    "ToMe",
+    "UniformGrid",
+    "VisPruner",
+    "Vision",
+    "VisionZip",
+    "VlmpruneError",
+    "VtcCls",
+    "ZipVL",
+]
 
 # Imported when first asked for, so that the command line's help needs no torch.
 _HOMES = {
     "METHODS": "methods",
+    "SparseVLM": "methods",
+    "PSigmoid": "methods",
+    "GSearch": "methods",
+    "DART": "methods",
+    "Downsample": "methods",
+    "ToMe": "methods",
     "PLPHP": "methods",
     "VisPruner": "methods",
+    "ZipVL": "methods",
     "Handle": "pruner",
     "Pruner": "pruner",
     "Report": "report",
     "Vision": "reuse",
+    "AveragePooling": "methods",
+    "CDPruner": "methods",
+    "DivPrune": "methods",
+    "EVS": "methods",
+    "FasterVLM": "methods",
+    "FastV": "methods",
+    "FoPru": "methods",
+    "PruMerge": "methods",
+    "PyramidDrop": "methods",
+    "RandomTokens": "methods",
+    "UniformGrid": "methods",
+    "VisionZip": "methods",
+    "VtcCls": "methods",
 }
 
 

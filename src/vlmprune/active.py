@@ -13,7 +13,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vlmprune.families.media import Medium
 
 if TYPE_CHECKING:
+    from vlmprune.dropping import Dropping
     from vlmprune.pruner import Handle
+    from vlmprune.report import Report
     from vlmprune.retaining import Retaining
 
 
@@ -86,6 +88,8 @@ class Active:
         running: rows of the forward that is under way; None before the first.
         numbers: for each row, the number of each kept visual token among all that it brought.
         columns: of the prompt, those of the cache included.
+        dropping: what is to be dropped between decoder layers; None for nothing.
+        report: of the call so far; the handle's may be another thread's by now.
     """
 
     handle: Handle
@@ -99,6 +103,8 @@ class Active:
     batch: int = 1
     running: int | None = None
     columns: int = 0
+    dropping: Dropping | None = None
+    report: Report | None = None
 
     def drifted(self, positions: Tensor, start: int) -> Tensor:
         """[3 or 4, B, L] positions with those behind the prompt moved.
@@ -119,3 +125,5 @@ class Active:
 
 
 active: ContextVar[Active | None] = ContextVar("vlmprune_active", default=None)
+# The report that this thread made last.
+made: ContextVar[Report | None] = ContextVar("vlmprune_made", default=None)

@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from vlmprune import ragged
+from vlmprune import among, ragged
 from vlmprune.dispatch import GUEST, dispatching
 from vlmprune.errors import VlmpruneError
 from vlmprune.ragged import Ragged
@@ -33,6 +34,9 @@ class Cutter(Protocol):
 
     def due(self, length: int) -> bool:
         """Whether a layer of that many columns has seen the whole prompt."""
+
+    def attended(self, guest: Guest, query: Tensor, mask: Any, scale: float) -> Tensor | None:
+        """[B, T] bool: the guest's columns among which its layer is to attend; None for all."""
 
     def cut(self, guest: Guest, query: Tensor, scale: float) -> None:
         """Cut the guest's layer, which is due; `query` [B, Hq, Q, D] holds its last queries."""
@@ -84,13 +88,21 @@ class Guest:
         scale = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         _check_call(kwargs)
-        if self.prefix is None:
+        cutter = binding.cutter
+        asked = (self, query, attention_mask, scale)
+        chosen = None if cutter is None else cutter.attended(*asked)
+        if chosen is not None:
+            # Positions of all rows would not fit, and gaps in them look like packed sequences.
+            kwargs.pop("position_ids", None)
+            plain = partial(_plain, function, module, kwargs)
+            tensors = query, self.keys, self.values, _known(attention_mask), chosen
+            result = among.attend(plain, *tensors, self.prefix, scale, _flash(module)), None
+        elif self.prefix is None:
             result = function(module, query, self.keys, self.values, attention_mask, **kwargs)
         else:
             mask = tail_mask(attention_mask, query, key.shape[2])
             out = ragged.attend(query, self.prefix, self.keys, self.values, mask, scale)
             result = out.transpose(1, 2).contiguous(), None
-        cutter = binding.cutter
         if cutter is not None and cutter.due(self.layer.get_seq_length()):
             cutter.cut(self, query, scale)
         return result
@@ -339,11 +351,7 @@ def tail_mask(mask: Any, query: Tensor, tail: int) -> Tensor | None:
     Raises:
         VlmpruneError: another kind of mask.
     """
-    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim not in (2, 4)):
-        raise VlmpruneError(
-            f"attention masks of {type(mask).__name__} cannot be used with a cut cache; load the "
-            "model with attn_implementation='sdpa'."
-        )
+    mask = _known(mask)
     if mask is not None and mask.ndim == 4:
         return mask[..., mask.shape[-1] - tail :]
     queries = query.shape[2]
@@ -355,6 +363,23 @@ def tail_mask(mask: Any, query: Tensor, tail: int) -> Tensor | None:
         real = mask[:, None, None, mask.shape[-1] - tail :].bool()
         seen = real if seen is None else seen & real
     return seen
+
+
+def _known(mask: Any) -> Tensor | None:
+    if mask is None or (isinstance(mask, Tensor) and mask.ndim in (2, 4)):
+        return mask
+    raise VlmpruneError(
+        f"attention masks of {type(mask).__name__} cannot be used with a cut cache; load the "
+        "model with attn_implementation='sdpa'."
+    )
+
+
+def _plain(function: Callable[..., Any], module: Any, kwargs: dict[str, Any], *call: Any) -> Any:
+    return function(module, *call, **kwargs)[0]
+
+
+def _flash(module: Any) -> bool:
+    return "flash" in (module.config._attn_implementation or "")
 
 
 def _check_call(kwargs: dict[str, Any]) -> None:

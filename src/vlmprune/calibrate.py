@@ -110,7 +110,7 @@ def measure(
     with probe(model) as handle:
         for inputs in batches:
             model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
-            found = handle.report.layers if handle.report is not None else []
+            found = handle.report.cut if handle.report is not None else []
             if not found:
                 continue
             layers = tuple(layer.index for layer in found)

@@ -18,8 +18,16 @@ from transformers import DynamicCache
 
 from vlmprune import costs, families, reuse
 from vlmprune.active import Active, active
-from vlmprune.cache import adopt, attending, binding_of, refusal
+from vlmprune.cache import adopt, attending, binding_of
 from vlmprune.errors import VlmpruneError
+from vlmprune.layers import dropping_rows
+from vlmprune.refusals import (
+    check_common,
+    check_cutting,
+    check_dropping,
+    check_generate,
+    recomputes,
+)
 from vlmprune.request import handed, leave_deltas, mark, prepare, remember
 
 if TYPE_CHECKING:
@@ -38,9 +46,11 @@ def generate(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs:
     if vision is None and not _brings_items(handle, kwargs) and mark(cache) is None:
         handle.report_nothing()
         return original(**kwargs)
-    _check_generate(handle.model, kwargs, ids, setting)
+    check_generate(handle.model, kwargs, ids, setting)
     if handle.pruner.cuts:
-        _check_cutting(handle, kwargs, setting)
+        check_cutting(handle, kwargs, setting)
+    if handle.asks:
+        check_dropping(handle, kwargs, setting)
 
     assert ids is not None
     mask = kwargs.get("attention_mask")
@@ -94,7 +104,7 @@ def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: 
             ahead = (kwargs.get("mm_encoder_outputs") or {}).get(medium.kind)
             if ahead is not None and medium.method in state.pruned:
                 medium.form(ahead)
-        with _cutting(handle, state, kwargs.get("past_key_values")):
+        with _inside_decoder(handle, state, kwargs):
             return original(*args, **kwargs)
     vision = _vision(handle, kwargs)
     bound = inspect.signature(original).bind(*args, **kwargs).arguments
@@ -103,17 +113,19 @@ def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: 
     if vision is None and not _brings_items(handle, kwargs) and mark(cache) is None:
         return original(**kwargs)
     ids = kwargs.get("input_ids")
-    _check_common(kwargs, ids)
+    check_common(kwargs, ids)
     if isinstance(kwargs.get("logits_to_keep"), Tensor):
         raise VlmpruneError(
             "logits_to_keep as a tensor counts columns that pruning removes; pass an int."
         )
     assert ids is not None
     caching = _caches(handle.model, kwargs)
-    if handle.pruner.cuts and caching:
-        _check_cutting(handle, kwargs, lambda name: kwargs.get(name))
+    if handle.pruner.cuts and (caching or handle.pruner.probes is not None):
+        check_cutting(handle, kwargs, lambda n: caching if n == "use_cache" else kwargs.get(n))
         if cache is None and (vision is not None or _brings_items(handle, kwargs)):
             cache = kwargs["past_key_values"] = DynamicCache(config=handle.model.config)
+    if handle.asks:
+        check_dropping(handle, kwargs, kwargs.get)
     prepared = prepare(
         handle,
         ids,
@@ -138,7 +150,7 @@ def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: 
     prepared.state.running = prepared.prompt.ids.shape[0]
     token = active.set(prepared.state)
     try:
-        with _cutting(handle, prepared.state, kwargs.get("past_key_values")):
+        with _inside_decoder(handle, prepared.state, kwargs):
             result = original(**kwargs)
     finally:
         active.reset(token)
@@ -153,7 +165,7 @@ def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: 
 def encode(handle: Handle, inputs: dict[str, Any]) -> Vision:
     """The images and videos of a request after pruning, for later requests."""
     reuse.check(handle)
-    _check_common(inputs, inputs.get("input_ids"))
+    check_common(inputs, inputs.get("input_ids"))
     if not _brings_items(handle, inputs):
         raise VlmpruneError(
             "there is no image or video to encode; pass all that the model's processor returns."
@@ -179,6 +191,38 @@ def features(
 
 
 @contextmanager
+def _inside_decoder(handle: Handle, state: Active, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Let a forward drop rows between layers, and cut or continue a cache."""
+    cache, dropping = kwargs.get("past_key_values"), state.dropping
+    if dropping is not None and dropping.done and cache is not None:
+        dropping = None
+    wanted = kwargs.get("output_hidden_states")
+    if wanted is None:
+        wanted = getattr(handle.model.config, "output_hidden_states", False)
+    with (
+        dropping_rows(handle.model, dropping, cache, bool(wanted)),
+        _cutting(handle, state, cache),
+    ):
+        yield
+    if dropping is None or dropping.done:
+        return
+    dropping.done = True
+    stages = dropping.stages()
+    if stages and state.report is not None:
+        positions: str = handle.inside
+        if handle.pruner.shortens and positions != handle.positions:
+            positions = f"{handle.positions}, inside the language model {positions}"
+        handle.report = state.report.with_rows(
+            handle.model.config,
+            stages,
+            [len(row) for row in dropping.lengths],
+            handle.model.dtype,
+            positions,
+            dropping.seconds,
+        )
+
+
+@contextmanager
 def _cutting(handle: Handle, state: Active, cache: Any) -> Iterator[None]:
     """Let a forward attend to a cache that was cut, and cut what a prompt brings."""
     retaining = state.retaining
@@ -193,9 +237,9 @@ def _cutting(handle: Handle, state: Active, cache: Any) -> Iterator[None]:
         yield
     if retaining is not None and cache is not None and retaining.due(cache.get_seq_length()):
         retaining.done = True
-        if handle.report is not None:
+        if state.report is not None:
             cached = costs.kv_layers(handle.model.config)
-            handle.report = handle.report.with_layers(
+            handle.report = state.report.with_layers(
                 retaining.layers, cached, retaining.seconds, state.numbers
             )
 
@@ -226,10 +270,7 @@ def _caches(model: Any, kwargs: dict[str, Any]) -> bool:
     wanted = kwargs.get("use_cache")
     if wanted is None:
         wanted = getattr(model.config.get_text_config(), "use_cache", True)
-    # Recomputing activations goes without a cache; the flag's name differs between releases.
-    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
-    name = next((n for n in names if hasattr(type(model), n)), "")
-    return bool(wanted) and not (model.training and getattr(model, name, False))
+    return bool(wanted) and not recomputes(model)
 
 
 def _inside(state: Active, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -268,85 +309,6 @@ def _settings(model: Any, kwargs: dict[str, Any]) -> Callable[[str], Any]:
         return getattr(model.generation_config, name, None)
 
     return setting
-
-
-def _check_common(kwargs: dict[str, Any], ids: Tensor | None) -> None:
-    if ids is None:
-        raise VlmpruneError(
-            "inputs_embeds cannot be pruned, for they do not show where the images are; pass "
-            "input_ids and pixel_values."
-        )
-    if kwargs.get("mm_encoder_outputs"):
-        raise VlmpruneError("mm_encoder_outputs cannot be pruned; pass pixel_values.")
-    mask = kwargs.get("attention_mask")
-    if mask is not None and mask.ndim != 2:
-        raise VlmpruneError(
-            f"attention_mask has {mask.ndim} dimensions; vlmprune needs the plain [batch, length] "
-            "mask."
-        )
-
-
-def _check_generate(
-    model: Any, kwargs: dict[str, Any], ids: Tensor | None, setting: Callable[[str], Any]
-) -> None:
-    _check_common(kwargs, ids)
-    lookup = setting("prompt_lookup_num_tokens") or setting("assistant_early_exit")
-    if kwargs.get("assistant_model") is not None or lookup:
-        raise VlmpruneError(
-            "vlmprune does not support assisted decoding; leave out assistant_model, "
-            "prompt_lookup_num_tokens and assistant_early_exit."
-        )
-    takes = inspect.signature(type(model).forward).parameters
-    if setting("prefill_chunk_size") and "mm_encoder_outputs" not in takes:
-        raise VlmpruneError(
-            "this release of transformers loses images under prefill_chunk_size; leave it out, or "
-            "upgrade transformers."
-        )
-
-
-def _check_cutting(handle: Handle, kwargs: dict[str, Any], setting: Callable[[str], Any]) -> None:
-    """Refuse, before any work, what a method that cuts caches cannot do."""
-    method = repr(handle.pruner)
-    if setting("use_cache") is False:
-        raise VlmpruneError(f"{method} cuts the KV cache and needs one; leave out use_cache=False.")
-    config = handle.model.config.get_text_config()
-    if setting("output_attentions") or getattr(config, "output_attentions", False):
-        raise VlmpruneError(
-            f"{method} has no full attention weights to return; leave out output_attentions."
-        )
-    kind = setting("cache_implementation")
-    if kind not in (None, "dynamic", "dynamic_full", "offloaded"):
-        raise VlmpruneError(
-            f"{method} cannot cut a cache of cache_implementation={kind!r}; leave it out, for the "
-            "dynamic cache."
-        )
-    if config._attn_implementation == "flex_attention":
-        raise VlmpruneError(
-            f"{method} does not work with flex_attention; load the model with "
-            "attn_implementation='sdpa'."
-        )
-    if _is_compiled(handle):
-        raise VlmpruneError(
-            f"{method} does not work with a compiled model, whose graphs pass its cache by; use "
-            "the model as it is, or prune before the language model alone."
-        )
-    cache = kwargs.get("past_key_values")
-    why = None if cache is None else refusal(cache, handle.cuttable)
-    if why is not None:
-        raise VlmpruneError(f"{method} {why}")
-
-
-def _is_compiled(handle: Handle) -> bool:
-    """Whether the model, or a module of it, was given to `torch.compile`."""
-    mark = "_torchdynamo_orig_callable"
-    if hasattr(handle.host.original("forward"), mark):
-        return True
-    return any(
-        hasattr(vars(module).get("forward"), mark)
-        or type(module).__name__ == "OptimizedModule"
-        or getattr(module, "_compiled_call_impl", None) is not None
-        for module in handle.model.modules()
-    )
 
 
 def _mask_of(ids: Tensor, pad: Any, eos: Any) -> Tensor:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from vlmprune import inside, merging, relevance
 from vlmprune.active import Pruned
 from vlmprune.cache import RaggedLayer
-from vlmprune.encode import Plan, encode
+from vlmprune.encode import Encoded, Plan, encode
 from vlmprune.inputs import Prompt
 from vlmprune.report import make
 from vlmprune.retaining import Retaining, row_lengths
+from vlmprune.views import Inside, Reads, Selection
 
 if TYPE_CHECKING:
     from vlmprune.pruner import Handle
@@ -27,6 +31,7 @@ def choose(
     planned: Plan,
     batch: int,
     vision: Vision | None = None,
+    question: relevance.Question | None = None,
 ) -> tuple[list[Tensor], dict[str, Pruned]]:
     """Encode and select, and report it.
 
@@ -36,6 +41,7 @@ def choose(
         planned: the geometry of its items.
         batch: rows.
         vision: what was encoded before, and is not encoded again.
+        question: the columns of the request, for methods that look at the text.
 
     Returns:
         For each item a [n] bool over its visual tokens, and the encoder outputs that are left;
@@ -47,19 +53,21 @@ def choose(
         seen = vision.in_order(planned, handle)
         kept, roles = [item.kept for item in seen], [item.roles for item in seen]
         patches = [n for item in seen for n in item.patches]
-        _report(handle, planned, inputs, kept, roles, batch, vision.score, 0.0, patches)
+        into = [item.members for item in seen if item.members is not None]
+        members = into if len(into) == len(seen) else None
+        _report(handle, planned, inputs, kept, roles, batch, vision.score, 0.0, patches, members)
         return kept, vision.pruned(handle, planned, batch)
+    videos = any(one.kind == "video" for one in planned.layouts)
+    handle.pruner.check_request(planned.candidates, planned.images, videos)
     if not handle.pruner.shortens:
         # The host encodes by itself, in its own time; every token goes on.
         kept = [torch.ones_like(one.labels, dtype=torch.bool) for one in planned.layouts]
         _report(handle, planned, inputs, kept, [{} for _ in kept], batch, "", 0.0)
         return kept, {}
-    videos = any(one.kind == "video" for one in planned.layouts)
-    handle.pruner.check_request(planned.candidates, planned.images, videos)
     media = handle.family.media
-    encoded = encode(
-        handle.model, media, handle.host.original, inputs, planned, handle.pruner.score
-    )
+    items = [[planned.items[i].layout for i in planned.of(n)] for n in range(len(media))]
+    acts = inside.plans(handle.model, media, inputs, items, handle.pruner)
+    encoded = _encoded(handle, inputs, planned, question, acts)
     _synchronize(encoded.view.attention)
     begin = time.perf_counter()
     selection = handle.pruner.select(encoded.view)
@@ -68,23 +76,113 @@ def choose(
     seconds = time.perf_counter() - begin
     by_role = {name: _to_tokens(planned, cells) for name, cells in selection.roles.items()}
     roles = [{name: parts[i] for name, parts in by_role.items()} for i in range(len(kept))]
-    _report(handle, planned, inputs, kept, roles, batch, encoded.score, seconds)
+    members = None
+    if selection.members is not None:
+        members = merging.to_tokens(planned.layouts, kept, selection.members)
+    score = encoded.score
+    _report(handle, planned, inputs, kept, roles, batch, score, seconds, members=members)
 
     pruned = {}
+    order = _order(handle, planned, selection, kept)
+    tokens = _tokens(handle, planned, encoded, selection)
     for number, output in encoded.outputs.items():
         own = planned.of(number)
         layouts = [planned.items[i].layout for i in own]
 
         def left(features: Sequence[Tensor], own: list[int] = own) -> list[Tensor]:
-            return [f[kept[i].to(f.device)] for f, i in zip(features, own, strict=True)]
+            short = [f[kept[i].to(f.device)] for f, i in zip(features, own, strict=True)]
+            if order is None:
+                return short
+            return [f[order[i].to(f.device)] for f, i in zip(short, own, strict=True)]
 
-        features = left(media[number].split(output, layouts))
+        features = left([tokens[i] for i in own])
         extra = [left(layer) for layer in media[number].extra(output, layouts)]
         rows = planned.rows(batch, number)
         deep = getattr(output, "deepstack_features", None) or [None]
         flat = isinstance(deep[0], Tensor)
         pruned[media[number].method] = Pruned(media[number], output, features, extra, rows, flat)
     return kept, pruned
+
+
+def _encoded(
+    handle: Handle,
+    inputs: Sequence[Mapping[str, Any]],
+    planned: Plan,
+    question: relevance.Question | None,
+    acts: Sequence[Inside | None],
+) -> Encoded:
+    """Encoder outputs and the view, with all that the pruner reads."""
+    source, asked = "", list[bool]()
+
+    def reads(depth: int, feature: int) -> Reads:
+        nonlocal source
+        wanted = handle.pruner.reads(depth, feature)
+        source = wanted.relevance
+        if source:
+            assert question is not None
+            relevance.check(handle, source, question, planned)
+        asked.append(wanted.projected)
+        return replace(wanted, projected=wanted.projected or bool(source))
+
+    encoded = encode(
+        handle.model,
+        handle.family.media,
+        handle.host.original,
+        inputs,
+        planned,
+        handle.pruner.score,
+        reads,
+        repr(handle.pruner),
+        acts,
+    )
+    if not source:
+        return encoded
+    assert question is not None
+    likeness, words = relevance.to_cells(handle, source, question, planned, encoded.view)
+    shown = encoded.view.projected if asked[0] else None
+    view = replace(encoded.view, relevance=likeness, projected=shown)
+    return replace(encoded, view=view, score="; ".join((encoded.score, words)))
+
+
+def _tokens(
+    handle: Handle, planned: Plan, encoded: Encoded, selection: Selection
+) -> dict[int, Tensor]:
+    """Of each item all visual tokens [n, D], those that are made of several made anew.
+
+    Features for later layers (deepstack) are not merged: a kept token brings its own.
+    """
+    out: dict[int, Tensor] = {}
+    projects: dict[int, Callable[[Tensor], Tensor | None]] = {}
+    for number, output in encoded.outputs.items():
+        medium, own = handle.family.media[number], planned.of(number)
+        split = medium.split(output, [planned.items[i].layout for i in own])
+        out |= dict(zip(own, split, strict=True))
+        projects |= {i: partial(medium.project, handle.model) for i in own}
+    if selection.merge is None or not len(selection.merge.into):
+        return out
+    every = range(len(planned.items))
+    made = merging.merged(
+        selection.merge,
+        selection.kept,
+        planned.layouts,
+        encoded.cells,
+        [out[i] for i in every],
+        [projects[i] for i in every],
+    )
+    return dict(zip(every, made, strict=True))
+
+
+def _order(
+    handle: Handle, planned: Plan, selection: Selection, kept: list[Tensor]
+) -> list[Tensor] | None:
+    """The order of each item's kept tokens; None as they lie in the image."""
+    if selection.last is None or handle.positions != "compact":
+        return None
+    last = _to_tokens(planned, selection.last)
+    return [
+        merging.order(one, stays, behind)
+        for one, stays, behind in zip(planned.layouts, kept, last, strict=True)
+    ]
 
 
 def _to_tokens(planned: Plan, cells: Tensor, always: bool = False) -> list[Tensor]:
@@ -112,7 +210,10 @@ def _report(
     score: str,
     seconds: float,
     patches: list[int] | None = None,
+    members: list[Tensor] | None = None,
 ) -> None:
+    media = handle.family.media
+    items = [[planned.items[i].layout for i in planned.of(n)] for n in range(len(media))]
     encoded = [
         medium.patches(handle.model, given, [planned.items[i].layout for i in planned.of(number)])
         for number, (medium, given) in enumerate(zip(handle.family.media, inputs, strict=True))
@@ -130,6 +231,8 @@ def _report(
         patches=[n for part in encoded for n in part] if patches is None else patches,
         dtype=handle.model.dtype,
         seconds=seconds,
+        members=members,
+        tower=inside.flops(handle.model, media, inputs, items, handle.pruner),
     )
 
 

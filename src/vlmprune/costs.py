@@ -37,12 +37,40 @@ def prefill_flops(config: Any, visual_tokens: int) -> float:
     Raises:
         ValueError: a negative count, or a config that lacks a field.
     """
+    layers = _field(_text(config), "num_hidden_layers")
+    return float(layers * _layer_flops(config, visual_tokens))
+
+
+def layered_flops(config: Any, visual_tokens: Sequence[int]) -> float:
+    """`prefill_flops` where fewer visual tokens reach later layers.
+
+    Args:
+        config: as there.
+        visual_tokens: for each decoder layer the number of visual tokens that enter it.
+
+    Returns:
+        FLOPs; with the same number everywhere those of `prefill_flops`.
+    """
+    return float(sum(_layer_flops(config, n) for n in visual_tokens))
+
+
+def _layer_flops(config: Any, visual_tokens: int) -> int:
+    """FLOPs of one decoder layer on so many visual tokens."""
     n = _count("visual_tokens", visual_tokens)
     text = _text(config)
     d, m = _field(text, "hidden_size"), _field(text, "intermediate_size")
     q, kv = _attention_widths(text)
-    per_layer = 2 * n * d * q + 2 * n * d * kv + 2 * n * n * q + 3 * n * d * m
-    return float(2 * _field(text, "num_hidden_layers") * per_layer)
+    return int(2 * (2 * n * d * q + 2 * n * d * kv + 2 * n * n * q + 3 * n * d * m))
+
+
+def attention_flops(width: int, tokens: int) -> float:
+    """FLOPs of one layer's attention among so many tokens: the `2 * 2n^2*q` of `prefill_flops`.
+
+    Args:
+        width: of all query heads together.
+        tokens: number n of tokens that attend to each other.
+    """
+    return float(4 * tokens * tokens * width)
 
 
 def kv_bytes(config: Any, tokens: int, bytes_per_value: int = 2) -> int:
@@ -74,11 +102,16 @@ def kv_layers(config: Any) -> int:
     Raises:
         ValueError: a config that lacks a field.
     """
+    return sum(caching_layers(config))
+
+
+def caching_layers(config: Any) -> list[bool]:
+    """For each decoder layer whether it caches keys and values."""
     text = _text(config)
     kinds = getattr(text, "layer_types", None)
     if kinds is None:
-        return int(_field(text, "num_hidden_layers"))
-    return sum(kind not in ("linear_attention", "conv", "mamba", "moe", "mlp") for kind in kinds)
+        return [True] * int(_field(text, "num_hidden_layers"))
+    return [kind not in ("linear_attention", "conv", "mamba", "moe", "mlp") for kind in kinds]
 
 
 def encoder_flops(
@@ -87,6 +120,7 @@ def encoder_flops(
     *,
     patches: int | None = None,
     pixels: int | Sequence[int] | None = None,
+    merges: Sequence[int] = (),
 ) -> float:
     """FLOPs that a ViT tower spends on `crops` crops, all of its layers.
 
@@ -101,6 +135,8 @@ def encoder_flops(
         patches: patches per crop, where it is known.
         pixels: side of a crop, or (height, width), in pixels; for towers that are fed another size
             than their config's `image_size`. Give this or `patches`, not both.
+        merges: how many tokens merge away between attention and feed-forward of each layer, from
+            the first on, where a method merges them; the layers after those see all again.
 
     Returns:
         FLOPs (not TFLOPs), as a float.
@@ -126,7 +162,12 @@ def encoder_flops(
         window = (_field(tower, "window_size") // _field(tower, "patch_size")) ** 2
         wide = len([number for number in whole if number < layers])
         seen = wide * n + (layers - wide) * min(n, window)
-    return float(2 * count * (linear + 2 * n * seen * d))
+    saved, left = 0, n
+    for merge in merges:
+        saved += 4 * (n - left) * d * d + 2 * (n * n - left * left) * d
+        left -= merge
+        saved += (n - left) * d * _feed_forward_width(tower, d)
+    return float(2 * count * (linear + 2 * n * seen * d - saved))
 
 
 def patch_count(config: Any, pixels: int | Sequence[int] | None = None) -> int:

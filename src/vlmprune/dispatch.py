@@ -51,6 +51,10 @@ class Guest(Protocol):
         """The call's result, by the plain `function` or otherwise."""
 
 
+# A call's queries and mask → the mask that it gets instead.
+Masks = Callable[[Tensor, Any], Any]
+
+
 class _Dispatcher:
     """Stands in for one registered attention function while at least one user needs it."""
 
@@ -58,6 +62,7 @@ class _Dispatcher:
         self.interface, self.name = interface, name
         self.users = 0
         self.watchers: dict[nn.Module, list[Watcher]] = {}
+        self.masks: dict[nn.Module, list[Masks]] = {}
         self.local = name in interface._local_mapping
         self.original = interface.get(name)
 
@@ -71,6 +76,8 @@ class _Dispatcher:
         **kwargs: Any,
     ) -> Any:
         # A copy, as other threads may add or remove theirs meanwhile.
+        for masked in tuple(self.masks.get(module, ())):
+            attention_mask = masked(query, attention_mask)
         for watcher in tuple(self.watchers.get(module, ())):
             watcher.see(module, query, key, attention_mask, kwargs)
         function = self.original or _eager(module)
@@ -107,16 +114,35 @@ def dispatching(module: Any) -> Iterator[None]:
 def watching(module: Any, watcher: Watcher) -> Iterator[None]:
     """Let `watcher` see the attention calls of `module` inside the block."""
     dispatcher = _acquire(module)
+    try:
+        with _among(dispatcher.watchers, module, watcher):
+            yield
+    finally:
+        _release(dispatcher)
+
+
+@contextmanager
+def masking(module: Any, masked: Masks) -> Iterator[None]:
+    """Let `masked` give the attention calls of `module` their mask inside the block."""
+    dispatcher = _acquire(module)
+    try:
+        with _among(dispatcher.masks, module, masked):
+            yield
+    finally:
+        _release(dispatcher)
+
+
+@contextmanager
+def _among(users: dict[nn.Module, list[Any]], module: nn.Module, user: Any) -> Iterator[None]:
     with _lock:
-        dispatcher.watchers.setdefault(module, []).append(watcher)
+        users.setdefault(module, []).append(user)
     try:
         yield
     finally:
         with _lock:
-            dispatcher.watchers[module].remove(watcher)
-            if not dispatcher.watchers[module]:
-                del dispatcher.watchers[module]
-        _release(dispatcher)
+            users[module].remove(user)
+            if not users[module]:
+                del users[module]
 
 
 def attention_of(layer: nn.Module) -> Any:

@@ -10,7 +10,7 @@ import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,9 +20,12 @@ from vlmprune.active import active
 from vlmprune.errors import VlmpruneError
 from vlmprune.families.media import Medium
 from vlmprune.inputs import Span, spans
+from vlmprune.inside import acting
 from vlmprune.layout import Layout
-from vlmprune.taps import Score, Tap, pooling, tapped
-from vlmprune.views import EncoderView
+from vlmprune.merging import spread
+from vlmprune.reading import check_calls, wanted
+from vlmprune.taps import KeyTap, PatchTap, Score, Tap, pooling, tapped
+from vlmprune.views import EncoderView, Inside, Reads
 
 
 @dataclass(frozen=True)
@@ -92,13 +95,40 @@ class Encoded:
 
     Attributes:
         outputs: by modality, what the host's own method returned.
-        view: attention and features of every crop.
+        view: attention and features of every crop, detached.
         score: where the attention came from, in words.
+        cells: [crops, N, C] features before the projector, with gradients.
     """
 
     outputs: dict[int, Any]
     view: EncoderView
     score: str
+    cells: Tensor
+
+
+@dataclass
+class _Seen:
+    """What was seen of one call of the host's own method, call by call of the tower.
+
+    Attributes:
+        output: what it returned.
+        words: where the attention came from.
+        attention: each [B, L].
+        features: what the projector was given.
+        layers: by encoder layer, as `attention`.
+        patches: each [B, L, 2], received and given.
+        keys: each [B, L, D].
+        shared: crop by crop, as in `EncoderView`.
+    """
+
+    output: Any
+    words: str
+    attention: list[Tensor]
+    features: list[Tensor]
+    layers: dict[int, list[Tensor]] = field(default_factory=dict)
+    patches: list[Tensor] = field(default_factory=list)
+    keys: list[Tensor] = field(default_factory=list)
+    shared: list[Tensor] = field(default_factory=list)
 
 
 def plan(
@@ -137,6 +167,9 @@ def encode(
     inputs: Sequence[Mapping[str, Any]],
     planned: Plan,
     score: Score = "auto",
+    asked: Callable[[int, int], Reads] | None = None,
+    who: str = "the method",
+    inside: Sequence[Inside | None] = (),
 ) -> Encoded:
     """Run the vision encoder once for each modality that the request brings.
 
@@ -148,38 +181,95 @@ def encode(
         planned: the geometry.
         score: which attention scores tokens: "auto", as the family says, or "pooling", that of
             the tower's pooling head.
+        asked: `Pruner.reads`; None for nothing more.
+        who: the method, for error sentences.
+        inside: for each modality what happens while its tower runs; empty for nothing.
 
     Raises:
-        VlmpruneError: a tower has no pooling head that was asked for, or makes another number of
-            tokens than its patches account for.
+        VlmpruneError: a tower has no pooling head that was asked for, makes another number of
+            tokens than its patches account for, or cannot be read as asked.
     """
     outputs: dict[int, Any] = {}
     scores: dict[int, list[Tensor]] = {}
     features: dict[int, list[Tensor]] = {}
+    shared: dict[int, list[Tensor]] = {}
+    more: dict[str | int, dict[int, list[Tensor]]] = {}
     words: list[str] = []
+    present = [bool(planned.of(number)) for number in range(len(media))]
+    reads = wanted(model, media, inputs, present, asked, who)
     for number, medium in enumerate(media):
         own = planned.of(number)
         if not own:
             continue
-        outputs[number], attention, given, where = _run(
-            model, medium, originals(medium.method), inputs[number], score
-        )
+        given = inputs[number]
+        acts = inside[number] if inside else None
+        seen = _run(model, medium, originals(medium.method), given, score, reads, acts)
+        outputs[number] = seen.output
         layouts = [planned.items[i].layout for i in own]
-        rows, cells = medium.cells(model, inputs[number], layouts, attention, given)
-        start = 0
-        for i, layout in zip(own, layouts, strict=True):
-            scores[i] = rows[start : start + layout.crops]
-            features[i] = cells[start : start + layout.crops]
-            start += layout.crops
-        words += [where] if where not in words else []
+        rows, cells = medium.cells(model, given, layouts, seen.attention, seen.features)
+        _deal(scores, own, layouts, rows)
+        _deal(features, own, layouts, cells)
+        few = [part[..., :1] for part in seen.features]
+        if any(inside):
+            every = [torch.arange(len(row), device=row.device) for row in rows]
+            _deal(shared, own, layouts, seen.shared or every)
+        streams: list[tuple[str | int, list[Tensor]]] = [*seen.layers.items()]
+        streams += [("patches", seen.patches)] if seen.patches else []
+        streams += [("keys", seen.keys)] if seen.keys else []
+        for name, calls in streams:
+            check_calls(calls, seen.attention, name, who)
+            rows = medium.cells(model, given, layouts, calls, few)[0]
+            _deal(more.setdefault(name, {}), own, layouts, rows)
+        if reads.projected:
+            tokens = medium.projected(model, seen.output, layouts)
+            flat = [spread(one, t.detach()) for one, t in zip(layouts, tokens, strict=True)]
+            grids = [
+                f.view(one.crops, one.patches, -1) for one, f in zip(layouts, flat, strict=True)
+            ]
+            _deal(more.setdefault("projected", {}), own, layouts, [c for g in grids for c in g])
+        words += [seen.words] if seen.words not in words else []
     order = range(len(planned.items))
+    stacked = torch.stack([_tall(crop, planned.cells) for i in order for crop in features[i]])
+    attention = torch.stack([_wide(row, planned.cells) for i in order for row in scores[i]])
+
+    def all_of(name: str | int) -> Tensor | None:
+        parts = more.get(name)
+        if parts is None:
+            return None
+        rows = [row if row.ndim == 2 else row[:, None] for i in order for row in parts[i]]
+        return torch.stack([_tall(row, planned.cells).to(attention.device) for row in rows])
+
+    patches = all_of("patches")
+    layers = {layer: all_of(layer) for layer in reads.layers}
+    alike = [_wide(row, planned.cells) for i in order for row in shared.get(i, [])]
     view = EncoderView(
-        torch.stack([_wide(row, planned.cells) for i in order for row in scores[i]]),
-        torch.stack([_tall(crop, planned.cells) for i in order for crop in features[i]]),
+        attention,
+        stacked.detach(),
         planned.candidates,
         planned.images,
+        tuple(one.grid for one in planned.layouts for _ in range(one.crops)),
+        tuple(one.kind == "video" for one in planned.layouts),
+        {layer: rows[..., 0] for layer, rows in layers.items() if rows is not None},
+        None if patches is None else patches[..., 0],
+        None if patches is None else patches[..., 1],
+        all_of("keys"),
+        all_of("projected"),
+        shared=torch.stack(alike).to(attention.device) if alike else None,
     )
-    return Encoded(outputs, view, "; ".join(words))
+    return Encoded(outputs, view, "; ".join(words), stacked)
+
+
+def _deal(
+    into: dict[int, list[Tensor]],
+    own: Sequence[int],
+    layouts: Sequence[Layout],
+    crops: Sequence[Tensor],
+) -> None:
+    """Give each item its crops."""
+    start = 0
+    for i, layout in zip(own, layouts, strict=True):
+        into[i] = list(crops[start : start + layout.crops])
+        start += layout.crops
 
 
 def _run(
@@ -188,8 +278,10 @@ def _run(
     method: Callable[..., Any],
     inputs: Mapping[str, Any],
     score: Score,
-) -> tuple[Any, list[Tensor], list[Tensor], str]:
-    """One call of the host's own method: output, attention and features seen, and where."""
+    reads: Reads,
+    inside: Inside | None,
+) -> _Seen:
+    """One call of the host's own method, and what was seen of it."""
     scored = medium.scored(model, inputs)
     head = medium.pooling_head(model) if score == "pooling" else None
     if score == "pooling" and head is None:
@@ -212,19 +304,44 @@ def _run(
         # The method may call another one of the host's, whose shadow must not give what an outer
         # call has pruned.
         stack.callback(active.reset, active.set(None))
+        run = stack.enter_context(acting(model, medium, inputs, inside))
         stack.enter_context(tapped(scored.layer, tap) if head is None else pooling(head, tap))
+        taps: dict[str | int, Tap] = {}
+        if reads.layers or reads.patches is not None or reads.keys is not None:
+            encoder = medium.encoder(model, inputs)
+            for layer in reads.layers:
+                same = head is None and encoder.layers[layer] is scored.layer
+                taps[layer] = tap if same and scored.rows == encoder.rows else Tap(encoder.rows)
+                if taps[layer] is not tap:
+                    stack.enter_context(tapped(encoder.layers[layer], taps[layer]))
+            if reads.patches is not None:
+                taps["patches"] = PatchTap(encoder.cls)
+                stack.enter_context(tapped(encoder.layers[reads.patches], taps["patches"]))
+            if reads.keys is not None:
+                taps["keys"] = KeyTap()
+                stack.enter_context(tapped(encoder.layers[reads.keys], taps["keys"]))
         thread = threading.get_ident()
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if threading.get_ident() == thread:
                 first = args[0] if args else next(iter(kwargs.values()))
-                features.append(first.detach())
+                features.append(first)
 
         hook = medium.projector(model).register_forward_pre_hook(keep, with_kwargs=True)
         stack.callback(hook.remove)
         output = method(inputs[pixels], **arguments, return_dict=True)
     words = scored.words if head is None else "attention of the tower's pooling head"
-    return medium.completed(model, output), tap.rows_seen, features, words
+    rows = {name: one.rows_seen for name, one in taps.items()}
+    return _Seen(
+        medium.completed(model, output),
+        run.words(words),
+        run.spread(scored.layer if head is None else None, tap.rows_seen),
+        features,
+        {layer: rows[layer] for layer in reads.layers},
+        rows.get("patches", []),
+        rows.get("keys", []),
+        run.shared,
+    )
 
 
 def _wide(values: Tensor, length: int) -> Tensor:

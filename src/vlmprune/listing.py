@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
+
+from vlmprune.errors import VlmpruneError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -12,11 +15,21 @@ if TYPE_CHECKING:
 HINT = "Give settings as in --method vispruner:keep=64,important_ratio=0.75; chain methods by +."
 
 
-def methods() -> dict[str, Any]:
-    """All methods: name, stage, needs, paper, settings with defaults, deviations."""
+def methods(names: Sequence[str] = ()) -> dict[str, Any]:
+    """Methods: name, stage, needs, paper, settings with defaults, deviations.
+
+    Args:
+        names: which; none for all.
+
+    Raises:
+        VlmpruneError: one is unknown.
+    """
     from vlmprune.methods import METHODS
 
-    return {"methods": [_method(name, cls) for name, cls in METHODS.items()]}
+    for name in names:
+        if name not in METHODS:
+            raise VlmpruneError(f"method {name!r} is unknown; use one of {', '.join(METHODS)}.")
+    return {"methods": [_method(name, METHODS[name]) for name in names or METHODS]}
 
 
 def _method(name: str, cls: type) -> dict[str, Any]:
@@ -43,6 +56,21 @@ def _method(name: str, cls: type) -> dict[str, Any]:
         "reads_files": spec.reads_files(cls),
         "deviations": deviations[0].partition(": ")[2] if deviations else "",
     }
+
+
+def overview(found: dict[str, Any]) -> Table:
+    """One line a method of `methods()`."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for title in ("method", "stage", "needs", "reusable", "paper"):
+        table.add_column(title, style="bold" if title == "method" else "")
+    for one in found["methods"]:
+        reusable = "yes" if one["reusable_across_questions"] else "no"
+        paper = one["paper"].removeprefix("arXiv ")
+        table.add_row(one["name"], one["stage"], one["needs"], reusable, paper)
+    return table
 
 
 def method_table(method: dict[str, Any]) -> Table:

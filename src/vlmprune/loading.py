@@ -73,22 +73,30 @@ def prepare_batch(
     loaded: Loaded, images: Sequence[Sequence[Image.Image]], questions: Sequence[str]
 ) -> Any:
     """The processor's inputs for several such questions, padded on the left."""
-    processor = loaded.processor
     texts = [
-        _prompt(processor, len(pictures), question)
+        prompt_of(loaded.processor, len(pictures), question)
         for pictures, question in zip(images, questions, strict=True)
     ]
+    return prepare_texts(loaded, images, texts)
+
+
+def prepare_texts(
+    loaded: Loaded, images: Sequence[Sequence[Image.Image]], texts: Sequence[str]
+) -> Any:
+    """The processor's inputs for several prompts as `prompt_of` makes them, padded on the left."""
+    processor = loaded.processor
     padding: dict[str, Any] = {}
     if len(texts) > 1:
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
         padding = {"padding": True, "padding_side": "left"}
     flat = [picture for pictures in images for picture in pictures]
-    inputs = processor(text=texts, images=flat, return_tensors="pt", **padding)
+    inputs = processor(text=list(texts), images=flat or None, return_tensors="pt", **padding)
     return inputs.to(loaded.model.device, dtype=loaded.model.dtype)
 
 
-def _prompt(processor: Any, images: int, question: str) -> str:
+def prompt_of(processor: Any, images: int, question: str) -> str:
+    """A question about so many images in the model's chat form."""
     if getattr(processor, "chat_template", None):
         content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)]
         content.append({"type": "text", "text": question})

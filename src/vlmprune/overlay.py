@@ -1,5 +1,7 @@
 """A picture of what was kept: dropped patches dimmed, important and diverse ones outlined.
 
+Patches that went into a kept one are tinted.
+
 Draws on the original image, with boxes in its own pixels, so it knows nothing of models.
 """
 
@@ -23,9 +25,12 @@ COLOURS: dict[str, Colour] = {
     "important": (255, 159, 28),
     "diverse": (86, 196, 255),
     "kept": (245, 245, 245),
+    "member": (0, 200, 140),
     "dropped": (92, 96, 104),
 }
 ROLES = tuple(COLOURS)
+# How the legend calls a role, where not by its name.
+WORDS = {"member": "merged into a kept one"}
 UNSEEN = "not seen"
 
 _PAPER: Colour = (17, 19, 23)
@@ -34,9 +39,11 @@ _FAINT: Colour = (154, 160, 168)
 _UNSEEN_COLOUR: Colour = (38, 40, 45)
 
 # Label of a pixel: its place in _LABELS. Later ones win where boxes overlap.
-_LABELS = (UNSEEN, "dropped", "kept", "diverse", "important")
-_DROPPED = 1
+_LABELS = (UNSEEN, "dropped", "member", "kept", "diverse", "important")
+_DROPPED, _MEMBER = 1, 2
 _DIM, _GREY = 0.38, 0.85
+# Brightness of what went into a kept patch, and how much of its colour is laid over it.
+_HALF, _TINT = 0.6, 0.34
 _UNSEEN_DIM = 0.12
 
 
@@ -53,7 +60,8 @@ def draw(
     """Draw which visual tokens of an image were kept.
 
     Dropped patches are darkened and lose their colour; kept ones stay as they are inside a thin
-    outline (orange for important, blue for diverse, white for kept without a reason). What no box
+    outline (orange for important, blue for diverse, white for kept without a reason). Members,
+    which went into a kept one, are dimmed less and tinted green, without an outline. What no box
     covers, the model never saw, and is darkest. Where boxes overlap, the kept one shows.
 
     With tokens of a base view and of high-resolution crops, the result has two panels side by
@@ -64,7 +72,7 @@ def draw(
         boxes: float [n, 4], (x0, y0, x1, y1) of every visual token in pixels of `image`. Parts
             outside the image are clipped. A token without a place, such as a newline, has an
             empty box: it is counted and not drawn.
-        roles: n of "important", "diverse", "kept", "dropped".
+        roles: n of "important", "diverse", "kept", "member", "dropped".
         crops: int [n], the crop of every token; 0 is the base view. None is one view of all.
         legend: whether to put a strip with the counts below (and titles above two panels).
         min_side: the picture is enlarged until its long side has this many pixels.
@@ -173,12 +181,15 @@ def _panel(
     grey = pixels @ np.array([0.299, 0.587, 0.114])
     dull = pixels + _GREY * (grey[..., None] - pixels)
     bright = np.where(by_pixel == _DROPPED, _DIM, np.where(by_pixel == 0, _UNSEEN_DIM, 1.0))
-    shaded = np.where((by_pixel > _DROPPED)[..., None], pixels, dull * bright[..., None])
+    bright = np.where(by_pixel == _MEMBER, _HALF, bright)
+    shaded = np.where((by_pixel > _MEMBER)[..., None], pixels, dull * bright[..., None])
+    members = by_pixel == _MEMBER
+    shaded[members] += _TINT * (np.array(COLOURS["member"]) - shaded[members])
 
     shown = boxes[np.concatenate(groups)]
     side = float(np.median(shown[:, 2:] - shown[:, :2])) if len(shown) else 0.0
     thickness = int(np.clip(round(side * 0.07), 1, 4))
-    kept = by_pixel > _DROPPED
+    kept = by_pixel > _MEMBER
     # A line round each region of one role, and a fainter one between the patches inside it.
     between = kept & _borders(owner, 1)
     around = kept & _borders(by_pixel, thickness)
@@ -217,7 +228,7 @@ def _beside(panels: list[Image.Image], gap: int) -> Image.Image:
 
 
 def _title(name: str, labels: Ints) -> list[Entry]:
-    return [(name, None), (f"{int((labels > _DROPPED).sum())} of {len(labels)} kept", None)]
+    return [(name, None), (f"{int((labels > _MEMBER).sum())} of {len(labels)} kept", None)]
 
 
 def _page(
@@ -227,13 +238,13 @@ def _page(
     margin = 20
     row = _beside(panels, gap=margin)
     size = int(np.clip(row.width // 44, 15, 24))
-    kept = int((labels > _DROPPED).sum())
+    kept = int((labels > _MEMBER).sum())
     share = f" ({100 * kept / len(labels):.0f} %)" if len(labels) else ""
     entries: list[Entry] = [(f"{kept} of {len(labels)} tokens kept{share}", None)]
     for role in ROLES:
         count = int((labels == _LABELS.index(role)).sum())
         if count:
-            entries.append((f"{role} {count}", COLOURS[role]))
+            entries.append((f"{WORDS.get(role, role)} {count}", COLOURS[role]))
     if some_unseen:
         entries.append((UNSEEN, _UNSEEN_COLOUR))
     below = _strip(entries, row.width, size, _INK)

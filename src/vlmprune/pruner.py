@@ -11,14 +11,27 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vlmprune import calls, dispatch, families, host
+from vlmprune import calls, dispatch, families, host, inside, layers
+from vlmprune.active import made
 from vlmprune.budget import Budget, check_budget
 from vlmprune.errors import VlmpruneError
 from vlmprune.families import Positions
+from vlmprune.merging import narrowed, seen_after
 from vlmprune.report import Report, make
 from vlmprune.reuse import Vision
 from vlmprune.taps import Score
-from vlmprune.views import Ask, EncoderView, LayerView, Reads, Retention, Rows, RowView, Selection
+from vlmprune.views import (
+    Ask,
+    EncoderView,
+    Inside,
+    LayerView,
+    Probes,
+    Reads,
+    Retention,
+    Rows,
+    RowView,
+    Selection,
+)
 
 
 class Pruner:
@@ -37,10 +50,15 @@ class Pruner:
     # architecture that its thresholds are for.
     window: int = 1
     calibrated_on: str | None = None
+    # Of methods that act inside the vision encoder: how, and what to do where they cannot.
+    acts: Literal["merging", "scaling", ""] = ""
+    instead: str = ""
     needs: ClassVar[str] = ""
     stage: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     text_agnostic: ClassVar[bool] = False
+    # Whether kept tokens may be made of several (`Selection.merge`).
+    merges: ClassVar[bool] = False
     # Of methods that drop rows inside the language model: what positions="auto" means.
     released: ClassVar[Literal["compact", "original"]] = "original"
 
@@ -59,6 +77,19 @@ class Pruner:
         """Whether it drops visual tokens between decoder layers."""
         return type(self).drop is not Pruner.drop
 
+    @property
+    def probes(self) -> Probes | None:
+        """Of methods that act on prefill too: the rows that they look at before a layer attends.
+
+        Such a layer attends among what `retain` keeps; None for methods that cut after prefill.
+        """
+        return None
+
+    @property
+    def dropper(self) -> Pruner:
+        """The stage that drops visual tokens between decoder layers."""
+        return self
+
     def reads(self, depth: int, feature: int) -> Reads:
         """What `select` wants to see beside the family's own score and features.
 
@@ -67,6 +98,18 @@ class Pruner:
             feature: 0-based layer whose output the model takes as features.
         """
         return Reads()
+
+    def inside(self, grid: tuple[int, int], layers: int) -> Inside:
+        """What to do while the vision encoder runs, for methods that act inside it.
+
+        Args:
+            grid: (rows, columns) of patches of a crop.
+            layers: encoder layers up to the one whose output the model takes as features.
+
+        Raises:
+            VlmpruneError: the settings are out of reach.
+        """
+        return Inside()
 
     def select(self, view: EncoderView) -> Selection:
         """Choose cells after the vision encoder."""
@@ -183,6 +226,13 @@ class Chain(Pruner):
                 "give all of them the same."
             )
         object.__setattr__(self, "score", scores.pop() if scores else "auto")
+        for stage in self.stages[1:]:
+            if stage.acts:
+                raise VlmpruneError(
+                    f"{stage!r} acts inside the vision encoder and must come first in a chain."
+                )
+        object.__setattr__(self, "acts", self.stages[0].acts)
+        object.__setattr__(self, "instead", self.stages[0].instead)
         object.__setattr__(self, "window", self.stages[-1].window)
         object.__setattr__(self, "calibrated_on", self.stages[-1].calibrated_on)
         cutting = [stage for stage in self.stages if stage.cuts]
@@ -192,6 +242,27 @@ class Chain(Pruner):
             )
         if cutting and cutting[0] is not self.stages[-1]:
             raise VlmpruneError(f"{cutting[0]!r} acts after prefill and must come last in a chain.")
+        dropping = [stage for stage in self.stages if stage.drops]
+        if len(dropping) > 1:
+            raise VlmpruneError(
+                f"{' and '.join(map(repr, dropping))} would both drop tokens between decoder "
+                "layers; chain only one."
+            )
+        if dropping and cutting:
+            raise VlmpruneError(
+                f"{dropping[0]!r} drops tokens between decoder layers, whose caches "
+                f"{cutting[0]!r} cannot cut; chain only one of them."
+            )
+        if dropping and dropping[0] is not self.stages[-1]:
+            raise VlmpruneError(
+                f"{dropping[0]!r} acts inside the language model and must come last in a chain."
+            )
+        merging = [stage for stage in self.stages if stage.merges]
+        if len(merging) > 1:
+            raise VlmpruneError(
+                f"{' and '.join(map(repr, merging))} would both merge visual tokens; chain only "
+                "one that does."
+            )
 
     @property
     def shortens(self) -> bool:
@@ -199,9 +270,28 @@ class Chain(Pruner):
         return any(stage.shortens for stage in self.stages)
 
     @property
+    def drops(self) -> bool:
+        """Whether a stage drops visual tokens between decoder layers."""
+        return any(stage.drops for stage in self.stages)
+
+    @property
+    def dropper(self) -> Pruner:
+        """The stage that drops visual tokens between decoder layers; it comes last."""
+        return self.stages[-1]
+
+    @property
     def cuts(self) -> bool:
         """Whether any stage cuts the KV cache."""
         return any(stage.cuts for stage in self.stages)
+
+    @property
+    def probes(self) -> Probes | None:
+        """Those of the stage that cuts the KV cache."""
+        return self.stages[-1].probes
+
+    def inside(self, grid: tuple[int, int], layers: int) -> Inside:
+        """What the first stage does."""
+        return self.stages[0].inside(grid, layers)
 
     def retain(self, layer: int, view: LayerView) -> Retention | None:
         """The choice of the stage that cuts the KV cache."""
@@ -217,12 +307,52 @@ class Chain(Pruner):
         for stage in self.stages[1:]:
             check_budget(getattr(stage, "budget", "crop"), videos)
 
+    def reads(self, depth: int, feature: int) -> Reads:
+        """All that any stage wants to see.
+
+        Raises:
+            VlmpruneError: two of them want what a view has but once.
+        """
+        wanted = [stage.reads(depth, feature) for stage in self.stages if stage.shortens]
+        for what, values in (
+            ("the relevance by another source", {one.relevance for one in wanted} - {""}),
+            ("the keys of another layer", {one.keys for one in wanted} - {None}),
+            ("the patches' attention in another layer", {one.patches for one in wanted} - {None}),
+        ):
+            if len(values) > 1:
+                given = ", ".join(sorted(map(str, values)))
+                raise VlmpruneError(
+                    f"the stages of {self!r} each want {what} ({given}); give all the same."
+                )
+        return Reads(
+            tuple(sorted({layer for one in wanted for layer in one.layers})),
+            next((one.patches for one in wanted if one.patches is not None), None),
+            next((one.keys for one in wanted if one.keys is not None), None),
+            any(one.projected for one in wanted),
+            next((one.relevance for one in wanted if one.relevance), ""),
+        )
+
     def select(self, view: EncoderView) -> Selection:
-        """Choose by each stage in turn; the roles are the last one's."""
+        """Choose by each stage in turn, the later ones among merged features; roles of the last.
+
+        Raises:
+            VlmpruneError: two stages merge.
+        """
+        before: Selection | None = None
         for stage in self.stages:
             if stage.shortens:
                 selection = stage.select(view)
+                if selection.merge is not None:
+                    if before is not None and before.merge is not None:
+                        raise VlmpruneError(
+                            f"{stage!r} is not the only stage of {self!r} that merges visual "
+                            "tokens; chain only one that does."
+                        )
+                    view = seen_after(view, selection.merge)
+                if before is not None:
+                    selection = narrowed(selection, before)
                 view = view.narrow(selection.kept)
+                before = selection
         return selection
 
     def __repr__(self) -> str:
@@ -250,6 +380,8 @@ class Handle:
         positions: the position policy in use.
         tokens: for each modality of the family the id of its placeholders.
         cuttable: decoder layers whose cache the method may cut.
+        asks: what the method wants to see at the input of decoder layers, by layer.
+        inside: the position policy of layers that lack tokens.
         latest: holds the report of the last call.
     """
 
@@ -258,10 +390,15 @@ class Handle:
         self.family = families.family_of(model)
         self.pruner = pruner
         self.model: Any = model
+        inside.check(model, self.family, pruner)
         self.positions = families.resolve_positions(model, pruner.positions)
         self.cuttable = families.cuttable_layers(model) if pruner.cuts else []
         if pruner.cuts:
             self._check_decoder()
+        self.asks = layers.asked(model, pruner) if pruner.drops else {}
+        self.inside = layers.resolve_positions(model, pruner)
+        if pruner.drops:
+            self._check_schedule()
         self.latest = Latest()
         config: Any = model.config
         self.tokens: list[int] = [getattr(config, m.token) for m in self.family.media]
@@ -277,6 +414,7 @@ class Handle:
     @report.setter
     def report(self, report: Report | None) -> None:
         self.latest.report = report
+        made.set(report)
 
     def _check_decoder(self) -> None:
         here = families.architecture(self.model)
@@ -299,11 +437,19 @@ class Handle:
                 f"attention, which {self.pruner!r} leaves whole; prune before the language model."
             )
 
+    def _check_schedule(self) -> None:
+        here, found = families.architecture(self.model), self.pruner.dropper.calibrated_on
+        if found is not None and found != here:
+            raise VlmpruneError(
+                f"the schedule of {self.pruner!r} was found on another model ({found}) than this "
+                f"({here}); run `vlmprune search` on this one."
+            )
+
     @cached_property
     def attention(self) -> Any:
         """The attention module of a decoder layer with full attention."""
-        layers = families.decoder_layers(self.model)
-        return dispatch.attention_of(layers[families.cuttable_layers(self.model)[0]])
+        decoder = families.decoder_layers(self.model)
+        return dispatch.attention_of(decoder[families.cuttable_layers(self.model)[0]])
 
     def detach(self) -> None:
         """Give the model back exactly as it was. May be called again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +30,7 @@ class LayerReport:
         kv_bytes: of the visual tokens' keys and values after the cut.
         numbers: for each sample, [v] the number of each of its visual tokens among those that it
             would have without any pruning; None where nothing was pruned before.
+        flops_saved: by attention among what is kept, of a method that acts on prefill too.
     """
 
     index: int
@@ -40,6 +42,7 @@ class LayerReport:
     bytes_after: int
     kv_bytes: int
     numbers: list[Tensor] | None = field(repr=False, default=None)
+    flops_saved: float = 0.0
 
     @property
     def kept(self) -> list[list[Tensor]]:
@@ -70,6 +73,29 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class RowsReport:
+    """Which visual tokens reach one decoder layer, where not all of them do.
+
+    Attributes:
+        index: number of the layer.
+        kept: for each image, ascending indices [k] int64, as in `Report`.
+        kv_bytes: of their keys and values in that layer.
+    """
+
+    index: int
+    kept: list[Tensor] = field(repr=False)
+    kv_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything that JSON can hold; of `kept` the numbers of tokens, image by image."""
+        return {
+            "layer": self.index,
+            "kept": [len(one) for one in self.kept],
+            "kv_bytes": self.kv_bytes,
+        }
+
+
+@dataclass(frozen=True)
 class Report:
     """One call's figures. `print(report)` is for people, `report.json()` for programs.
 
@@ -80,7 +106,8 @@ class Report:
         kept: for each image (or video) in prompt order, ascending indices [k] int64 among the
             visual tokens that the language model would have seen.
         visual_tokens_before: visual tokens of all images, newline tokens included.
-        visual_tokens_after: those that the language model saw.
+        visual_tokens_after: those that the language model saw; where a method drops tokens inside
+            it, those that reached the last layer.
         newline_tokens: how many of them belong to no patch; they are always kept.
         flops_before: prefill FLOPs of the vision tower and of the decoder layers on the visual
             tokens, by the published formula (`vlmprune.costs`), summed over the rows.
@@ -90,7 +117,13 @@ class Report:
         seconds_selecting: time that choosing took, without the encoder.
         layouts: for each image, where its visual tokens lie.
         roles: for each image, by name, a bool [n] over its visual tokens ("important", …).
-        layers: what each decoder layer's cache kept, where a method cut it.
+        layers: what each decoder layer's cache kept, where a method cut it (`LayerReport`); or
+            which visual tokens reached each layer that not all did (`RowsReport`).
+        members: for each image [n] int64, the kept visual token that each of its visual tokens
+            went into (a kept one: itself), -1 where it went into none; empty where nothing is
+            merged.
+        decoder_flops_before: of `flops_before` those of the decoder layers.
+        decoder_flops_after: of `flops_after` likewise.
     """
 
     method: str
@@ -107,7 +140,10 @@ class Report:
     seconds_selecting: float
     layouts: list[Layout] = field(repr=False, default_factory=list)
     roles: list[dict[str, Tensor]] = field(repr=False, default_factory=list)
-    layers: list[LayerReport] = field(repr=False, default_factory=list)
+    layers: Sequence[LayerReport | RowsReport] = field(repr=False, default_factory=list)
+    members: list[Tensor] = field(repr=False, default_factory=list)
+    decoder_flops_before: float = 0.0
+    decoder_flops_after: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Everything that JSON can hold; `kept` as lists."""
@@ -117,6 +153,7 @@ class Report:
         )
         out: dict[str, Any] = {name: getattr(self, name) for name in names.split()}
         out["kept"] = [indices.tolist() for indices in self.kept]
+        out["members"] = [into.tolist() for into in self.members]
         out["layers"] = [layer.as_dict() for layer in self.layers]
         return out
 
@@ -135,8 +172,77 @@ class Report:
         return replace(
             self,
             layers=[replace(layer, numbers=numbers) for layer in layers],
+            flops_after=self.flops_after - sum(layer.flops_saved for layer in layers),
+            decoder_flops_after=self.decoder_flops_after
+            - sum(layer.flops_saved for layer in layers),
             kv_bytes_after=whole + sum(layer.kv_bytes for layer in layers),
             seconds_selecting=self.seconds_selecting + seconds,
+        )
+
+    @property
+    def cut(self) -> list[LayerReport]:
+        """The decoder layers whose cache a method cut."""
+        return [layer for layer in self.layers if isinstance(layer, LayerReport)]
+
+    def with_rows(
+        self,
+        config: Any,
+        stages: dict[int, list[Tensor]],
+        rows: list[int],
+        dtype: torch.dtype,
+        positions: str,
+        seconds: float,
+    ) -> Report:
+        """The same call after visual tokens were dropped between decoder layers.
+
+        Args:
+            config: the host's config.
+            stages: by layer before which tokens were dropped, for each image a [n] bool over its
+                visual tokens, those that went on.
+            rows: images of each row of the batch.
+            dtype: of the KV cache.
+            positions: the policy used.
+            seconds: time that choosing took.
+        """
+        first = [torch.zeros(len(one.labels), dtype=torch.bool) for one in self.layouts]
+        for mask, kept in zip(first, self.kept, strict=True):
+            mask[kept] = True
+        each = costs.kv_bytes(config, 1, torch.finfo(dtype).bits // 8)
+        cached = costs.caching_layers(config)
+        each //= max(1, sum(cached))
+        reached, counts, layers = first, list[list[int]](), list[RowsReport]()
+        images = [row for row, n in enumerate(rows) for _ in range(n)]
+        roles = [dict[str, Tensor]() for _ in first]
+        for index, caches in enumerate(cached):
+            for role, stays, goes in zip(roles, reached, stages.get(index, reached), strict=True):
+                if index in stages:
+                    role[f"left before layer {index}"] = stays & ~goes
+            reached = stages.get(index, reached)
+            sums = [0] * len(rows)
+            for row, mask in zip(images, reached, strict=True):
+                sums[row] += int(mask.sum())
+            counts.append(sums)
+            if index >= min(stages):
+                numbers = [mask.nonzero()[:, 0] for mask in reached]
+                layers.append(RowsReport(index, numbers, caches * each * sum(sums)))
+        flops = sum(costs.layered_flops(config, one) for one in zip(*counts, strict=True))
+        left = [
+            {name: mask & goes for name, mask in old.items()} | new
+            for old, new, goes in zip(self.roles, roles, reached, strict=True)
+        ]
+        return replace(
+            self,
+            kept=[mask.nonzero()[:, 0] for mask in reached],
+            visual_tokens_after=sum(counts[-1]),
+            flops_after=self.flops_after - self.decoder_flops_after + flops,
+            decoder_flops_after=flops,
+            kv_bytes_after=sum(
+                caches * each * sum(n) for caches, n in zip(cached, counts, strict=True)
+            ),
+            positions=positions,
+            seconds_selecting=self.seconds_selecting + seconds,
+            roles=left,
+            layers=layers,
         )
 
     def json(self, indent: int | None = None) -> str:
@@ -147,10 +253,10 @@ class Report:
         if not self.kept:
             return f"{self.method}: no image in this call, nothing pruned"
         cut = ""
-        if self.layers:
-            gammas = [g for layer in self.layers for g in layer.gamma if g is not None]
+        if self.cut:
+            gammas = [g for layer in self.cut for g in layer.gamma if g is not None]
             span = f"{min(gammas):.2f} to {max(gammas):.2f}"
-            cut = f", {len(self.layers)} layers cut (vision attention {span})"
+            cut = f", {len(self.cut)} layers cut (vision attention {span})"
         score = f", {self.score}" if self.score else ""
         videos = sum(one.kind == "video" for one in self.layouts)
         counts = {"image": len(self.kept) - videos, "video": videos}
@@ -176,6 +282,8 @@ def make(
     patches: list[int],
     dtype: torch.dtype,
     seconds: float,
+    members: list[Tensor] | None = None,
+    tower: float | None = None,
 ) -> Report:
     """Work out the figures of one call.
 
@@ -191,6 +299,8 @@ def make(
         patches: patches of each crop that the vision tower encoded.
         dtype: of the KV cache.
         seconds: time spent selecting.
+        members: for each image where its visual tokens went; None where nothing is merged.
+        tower: FLOPs of the vision tower where a method acted inside it; None for the usual ones.
     """
     before, after, image = [0] * len(rows), [0] * len(rows), 0
     for row, images in enumerate(rows):
@@ -202,6 +312,7 @@ def make(
         costs.encoder_flops(config, patches.count(size), patches=size) for size in set(patches)
     )
     size = torch.finfo(dtype).bits // 8
+    decoder = [sum(costs.prefill_flops(config, n) for n in counts) for counts in (before, after)]
     return Report(
         method=method,
         positions=positions,
@@ -210,13 +321,16 @@ def make(
         visual_tokens_before=sum(before),
         visual_tokens_after=sum(after),
         newline_tokens=sum(one.newlines for one in layouts),
-        flops_before=encoder + sum(costs.prefill_flops(config, n) for n in before),
-        flops_after=encoder + sum(costs.prefill_flops(config, n) for n in after),
+        flops_before=encoder + decoder[0],
+        flops_after=(encoder if tower is None else tower) + decoder[1],
         kv_bytes_before=costs.kv_bytes(config, sum(before), size),
         kv_bytes_after=costs.kv_bytes(config, sum(after), size),
         seconds_selecting=seconds,
         layouts=layouts,
         roles=roles,
+        members=members or [],
+        decoder_flops_before=decoder[0],
+        decoder_flops_after=decoder[1],
     )
 
 

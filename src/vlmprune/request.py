@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vlmprune.active import Active
+from vlmprune.active import Active, made
 from vlmprune.choosing import check_prompt, choose, retaining
+from vlmprune.dropping import Dropping
 from vlmprune.encode import Plan, plan
 from vlmprune.errors import VlmpruneError
 from vlmprune.inputs import ALIGNED, Prefix, Prompt, dropped_columns, join, latest, shorten
+from vlmprune.relevance import Question
 from vlmprune.reuse import Vision, gather
 
 if TYPE_CHECKING:
@@ -143,7 +145,8 @@ def prepare(
         any_visual = torch.stack(visual).any(dim=0)
         rows = planned.rows(ids.shape[0])
         check_prompt(handle, join(already, new), any_visual, rows, cache)
-    kept, pruned = choose(handle, brought, planned, ids.shape[0], vision)
+    question = Question(ids, new_mask != 0, torch.stack(visual).any(dim=0))
+    kept, pruned = choose(handle, brought, planned, ids.shape[0], vision, question)
     dropped = dropped_columns(ids, [item.span for item in planned.items], kept)
     short, following = shorten(new, dropped, handle.positions, handle.pad_id)
     # A row that brings padding alone stays where it was.
@@ -168,6 +171,9 @@ def prepare(
     cut, numbers = None, list[Tensor]()
     if cutting:
         cut, numbers = retaining(handle, prompt, short, planned, kept)
+    inside = None
+    if handle.asks and planned.items:
+        inside = dropping(handle, prompt, short, planned, kept)
     return Prepared(
         (known, cached),
         prompt,
@@ -184,6 +190,8 @@ def prepare(
             numbers,
             ids.shape[0],
             columns=prompt.ids.shape[1],
+            dropping=inside,
+            report=made.get() if planned.items else None,
         ),
         lambda: gather(handle, planned, brought, kept, pruned),
     )
@@ -294,6 +302,37 @@ def _new_items(
         # A processor that is given the whole conversation brings the earlier items again.
         out.append(dict(medium.new(handle.model, inputs, before, columns)))
     return out
+
+
+def dropping(
+    handle: Handle, prompt: Prompt, short: Prompt, planned: Plan, kept: list[Tensor]
+) -> Dropping:
+    """What a method may drop between decoder layers.
+
+    Args:
+        handle: the attachment.
+        prompt: all columns, those of the cache included.
+        short: its new columns.
+        planned: the geometry of its items.
+        kept: of each item.
+    """
+    visual = torch.zeros_like(prompt.mask, dtype=torch.bool)
+    new = torch.stack([short.ids == token for token in handle.tokens]).any(dim=0)
+    visual[:, prompt.mask.shape[1] - short.mask.shape[1] :] = new & (short.mask != 0)
+    lengths: list[list[int]] = [[] for _ in range(prompt.mask.shape[0])]
+    numbers = [stays.nonzero()[:, 0].cpu() for stays in kept]
+    for item, found in zip(planned.items, numbers, strict=True):
+        lengths[item.span.row].append(len(found))
+    return Dropping(
+        handle.pruner.dropper,
+        handle.asks,
+        handle.inside,
+        prompt.mask != 0,
+        visual,
+        lengths,
+        numbers,
+        planned.lengths,
+    )
 
 
 def _pixels(

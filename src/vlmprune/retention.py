@@ -58,6 +58,36 @@ def shared(scores: Tensor, images: Tensor, keep: Tensor, floor: float = FLOOR) -
     return rank.view(batch, heads, -1) < budget
 
 
+def important(sums: Tensor, seen: Tensor, share: float) -> Tensor:
+    """As many tokens as hold a share of a layer's attention, the best by attention a row.
+
+    Their number p is the fewest columns that together get `share` of what all get; kept are the p
+    with the highest attention per row that sees them, for early tokens are seen by more rows.
+    The last column always stays.
+
+    Source: arXiv 2410.08584, section 4 (its number of important tokens, and its choice of them).
+
+    Args:
+        sums: [B, S] float32; attention that each column gets, added up over rows.
+        seen: [B, S] int64; rows that see each column; 0 at padding alone.
+        share: 0 to 1; 1 keeps every column.
+
+    Returns:
+        [B, S] bool, False at padding. Ties go to the lower index.
+    """
+    real = seen > 0
+    if share >= 1:
+        return real
+    mass = sums.float().sort(dim=1, descending=True, stable=True).values.cumsum(dim=1)
+    fewest = (mass < share * mass[:, -1:]).sum(dim=1, keepdim=True) + 1
+    scores = (sums.float() / seen.clamp(min=1)).masked_fill(~real, -1.0)
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    columns = torch.arange(sums.shape[1], device=sums.device).expand_as(order)
+    rank = torch.empty_like(order).scatter(1, order, columns)
+    last = torch.where(real, columns, -1).amax(dim=1, keepdim=True)
+    return ((rank < fewest) | (columns == last)) & real
+
+
 def _at(values: Tensor, images: Tensor) -> Tensor:
     """Each token's entry of [B, I] `values` by its image; 0 where it has none."""
     return values.gather(1, images.clamp(min=0)).masked_fill(images < 0, 0)

@@ -41,6 +41,7 @@ class Seen:
         roles: [n] bools by name.
         inputs: its rows of the processor's outputs other than pixels.
         patches: of each crop that was encoded.
+        members: [n] int64, as in the report; None where nothing was merged.
     """
 
     kind: str
@@ -51,12 +52,14 @@ class Seen:
     roles: dict[str, Tensor] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     patches: tuple[int, ...] = ()
+    members: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All that is stored of it."""
         named = {"features": self.features, "kept": self.kept, "labels": self.layout.labels}
         named |= {f"extra.{i}": layer for i, layer in enumerate(self.extra)}
         named |= {f"role.{name}": mask for name, mask in self.roles.items()}
+        named |= {} if self.members is None else {"members": self.members}
         return named | {f"input.{name}": rows for name, rows in self.inputs.items()}
 
 
@@ -114,6 +117,7 @@ class Vision:
                 extra=tuple(layer.to(device) for layer in item.extra),
                 roles={name: mask.to(device) for name, mask in item.roles.items()},
                 inputs={name: rows.to(device) for name, rows in item.inputs.items()},
+                members=None if item.members is None else item.members.to(device),
             )
 
         return replace(self, items=tuple(map(moved, self.items)))
@@ -192,6 +196,8 @@ class Vision:
                     named(number, "role"),
                     named(number, "input"),
                     tuple(about["patches"]),
+                    # Files of earlier versions have none.
+                    tensors.get(f"{number}.members"),
                 )
             )
         return cls(tuple(items), meta["method"], meta["score"], meta["architecture"])
@@ -292,6 +298,7 @@ def gather(
                 handle.report.roles[i],
                 {name: rows[at] for name, rows in others.items()},
                 tuple(next(patches) for _ in range(one.crops)),
+                handle.report.members[i] if handle.report.members else None,
             )
     done = tuple(item for item in items if item is not None)
     return Vision(done, shortening(handle), handle.report.score, handle.architecture)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlmprune import costs, overlay
+from vlmprune import overlay
 from vlmprune.boxes import token_boxes
 from vlmprune.families import family_of
 from vlmprune.loading import Loaded, attached, enough_memory
@@ -186,7 +186,7 @@ def answer_twice(
             decode_tokens_per_second=statistics.median(rates[pruned]) if rates[pruned] else None,
             total_ms=statistics.median(times[pruned, max_new_tokens]),
             kv_bytes=getattr(report, f"kv_bytes_{part}"),
-            decoder_flops=costs.prefill_flops(model.config, tokens),
+            decoder_flops=getattr(report, f"decoder_flops_{part}"),
             flops=getattr(report, f"flops_{part}"),
         )
 
@@ -204,9 +204,9 @@ def answer_twice(
 
 
 def draw(
-    loaded: Loaded, inputs: Any, images: Sequence[Image.Image], report: Report
+    loaded: Loaded, inputs: Any, images: Sequence[Image.Image], report: Report, **form: Any
 ) -> list[Image.Image]:
-    """For each image a picture of what was kept."""
+    """For each image a picture of what was kept; `form` goes to `overlay.draw`."""
     sizes = inputs.get("image_sizes")
     pictures = []
     for number, (image, layout) in enumerate(zip(images, report.layouts, strict=True)):
@@ -220,13 +220,15 @@ def draw(
         )
         names = _roles(report, number)
         crops = _panels(layout.crop) if layout.crops > 1 else None
-        pictures.append(overlay.draw(image, boxes, names, crops=crops))
+        pictures.append(overlay.draw(image, boxes, names, crops=crops, **form))
     return pictures
 
 
 def _roles(report: Report, number: int) -> list[str]:
     """The role of each visual token of an image, as `overlay` calls it."""
     names = ["dropped"] * len(report.layouts[number].labels)
+    for token, into in enumerate(report.members[number].tolist() if report.members else ()):
+        names[token] = "member" if into >= 0 else "dropped"
     for token in report.kept[number].tolist():
         names[token] = "kept"
     for role, members in report.roles[number].items():

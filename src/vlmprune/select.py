@@ -18,6 +18,10 @@ ROUND = 8
 # Strips in which a symmetric matrix is computed; each leaves out what earlier ones hold.
 STRIPS = 4
 
+# Numbers that one block of similarities may hold (16 MiB in float32), and the rows that it has at
+# least: larger matrices are gone through block by block.
+BLOCK, LEAST_ROWS = 1 << 22, 64
+
 
 def top_k(scores: Tensor, keep: int) -> Tensor:
     """Indices of the `keep` largest scores, ties to the lower index.
@@ -87,6 +91,9 @@ def farthest_point(features: Tensor, keep: int) -> Tensor:
     Distance is 1 - cosine, in float32. The first token is the one farthest from its nearest
     neighbour. Ties go to the lower index.
 
+    Extra memory: the unit vectors, B · N · C numbers, and one block of similarities, see
+    `rows_a_block`; no N × N matrix beyond that. Work: N² + keep · N cosines a crop.
+
     Source: arXiv 2503.02175, section 3, and the authors' code, whose choices it equals.
 
     Args:
@@ -101,7 +108,7 @@ def farthest_point(features: Tensor, keep: int) -> Tensor:
     """
     _check(features[..., 0], keep, least=1)
     unit = torch.nn.functional.normalize(features.float(), dim=-1)
-    newest = _first_max(-_nearest(unit))
+    newest = first_max(-_nearest(unit))
     # The distance to the nearest chosen token; chosen ones are ruled out for good.
     distance = torch.full(unit.shape[:2], torch.inf, device=unit.device)
     chosen = [newest]
@@ -109,7 +116,7 @@ def farthest_point(features: Tensor, keep: int) -> Tensor:
         rows = unit.gather(1, newest[:, :, None].expand(-1, -1, unit.shape[2]))
         distance = torch.minimum(distance, 1.0 - (unit @ rows.transpose(1, 2))[:, :, 0])
         distance.scatter_(1, newest, -torch.inf)
-        newest = _first_max(distance)
+        newest = first_max(distance)
         chosen.append(newest)
     return torch.cat(chosen, dim=1).sort(dim=1).values
 
@@ -119,6 +126,9 @@ def conditional_dpp(features: Tensor, relevance: Tensor, keep: int) -> Tensor:
 
     The kernel is r_i · cosine(i, j) · r_j, in float32; one of its rows is computed a step, and
     the N × N matrix never stands whole. Ties go to the lower index.
+
+    Extra memory: the unit vectors, B · N · D numbers, and what the chosen tokens explain,
+    B · keep · N. Work: keep · N cosines and keep² · N products a crop.
 
     Source: arXiv 2506.10967, section 3, and the authors' code, whose choices it equals.
 
@@ -148,7 +158,7 @@ def conditional_dpp(features: Tensor, relevance: Tensor, keep: int) -> Tensor:
     least = torch.finfo(gain.dtype).min
     chosen = []
     for step in range(keep):
-        newest = _first_max(gain)
+        newest = first_max(gain)
         chosen.append(newest)
         if step + 1 == keep:
             break
@@ -238,18 +248,31 @@ def _ordered_bits_(values: Tensor) -> Tensor:
     return bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
 
 
-def _first_max(values: Tensor) -> Tensor:
-    """[B, 1] index of each row's largest value, the lowest of equals on every device."""
-    N = values.shape[1]
-    best = values == values.amax(dim=1, keepdim=True)
+def first_max(values: Tensor) -> Tensor:
+    """[..., 1] index of the largest value of the last dimension [..., N].
+
+    Of equals the lowest, on every device.
+    """
+    N = values.shape[-1]
+    best = values == values.amax(dim=-1, keepdim=True)
     place = torch.arange(N, device=values.device)
-    return torch.where(best, place, N).amin(dim=1, keepdim=True).clamp(max=N - 1)
+    return torch.where(best, place, N).amin(dim=-1, keepdim=True).clamp(max=N - 1)
 
 
-def _nearest(unit: Tensor, chunk: int = 1024) -> Tensor:
-    """[B, N] largest cosine of each unit vector [B, N, C] with another; memory chunk × N."""
-    N = unit.shape[1]
+def rows_a_block(crops: int, columns: int) -> int:
+    """Rows of a matrix [crops, ?, columns] to be gone through at a time.
+
+    As many as `BLOCK` numbers hold, and `LEAST_ROWS` where these are more; so a crop of up to 2048
+    tokens, or five of 900, is done in one block.
+    """
+    return max(LEAST_ROWS, BLOCK // max(1, crops * columns))
+
+
+def _nearest(unit: Tensor) -> Tensor:
+    """[B, N] largest cosine of each unit vector [B, N, C] with another."""
+    B, N, _ = unit.shape
     found = []
+    chunk = rows_a_block(B, N)
     for start in range(0, N, chunk):
         part = unit[:, start : start + chunk] @ unit.transpose(1, 2)
         own = torch.arange(start, start + part.shape[1], device=unit.device)

@@ -21,7 +21,7 @@ from typing import Any
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.methods import METHODS
-from vlmprune.pruner import Pruner
+from vlmprune.pruner import Chain, Pruner
 
 FROM = "from"
 
@@ -52,9 +52,14 @@ class Stage:
     file: str | None = None
 
     @property
+    def cls(self) -> Any:
+        """The method's class."""
+        return METHODS[self.name]
+
+    @property
     def names(self) -> list[str]:
         """All settings that the method has."""
-        return [one.name for one in _fields(METHODS[self.name])]
+        return [one.name for one in _fields(self.cls)]
 
     @property
     def missing(self) -> list[str]:
@@ -131,18 +136,18 @@ def dump(pruner: Pruner) -> str:
 
     Raises:
         VlmpruneError: a method is none of `METHODS`, or a setting is no number, text, truth value
-            or None.
+            or None, nor a tuple of numbers.
     """
     return "|".join(_dump(stage) for stage in stages(pruner))
 
 
 def stages(pruner: Pruner) -> Iterator[Pruner]:
     """The methods of a chain, left to right; of any other pruner the pruner itself."""
-    chained = getattr(pruner, "stages", None)
-    if chained is None:
+    # By type: a method may have a setting of that name.
+    if not isinstance(pruner, Chain):
         yield pruner
         return
-    for one in chained:
+    for one in pruner.stages:
         yield from stages(one)
 
 
@@ -212,10 +217,11 @@ def _add(stage: Stage, setting: str) -> None:
     if name not in stage.names:
         has = ", ".join(stage.names + [f"{FROM}=FILE"] * can_read)
         raise VlmpruneError(f"method {stage.name!r} has no setting {name!r}; it has {has}.")
-    stage.settings[name] = _unquote(value, stage) if value.startswith('"') else _value(value)
+    stage.settings[name] = _unquote(value, stage) if value.startswith('"') else value_of(value)
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
+    """A value as a spec writes it, without quotes."""
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     if _INTEGER.fullmatch(text):
@@ -261,9 +267,11 @@ def _text(name: str, value: Any) -> str:
     if isinstance(value, Real):
         # "1e+16" would be cut at its plus sign in a longer chain.
         return repr(float(value)).replace("e+", "e")
+    if isinstance(value, tuple) and value:
+        return ";".join(_text(name, one) for one in value)
     if isinstance(value, str):
         special = not value.isprintable() or set(value) & set(',|+"') or value != value.strip()
-        plain = value and not special and isinstance(_value(value), str)
+        plain = value and not special and isinstance(value_of(value), str)
         return value if plain else json.dumps(value, ensure_ascii=False)
     raise VlmpruneError(
         f"{name}={value!r} cannot be written in a spec; it takes numbers, text, true, false and "

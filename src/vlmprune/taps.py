@@ -50,29 +50,89 @@ def attention_rows(
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     key = key.float().transpose(2, 3)
     start = query.shape[2] - 1 if rows == "last" else 0
-    queries = query[:, :, start : start + 1 if rows == "cls" else None]
+    stop = start + 1 if rows == "cls" else query.shape[2]
     total = torch.zeros(query.shape[0], query.shape[2], device=query.device)
     seen_by = torch.zeros_like(total)
+    for _, weights, seen in _weights(query, key, scaling, start, stop, mask):
+        total += weights.sum(dim=2).mean(dim=1)
+        seen_by += weights.shape[2] if seen is None else seen.mean(dim=1).sum(dim=1)
+    return total / seen_by.clamp(min=1)
+
+
+def patch_attention(
+    query: Tensor, key: Tensor, scaling: float, cls: int | None, mask: Tensor | None = None
+) -> Tensor:
+    """Attention among patches alone, by what each gets and what each gives, averaged over heads.
+
+    Nothing is renormalised: what patches pay to a CLS token is missing from the sums. Computed in
+    chunks of queries, so that memory stays linear in L.
+
+    Args:
+        query: [B, H, L, D].
+        key: [B, H', L, D], H' a divisor of H.
+        scaling: factor of the dot products.
+        cls: place of the CLS token, 0 or -1, which counts neither as query nor as key; None.
+        mask: as in `attention_rows`.
+
+    Returns:
+        [B, L, 2] float32; means over the patches that see one (columns), and over those that it
+        sees (rows). 0 for the CLS token and for padding.
+    """
+    query, key = query.detach(), key.detach()
+    if key.shape[1] != query.shape[1]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    key = key.float().transpose(2, 3)
+    first, end = int(cls == 0), query.shape[2] - int(cls == -1)
+    received = torch.zeros(query.shape[0], query.shape[2], device=query.device)
+    given, seen_by = torch.zeros_like(received), torch.zeros_like(received)
+    for start, weights, seen in _weights(query, key, scaling, first, end, mask):
+        rows = slice(start, start + weights.shape[2])
+        among = weights[..., first:end]
+        received[:, first:end] += among.sum(dim=2).mean(dim=1)
+        if seen is None:
+            seen_by += weights.shape[2]
+            given[:, rows] = among.mean(dim=3).mean(dim=1)
+        else:
+            counts = seen[..., first:end].sum(dim=3)
+            seen_by += seen.mean(dim=1).sum(dim=1)
+            given[:, rows] = (among.sum(dim=3) / counts.clamp(min=1)).mean(dim=1)
+    return torch.stack((received / seen_by.clamp(min=1), given), dim=-1)
+
+
+def _weights(
+    query: Tensor, key: Tensor, scaling: float, start: int, stop: int, mask: Tensor | None
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """Rows `start` to `stop` of the attention matrix, a chunk at a time.
+
+    Args:
+        query: [B, H, L, D].
+        key: [B, H, D, L] float32.
+        scaling: factor of the dot products.
+        start: first query.
+        stop: query behind the last.
+        mask: as in `attention_rows`.
+
+    Yields:
+        The chunk's first query, its weights [B, H, n, L], and 1 where a query sees a key, of the
+        same shape; None where all see all.
+    """
     real = None
     if mask is not None:
         mask = mask.detach()[:, None, None].bool() if mask.ndim == 2 else mask.detach()
         mask = mask.expand(-1, -1, query.shape[2], -1)
         real = _seen(mask).flatten(1, 2).any(dim=1)
-    for chunk in queries.split(CHUNK, dim=2):
+    for chunk in query[:, :, start:stop].split(CHUNK, dim=2):
         scores = chunk.float() @ key * scaling
         end = start + chunk.shape[2]
         if mask is None:
-            seen_by += chunk.shape[2]
-            total += scores.softmax(dim=-1).sum(dim=2).mean(dim=1)
+            yield start, scores.softmax(dim=-1), None
         else:
             assert real is not None
             seen = _seen(mask[:, :, start:end]) & real[:, None, start:end, None]
             added = scores if mask.dtype == torch.bool else scores + mask[:, :, start:end].float()
             weights = added.masked_fill(~seen, -torch.inf).softmax(dim=-1).nan_to_num()
-            total += weights.sum(dim=2).mean(dim=1)
-            seen_by += seen.expand(-1, scores.shape[1], -1, -1).float().mean(dim=1).sum(dim=1)
+            yield start, weights, seen.expand(-1, scores.shape[1], -1, -1).float()
         start = end
-    return total / seen_by.clamp(min=1)
 
 
 def _seen(mask: Tensor) -> Tensor:
@@ -82,6 +142,8 @@ def _seen(mask: Tensor) -> Tensor:
 
 class Tap:
     """Records rows of one attention layer; `rows_seen` holds a [B, L] tensor a forward.
+
+    A subclass may look at something else, with one row a token.
 
     A tap belongs to the thread that made it: what other threads run through the same layer
     meanwhile is not recorded.
@@ -114,12 +176,39 @@ class Tap:
         mask = attention_mask if isinstance(attention_mask, Tensor) else None
         ends = kwargs.get("cu_seq_lens_q")
         if ends is None:
-            self.rows_seen.append(attention_rows(query, key, scaling, self.rows, mask))
+            self.rows_seen.append(self.look(query, key, scaling, mask))
             return
         # Flash attention gets several images packed into one sequence.
         lengths = (ends[1:] - ends[:-1]).tolist()
         for q, k in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), strict=True):
-            self.rows_seen.append(attention_rows(q, k, scaling, self.rows))
+            self.rows_seen.append(self.look(q, k, scaling, None))
+
+    def look(self, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+        """What is recorded of one call."""
+        return attention_rows(query, key, scaling, self.rows, mask)
+
+
+class PatchTap(Tap):
+    """Records attention among patches, [B, L, 2] a forward, as `patch_attention` has it."""
+
+    def __init__(self, cls: int | None) -> None:
+        super().__init__("received")
+        self.cls = cls
+
+    def look(self, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+        """What each patch gets and gives."""
+        return patch_attention(query, key, scaling, self.cls, mask)
+
+
+class KeyTap(Tap):
+    """Records keys averaged over (KV) heads, [B, L, D] float32 a forward."""
+
+    def __init__(self) -> None:
+        super().__init__("received")
+
+    def look(self, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+        """The keys, as the attention function gets them."""
+        return key.detach().float().mean(dim=1)
 
 
 @contextmanager

@@ -61,6 +61,9 @@ class EncoderView:
         projected: [crops, N, D] features as the language model gets them; zeros where a cell is no
             candidate.
         relevance: [crops, N] float32; mean cosine to the parts of the question.
+        shared: [crops, N] int64 in [0, N); where the method acted inside the encoder
+            (`Pruner.inside`), cells of a crop with the same number have the same features; None
+            elsewhere.
     """
 
     attention: Tensor
@@ -75,6 +78,7 @@ class EncoderView:
     keys: Tensor | None = None
     projected: Tensor | None = None
     relevance: Tensor | None = None
+    shared: Tensor | None = None
 
     def narrow(self, kept: Tensor) -> EncoderView:
         """The same view with the cells that are not in `kept` [crops, N] ruled out."""
@@ -186,6 +190,7 @@ class RowView:
             token, averaged over heads and queries; None where not asked for.
         keys: [B, V, H · D] keys after rotary embedding, KV heads side by side; None likewise.
         text_keys: [B, X, H · D]; None likewise.
+        depth: number of decoder layers, as `Pruner.asks` got it.
     """
 
     hidden: Tensor
@@ -198,6 +203,7 @@ class RowView:
     attention: Tensor | None = None
     keys: Tensor | None = None
     text_keys: Tensor | None = None
+    depth: int = 0
 
 
 @dataclass(frozen=True)
@@ -217,6 +223,21 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Probes:
+    """The rows of a prompt whose attention a method sees before a layer attends.
+
+    Attributes:
+        recent: how many of the prompt's last tokens.
+        random: how many of its other tokens, without replacement.
+        seed: of the draw, which is the same on every device and for all layers of a prompt.
+    """
+
+    recent: int
+    random: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class LayerView:
     """The visual tokens of a prompt in one decoder layer, as prefill leaves it.
 
@@ -230,6 +251,11 @@ class LayerView:
         kv_heads: KV heads H, a divisor of Hq.
         others: [B] int64; tokens that stay whatever is chosen, added up over the KV heads.
         token_bytes: bytes of one token's key and value in one KV head.
+        sums: [B, S] float32; attention that each of the prompt's S columns gets from the probe
+            rows (`Pruner.probes`), averaged over the query heads and added up over the rows; 0 at
+            padding. None where the method has no probes.
+        seen: [B, S] int64; how many probe rows see each column; 0 at padding alone.
+        places: [B, V] int64; column of each visual token.
     """
 
     attention: Tensor
@@ -238,6 +264,9 @@ class LayerView:
     kv_heads: int
     others: Tensor
     token_bytes: int
+    sums: Tensor | None = None
+    seen: Tensor | None = None
+    places: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -253,3 +282,26 @@ class Retention:
     kept: Tensor
     gamma: Tensor
     rate: Tensor
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What a method does to crops of one size while the vision encoder runs.
+
+    Attributes:
+        merges: how many patches merge into others in each encoder layer, from the first to the
+            one whose output the model takes as features; empty for none.
+        grid: (rows, columns) of patches that the pixels are scaled down to; None leaves them.
+        words: the same for people.
+        alone: whether no other method chooses after it.
+    """
+
+    merges: tuple[int, ...] = ()
+    grid: tuple[int, int] | None = None
+    words: str = ""
+    alone: bool = True
+
+    @property
+    def acts(self) -> bool:
+        """Whether there is anything to do."""
+        return any(self.merges) or self.grid is not None

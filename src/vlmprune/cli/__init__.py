@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import sys
 
-from vlmprune.cli import benching, calibrating, lists, running
+from vlmprune.cli import benching, calibrating, comparing, lists, running, searching
 from vlmprune.cli.app import app
 
 for command in (
     running.run,
     benching.bench,
+    comparing.compare,
     calibrating.calibrate,
+    searching.search,
     lists.plan,
     lists.methods,
     lists.models,

@@ -34,15 +34,28 @@ def plan(
         console().print(planning.table([costs]))
 
 
-def methods(as_json: AsJson = False) -> None:
-    """List the methods, what each needs and its settings."""
+def methods(
+    names: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="NAME", help="Methods to be told about; by default all."),
+    ] = None,
+    brief: Annotated[bool, typer.Option("--brief", help="One line a method.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the methods: stage, needs, settings, paper, and where ours deviates.
+
+    A result is reusable where what is kept of an image serves all questions about it.
+    """
     from vlmprune import listing
 
-    found = listing.methods()
+    found = listing.methods(names or ())
     if as_json:
         print_json(found)
         return
-    for one in found["methods"]:
+    if brief or not names:
+        console().print(listing.overview(found))
+        console().print()
+    for one in () if brief else found["methods"]:
         console().print(listing.method_table(one))
     console().print(listing.HINT, style="dim", markup=False)
 

@@ -151,10 +151,10 @@ def _print_outcome(model: str, method: str, question: str, outcome: Outcome) -> 
     ]
     if outcome.decode_tokens:
         lines.insert(3, f"decode: over {outcome.decode_tokens} tokens either way")
-    rates = [rate for layer in report.layers for rate in layer.retention if rate is not None]
+    rates = [rate for layer in report.cut for rate in layer.retention if rate is not None]
     if rates:
         lines.append(
-            f"{len(report.layers)} layers' caches cut, to {100 * min(rates):.0f} % to "
+            f"{len(report.cut)} layers' caches cut, to {100 * min(rates):.0f} % to "
             f"{100 * max(rates):.0f} % of their visual tokens"
         )
     for line in lines:

@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-__all__ = ["load", "path", "scenes"]
+__all__ = ["held_out", "load", "path", "scenes"]
 
 
 def path() -> Path:
@@ -26,6 +26,11 @@ def path() -> Path:
 def scenes() -> Path:
     """Folder of the demonstration scenes: pictures and `scenes.json` (questions, true answers)."""
     return Path(__file__).parent / "scenes"
+
+
+def held_out() -> Path:
+    """Folder of the held-out test scenes: pictures and `scenes.json`, as in `scenes`."""
+    return Path(__file__).parent / "held_out"
 
 
 def load(

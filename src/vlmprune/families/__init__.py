@@ -67,18 +67,41 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return getattr(decoder, "model", decoder).layers
 
 
+def layer_kinds(model: Any) -> list[str]:
+    """How each decoder layer attends, in Transformers' words ("full_attention", …)."""
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return list(kinds)
+    for name, kind in (
+        ("sliding_window", "sliding_attention"),
+        ("attention_chunk_size", "chunked_attention"),
+    ):
+        if getattr(config, name, None) is not None:
+            return [kind] * config.num_hidden_layers
+    return ["full_attention"] * config.num_hidden_layers
+
+
+def deepstack_layers(model: Any) -> int:
+    """Number of first decoder layers behind which the host adds features to visual tokens."""
+    vision = getattr(model.config, "vision_config", None)
+    return len(getattr(vision, "deepstack_visual_indexes", None) or ())
+
+
+def rotary_modules(model: Any) -> list[nn.Module]:
+    """The modules of the language model that make rotary angles for all layers."""
+    decoder = model.get_decoder()
+    decoder = getattr(decoder, "model", decoder)
+    own = [child for name, child in decoder.named_children() if name != "layers"]
+    return [child for child in own if "rotary" in type(child).__name__.lower()]
+
+
 def cuttable_layers(model: Any) -> list[int]:
     """The decoder layers with full attention, whose cache may be cut.
 
     A sliding window drops old columns by itself, and linear attention has none.
     """
-    config = model.config.get_text_config(decoder=True)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        windows = [getattr(config, n, None) for n in ("sliding_window", "attention_chunk_size")]
-        kinds = ["full_attention" if windows == [None, None] else "other"]
-        kinds = kinds * config.num_hidden_layers
-    return [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+    return [i for i, kind in enumerate(layer_kinds(model)) if kind == "full_attention"]
 
 
 def architecture(model: Any) -> str:
@@ -107,8 +130,13 @@ def resolve_positions(model: Any, positions: Positions) -> Literal["compact", "o
         return "original"
     if positions != "auto":
         return positions
+    return advised_positions(model) or family.positions
+
+
+def advised_positions(model: Any) -> Literal["compact", "original"] | None:
+    """What a model's config advises, if it does."""
     advice = getattr(model.config, "vlmprune", None) or {}
     advised = advice.get("positions") if isinstance(advice, Mapping) else None
-    if advised in ("compact", "original"):
+    if advised == "compact" or advised == "original":
         return advised
-    return family.positions
+    return None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vlmprune import layout
 from vlmprune.dispatch import attention_of
 from vlmprune.errors import VlmpruneError
-from vlmprune.families.media import Inputs, Scored, blocks, four_dimensional
+from vlmprune.families.media import Encoder, Inputs, Scored, blocks, four_dimensional
 from vlmprune.families.record import Family
 from vlmprune.families.towers import Crops
 from vlmprune.layout import Layout
@@ -113,6 +113,12 @@ class Generic(Crops):
         """As other crops, whatever else the host sends through the projector."""
         images = [given for given in features if given.ndim == 3]
         return super().cells(model, inputs, layouts, attention, images)
+
+    def encoder(self, model: Any, inputs: Inputs) -> Encoder:
+        """The list of layers that was found."""
+        layers = tuple(model.get_submodule(self.found.layers))
+        cls = {"": None, "first": 0, "last": -1}[self.found.cls]
+        return Encoder(layers, self.found.layer, cls, frozenset(range(len(layers))))
 
     def scored(self, model: Any, inputs: Inputs) -> Scored:
         """The CLS row of the last layer that is used, else what patches receive in the last."""

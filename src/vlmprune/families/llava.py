@@ -31,6 +31,7 @@ class LlavaImages(Crops):
     """One crop an image."""
 
     overlay = "whole"
+    cellwise = True
 
     def layouts(self, model: Any, inputs: Inputs, visual: Tensor) -> list[Layout]:
         """Every patch in order; before them the CLS token, if the model passes it on."""
@@ -48,6 +49,7 @@ class LlavaNextImages(Crops):
 
     inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
     overlay = "tiles"
+    cellwise = True
 
     def crops(self, model: Any, inputs: Inputs) -> list[int]:
         """Crops of each image."""

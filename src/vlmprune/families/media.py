@@ -36,6 +36,28 @@ class Scored:
     words: str
 
 
+@dataclass(frozen=True)
+class Encoder:
+    """The layers of a tower, for methods that read more of it.
+
+    Attributes:
+        layers: in order.
+        feature: 0-based layer whose output the model takes as features; the last of several.
+        cls: place of the CLS token among a layer's tokens, 0 or -1; None where there is none.
+        whole: the layers in which a patch sees its whole image (or frame), not a window of it.
+    """
+
+    layers: tuple[nn.Module, ...]
+    feature: int
+    cls: int | None
+    whole: frozenset[int]
+
+    @property
+    def rows(self) -> Rows:
+        """Which attention of a layer scores tokens."""
+        return {None: "received", 0: "cls", -1: "last"}[self.cls]  # type: ignore[return-value]
+
+
 class Medium:
     """One modality of a family; subclasses say how its host handles it.
 
@@ -51,6 +73,7 @@ class Medium:
             of LLaVA-1.5 and of LLaVA-NeXT cut an image, "canvas" as that of InternVL does,
             "square" where it is resized to one crop, "own" where it keeps its resolution; empty
             where it cannot be drawn.
+        cellwise: whether the projector takes each cell's features by themselves.
     """
 
     kind: ClassVar[Literal["image", "video"]] = "image"
@@ -61,6 +84,7 @@ class Medium:
     stacked: ClassVar[bool] = False
     replaced: ClassVar[tuple[str, ...]] = ()
     overlay: ClassVar[Literal["whole", "tiles", "square", "canvas", "own", ""]] = ""
+    cellwise: ClassVar[bool] = False
 
     def check(self, model: Any) -> None:
         """Refuse, at attach, a model of the family that cannot be followed.
@@ -141,6 +165,10 @@ class Medium:
         """Where to read the attention."""
         raise NotImplementedError
 
+    def encoder(self, model: Any, inputs: Inputs) -> Encoder:
+        """The tower's layers."""
+        raise NotImplementedError
+
     def pooling_head(self, model: Any) -> nn.Module | None:
         """A head that pools the tower's tokens by attention, if the tower runs one."""
         return None
@@ -163,13 +191,25 @@ class Medium:
             model: the host.
             inputs: the request's inputs.
             layouts: one an item.
-            attention: what the tap saw, call by call, each [B, L].
+            attention: what the tap saw, call by call, each [B, L]; or anything else with one
+                row a token, [B, L, K].
             features: what the projector was given, call by call.
 
         Returns:
-            For each crop of each item [cells] float32 and [cells, C].
+            For each crop of each item [cells] (or [cells, K]) float32 and [cells, C].
         """
         raise NotImplementedError
+
+    def project(self, model: Any, features: Tensor) -> Tensor | None:
+        """Cells' features [n, C] sent through the projector, [n, D].
+
+        None where it does not work cell by cell, or the host does more to its output.
+        """
+        return self.projector(model)(features) if self.cellwise else None
+
+    def projected(self, model: Any, output: Any, layouts: Sequence[Layout]) -> list[Tensor]:
+        """Visual tokens [n, D] of each item as the language model gets them."""
+        return self.split(output, layouts)
 
     def completed(self, model: Any, output: Any) -> Any:
         """The encoder's output, with what only the host's forward would add to it."""

@@ -15,6 +15,7 @@ from vlmprune import layout
 from vlmprune.errors import VlmpruneError
 from vlmprune.families.llava import keeps_cls
 from vlmprune.families.media import (
+    Encoder,
     Inputs,
     Medium,
     Scored,
@@ -24,7 +25,7 @@ from vlmprune.families.media import (
     pooled,
 )
 from vlmprune.families.record import Family
-from vlmprune.families.towers import layers_of
+from vlmprune.families.towers import feature_layer, layers_of
 from vlmprune.layout import Layout
 
 
@@ -33,6 +34,7 @@ class PixtralImages(Medium):
 
     inputs = ("pixel_values", "image_sizes")
     overlay = "own"
+    cellwise = True
 
     def check(self, model: Any) -> None:
         """Refuse another tower, and a config that drops the first patch."""
@@ -86,6 +88,14 @@ class PixtralImages(Medium):
             f"attention received (the tower has no CLS token), encoder layer {depth - 1}",
         )
 
+    def encoder(self, model: Any, inputs: Inputs) -> Encoder:
+        """In each layer an image sees itself."""
+        depth = model.config.vision_config.num_hidden_layers
+        layers = tuple(layers_of(model.model.vision_tower, depth))
+        chosen: Any = inputs.get("vision_feature_layer")
+        chosen = getattr(model.config, "vision_feature_layer", -1) if chosen is None else chosen
+        return Encoder(layers, feature_layer(depth, chosen), None, frozenset(range(depth)))
+
     def projector(self, model: Any) -> nn.Module:
         """The module that merges patches and takes them to the language model's width."""
         return model.model.multi_modal_projector
@@ -102,19 +112,21 @@ class PixtralImages(Medium):
         grids = self.grids(model, inputs)
         counts = [rows * columns for rows, columns in grids]
         # One call for all images, or with flash attention one row an image.
-        received = torch.cat([call.flatten() for call in attention])
+        received = torch.cat([call.flatten(0, 1) for call in attention])
         given = torch.cat([call.flatten(0, -2) for call in features])
         scores, cells = [], []
         for grid, row, own in zip(grids, received.split(counts), given.split(counts), strict=True):
             members = blocks(*grid, self.merge(model), row.device)
             # An image's row adds up to its share of the sequence.
-            scores.append(pooled(row / row.sum(), members))
+            scores.append(pooled(row / row.sum() if row.ndim == 1 else row, members))
             cells.append(pooled(own, members.to(own.device)))
         return scores, cells
 
 
 class MistralImages(PixtralImages):
     """Squares of patches merged into one visual token."""
+
+    cellwise = False
 
     def merge(self, model: Any) -> int:
         """Side of the square."""

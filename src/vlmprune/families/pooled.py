@@ -19,6 +19,7 @@ class Squares(Crops):
 
     stacked = True
     overlay = "square"
+    cellwise = True
 
     def check(self, model: Any) -> None:
         """Refuse a tower with a CLS token, which these hosts would pass on as a patch."""
@@ -40,6 +41,8 @@ class Squares(Crops):
 
 class Gemma3Images(Squares):
     """Patches averaged in squares before the projector."""
+
+    cellwise = False
 
     def merge(self, model: Any) -> int:
         """Side of the square that is averaged."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlmprune import layout
 from vlmprune.errors import VlmpruneError
-from vlmprune.families.media import Inputs, Medium, Scored, needs
+from vlmprune.families.media import Encoder, Inputs, Medium, Scored, needs
 from vlmprune.families.record import Family
 from vlmprune.layout import Layout
 
@@ -81,6 +81,15 @@ class QwenImages(Medium):
             f"{number}, mean of each {side} x {side} group",
         )
 
+    def encoder(self, model: Any, inputs: Inputs) -> Encoder:
+        """The tower's blocks, of which some see windows alone."""
+        blocks = tuple(model.model.visual.blocks)
+        whole = getattr(model.config.vision_config, "fullatt_block_indexes", None)
+        numbers = frozenset(range(len(blocks)))
+        return Encoder(
+            blocks, len(blocks) - 1, None, numbers if whole is None else numbers & set(whole)
+        )
+
     def projector(self, model: Any) -> nn.Module:
         """The last merger; the other ones of Qwen3-VL merge earlier blocks' features."""
         return model.model.visual.merger
@@ -99,7 +108,8 @@ class QwenImages(Medium):
         the patches of all items at once.
         """
         group = model.config.vision_config.spatial_merge_size**2
-        scores = torch.cat([row.flatten() for row in attention]).view(-1, group).mean(dim=1)
+        seen = torch.cat([row.flatten(0, 1) for row in attention])
+        scores = seen.unflatten(0, (-1, group)).mean(dim=1)
         patches = torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
         merged = patches.view(-1, group, patches.shape[1]).float().mean(dim=1).to(patches.dtype)
         merged = merged.to(scores.device)

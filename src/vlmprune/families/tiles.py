@@ -128,6 +128,8 @@ class InternVLImages(Tiles):
     """A CLS token that scores and is dropped; a run of placeholders is one image."""
 
     overlay = "canvas"
+    # It merges before the projector.
+    cellwise = True
 
     def has_cls(self, model: Any) -> bool:
         """InternVL's own tower has one."""
@@ -238,6 +240,10 @@ class Llama4Images(Tiles):
         """Visual tokens before the projector."""
         tokens = output.last_hidden_state.flatten(0, -2)
         return list(tokens.split([len(one.labels) for one in layouts]))
+
+    def projected(self, model: Any, output: Any, layouts: Sequence[Layout]) -> list[Tensor]:
+        """Through the projector, which the host's forward runs."""
+        return [model.multi_modal_projector(one) for one in self.split(output, layouts)]
 
     def form(self, output: Any) -> Any:
         """The host's forward reads `last_hidden_state`."""

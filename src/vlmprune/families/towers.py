@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.families.media import Inputs, Medium, Scored, blocks, pooled
+from vlmprune.families.media import Encoder, Inputs, Medium, Scored, blocks, pooled
 from vlmprune.layout import Layout
 from vlmprune.taps import Rows
 
@@ -125,6 +125,13 @@ class Crops(Medium):
             "received",
             f"attention received (the tower has no CLS token), encoder layer {number}",
         )
+
+    def encoder(self, model: Any, inputs: Inputs) -> Encoder:
+        """All layers see whole crops."""
+        layers = layers_of(self.tower(model), model.config.vision_config.num_hidden_layers)
+        cls = (-1 if self.cls_last else 0) if self.has_cls(model) else None
+        everywhere = frozenset(range(len(layers)))
+        return Encoder(tuple(layers), self.feature_layer(model, inputs), cls, everywhere)
 
     def cells(
         self,

@@ -113,8 +113,9 @@ class OneVisionImages(LlavaNextImages):
             if not one.blended:
                 continue
             own = {"image_sizes": inputs["image_sizes"][number : number + 1]}
+            width = scores[start][0].numel()
             channels = [
-                torch.cat((score[:, None], crop.float()), dim=-1)
+                torch.cat((score.view(-1, width), crop.float()), dim=-1)
                 for score, crop in zip(scores[start:end], given[start:end], strict=True)
             ]
             stacked = torch.stack(channels)
@@ -123,8 +124,8 @@ class OneVisionImages(LlavaNextImages):
             cells = stacked.flatten(0, 1)
             cells[one.labels.to(packed.device)[real]] = packed[real]
             blended = cells.view_as(stacked)
-            scores[start:end] = list(blended[..., 0])
-            given[start:end] = list(blended[..., 1:].to(given[start].dtype))
+            scores[start:end] = list(blended[..., :width].reshape(-1, *scores[start].shape))
+            given[start:end] = list(blended[..., width:].to(given[start].dtype))
         return scores, given
 
 
@@ -194,7 +195,9 @@ class OneVisionVideos(Frames):
         """Scores and features through the host's own pooling."""
         scores, given = super().cells(model, inputs, layouts, attention, features)
         pool = model.model.apply_pooling
-        return list(pool(torch.stack(scores)[..., None])[..., 0]), list(pool(torch.stack(given)))
+        rows = torch.stack(scores)
+        few = pool(rows.view(*rows.shape[:2], -1))
+        return list(few.view(*few.shape[:2], *rows.shape[2:])), list(pool(torch.stack(given)))
 
     def completed(self, model: Any, output: Any) -> Any:
         """With the newline of each video, which early releases add in their forward."""
@@ -221,6 +224,7 @@ class NextVideos(Frames):
     """Frames pooled before the projector."""
 
     stacked = False
+    cellwise = True
 
     def check(self, model: Any) -> None:
         """Refuse a model that passes CLS tokens on, which the host's pooling cannot."""
@@ -266,6 +270,8 @@ class VideoLlavaImages(LlavaImages):
 
 class VideoLlavaVideos(Frames):
     """Frames with their CLS tokens, which belong to no cell."""
+
+    cellwise = True
 
     def tower(self, model: Any) -> nn.Module:
         """The encoder of frames."""

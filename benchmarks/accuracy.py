@@ -1,0 +1,350 @@
+"""Accuracy of every method at five budgets, on the embedded model's held-out scenes.
+
+    python benchmarks/accuracy.py                      # what is missing or stale, then the page
+    python benchmarks/accuracy.py --only fastv,random  # of these methods alone
+    python benchmarks/accuracy.py --render             # the page alone, from the JSON
+
+Each row (a method with its settings at one budget) is written to the JSON as soon as it is done, so
+that a run that was killed goes on with the next. A row is made anew when the method's code has
+changed since (see `definitions.py`), or its settings, or the pictures and questions. The tables go
+into docs/results.md between its markers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from accuracy_tables import page
+from definitions import fingerprint
+from encoded_once import encoded_once
+from vlmprune import METHODS, embedded
+from vlmprune.evaluate import BATCH, evaluate, model_name
+from vlmprune.evaluation import UNPRUNED, Evaluation
+from vlmprune.loading import Loaded, quiet
+from vlmprune.methods.pyramiddrop import PyramidDrop
+from vlmprune.methods.random_tokens import RandomTokens
+from vlmprune.pruner import Pruner
+from vlmprune.tasks import Scenes
+from vlmprune.tasks.scorers import same_parts
+from vlmprune.views import EncoderView, Selection
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "accuracy.json"
+PAGE = ROOT / "docs" / "results.md"
+
+BUDGETS = (0.5, 0.33, 0.22, 0.11, 0.05)
+SEEDS = (0, 1, 2)
+"""Draws of the random control, whose scores are averaged."""
+
+Settings = Callable[[float], dict[str, Any] | None]
+
+
+def keep(budget: float) -> dict[str, Any]:
+    """The nominal budget, by whatever the method means by `keep`."""
+    return {"keep": budget}
+
+
+def spread(r: float) -> float:
+    """PLPHP's dr for a rate, as in `retention.py`."""
+    return round(min(0.3, 0.75 * r, 0.75 * (1 - r)), 4)
+
+
+def whole_rows(budget: float) -> dict[str, Any] | None:
+    """FoPru by grid rows of 16 tokens; fewer than one cannot be kept."""
+    return {"keep": budget, "choose": "row"} if budget >= 1 / 16 else None
+
+
+def rates(**more: Any) -> Settings:
+    """PLPHP's at a mean rate, with thresholds calibrated by `retention.py` for that window."""
+    return lambda budget: {"r": budget, "dr": spread(budget), **more}
+
+
+TAUS = {0.5: 0.84, 0.33: 0.71, 0.22: 0.595, 0.11: 0.42, 0.05: 0.285}
+"""ZipVL's, by the share of KV bytes that they come to on the first questions."""
+
+
+def pyramid(budget: float, layers: int = 5) -> dict[str, Any] | None:
+    """PyramidDrop's ratio at which the layers see the budget on average; the first sees all."""
+    before = PyramidDrop().layers(layers)
+
+    def mean(ratio: float) -> float:
+        return sum(ratio ** sum(i >= at for at in before) for i in range(layers)) / layers
+
+    if mean(0.0) >= budget:
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean(middle) < budget else (low, middle)
+    return {"ratio": round(low, 4)}
+
+
+SETTINGS: dict[str, dict[str, Settings]] = {
+    # Controls.
+    "random": {"random": keep},
+    "uniform": {"uniform grid": keep},
+    "average_pooling": {"average pooling": keep},
+    "downsample": {"downsampling": keep},
+    # Before the language model.
+    "vispruner": {
+        "VisPruner": keep,
+        "VisPruner, ratio 0.75": lambda b: {"keep": b, "important_ratio": 0.75},
+    },
+    "fastervlm": {"FasterVLM": keep},
+    "vtc_cls": {"VTC-CLS": keep},
+    "fopru": {"FoPru, rank": keep, "FoPru, row": whole_rows},
+    "visionzip": {"VisionZip": keep},
+    "prumerge": {"PruMerge": keep, "PruMerge+": lambda b: {"keep": b, "plus": True}},
+    "divprune": {"DivPrune": keep},
+    "cdpruner": {"CDPruner": keep},
+    "tome": {"ToMe": keep},
+    # Inside it: `keep` is what goes on from the layer that drops, or as the class says.
+    "fastv": {"FastV": keep},
+    "dart": {"DART": keep},
+    "sparsevlm": {"SparseVLM": keep},
+    "pyramiddrop": {"PyramidDrop": pyramid},
+    "psigmoid": {"P-Sigmoid": keep},
+    # The cache: PLPHP's r is the mean rate.
+    "plphp": {
+        "PLPHP": rates(alpha=0.958, beta=0.317),
+        "PLPHP, window 8": rates(alpha=0.951, beta=0.754, window=8),
+    },
+    "zipvl": {"ZipVL": lambda budget: {"tau": TAUS[budget]}},
+}
+"""By method and label, the settings at a budget; methods that are not named here get `keep`."""
+
+OWN: dict[str, dict[str, dict[str, Any]]] = {
+    "prumerge": {"PruMerge, as many as outliers": {}, "PruMerge+, likewise": {"plus": True}},
+    "pyramiddrop": {"PyramidDrop, ratio 0.5": {}},
+    "zipvl": {"ZipVL, τ = 0.975": {}, "ZipVL, τ = 0.96": {"tau": 0.96}},
+    "plphp": {"PLPHP, r = 0.4, default thresholds": {}},
+}
+"""Settings without a budget: methods that decide themselves how much they keep."""
+
+NOT_HERE = {
+    "evs": "EVS chooses among frames of a video, and these are pictures",
+    "gsearch": "G-Search needs a schedule that was searched for on this model",
+}
+"""Methods without rows, and why."""
+
+
+@dataclass(frozen=True)
+class RandomOfEach(RandomTokens):
+    """The random control with a draw of its own for each picture.
+
+    The method draws the same for every request of one picture, and so the same tokens of all.
+    """
+
+    def select(self, view: EncoderView) -> Selection:
+        """By the seed and the picture, told by its most attended tokens."""
+        most = view.attention.topk(8).indices.tolist()
+        drawn = hashlib.sha256(f"{self.seed} {most}".encode()).digest()
+        plain = RandomTokens(
+            self.keep, self.positions, self.budget, int.from_bytes(drawn[:6], "big")
+        )
+        return plain.select(view)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table at one budget."""
+
+    method: str
+    label: str
+    budget: float | None
+    settings: tuple[dict[str, Any], ...]
+
+    @property
+    def pruners(self) -> list[Pruner]:
+        """The pruner; for the random control one a seed."""
+        cls = RandomOfEach if self.method == "random" else METHODS[self.method]
+        return [cls(**one) for one in self.settings]
+
+    @property
+    def key(self) -> tuple[str, float | None]:
+        """What tells it from the others."""
+        return self.label, self.budget
+
+    def __str__(self) -> str:
+        return self.label if self.budget is None else f"{self.label} at {self.budget:.0%}"
+
+
+def planned(only: list[str]) -> list[Row]:
+    """All rows, controls first, or those of some methods."""
+    names = [name for name in SETTINGS if name in METHODS]
+    names += [name for name in METHODS if name not in SETTINGS and name not in NOT_HERE]
+    rows = []
+    for name in names:
+        if only and name not in only:
+            continue
+        labels = SETTINGS.get(name, {METHODS[name].__name__: keep})
+        for label, settings in labels.items():
+            for budget in BUDGETS:
+                one = settings(budget)
+                if one is None:
+                    continue
+                several = [one | {"seed": seed} for seed in SEEDS] if name == "random" else [one]
+                rows.append(Row(name, label, budget, tuple(several)))
+        rows += [Row(name, label, None, (one,)) for label, one in OWN.get(name, {}).items()]
+    return rows
+
+
+def digest(folder: Path) -> str:
+    """Of all files of a folder."""
+    content = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        content.update(file.name.encode() + file.read_bytes())
+    return content.hexdigest()[:16]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What was measured before, as far as it is about the same pictures and model."""
+    fresh: dict[str, Any] = {
+        "scenes": digest(embedded.held_out()),
+        "model": digest(embedded.path()),
+        "rows": [],
+    }
+    if not path.exists():
+        return fresh
+    found: dict[str, Any] = json.loads(path.read_text())
+    same = all(found.get(name) == fresh[name] for name in ("scenes", "model"))
+    return found if same else fresh
+
+
+def write(path: Path, found: Mapping[str, Any]) -> None:
+    """Replace the file at once, so that a kill leaves the old or the new one; a row a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = {name: value for name, value in found.items() if name != "rows"}
+    lines = ",\n".join(json.dumps(row) for row in found["rows"])
+    text = json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + lines + "\n]\n}\n"
+    beside = path.with_suffix(".part")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def figures(evaluations: list[Evaluation]) -> dict[str, Any]:
+    """What the JSON keeps of one row's evaluations, in the task's order of samples."""
+    samples = Scenes().samples()
+    one = evaluations[0]
+    scores = [sum(e.results[i].score or 0 for e in evaluations) for i in range(len(samples))]
+    cells = [
+        round(sum(16 * same_parts(e.results[i].answer, sample.answers[0]) for e in evaluations))
+        for i, sample in enumerate(samples)
+        if sample.kind == "listing"
+    ]
+    names = ("visual_tokens", "decoder_flops", "flops", "kv_bytes")
+    return {
+        "repeats": len(evaluations),
+        "scores": "".join(str(int(score)) for score in scores),
+        "cells": cells,
+        "shares": {name: round(one.share(name), 5) for name in names},
+        "seconds": round(sum(e.total("seconds") for e in evaluations), 1),
+    }
+
+
+def measure(path: Path, rows: list[Row], batch: int, again: bool) -> dict[str, Any]:
+    """Make what is missing or stale, and write the file after each row."""
+    found = read(path)
+    known = {(row["label"], row["budget"]): row for row in found["rows"]}
+    todo = []
+    for row in rows:
+        old = known.get(row.key)
+        about = {
+            "method": row.method,
+            "settings": list(row.settings),
+            "code": fingerprint(METHODS[row.method]),
+        }
+        if again or old is None or any(old.get(name) != value for name, value in about.items()):
+            todo.append((row, about))
+    with quiet():
+        loaded = Loaded(*embedded.load())
+    found["about"] = {
+        "model": model_name(loaded.model),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "batch": batch,
+    }
+    samples = Scenes().samples()
+    found["samples"] = [[one.id, one.kind, one.group] for one in samples]
+
+    def run(pruner: Pruner | None, say: Callable[[int, int], None]) -> Evaluation:
+        # Alone, a question's picture may have been encoded before.
+        alone = pruner is not None and pruner.shortens and not pruner.text_agnostic
+        return evaluate(loaded, pruner, Scenes(), batch=1 if alone else batch, progress=say)
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    console = Console()
+    with encoded_once(), Progress(*columns, console=console) as bar:
+        whole = bar.add_task("rows", total=len(todo) + 1)
+        line = bar.add_task("", total=len(samples))
+
+        def say(done: int, total: int) -> None:
+            bar.update(line, completed=done, total=total)
+
+        if "unpruned" not in found or again:
+            bar.update(line, description=UNPRUNED)
+            found["unpruned"] = figures([run(None, say)])
+            write(path, found)
+        bar.advance(whole)
+        for row, about in todo:
+            bar.update(line, description=str(row))
+            begin = time.perf_counter()
+            made = figures([run(pruner, say) for pruner in row.pruners])
+            known[row.key] = {"label": row.label, "budget": row.budget} | about | made
+            found["rows"] = list(known.values())
+            write(path, found)
+            right = sum(map(int, made["scores"])) / made["repeats"] / len(samples)
+            console.print(f"{row}: {right:.1%} right, {time.perf_counter() - begin:.0f} s")
+            bar.advance(whole)
+    return found
+
+
+def in_order(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows that are planned now, controls first."""
+    known = {(row["label"], row["budget"]): row for row in rows}
+    for row in planned([]):
+        if row.key in known:
+            yield known[row.key]
+
+
+def main(
+    only: Annotated[str, typer.Option(help="Names of methods, parted by commas.")] = "",
+    render: Annotated[bool, typer.Option(help="Make no row, only the page.")] = False,
+    again: Annotated[bool, typer.Option(help="Make rows anew that are known.")] = False,
+    batch: Annotated[int, typer.Option(help="Questions answered at once.")] = BATCH,
+    results: Annotated[Path, typer.Option(help="JSON file, read and written.")] = RESULTS,
+    target: Annotated[Path, typer.Option(help="Page with the markers.")] = PAGE,
+) -> None:
+    """Measure what is missing, and write the tables."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    unknown = [name for name in names if name not in METHODS or name in NOT_HERE]
+    if unknown:
+        raise typer.BadParameter(f"no rows for {', '.join(unknown)}")
+    found = read(results) if render else measure(results, planned(names), batch, again)
+    if target.exists():
+        text = page(target.read_text(), found | {"rows": list(in_order(found["rows"]))}, NOT_HERE)
+        target.write_text(text)
+
+
+if __name__ == "__main__":
+    typer.run(main)

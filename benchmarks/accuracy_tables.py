@@ -1,0 +1,167 @@
+"""The tables of docs/results.md, worked out from what `accuracy.py` stored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from vlmprune.evaluation import Evaluation, Mean, Result
+
+CONTROLS = ("random", "uniform grid", "average pooling", "downsampling")
+KINDS = ("presence", "count", "position", "relation", "reading", "listing")
+CLOSE = (0.33, 0.22, 0.11)
+"""Budgets that get a table by kind of question."""
+CELLS = "listed cells"
+
+
+def page(text: str, found: Mapping[str, Any], not_here: Mapping[str, str]) -> str:
+    """The page with its marked parts made anew.
+
+    Args:
+        text: the page; each part stands between `<!-- name -->` and `<!-- end name -->`.
+        found: the stored rows.
+        not_here: methods without rows, and why.
+    """
+    table = Table(found)
+    parts: dict[str, Callable[[], str]] = {
+        "setup": table.setup,
+        "accuracy": table.accuracy,
+        "cost": table.cost,
+        "own": table.own,
+        "kinds": table.kinds,
+        "left out": lambda: "\n".join(f"- {why}." for why in not_here.values()),
+    }
+    for name, make in parts.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
+        made = make()
+        text = re.sub(
+            pattern, lambda at, made=made: f"{at[1]}{made}\n{at[2]}", text, flags=re.DOTALL
+        )
+    return text
+
+
+class Table:
+    """Stored rows as evaluations, and tables of them."""
+
+    def __init__(self, found: Mapping[str, Any]) -> None:
+        self.found = found
+        self.full = self.evaluation(found["unpruned"])
+        self.rows = {(row["label"], row["budget"]): row for row in found["rows"]}
+        self.made = {key: self.evaluation(row) for key, row in self.rows.items()}
+        self.labels = list(dict.fromkeys(label for label, budget in self.rows if budget))
+        self.budgets = sorted({budget for _, budget in self.rows if budget}, reverse=True)
+
+    def evaluation(self, row: Mapping[str, Any]) -> Evaluation:
+        """Scores by sample; what was spent is not by sample and left at nought."""
+        results = tuple(
+            Result(one, group, kind, "", int(score) / row["repeats"], *[0.0] * 9)
+            for (one, kind, group), score in zip(self.found["samples"], row["scores"], strict=True)
+        )
+        return Evaluation("scenes", row.get("label", "unpruned"), "", results)
+
+    def cells(self, row: Mapping[str, Any]) -> Evaluation:
+        """The share of each listing's cells that are right."""
+        listings = [one for one in self.found["samples"] if one[1] == "listing"]
+        results = tuple(
+            Result(one, group, CELLS, "", cells / 16 / row["repeats"], *[0.0] * 9)
+            for (one, _, group), cells in zip(listings, row["cells"], strict=True)
+        )
+        return Evaluation("scenes", row.get("label", "unpruned"), "", results)
+
+    def setup(self) -> str:
+        """What was measured with what."""
+        about = self.found["about"]
+        groups = {group for _, _, group in self.found["samples"]}
+        return (
+            f"{len(self.found['samples'])} questions about {len(groups)} scenes, "
+            f"{about['model']}; torch {about['torch']}, transformers {about['transformers']}, "
+            f"{about['batch']} questions at once, one thread. Unpruned: "
+            f"{percent(self.full.mean)} per cent."
+        )
+
+    def accuracy(self) -> str:
+        """Methods by budgets, with a mark beside random."""
+        lines = [header(["method", *(f"{budget:.0%}" for budget in self.budgets)])]
+        for label in self.labels:
+            cells = []
+            for budget in self.budgets:
+                made = self.made.get((label, budget))
+                mark = self.mark(label, budget)
+                cells.append("" if made is None else f"{percent(made.mean)}{mark}")
+            lines.append(line([name(label), *cells]))
+        return "\n".join(lines)
+
+    def mark(self, label: str, budget: float) -> str:
+        """How a row stands to random at the same budget, by the paired interval."""
+        made, random = self.made.get((label, budget)), self.made.get(("random", budget))
+        if made is None or random is None or label == "random":
+            return ""
+        gain = made.minus(random)
+        assert gain is not None
+        if gain.high < 0:
+            return " ▼"
+        return " ≈" if gain.low <= 0 else ""
+
+    def cost(self) -> str:
+        """What is left of tokens, decoder FLOPs and KV bytes."""
+        lines = [header(["method", *(f"{budget:.0%}" for budget in self.budgets)])]
+        for label in self.labels:
+            cells = []
+            for budget in self.budgets:
+                row = self.rows.get((label, budget))
+                shares = None if row is None else row["shares"]
+                names = ("visual_tokens", "decoder_flops", "kv_bytes")
+                cells.append(
+                    ""
+                    if shares is None
+                    else " · ".join(f"{100 * shares[one]:.0f}" for one in names)
+                )
+            lines.append(line([name(label), *cells]))
+        return "\n".join(lines)
+
+    def kinds(self) -> str:
+        """For some budgets, methods by kinds."""
+        parts = []
+        for budget in CLOSE:
+            if budget not in self.budgets:
+                continue
+            full = self.cells(self.found["unpruned"])
+            lines = [f"**{budget:.0%}**", "", header(["method", *KINDS, CELLS])]
+            rows = [("unpruned", self.full, full)]
+            for label in self.labels:
+                if (label, budget) in self.made:
+                    row = self.rows[label, budget]
+                    rows.append((name(label), self.made[label, budget], self.cells(row)))
+            for label, made, cells in rows:
+                means = [*(made.by_kind[kind] for kind in KINDS), cells.mean]
+                lines.append(line([label, *(percent(mean) for mean in means)]))
+            parts.append("\n".join(lines))
+        return "\n\n".join(parts)
+
+
+def name(label: str) -> str:
+    """Controls stand in italics."""
+    return f"*{label}*" if label in CONTROLS else label
+
+
+def shares(row: Mapping[str, Any]) -> str:
+    """What is left of tokens, decoder FLOPs and KV bytes."""
+    names = ("visual_tokens", "decoder_flops", "kv_bytes")
+    return " · ".join(f"{100 * row['shares'][one]:.0f}" for one in names)
+
+
+def percent(mean: Mean | None) -> str:
+    """A mean and half its interval's width."""
+    assert mean is not None
+    return f"{100 * mean.value:.1f} ± {50 * (mean.high - mean.low):.1f}"
+
+
+def header(cells: Sequence[str]) -> str:
+    """A table's first two lines."""
+    return line(cells) + "\n" + "|---" * len(cells) + "|"
+
+
+def line(cells: Sequence[str]) -> str:
+    """A table's line."""
+    return "| " + " | ".join(cells) + " |"

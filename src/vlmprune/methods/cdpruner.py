@@ -1,0 +1,78 @@
+"""CDPruner: visual tokens that differ from each other, weighted by the question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vlmprune import scoring, select
+from vlmprune.budgeted import Budgeted
+from vlmprune.errors import VlmpruneError
+from vlmprune.views import EncoderView, Reads, Selection
+
+
+@dataclass(frozen=True)
+class CDPruner(Budgeted):
+    """Keep visual tokens that differ from each other, conditioned on the question.
+
+    A determinantal point process over cosines of the projected features, each row and column
+    weighted by the token's relevance; its most probable set is sought greedily. Relevance is the
+    negated mean cosine to the parts of the question, scaled from 0 to 1.
+
+    Paper: "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in
+    MLLMs", arXiv 2506.10967 (NeurIPS 2025), section 3; given the relevance it chooses the same
+    tokens as the authors' code.
+
+    Attributes:
+        keep: visual tokens to keep: an int counts them, a float in (0, 1] is a fraction.
+        positions: "compact" renumbers the tokens (as the release does), "original" keeps gaps,
+            "auto" takes what the model's config recommends, else the family's release.
+        budget: "crop" gives each crop the same number of tokens (as the release does), "image"
+            shares one number among all crops of an image; of a video "frame" and "clip".
+        text_tower: where the relevance comes from. "auto" takes the model's own text tower where
+            it has one, else the language model's text embeddings, and the report says which; the
+            folder or id of a CLIP model takes its text tower, as the release does with the model
+            that the vision tower is of.
+
+    Where it deviates from the release: relevance is scaled over each image, where the release
+    scales over all crops that come together, and is 1 where all tokens are alike; without a text
+    tower the language model's embeddings stand in; ties go to the lower index.
+
+    Shapes: projected [crops, N, D], relevance [crops, N] → kept [crops, N].
+
+    Raises:
+        VlmpruneError: a value is out of range; one sentence names it.
+    """
+
+    text_tower: str = "auto"
+
+    needs: ClassVar[str] = "projected features, the question, a text tower (else text embeddings)"
+    stage: ClassVar[str] = "before the language model"
+    paper: ClassVar[str] = "arXiv 2506.10967"
+    text_agnostic: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.text_tower, str) or not self.text_tower:
+            raise VlmpruneError(
+                f"text_tower={self.text_tower!r} is no source of relevance; use 'auto', or the "
+                "folder or id of a CLIP model."
+            )
+
+    def reads(self, depth: int, feature: int) -> Reads:
+        """The projected features and their relevance to the question."""
+        return Reads(projected=True, relevance=self.text_tower)
+
+    def select(self, view: EncoderView) -> Selection:
+        """Choose cells of all crops of a request."""
+        assert view.projected is not None and view.relevance is not None
+        features = view.projected.flatten(0, 1)
+        images = torch.tensor(view.images, device=view.relevance.device)
+        weights = scoring.relevance(view.relevance, view.candidates, images).flatten()
+        kept = self.each(
+            view,
+            lambda cells, keep: select.conditional_dpp(features[cells], weights[cells], keep),
+        )
+        return Selection(kept, {"diverse": kept})

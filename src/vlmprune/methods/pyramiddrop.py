@@ -1,0 +1,80 @@
+"""PyramidDrop: the same share of the visual tokens leaves at every stage of the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from vlmprune import rowrules
+from vlmprune.errors import VlmpruneError
+from vlmprune.families import Positions
+from vlmprune.layered import check_layers, check_positions
+from vlmprune.pruner import Pruner
+from vlmprune.views import Ask, Rows, RowView
+
+
+@dataclass(frozen=True)
+class PyramidDrop(Pruner):
+    """Drop visual tokens in stages, fewer and fewer the deeper the layer.
+
+    The language model is cut into stages of equal depth. Between two of them the prompt's last
+    token ranks the visual tokens, by the attention that it would pay them in the next layer,
+    averaged over heads; of each image the best go on.
+
+    Paper: "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual
+    Redundancy Reduction", arXiv 2410.17247 (CVPR 2025), section 3.2.
+
+    Attributes:
+        ratio: share of its visual tokens that goes on from each stage; 0.5 is the authors'.
+        stages: how often tokens leave; 3 is the authors': after layers 8, 16 and 24 of 32, which
+            keep 50, 25 and 12.5 %. Models of other depth are cut in the same proportion (our
+            reading), rounded down.
+        positions: "compact" renumbers the tokens that go on (as the release does), "original"
+            keeps gaps, "auto" takes what the model's config recommends, else the release's.
+
+    Where it deviates from the release: every image of a prompt keeps its share, at least one
+    token, where the release knows one image; new tokens count on from the renumbered prompt, in
+    each layer; while training, too, the prompt's last token ranks; ties go to the lower index.
+
+    Shapes: attention [B, V] → kept [B, V].
+
+    Raises:
+        VlmpruneError: a value is out of range; one sentence names it.
+    """
+
+    ratio: float = 0.5
+    stages: int = 3
+    positions: Positions = "auto"
+
+    needs: ClassVar[str] = "attention of the prompt's last token in the next decoder layer"
+    stage: ClassVar[str] = "inside the language model"
+    paper: ClassVar[str] = "arXiv 2410.17247"
+    released: ClassVar[Literal["compact", "original"]] = "compact"
+
+    def __post_init__(self) -> None:
+        ratio, stages = self.ratio, self.stages
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+            raise VlmpruneError(f"ratio={ratio!r} is outside (0, 1]; use 0.5, the authors' value.")
+        if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
+            raise VlmpruneError(
+                f"stages={stages!r} is no number of stages; use 3, the authors' value."
+            )
+        check_positions(self.positions)
+
+    def layers(self, depth: int) -> list[int]:
+        """The layers before which tokens leave, in a model of that depth."""
+        return [depth * number // (self.stages + 1) for number in range(1, self.stages + 1)]
+
+    def asks(self, depth: int) -> Mapping[int, Ask]:
+        """The attention of the layer that comes."""
+        check_layers(depth, self.stages + 1, repr(self))
+        return {layer: Ask("own") for layer in self.layers(depth)}
+
+    def drop(self, layer: int, view: RowView) -> Rows:
+        """The best of each image."""
+        assert view.attention is not None
+        # Rounded down, as in the release; with room for float32's error in shares such as 0.7.
+        keep = (view.counts * self.ratio + 1e-4).floor().long().clamp(min=1)
+        keep = keep.minimum(view.counts)
+        return Rows(rowrules.most_attended(view.attention, view.images, keep))

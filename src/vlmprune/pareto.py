@@ -1,0 +1,184 @@
+"""What a score costs: three panels with the Pareto front, as a PNG. Knows nothing of models."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlmprune.errors import VlmpruneError
+
+MARK = "vlmprune compare"
+"""Stands in the picture's `Software`, so that no other picture is overwritten."""
+
+# Of Okabe and Ito's palette, which the colour-blind can tell apart; darker where it is too light.
+_COLOURS = ("#0072B2", "#C04F00", "#00785A", "#A4508B", "#3E9BD6", "#8A6D00", "#1B1F26")
+_MARKS = ("o", "s", "^", "D", "v", "P", "X")
+_GREYS = ("#5F6670", "#8B929C", "#A9AFB8")
+_GREY_MARKS = ("o", "s", "^", "D")
+_INK, _FRONT = "#1B1F26", "#30343B"
+_DPI = 150
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One configuration.
+
+    Attributes:
+        name: of its method; configurations of one name are joined by a line.
+        label: its budget, as text; "" for none.
+        score: the higher the better, 0 to 1.
+        costs: the lower the better, one an axis.
+        low: lower end of the score's interval; None for none.
+        high: upper end.
+        control: whether it is a control, which is drawn in grey.
+        full: whether it is the unpruned model.
+    """
+
+    name: str
+    label: str
+    score: float
+    costs: tuple[float, ...]
+    low: float | None = None
+    high: float | None = None
+    control: bool = False
+    full: bool = False
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The points that no other beats.
+
+    A point beats another if it costs no more, scores no less, and is better in one of the two; so
+    of equal points all stay.
+
+    Args:
+        points: (cost, score) of each.
+
+    Returns:
+        Their numbers, by rising cost and then by number.
+    """
+    order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i))
+    found: list[int] = []
+    for i in order:
+        if not found or points[i][1] > points[found[-1]][1] or points[i] == points[found[-1]]:
+            found.append(i)
+    return found
+
+
+def plot(dots: Sequence[Dot], axes: Sequence[str], score: str, title: str = "") -> bytes:
+    """Draw the score against each cost, with the points that no other beats joined by a line.
+
+    Args:
+        dots: the configurations, one or more.
+        axes: what each cost is.
+        score: what the score is.
+        title: the heading.
+
+    Returns:
+        A PNG.
+
+    Raises:
+        VlmpruneError: there is nothing to draw.
+    """
+    if not dots:
+        raise VlmpruneError("there is nothing to draw; compare one method or more.")
+    # It takes a second, and only this needs it. Without pyplot no window system is looked for.
+    from matplotlib.figure import Figure
+
+    columns = min(4, 1 + len({dot.name for dot in dots}))
+    legend = -(-(1 + len({dot.name for dot in dots})) // columns)
+    figure = Figure(figsize=(1.2 + 3.9 * len(axes), 4.1 + 0.24 * legend), layout="constrained")
+    panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
+    for number, (panel, name) in enumerate(zip(panels, axes, strict=True)):
+        _panel(panel, dots, number)
+        panel.set_xlabel(name, fontsize=11)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(color="#E4E7EB", linewidth=0.8)
+        panel.set_axisbelow(True)
+        panel.tick_params(labelsize=10)
+        panel.margins(x=0.14, y=0.1)
+    panels[0].set_ylabel(score, fontsize=11)
+    panels[0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(
+        *(handles, _plain(names)), loc="outside lower center", ncols=columns, frameon=False
+    )
+    if title:
+        figure.suptitle(_plain([title])[0], fontsize=12, x=0.01, ha="left")
+    target = io.BytesIO()
+    figure.savefig(target, format="png", dpi=_DPI, metadata={"Software": MARK})
+    return target.getvalue()
+
+
+def _plain(names: list[str]) -> list[str]:
+    """Names as they are, since Matplotlib would read what stands between dollars as a formula."""
+    return [name.replace("$", r"\$") for name in names]
+
+
+def _styles(dots: Sequence[Dot]) -> Iterator[tuple[str, list[Dot], dict[str, Any]]]:
+    """The configurations by method, controls first so that the others lie over them."""
+    names = dict.fromkeys(dot.name for dot in dots if not dot.full)
+    groups = [(name, [dot for dot in dots if dot.name == name and not dot.full]) for name in names]
+    controls = [group for group in groups if group[1][0].control]
+    others = [group for group in groups if not group[1][0].control]
+    for number, (name, group) in enumerate(controls):
+        mark = _GREY_MARKS[number % len(_GREY_MARKS)]
+        yield name, group, {"color": _GREYS[number % len(_GREYS)], "marker": mark, "zorder": 2}
+    for number, (name, group) in enumerate(others):
+        # Coprime steps, so that a colour comes back with another mark.
+        mark = _MARKS[(number + number // len(_COLOURS)) % len(_MARKS)]
+        yield name, group, {"color": _COLOURS[number % len(_COLOURS)], "marker": mark, "zorder": 3}
+
+
+def _panel(panel: Any, dots: Sequence[Dot], axis: int) -> None:
+    for dot in dots:
+        if dot.full:
+            panel.axhline(dot.score, color=_INK, linewidth=0.9, linestyle=":", zorder=1)
+    for name, group, style in _styles(dots):
+        group = sorted(group, key=lambda dot: dot.costs[axis])
+        costs, scores = [dot.costs[axis] for dot in group], [dot.score for dot in group]
+        for dot in group:
+            if dot.low is not None and dot.high is not None:
+                panel.vlines(
+                    *(dot.costs[axis], dot.low, dot.high),
+                    color=style["color"],
+                    linewidth=1.2,
+                    alpha=0.45,
+                    zorder=style["zorder"],
+                )
+        panel.plot(costs, scores, label=name, linewidth=1, markersize=6, alpha=0.9, **style)
+    found = [dots[i] for i in front([(dot.costs[axis], dot.score) for dot in dots])]
+    panel.plot(
+        [dot.costs[axis] for dot in found],
+        [dot.score for dot in found],
+        color=_FRONT,
+        linewidth=5,
+        alpha=0.16,
+        solid_capstyle="round",
+        label="Pareto front",
+        zorder=1.5,
+    )
+    for dot in dots:
+        if dot.full:
+            panel.plot(
+                *([dot.costs[axis]], [dot.score]),
+                linestyle="",
+                marker="*",
+                markersize=13,
+                color=_INK,
+                label=dot.name,
+                zorder=4,
+            )
+    seen = set()
+    for dot in found:
+        if dot.label and dot.label not in seen:
+            seen.add(dot.label)
+            panel.annotate(
+                *(dot.label, (dot.costs[axis], dot.score)),
+                xytext=(-4, 7),
+                textcoords="offset points",
+                ha="right",
+                fontsize=9,
+                color=_INK,
+            )

@@ -1,0 +1,228 @@
+"""The KV-cache layer that lacks columns: rows that were dropped before it left no keys in it.
+
+It stores what came, densely, and knows which column of the sequence each stored one is. It
+reports its logical length, in columns seen, because masks and positions are counted in columns;
+`nbytes` tells what is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from vlmprune.errors import VlmpruneError
+
+
+class ShortLayer(DynamicLayer):
+    """A dynamic cache layer in which columns may be missing.
+
+    Stored are the columns `held`, and behind them a tail in which none is missing.
+
+    Attributes:
+        held: [B, P] int64; the column of each stored one before the tail, -1 where a sample has
+            fewer; None as long as none is missing.
+        start: columns before the tail, stored or not.
+        padded: whether `held` may contain -1.
+        shift: [B] by how much later positions are lower in this layer; None for not at all.
+        window: how many columns a layer with a sliding window looks back; None without one. All
+            stored columns stay, and the host's mask hides those outside.
+    """
+
+    # Tensors, once initialised.
+    keys: Any
+    values: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: Tensor | None = None
+        self.start = 0
+        self.padded = False
+        self.shift: Tensor | None = None
+        self.window: int | None = None
+        # What the next update brings, as the hook before the layer says: columns, or True where
+        # none is missing.
+        self._coming: tuple[Tensor, int, bool] | bool = False
+
+    @classmethod
+    def adopt(cls, old: DynamicLayer, rows: int, device: torch.device) -> ShortLayer:
+        """A layer that holds what `old` holds."""
+        new = cls()
+        kept = ("keys", "values", "is_initialized", "dtype", "device")
+        vars(new).update({name: value for name, value in vars(old).items() if name in kept})
+        if isinstance(old, DynamicSlidingWindowLayer):
+            new.window = old.sliding_window
+            new.is_sliding = True
+        new.start = old.get_seq_length()
+        stored = new.stored
+        columns = torch.arange(new.start - stored, new.start, device=device)
+        new.held = columns.expand(rows, -1)
+        return new
+
+    @property
+    def stored(self) -> int:
+        """Columns stored, padding included."""
+        if not self.is_initialized or self.keys.numel() == 0:
+            return 0
+        return int(self.keys.shape[-2])
+
+    @property
+    def tail(self) -> int:
+        """Columns stored behind `held`."""
+        return self.stored - (0 if self.held is None else self.held.shape[1])
+
+    def columns(self, device: torch.device) -> Tensor:
+        """[B, stored] int64 column of each stored one; -1 for padding."""
+        assert self.held is not None
+        held = self.held.to(device)
+        tail = torch.arange(self.start, self.start + self.tail, device=device)
+        return torch.cat((held, tail.expand(len(held), -1)), dim=1) if self.tail else held
+
+    def expect(self, columns: Tensor | None, length: int = 0, padded: bool = False) -> None:
+        """Say what the next update brings; without, it is refused.
+
+        Args:
+            columns: [B, R] the column of each row that comes, and of each that is stored before,
+                -1 for padding; None for a tail in which none is missing.
+            length: columns of the sequence afterwards.
+            padded: whether `columns` may contain -1.
+        """
+        self._coming = True if columns is None else (columns, length, padded)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add rows.
+
+        Raises:
+            VlmpruneError: no pruner is attached to tell which columns they are.
+        """
+        coming, self._coming = self._coming, False
+        # Once reset it may be used as any other.
+        if coming is False and (self.held is not None or self.window is not None):
+            raise VlmpruneError(
+                "this cache lacks columns in its later layers, and the model alone would misread "
+                "it; continue it with the pruner attached, or start with a fresh cache."
+            )
+        if not isinstance(coming, bool):
+            self.held, self.start, self.padded = coming
+        return super().update(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """Columns seen, stored or not."""
+        return self.start + self.tail
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns that the host's mask has, and the first of them."""
+        seen = self.get_seq_length()
+        if self.window is None:
+            return seen + query_length, 0
+        offset = max(seen - self.window + 1, 0)
+        length = self.window - 1 if seen >= self.window else seen
+        return length + query_length, offset
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors held."""
+        if self.stored == 0:
+            return 0
+        others = [t for t in (self.held, self.shift) if t is not None]
+        return sum(int(t.nbytes) for t in (self.keys, self.values, *others))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last columns away.
+
+        Args:
+            tokens_to_remove: minus their number.
+        """
+        if tokens_to_remove > 0:
+            raise VlmpruneError(
+                f"crop({tokens_to_remove}) on a cache that lacks columns is ambiguous; pass minus "
+                "the number of columns to remove."
+            )
+        left = max(0, self.get_seq_length() + tokens_to_remove)
+        if self.held is None or self.stored == 0 or tokens_to_remove == 0:
+            return
+        if left >= self.start:
+            stored = self.held.shape[1] + left - self.start
+            self.keys, self.values = self.keys[:, :, :stored], self.values[:, :, :stored]
+            return
+        columns = self.columns(self.held.device)
+        keep = (columns >= 0) & (columns < left)
+        longest = int(keep.sum(dim=1).max())
+        order = keep.long().sort(dim=1, stable=True).indices[:, columns.shape[1] - longest :]
+        self.held = columns.gather(1, order).masked_fill(~keep.gather(1, order), -1)
+        self.start, self.padded = left, True
+        places = order.to(self.keys.device)[:, None, :, None]
+        self.keys, self.values = (
+            t.gather(2, places.expand(-1, t.shape[1], -1, t.shape[3]))
+            for t in (self.keys, self.values)
+        )
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.held = self.shift = None
+        self.start, self.padded, self._coming = 0, False, False
+        self.keys = self.values = None
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the samples in another order; one may be taken several times."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sample."""
+        if self.stored:
+            rows = torch.arange(self.keys.shape[0], device=self.keys.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the samples at `indices`, in their order."""
+        if not self.stored:
+            return
+        rows = torch.as_tensor(indices, device=self.keys.device)
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero()[:, 0]
+        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        if self.held is not None:
+            self.held = self.held.index_select(0, rows.to(self.held.device))
+        if self.shift is not None:
+            self.shift = self.shift.index_select(0, rows.to(self.shift.device))
+
+
+def shorten_layer(cache: Any, index: int, rows: int, device: torch.device) -> ShortLayer:
+    """The layer `index` of a dynamic cache, made one that may lack columns."""
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[index]
+    if not isinstance(layer, ShortLayer):
+        layer = cache.layers[index] = ShortLayer.adopt(layer, rows, device)
+    elif layer.held is None:
+        # It was reset.
+        layer.start = layer.stored
+        layer.held = torch.arange(layer.start, device=device).expand(rows, -1)
+    return layer
+
+
+def short_layers(cache: Any) -> Iterator[tuple[int, ShortLayer]]:
+    """The layers of a cache that lack columns, with their numbers."""
+    for index, layer in enumerate(getattr(cache, "layers", None) or ()):
+        if isinstance(layer, ShortLayer):
+            yield index, layer
+
+
+def refusal(cache: Any, layers: Sequence[int]) -> str | None:
+    """Why a cache cannot lack columns at those decoder layers; None if it can."""
+    held = getattr(cache, "layers", None)
+    kinds = [] if held is None else [type(held[i]) for i in layers if i < len(held)]
+    known = (DynamicLayer, DynamicSlidingWindowLayer, ShortLayer)
+    if held is not None and all(kind in known for kind in kinds):
+        return None
+    odd = next((kind.__name__ for kind in kinds if kind not in known), None)
+    name = type(cache).__name__ + (f" of {odd}s" if odd else "")
+    return (
+        f"cannot leave columns out of a {name}; leave past_key_values out, or pass a DynamicCache."
+    )

@@ -1,0 +1,380 @@
+"""What `compare` compares, how it measures, and what it makes of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from vlmprune import compare, costs, embedded, evaluate, loading, pareto, sources, ways
+from vlmprune.budgeted import Budgeted
+from vlmprune.compared import Result
+from vlmprune.errors import VlmpruneError
+from vlmprune.evaluation import Evaluation
+from vlmprune.evaluation import Result as Answered
+from vlmprune.methods import METHODS, VisPruner
+from vlmprune.tasks import Folder
+from vlmprune.views import EncoderView, Selection
+
+
+@dataclass(frozen=True)
+class First(Budgeted):
+    """Keep the first tokens: a control whose choice needs no library."""
+
+    paper: ClassVar[str] = "control"
+    text_agnostic: ClassVar[bool] = True
+
+    def select(self, view: EncoderView) -> Selection:
+        kept = torch.zeros_like(view.candidates)
+        kept[:, : round(self.keep * kept.shape[1])] = True
+        return Selection(kept, {})
+
+
+@dataclass(frozen=True)
+class Refusing(Budgeted):
+    """A method that the request lacks something for."""
+
+    paper: ClassVar[str] = "arXiv 0000.00000"
+
+    def select(self, view: EncoderView) -> Selection:
+        raise NotImplementedError
+
+    def check_request(self, *_: Any) -> None:
+        raise VlmpruneError("Refusing needs a video; use random.")
+
+
+@pytest.fixture
+def methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that the package always has, a control, and one that refuses."""
+    for name in set(METHODS) - {"vispruner", "plphp"}:
+        monkeypatch.delitem(METHODS, name)
+    monkeypatch.setitem(METHODS, "random", First)
+    monkeypatch.setitem(METHODS, "refusing", Refusing)
+
+
+# --- lists ---
+
+
+@pytest.mark.parametrize(
+    ("text", "specs"),
+    [
+        ("vispruner", ["vispruner"]),
+        (" a, b ,c", ["a", "b", "c"]),
+        ("vispruner:important_ratio=0.75,fastv", ["vispruner:important_ratio=0.75", "fastv"]),
+        ("a:x=1,y=2,b:z=3,w=4,c", ["a:x=1,y=2", "b:z=3,w=4", "c"]),
+        ("a:x=1 , y = 2,b", ["a:x=1,y = 2", "b"]),
+        ("vispruner+plphp:r=0.4,dr=0.3,random", ["vispruner+plphp:r=0.4,dr=0.3", "random"]),
+        ('plphp:from="a,b=c.json",r=0.5,a', ['plphp:from="a,b=c.json",r=0.5', "a"]),
+        ("a:x=1,b:y=2+c:z=3", ["a:x=1", "b:y=2+c:z=3"]),
+        ("a,,b", ["a", "", "b"]),
+    ],
+)
+def test_a_list_of_specs_is_parted_between_methods(text: str, specs: list[str]) -> None:
+    assert ways.split(text) == specs
+
+
+def test_budgets_are_numbers_or_fractions() -> None:
+    assert ways.keeps_of("64, 0.25,1,1.0") == [64, 0.25, 1, 1.0]
+    assert [type(one) for one in ways.keeps_of("1,1.0")] == [int, float]
+
+
+def test_every_open_budget_is_filled(methods: None) -> None:
+    found = ways.ways_of(
+        [
+            "vispruner:important_ratio=0.75",
+            "plphp",
+            "vispruner:keep=8",
+            "random",
+            "vispruner+plphp",
+        ],
+        [0.5, 8],
+    )
+    assert [(way.name, way.keep, way.control, way.reference) for way in found] == [
+        ("random", 0.5, True, True),
+        ("vispruner:important_ratio=0.75", 0.5, False, False),
+        ("vispruner + plphp", 0.5, False, False),
+        ("random", 8, True, True),
+        ("vispruner:important_ratio=0.75", 8, False, False),
+        ("vispruner", 8, False, False),
+        ("vispruner + plphp", 8, False, False),
+        ("plphp", None, False, False),
+    ]
+    assert found[1].pruner == VisPruner(0.5, 0.75)
+    assert found[4].spec == "vispruner:keep=8,important_ratio=0.75"
+
+
+def test_the_packages_own_controls_come_first() -> None:
+    found = ways.ways_of(["vispruner", "evs", "uniform", "downsample", "random"], [0.25])
+    assert [(way.name, way.control, way.reference, way.videos) for way in found] == [
+        ("random", True, True, False),
+        ("uniform", True, False, False),
+        ("downsample", True, False, False),
+        ("vispruner", False, False, False),
+        ("evs", False, False, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("specs", "keeps", "said"),
+    [
+        (["magic"], [0.5], "method 'magic' is unknown"),
+        ([""], [0.5], "the method is empty"),
+        (["vispruner", "random"], [0.5, 0], "keep=0 leaves no visual tokens"),
+        (["vispruner"], [1.5], "outside (0, 1]"),
+        (["vispruner", "vispruner:keep=0.5"], [0.5], "holds vispruner:keep=0.5 twice"),
+        (["plphp", "vispruner:keep=4"], [0.5], "--keep is no setting of plphp, vispruner:keep=4"),
+    ],
+)
+def test_mistakes_in_lists(specs: list[str], keeps: list[float], said: str) -> None:
+    with pytest.raises(VlmpruneError) as error:
+        ways.ways_of(specs, keeps)
+    assert said in str(error.value)
+
+
+def test_budgets_nobody_asked_for_need_not_be_used() -> None:
+    assert [way.name for way in ways.ways_of(["plphp"], [0.5], given=False)] == ["plphp"]
+
+
+# --- the front and the plot ---
+
+
+def test_the_front_by_hand() -> None:
+    points = [(1.0, 0.2), (2.0, 0.5), (2.0, 0.4), (3.0, 0.5), (4.0, 0.9), (5.0, 0.8), (2.0, 0.5)]
+    assert pareto.front(points) == [0, 1, 6, 4]
+    assert pareto.front([]) == []
+
+
+numbers = st.integers(0, 4).map(float)
+
+
+@given(st.lists(st.tuples(numbers, numbers), max_size=12))
+def test_the_front_is_all_that_is_not_beaten(points: list[tuple[float, float]]) -> None:
+    def beaten(a: tuple[float, float]) -> bool:
+        return any(b != a and b[0] <= a[0] and b[1] >= a[1] for b in points)
+
+    expected = [i for i, a in enumerate(points) if not beaten(a)]
+    assert sorted(pareto.front(points)) == expected
+
+
+def test_the_plot_has_a_panel_a_cost_and_says_who_made_it() -> None:
+    dots = [
+        pareto.Dot("all tokens", "", 0.9, (4.0, 8.0, 1.0), 0.85, 0.95, full=True),
+        pareto.Dot("random", "25 %", 0.5, (1.0, 2.0, 0.5), 0.4, 0.6, control=True),
+        pareto.Dot("a $method$", "25 %", 0.6, (1.0, 2.0, 0.6)),
+    ]
+    sizes = []
+    for count in (1, 3):
+        cut = [pareto.Dot(**{**vars(dot), "costs": dot.costs[:count]}) for dot in dots]
+        content = pareto.plot(cut, ["cost"] * count, "accuracy", "title")
+        with Image.open(io.BytesIO(content)) as picture:
+            assert picture.format == "PNG" and picture.info["Software"] == pareto.MARK
+            sizes.append(picture.size)
+            # The unpruned model's line is dotted, controls are grey, the method has a colour.
+            colours = {colour for _, colour in picture.convert("RGB").getcolors(2**24) or []}
+            assert {(0x5F, 0x66, 0x70), (0x00, 0x72, 0xB2)} <= colours
+    assert sizes[1][0] > 2 * sizes[0][0]
+    with pytest.raises(VlmpruneError, match="nothing to draw"):
+        pareto.plot([], ["cost"], "accuracy")
+
+
+# --- figures from answers ---
+
+
+def answered(name: str, scores: list[float | None], tokens: float) -> Evaluation:
+    """One question about each of some pictures."""
+    results = tuple(
+        Answered(
+            *(f"q{i}", f"g{i}", "", "yes" if score else f"no {name}" if score is None else "no"),
+            *(score, tokens, 256.0, 10 * tokens, 2560.0, 20 * tokens, 5120.0),
+            *(30 * tokens, 7680.0, 0.1),
+        )
+        for i, score in enumerate(scores)
+    )
+    return Evaluation("task", name, "model", results)
+
+
+def test_figures_come_from_the_answers(methods: None) -> None:
+    found = ways.ways_of(["random", "vispruner", "plphp"], [0.25])
+    full = answered("full", [1.0] * 18 + [0.0] * 2, 256)
+    chance = answered("random", [1.0] * 10 + [0.0] * 10, 64)
+    worse = answered("worse", [0.0] * 8 + [1.0] * 2 + [0.0] * 10, 64)
+    other = answered("other", [1.0] * 16 + [0.0] * 4, 128)
+    times = {"all tokens": 8.0} | {way.spec: 2.0 for way in found}
+    pairs = list(zip(found, [chance, worse, other], strict=True))
+    rows = compare._rows(full, pairs, times, absolute=False)
+    assert [row.name for row in rows] == ["all tokens", "random", "vispruner", "plphp"]
+    assert [row.score.value for row in rows] == [0.9, 0.5, 0.1, 0.8]
+    assert [row.prefill_ratio for row in rows] == [1.0, 0.25, 0.25, 0.25]
+    assert all(row.prefill_ms is None for row in rows)
+    assert [row.visual_tokens for row in rows] == [256, 64, 64, 128]
+    assert [row.kv_bytes for row in rows] == [30 * row.visual_tokens for row in rows]
+    assert [row.agreement for row in rows] == [1.0, 12 / 20, 4 / 20, 18 / 20]
+    # Eight of twenty right answers are lost: far from an accident of the pictures.
+    assert rows[2].against is not None and rows[2].against.value == pytest.approx(-0.4)
+    assert rows[2].verdict == "loses" and rows[0].full and not rows[1].full
+    # No control has the budget of the last, and none is compared with itself.
+    assert rows[1].against is None and rows[3].against is None
+    assert compare._rows(full, pairs, times, absolute=True)[1].prefill_ms == 2.0
+
+
+def test_few_pictures_have_no_interval(methods: None) -> None:
+    found = ways.ways_of(["random", "vispruner"], [0.25])
+    full, chance = answered("full", [1.0] * 9, 256), answered("random", [0.0] * 9, 64)
+    best = answered("best", [1.0] * 9, 64)
+    times = {"all tokens": 8.0} | {way.spec: 2.0 for way in found}
+    rows = compare._rows(full, list(zip(found, [chance, best], strict=True)), times, False)
+    assert rows[2].against is not None and rows[2].against.value == 1.0
+    assert rows[2].against.low is None and rows[2].verdict == ""
+    assert rows[0].score.low is None
+
+
+def test_without_true_answers_agreement_is_the_score(methods: None) -> None:
+    found = ways.ways_of(["random", "vispruner"], [0.25])
+    full, same = answered("full", [None] * 3, 256), answered("full", [None] * 3, 64)
+    chance = answered("chance", [None] * 3, 64)
+    times = {"all tokens": 8.0} | {way.spec: 2.0 for way in found}
+    rows = compare._rows(full, list(zip(found, [chance, same], strict=True)), times, False)
+    assert [row.score.value for row in rows] == [1.0, 0.0, 1.0]
+    assert rows[2].against is not None and rows[2].against.value == 1.0
+
+
+def test_shown_questions_are_about_different_pictures() -> None:
+    samples = [
+        compare.Sample(f"{picture}{kind}", (), "?", group=picture)
+        for picture in "abc"
+        for kind in "xy"
+    ]
+    assert [one.id for one in compare._pick(samples, 2)] == ["ax", "by"]
+    assert [one.id for one in compare._pick(samples, 5)] == ["ax", "by", "cx", "ay", "bx"]
+    assert len(compare._pick(samples, 99)) == 6 and compare._pick(samples, 0) == []
+
+
+# --- for real ---
+
+
+@pytest.fixture(scope="module")
+def loaded() -> loading.Loaded:
+    return loading.Loaded(*embedded.load())
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Folder:
+    """Three questions about two pictures."""
+    folder = tmp_path / "asked"
+    folder.mkdir()
+    for name in ("coffee.jpg", "grass.jpg"):
+        shutil.copy(embedded.scenes() / name, folder)
+    listed = [
+        {"image": "coffee.jpg", "question": "where is the cat?", "answers": "row one column one"},
+        {"image": "coffee.jpg", "question": "is there a cake?", "answers": ["no"]},
+        {"image": "grass.jpg", "question": "can you see a ball?", "answers": ["yes"]},
+    ]
+    (folder / "questions.json").write_text(json.dumps(listed))
+    return Folder(folder)
+
+
+@pytest.fixture
+def one_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "TIMED", 1)
+
+
+def ask(loaded: loading.Loaded, task: Any, specs: list[str], **options: Any) -> Result:
+    found = ways.ways_of(specs, [0.5])
+    return compare.compare(loaded, sources.find_model(None), found, task, repeat=1, **options)
+
+
+def test_a_comparison_for_real(
+    loaded: loading.Loaded, task: Folder, methods: None, one_timed: None
+) -> None:
+    told: list[tuple[int, int]] = []
+    result = ask(
+        *(loaded, task, ["vispruner:keep=32", "refusing", "random"]),
+        show=2,
+        tell=lambda message, done, total: told.append((done, total)),
+    )
+    assert (result.questions, result.scored, result.timed) == (3, True, 1)
+    assert [one.spec for one in result.skipped] == ["refusing:keep=0.5"]
+    assert result.skipped[0].reason == "Refusing needs a video; use random."
+    assert [(row.name, row.keep, row.visual_tokens) for row in result.rows] == [
+        ("all tokens", None, 256),
+        ("random", 0.5, 128),
+        ("vispruner", 32, 32),
+    ]
+    config = loaded.model.config
+    encoder = costs.encoder_flops(config, 1, pixels=224)
+    for row in result.rows:
+        assert row.decoder_flops == pytest.approx(
+            costs.prefill_flops(config, int(row.visual_tokens))
+        )
+        assert row.flops == pytest.approx(row.decoder_flops + encoder)
+        assert row.kv_bytes == costs.kv_bytes(config, int(row.visual_tokens), 4)
+        assert row.prefill_ratio > 0
+    # The table's figures are those of `evaluate`.
+    apart = evaluate.evaluate(loaded, VisPruner(32), task)
+    assert result.rows[2].score.value == apart.accuracy
+    # What is shown: a question about each picture, its answers, and what was kept of it.
+    assert [one.question for one in result.shown] == ["where is the cat?", "can you see a ball?"]
+    for shown in result.shown:
+        full, chance, *_ = shown.answers
+        assert full.same and (full.kept, full.before, full.drawn) == (256, 256, [])
+        assert (chance.kept, chance.before, chance.kv_share) == (128, 256, 0.5)
+        # The first half of the tokens is the upper half of the picture; the lower is dimmed.
+        (drawn,) = chance.drawn
+        upper, lower = (
+            drawn.convert("L")
+            .crop((0, top, drawn.width, top + 100))
+            .resize((1, 1))
+            .getpixel((0, 0))
+            for top in (20, drawn.height - 120)
+        )
+        assert drawn.size == (448, 448) and lower < 0.6 * upper  # type: ignore[operator]
+    assert all(done <= total for done, total in told) and len({total for _, total in told}) == 1
+    assert told == sorted(told) and told[-1][0] == told[-1][1] - 1
+    content = json.loads(json.dumps(result.as_dict()))
+    assert content["rows"][1]["score"]["value"] == result.rows[1].score.value
+    assert content["shown"][0]["answers"][0]["text"] == "row one column one."
+
+
+def test_a_comparison_goes_on(
+    loaded: loading.Loaded,
+    task: Folder,
+    one_timed: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = tmp_path / "kept"
+    found = ways.ways_of(["vispruner"], [0.5])
+    source = sources.find_model(None)
+
+    def again() -> Result:
+        return compare.compare(loaded, source, found, task, repeat=1, show=0, store=store)
+
+    first = again()
+    files = sorted(store.rglob("*.jsonl"))
+    assert len(files) == 2
+
+    def answer(*_: Any) -> None:
+        raise AssertionError("a question was answered again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate._Runner, "answer", answer)
+        second = again()
+        assert [row.score for row in second.rows] == [row.score for row in first.rows]
+        # Another picture of that name is another question.
+        shutil.copy(embedded.scenes() / "launch.jpg", task.folder / "grass.jpg")
+        with pytest.raises(AssertionError, match="answered again"):
+            again()
+
+
+def test_nothing_can_be_compared(loaded: loading.Loaded, task: Folder, methods: None) -> None:
+    with pytest.raises(VlmpruneError, match="no method could be compared; of refusing:keep=0"):
+        ask(loaded, task, ["refusing"])

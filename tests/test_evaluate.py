@@ -1,0 +1,292 @@
+"""Evaluations: the same answers as the plain way, resumed runs, intervals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from vlmprune import PLPHP, Pruner, VisPruner, VlmpruneError, embedded
+from vlmprune import evaluate as module
+from vlmprune.evaluate import evaluate
+from vlmprune.evaluation import DRAWS, Evaluation, Result
+from vlmprune.loading import Loaded, prepare
+from vlmprune.methods import FastV
+from vlmprune.tasks import Sample, Scenes
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    return Loaded(*embedded.load())
+
+
+class Some(Scenes):
+    """Short questions and a long one about each of two pictures."""
+
+    def samples(self, limit: int | None = None) -> list[Sample]:
+        found = [
+            one
+            for one in Scenes().samples(16)
+            if one.id in ("000-at", "000-where", "000-describe", "001-at", "001-describe")
+        ]
+        return found[:limit]
+
+
+@dataclass(frozen=True)
+class LooksAtTheQuestion(VisPruner):
+    """Stands for methods that must encode for each question."""
+
+    text_agnostic: ClassVar[bool] = False
+
+
+def plain(loaded: Loaded, pruner: Pruner | None, samples: list[Sample]) -> list[str]:
+    """Answers one by one: the model's own processor and `generate`, and no more."""
+    answers = []
+    handle = None if pruner is None else pruner.attach(loaded.model)
+    for one in samples:
+        inputs = prepare(loaded, one.opened(), one.question)
+        out = loaded.model.generate(**inputs, max_new_tokens=40, do_sample=False)
+        new = out[0, inputs["input_ids"].shape[1] :]
+        answers.append(loaded.processor.decode(new, skip_special_tokens=True).strip())
+    if handle is not None:
+        handle.detach()
+    return answers
+
+
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        None,
+        VisPruner(keep=48),
+        PLPHP(r=0.2, dr=0.1),
+        VisPruner(keep=96) | PLPHP(r=0.4),
+        FastV(keep=64),
+        LooksAtTheQuestion(keep=48),
+    ],
+    ids=["unpruned", "before", "cache", "both", "inside", "question"],
+)
+def test_answers_are_those_of_the_plain_way(loaded: Loaded, pruner: Pruner | None) -> None:
+    samples = Some().samples()
+    found = evaluate(loaded, pruner, Some(), batch=5)
+    assert [one.id for one in found.results] == [one.id for one in samples]
+    assert [one.answer for one in found.results] == plain(loaded, pruner, samples)
+    for one, sample in zip(found.results, samples, strict=True):
+        assert one.score == (one.answer == sample.answers[0])
+    # Nothing stays on the model.
+    assert "forward" not in vars(loaded.model)
+    assert "generate" not in vars(loaded.model)
+
+
+def test_each_picture_is_encoded_once(loaded: Loaded) -> None:
+    seen: list[int] = []
+    hook = loaded.model.model.vision_tower.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(args[0] if args else kwargs["pixel_values"])),
+        with_kwargs=True,
+    )
+    shared: dict = {}
+    for pruner in (None, PLPHP(r=0.5), VisPruner(keep=64)):
+        evaluate(loaded, pruner, Some(), visions=shared)
+    assert seen == [1] * 4
+    assert len(shared) == 4
+    seen.clear()
+    evaluate(loaded, LooksAtTheQuestion(keep=64), Some())
+    hook.remove()
+    assert sum(seen) == len(Some().samples())
+
+
+def test_figures(loaded: Loaded) -> None:
+    full = evaluate(loaded, None, Some(), limit=3)
+    half = evaluate(loaded, VisPruner(keep=0.5), Some(), limit=3)
+    cut = evaluate(loaded, PLPHP(r=0.5, dr=0.0), Some(), limit=3)
+    # Width 192, 6 query and 3 KV heads of 32, feed-forward 512, 5 layers, 4 bytes a value.
+    for n, found in ((256, full), (128, half)):
+        layer = 2 * n * 192 * 192 + 2 * n * 192 * 96 + 2 * n * n * 192 + 3 * n * 192 * 512
+        for one in found.results:
+            assert one.visual_tokens == n
+            assert one.visual_tokens_before == 256
+            assert one.decoder_flops == pytest.approx(2 * 5 * layer)
+            assert one.kv_bytes == 2 * 5 * 3 * 32 * 4 * n
+            assert one.flops_before - one.flops == pytest.approx(
+                one.decoder_flops_before - one.decoder_flops
+            )
+            assert one.seconds > 0
+    assert [full.share(name) for name in ("visual_tokens", "flops", "kv_bytes")] == [1, 1, 1]
+    assert half.share("kv_bytes") == cut.share("kv_bytes") == 0.5
+    assert cut.share("decoder_flops") == 1
+    assert full.method == "unpruned"
+    assert half.method == repr(VisPruner(keep=0.5))
+
+
+def test_tokens_dropped_inside_count_for_the_layers_that_saw_them(loaded: Loaded) -> None:
+    [inside] = evaluate(loaded, FastV(keep=64, layer=2), Some(), limit=1).results
+    [both] = evaluate(loaded, VisPruner(keep=96) | FastV(keep=64, layer=3), Some(), limit=1).results
+    assert inside.visual_tokens == pytest.approx((2 * 256 + 3 * 64) / 5)
+    assert both.visual_tokens == pytest.approx((3 * 96 + 2 * 64) / 5)
+    for one in (inside, both):
+        # Every layer caches what it sees.
+        assert one.kv_bytes / one.kv_bytes_before == pytest.approx(one.visual_tokens / 256)
+        assert one.decoder_flops < one.decoder_flops_before
+
+
+def test_a_killed_run_goes_on(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruner, store = VisPruner(keep=48), tmp_path / "new" / "store.jsonl"
+
+    def content() -> list[dict]:
+        lines = [json.loads(line) for line in store.read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+    told: list[tuple[int, int]] = []
+    whole = evaluate(
+        loaded, pruner, Some(), batch=4, store=str(store), progress=lambda *two: told.append(two)
+    )
+    expected, n = content(), len(whole.results)
+    assert len(expected) == n + 1
+    assert told[0] == (0, n)
+    assert told[-1] == (n, n)
+
+    # Killed within the third line after the first.
+    lines = store.read_text().splitlines(keepends=True)
+    store.write_text("".join(lines[:3]) + lines[3][:20])
+    again = evaluate(loaded, pruner, Some(), batch=4, store=str(store))
+    assert content() == expected
+    assert [one.answer for one in again.results] == [one.answer for one in whole.results]
+
+    # Killed within the first line.
+    store.write_text(lines[0][:20])
+    evaluate(loaded, pruner, Some(), limit=2, batch=4, store=str(store))
+    assert content() == expected[:3]
+
+    # With all done, nothing runs, and a longer run continues a shorter one.
+    evaluate(loaded, pruner, Some(), batch=4, store=str(store))
+    assert sorted(line.get("id", "") for line in content()) == sorted(
+        line.get("id", "") for line in expected
+    )
+    monkeypatch.setattr(module._Runner, "answer", None)
+    same = evaluate(loaded, pruner, Some(), batch=4, store=str(store))
+    assert [one.answer for one in same.results] == [one.answer for one in whole.results]
+
+
+def test_a_store_of_something_else_is_refused(loaded: Loaded, tmp_path: Path) -> None:
+    store = tmp_path / "store.jsonl"
+    evaluate(loaded, VisPruner(keep=48), Some(), limit=1, store=str(store))
+    before = store.read_bytes()
+    with pytest.raises(VlmpruneError, match="is of another method"):
+        evaluate(loaded, VisPruner(keep=49), Some(), limit=1, store=str(store))
+    with pytest.raises(VlmpruneError, match="is of another task"):
+        evaluate(loaded, VisPruner(keep=48), Other(), limit=1, store=str(store))
+    assert store.read_bytes() == before
+    store.write_text("a list\nof words\n")
+    with pytest.raises(VlmpruneError, match="holds no results"):
+        evaluate(loaded, VisPruner(keep=48), Some(), limit=1, store=str(store))
+    assert store.read_text() == "a list\nof words\n"
+    with pytest.raises(VlmpruneError, match="cannot be written"):
+        evaluate(loaded, None, Some(), limit=1, store=str(tmp_path))
+
+
+class Other(Some):
+    name: ClassVar[str] = "other"
+
+
+@pytest.mark.parametrize("name", ["limit", "batch"])
+def test_numbers_out_of_range(loaded: Loaded, name: str) -> None:
+    with pytest.raises(VlmpruneError, match=f"--{name} 0 is too few"):
+        evaluate(loaded, None, Some(), **{name: 0})  # type: ignore[arg-type]
+
+
+def made(*scores: tuple[str, float | None], method: str = "m", kind: str = "k") -> Evaluation:
+    """Results of groups with scores, in order."""
+    results = tuple(
+        Result(str(i), group, kind, f"answer {score}", score, 2, 4, 3, 9, 1, 2, 5, 10, 0.5)
+        for i, (group, score) in enumerate(scores)
+    )
+    return Evaluation("t", method, "model", results)
+
+
+FIRST = made(("a", 1), ("a", 0), ("b", 1), ("c", 0.5), ("c", 0), ("c", 1), ("d", None))
+SECOND = made(("a", 0), ("a", 0), ("b", 1), ("c", 0.5), ("c", 1), ("c", 0), ("d", None))
+
+
+def percentile(values: list[float], share: float) -> float:
+    """By linear interpolation between the two nearest of the sorted values."""
+    values = sorted(values)
+    place = share * (len(values) - 1)
+    low = int(place)
+    high = min(low + 1, len(values) - 1)
+    return values[low] + (place - low) * (values[high] - values[low])
+
+
+def bootstrap(groups: list[list[float]]) -> tuple[float, float]:
+    """Percentiles of the mean over resampled groups, number by number."""
+    draws = np.random.default_rng(0).integers(len(groups), size=(DRAWS, len(groups))).tolist()
+    means = []
+    for draw in draws:
+        scores = [score for number in draw for score in groups[number]]
+        means.append(sum(scores) / len(scores))
+    return percentile(means, 0.025), percentile(means, 0.975)
+
+
+def test_means_and_intervals() -> None:
+    assert FIRST.mean is not None
+    assert FIRST.accuracy == pytest.approx(3.5 / 6)
+    assert FIRST.mean.count == 6
+    # The group whose answer nobody knows does not count.
+    expected = bootstrap([[1, 0], [1], [0.5, 0, 1]])
+    assert FIRST.interval == pytest.approx(expected)
+    assert expected[0] < 3.5 / 6 < expected[1]
+    difference = FIRST.minus(SECOND)
+    assert difference is not None
+    assert difference.value == pytest.approx(1 / 6)
+    assert (difference.low, difference.high) == pytest.approx(bootstrap([[1, 0], [0], [0, -1, 1]]))
+    assert FIRST.minus(FIRST).high == 0  # type: ignore[union-attr]
+
+
+def test_kinds() -> None:
+    mixed = replace(
+        FIRST,
+        results=tuple(
+            replace(one, kind="even" if i % 2 == 0 else "odd")
+            for i, one in enumerate(FIRST.results)
+        ),
+    )
+    assert {kind: (one.value, one.count) for kind, one in mixed.by_kind.items()} == {
+        "even": (2 / 3, 3),
+        "odd": (0.5, 3),
+    }
+    assert mixed.by_kind["odd"].low == pytest.approx(bootstrap([[0], [0.5, 1]])[0])
+
+
+def test_agreement_where_nothing_is_known() -> None:
+    nothing = made(("a", None), ("b", None))
+    assert nothing.mean is nothing.accuracy is nothing.interval is None
+    assert nothing.by_kind == {}
+    other = replace(
+        nothing, results=(nothing.results[0], replace(nothing.results[1], answer="else"))
+    )
+    assert other.agreeing(nothing).accuracy == 0.5
+    assert nothing.agreeing(nothing).accuracy == 1
+    assert nothing.agreeing(nothing).by_kind["k"].count == 2
+
+
+def test_as_dict_and_back() -> None:
+    found = json.loads(json.dumps(FIRST.as_dict()))
+    assert Evaluation.from_dict(found) == FIRST
+    assert found["shares"] == {
+        "visual_tokens": 0.5,
+        "decoder_flops": pytest.approx(1 / 3),
+        "flops": 0.5,
+        "kv_bytes": 0.5,
+    }
+    assert found["accuracy"] == asdict(FIRST.mean)  # type: ignore[call-overload]
+    assert found["seconds"] == 3.5
+    with pytest.raises(VlmpruneError, match="format None"):
+        Evaluation.from_dict({})
+    with pytest.raises(VlmpruneError, match="lacks kind"):
+        Evaluation.from_dict(
+            found | {"results": [{k: v for k, v in found["results"][0].items() if k != "kind"}]}
+        )
