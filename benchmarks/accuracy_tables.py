@@ -107,17 +107,18 @@ class Table:
         """What is left of tokens, decoder FLOPs and KV bytes."""
         lines = [header(["method", *(f"{budget:.0%}" for budget in self.budgets)])]
         for label in self.labels:
-            cells = []
-            for budget in self.budgets:
-                row = self.rows.get((label, budget))
-                shares = None if row is None else row["shares"]
-                names = ("visual_tokens", "decoder_flops", "kv_bytes")
-                cells.append(
-                    ""
-                    if shares is None
-                    else " · ".join(f"{100 * shares[one]:.0f}" for one in names)
-                )
-            lines.append(line([name(label), *cells]))
+            rows = [self.rows.get((label, budget)) for budget in self.budgets]
+            lines.append(line([name(label), *("" if one is None else shares(one) for one in rows)]))
+        return "\n".join(lines)
+
+    def own(self) -> str:
+        """Methods that decide themselves how much they keep."""
+        lines = [header(["method", "tokens · FLOPs · KV", "accuracy", "minus unpruned"])]
+        for (label, budget), row in self.rows.items():
+            if budget is None:
+                made = self.made[label, budget]
+                loss = made.minus(self.full)
+                lines.append(line([label, shares(row), percent(made.mean), percent(loss)]))
         return "\n".join(lines)
 
     def kinds(self) -> str:

@@ -113,6 +113,9 @@ def test_outliers_by_the_quartiles() -> None:
     assert scores_above(score, 13) == [[4], []]
     # The most attended one stands in where there is none.
     assert clusters.outliers(score).nonzero().tolist() == [[0, 4], [1, 4]]
+    # The limit itself is not above it.
+    two = torch.tensor([[1.0, 2, 3, 4, 20, 5, 6, 7, 13], [1.0, 2, 3, 4, 20, 5, 6, 7, 13.1]])
+    assert clusters.outliers(two).nonzero().tolist() == [[0, 4], [1, 4], [1, 8]]
     # Quartiles between two scores are interpolated: 1.75 and 3.25 of 1 to 4, with the limit 5.5.
     four = torch.tensor([[1.0, 2, 3, 4]])
     assert clusters.outliers(four).nonzero().tolist() == [[0, 3]]
@@ -138,13 +141,12 @@ def test_prumerge_on_six_tokens() -> None:
 
 
 def test_prumerge_plus_samples_at_even_distances() -> None:
-    """One outlier of twelve: every fourth place below the last, the outlier's own not twice."""
-    attention = torch.full((1, 12), 0.01)
+    """Two outliers among equals of 13 tokens: ⌊⌊13 / 2⌋ / 3⌋ = 2 apart, below the last place."""
+    attention = torch.full((1, 13), 0.01)
     attention[0, 4], attention[0, 7] = 0.9, 0.011
-    plan = clusters.prumerge(attention, directions(list(range(12))), plus=True)
+    plan = clusters.prumerge(attention, directions(list(range(13))), plus=True)
     chosen = (plan.kept & ~plan.residual).nonzero()[:, 1].tolist()
-    # 0.011 is an outlier among equals as well: N / 2 / 3 = 2 apart.
-    assert sorted({4, 7} | set(range(0, 11, 2))) == chosen
+    assert chosen == [0, 2, 4, 6, 7, 8, 10]
     assert plan.sampled.nonzero()[:, 1].tolist() == [0, 2, 6, 8, 10]
 
 

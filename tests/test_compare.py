@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -120,6 +120,18 @@ def test_the_packages_own_controls_come_first() -> None:
         ("downsample", True, False, False),
         ("vispruner", False, False, False),
         ("evs", False, False, True),
+    ]
+
+
+def test_every_method_of_the_package_can_be_asked_for() -> None:
+    settings = {"gsearch": ":rates=1.0;0.5;0.5"}
+    found = ways.ways_of([name + settings.get(name, "") for name in METHODS], [0.5, 8])
+    counts = {name: sum(way.name.startswith(name) for way in found) for name in METHODS}
+    for name, cls in METHODS.items():
+        has_budget = "keep" in {field.name for field in fields(cls)}
+        assert counts[name] == (2 if has_budget else 1)
+    assert [way.spec for way in found if way.keep is None] == [
+        f"{name}{settings.get(name, '')}" for name in METHODS if counts[name] == 1
     ]
 
 

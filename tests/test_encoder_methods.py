@@ -248,7 +248,10 @@ def test_evs_lets_requests_of_images_pass() -> None:
 def test_random_tokens_repeat_and_crops_differ() -> None:
     view = view_of(boxes={1: (3, 4)})
     kept = RandomTokens(keep=6).select(view).kept
-    assert RandomTokens(keep=6).select(view_of(boxes={1: (3, 4)}, seed=5)).kept.equal(kept)
+    assert RandomTokens(keep=6).select(view_of(boxes={1: (3, 4)})).kept.equal(kept)
+    # Another picture, other places.
+    other = RandomTokens(keep=6).select(view_of(boxes={1: (3, 4)}, seed=5)).kept
+    assert not other[0].equal(kept[0])
     assert not RandomTokens(keep=6, seed=1).select(view).kept.equal(kept)
     assert not kept[0].equal(kept[2])
     # Every cell's turn comes: of 400 draws of 6 of 20 each is in about 120.

@@ -9,7 +9,16 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlavaNextProcessor, PreTrainedTokenizerFast
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
 
+from tiny import PATCH, SIDE, VOCABULARY, model
 from vlmprune import PLPHP, Pruner, VisPruner, VlmpruneError, embedded
 from vlmprune import evaluate as module
 from vlmprune.evaluate import evaluate
@@ -43,13 +52,15 @@ class LooksAtTheQuestion(VisPruner):
     text_agnostic: ClassVar[bool] = False
 
 
-def plain(loaded: Loaded, pruner: Pruner | None, samples: list[Sample]) -> list[str]:
+def plain(
+    loaded: Loaded, pruner: Pruner | None, samples: list[Sample], tokens: int = 40
+) -> list[str]:
     """Answers one by one: the model's own processor and `generate`, and no more."""
     answers = []
     handle = None if pruner is None else pruner.attach(loaded.model)
     for one in samples:
         inputs = prepare(loaded, one.opened(), one.question)
-        out = loaded.model.generate(**inputs, max_new_tokens=40, do_sample=False)
+        out = loaded.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         new = out[0, inputs["input_ids"].shape[1] :]
         answers.append(loaded.processor.decode(new, skip_special_tokens=True).strip())
     if handle is not None:
@@ -96,6 +107,71 @@ def test_each_picture_is_encoded_once(loaded: Loaded) -> None:
     evaluate(loaded, LooksAtTheQuestion(keep=64), Some())
     hook.remove()
     assert sum(seen) == len(Some().samples())
+
+
+def any_resolution() -> Loaded:
+    """A tiny LLaVA-NeXT with its real processor: crops, newline tokens, no chat template."""
+    names = ["<pad>", "<s>", "</s>", "<unk>", "USER:", "<image>", "ASSISTANT:", "is", "this"]
+    names += ["that", *(f"word{i}" for i in range(VOCABULARY - 10))]
+    backend = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.add_special_tokens(["<pad>", "<s>", "</s>", "<image>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    built = model("llava_next")
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_grid_pinpoints=built.config.image_grid_pinpoints,
+    )
+    processor = LlavaNextProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    return Loaded(built, processor)
+
+
+class Several(Scenes):
+    """Questions about one picture, about two of other sizes, and about none."""
+
+    def samples(self, limit: int | None = None) -> list[Sample]:
+        draw = np.random.default_rng(0).integers(256, size=(160, 160, 3), dtype=np.uint8)
+        wide, tall, square = (
+            Image.fromarray(draw[:h, :w]) for w, h in ((160, 50), (60, 90), (64, 64))
+        )
+        found = [
+            Sample("0", (wide,), "is this", group="wide"),
+            Sample("1", (wide,), "is that this", group="wide"),
+            Sample("2", (tall, square), "that", group="both"),
+            Sample("3", (), "this is that"),
+            Sample("4", (tall, square), "is this that this", group="both"),
+        ]
+        return found[:limit]
+
+
+@pytest.mark.parametrize("pruner", [None, VisPruner(keep=0.5), FastV(keep=0.5, layer=1)])
+def test_several_images_of_any_resolution(pruner: Pruner | None) -> None:
+    loaded, samples = any_resolution(), Several().samples()
+    found = evaluate(loaded, pruner, Several(), batch=3)
+    assert [one.id for one in found.results] == ["0", "1", "2", "3", "4"]
+    answers = [one.answer for one in found.results]
+    assert answers == plain(loaded, pruner, samples, tokens=16)
+    assert len(set(answers)) > 2
+    assert found.accuracy is None
+    # Of each batch the mean, so that the sum is exact.
+    expected = 0
+    for one in samples:
+        with (pruner or VisPruner(keep=1.0))(loaded.model) as handle:
+            loaded.model.generate(**prepare(loaded, one.opened(), one.question), max_new_tokens=1)
+        expected += handle.report.kv_bytes_after
+    assert found.total("kv_bytes") == expected
 
 
 def test_figures(loaded: Loaded) -> None:

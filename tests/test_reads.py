@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from test_generic import MAKES, built_by, vipllava
 from test_generic import request as unknown
 from tiny import model, request
-from vlmprune import VlmpruneError, taps
+from vlmprune import METHODS, VlmpruneError, taps
 from vlmprune.budgeted import Budgeted
 from vlmprune.dispatch import attention_of
 from vlmprune.views import EncoderView, Reads, Selection
@@ -366,3 +366,21 @@ def test_memory_is_linear_in_tokens() -> None:
     with Sizes():
         taps.patch_attention(query, query, 0.5, 0)
     assert max(largest) == 2 * taps.CHUNK * 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("vispruner", {}, "CLS attention, encoder layer 1"),
+        ("vtc_cls", {"first_layer": 0}, "attention of encoder layers 0 to 2"),
+        ("fopru", {}, "attention among patches, encoder layer 1"),
+        ("visionzip", {}, "CLS attention, encoder layer 1; keys of encoder layer 1"),
+        ("divprune", {}, "projected features"),
+        ("random", {}, ""),
+    ],
+)
+def test_the_report_says_what_was_looked_at(name: str, settings: dict[str, Any], said: str) -> None:
+    built = model()
+    with METHODS[name](keep=8, **settings)(built) as handle:
+        built.generate(**request(built, [1]).inputs, max_new_tokens=1)
+    assert handle.report is not None and handle.report.score == said

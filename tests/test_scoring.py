@@ -70,12 +70,21 @@ def test_change_since_the_frame_before() -> None:
     assert torch.allclose(got[[1, 3]], torch.tensor([[0.0, 0.5], [2.0, 1.0]]), atol=1e-6)
 
 
-def test_random_order_depends_on_the_seed_alone() -> None:
+def test_random_scores_follow_content_and_seed() -> None:
     state = torch.get_rng_state()
-    first = scoring.random_order(3, 40, seed=7)
-    assert torch.equal(first, scoring.random_order(3, 40, seed=7))
-    assert not torch.equal(first, scoring.random_order(3, 40, seed=8))
-    assert sorted(first.flatten().tolist()) == list(range(120))
+    features = torch.randn(3, 40, 16, generator=torch.Generator().manual_seed(0))
+    first = scoring.random_scores(features, seed=7)
+    assert torch.equal(first, scoring.random_scores(features, seed=7))
+    assert not torch.equal(first, scoring.random_scores(features, seed=8))
+    # The same crop elsewhere in a batch, and after rounding, is given the same numbers.
+    again = scoring.random_scores(features[[2, 0]] * (1 + 1e-6), seed=7)
+    assert torch.equal(again, first[[2, 0]])
+    assert len({tuple(row) for row in first.tolist()}) == 3
+    assert 0 <= float(first.min()) and float(first.max()) < 1
+    # No place is favoured: the mean of 400 crops lies within five standard errors of a half.
+    many = torch.randn(400, 8, 16, generator=torch.Generator().manual_seed(1))
+    means = scoring.random_scores(many, seed=0).mean(dim=0)
+    assert float((means - 0.5).abs().max()) < 5 * (1 / 12) ** 0.5 / 20
     assert torch.equal(state, torch.get_rng_state())
 
 

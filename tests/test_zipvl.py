@@ -53,8 +53,8 @@ Calls = dict[int, list[tuple[Tensor, Tensor, Tensor]]]
 def reference(built: Any, keep: dict[int, Tensor]) -> Iterator[Calls]:
     """The full model, of which each layer hides columns and lets rows attend to nothing.
 
-    Written apart from the library. Gives, per layer and call, queries, keys and what was visible
-    before anything was hidden.
+    Written apart from the library. Gives, per layer and call, scaled queries, keys and what
+    was visible before anything was hidden.
 
     Args:
         built: the model.
@@ -92,7 +92,7 @@ def reference(built: Any, keep: dict[int, Tensor]) -> Iterator[Calls]:
         else:
             given = attention_mask
             visible = visible & (given if given.dtype == torch.bool else given > -1)
-        calls.setdefault(index, []).append((query, key, visible))
+        calls.setdefault(index, []).append((query * kwargs["scaling"], key, visible))
         stays = torch.ones(len(query), columns, dtype=torch.bool)
         if index in keep:
             own = keep[index].repeat_interleave(len(query) // len(keep[index]), 0)[:, :columns]
@@ -170,9 +170,16 @@ def test_families(name: str, attention: str) -> None:
     with ZipVL(TAU)(built) as handle:
         pruned = generate(built, req.inputs)
     assert handle.report is not None and handle.report.layers
-    keep = stays(handle.report, req.inputs["input_ids"], token=ZOO_IMAGE)
-    with reference(built, keep):
+    ids = req.inputs["input_ids"]
+    keep = stays(handle.report, ids, token=ZOO_IMAGE)
+    with reference(built, keep) as calls:
         assert distance(pruned, generate(built, req.inputs)) < TOLERANCE
+    for index, mask in keep.items():
+        query, key, visible = (t[1] for t in calls[index][0])
+        real = req.inputs["attention_mask"][1].nonzero()[:, 0].tolist()
+        found, _ = restated(query, key, visible, real, ZipVL(TAU))
+        visual = (ids[1] == ZOO_IMAGE).nonzero()[:, 0].tolist()
+        assert [i for i in visual if mask[1, i]] == [i for i in visual if i in found]
     assert distance(pruned, generate(built, req.inputs)) > DIFFERENT
 
 
@@ -189,7 +196,7 @@ def restated(
     gets, seen = [0.0] * columns, [0] * columns
     for row in probes:
         for head in range(heads):
-            scores = (key[head] @ query[head, row - ahead]) * query.shape[2] ** -0.5
+            scores = key[head] @ query[head, row - ahead]
             scores = scores.masked_fill(~visible[0, row - ahead], -torch.inf).softmax(0)
             gets = [a + b / heads for a, b in zip(gets, scores.tolist(), strict=True)]
         seen = [n + int(visible[0, row - ahead, i]) for i, n in enumerate(seen)]
@@ -266,6 +273,21 @@ def test_plain_forward(side: str) -> None:
         whole = built(**req.inputs).logits
     assert float((out.logits - expected)[real].abs().max()) < TOLERANCE
     assert float((out.logits - whole)[real].abs().max()) > DIFFERENT
+
+
+def test_the_side_of_the_padding_does_not_matter() -> None:
+    built = model(text_config=text_config())
+    found = []
+    for side in ("left", "right"):
+        req = request(built, [1, 2], side=side)
+        with torch.no_grad(), ZipVL(TAU)(built) as handle:
+            built(**req.inputs)
+        assert handle.report is not None
+        found.append(
+            [(row.tolist(), layer.gamma) for layer in handle.report.layers for row in layer.kept[0]]
+        )
+    for (left, gamma), (right, other) in zip(*found, strict=True):
+        assert left == right and gamma == pytest.approx(other, abs=1e-5)
 
 
 def test_gradients_reach_what_attends() -> None:

@@ -31,6 +31,8 @@ class Pruned:
         extra: the same for later layers, layer by layer.
         rows: items of each row of the batch.
         flat: whether the host has the items of `extra` as one tensor a layer.
+        order: for each item, which of its kept tokens in their order stands at each place; None
+            as they lie in it.
     """
 
     medium: Medium
@@ -39,6 +41,7 @@ class Pruned:
     extra: list[list[Tensor]]
     rows: list[int]
     flat: bool = False
+    order: list[Tensor] | None = None
 
     def listed(self) -> Any:
         """The output with a list of items, which `generate` can repeat for beams."""

@@ -100,7 +100,10 @@ def choose(
         rows = planned.rows(batch, number)
         deep = getattr(output, "deepstack_features", None) or [None]
         flat = isinstance(deep[0], Tensor)
-        pruned[media[number].method] = Pruned(media[number], output, features, extra, rows, flat)
+        own_order = None if order is None else [order[i] for i in own]
+        pruned[media[number].method] = Pruned(
+            media[number], output, features, extra, rows, flat, own_order
+        )
     return kept, pruned
 
 
@@ -134,6 +137,7 @@ def _encoded(
         reads,
         repr(handle.pruner),
         acts,
+        handle.pruner.attends,
     )
     if not source:
         return encoded
@@ -141,7 +145,7 @@ def _encoded(
     likeness, words = relevance.to_cells(handle, source, question, planned, encoded.view)
     shown = encoded.view.projected if asked[0] else None
     view = replace(encoded.view, relevance=likeness, projected=shown)
-    return replace(encoded, view=view, score="; ".join((encoded.score, words)))
+    return replace(encoded, view=view, score="; ".join(filter(None, (encoded.score, words))))
 
 
 def _tokens(

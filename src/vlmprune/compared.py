@@ -101,7 +101,7 @@ class Answer:
         score: 0 to 1; None where no true answer is known.
         same: whether it is the unpruned model's.
         drawn: for each picture what was kept.
-        kept: visual tokens that were kept before the language model.
+        kept: visual tokens that were kept, those inside the language model to its last layer.
         before: visual tokens that there were.
         kv_share: bytes of the visual tokens' keys and values, those of all tokens being 1.
         trouble: why nothing is drawn.

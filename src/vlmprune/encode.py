@@ -23,7 +23,7 @@ from vlmprune.inputs import Span, spans
 from vlmprune.inside import acting
 from vlmprune.layout import Layout
 from vlmprune.merging import spread
-from vlmprune.reading import check_calls, wanted
+from vlmprune.reading import also, check_calls, wanted
 from vlmprune.taps import KeyTap, PatchTap, Score, Tap, pooling, tapped
 from vlmprune.views import EncoderView, Inside, Reads
 
@@ -170,6 +170,7 @@ def encode(
     asked: Callable[[int, int], Reads] | None = None,
     who: str = "the method",
     inside: Sequence[Inside | None] = (),
+    attends: bool = True,
 ) -> Encoded:
     """Run the vision encoder once for each modality that the request brings.
 
@@ -184,6 +185,7 @@ def encode(
         asked: `Pruner.reads`; None for nothing more.
         who: the method, for error sentences.
         inside: for each modality what happens while its tower runs; empty for nothing.
+        attends: whether the method looks at the family's own score, which is told then.
 
     Raises:
         VlmpruneError: a tower has no pooling head that was asked for, makes another number of
@@ -227,7 +229,8 @@ def encode(
                 f.view(one.crops, one.patches, -1) for one, f in zip(layouts, flat, strict=True)
             ]
             _deal(more.setdefault("projected", {}), own, layouts, [c for g in grids for c in g])
-        words += [seen.words] if seen.words not in words else []
+        told = [seen.words] if attends else []
+        words += [one for one in told + also(reads) if one not in words]
     order = range(len(planned.items))
     stacked = torch.stack([_tall(crop, planned.cells) for i in order for crop in features[i]])
     attention = torch.stack([_wide(row, planned.cells) for i in order for row in scores[i]])

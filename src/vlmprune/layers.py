@@ -8,18 +8,18 @@ sees a forward of the usual shape, and its cache the usual length.
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vlmprune import families
 from vlmprune import rows as ops
+from vlmprune.angles import Angles, Same
 from vlmprune.asking import Look, glance
 from vlmprune.dispatch import attention_of, watching
 from vlmprune.dropping import Dropping, Prompt, Timer
@@ -28,45 +28,10 @@ from vlmprune.rows import Going
 from vlmprune.short import ShortLayer, short_layers, shorten_layer
 
 if TYPE_CHECKING:
-    from vlmprune.pruner import Pruner
     from vlmprune.views import Ask
 
 # What decoder layers are given that has an entry a column, and that this module knows to gather.
 KNOWN = {"attention_mask", "position_embeddings", "position_ids"}
-
-
-class Angles:
-    """The calls of a decoder's rotary modules in one forward, so that they can be made again."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, nn.Module, tuple[Any, ...], dict[str, Any]]] = []
-
-    def note(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Remember a call."""
-        self.calls.append((output, module, args, kwargs))
-
-    def _call(self, angles: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-        for output, module, args, kwargs in self.calls:
-            if output is angles:
-                return module, args, kwargs
-        raise VlmpruneError(
-            "the model does not make its rotary angles by a module of its decoder, so tokens "
-            "cannot be renumbered inside it; use positions='original'."
-        )
-
-    def positions(self, angles: Any) -> Tensor:
-        """The [B or 1, L] positions that angles were made for."""
-        _, args, kwargs = self._call(angles)
-        return kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-
-    def made(self, angles: Any, positions: Tensor) -> Any:
-        """Angles of the same kind for other positions [B, R]."""
-        module, args, kwargs = self._call(angles)
-        if "position_ids" in kwargs:
-            kwargs = kwargs | {"position_ids": positions}
-        else:
-            args = (args[0], positions, *args[2:])
-        return module.forward(*args, **kwargs)
 
 
 class Pass:
@@ -245,7 +210,7 @@ class Pass:
         if going is not None or mask is not None or padded:
             columns = self._columns(held, rows, real, start)
             out["attention_mask"] = self._once(
-                ("mask", _Same(mask), _Same(columns)),
+                ("mask", Same(mask), Same(columns)),
                 lambda: ops.rows_mask(mask, rows, columns, start, length, real, padded, self.flash),
             )
         shift = self._place(out, held)
@@ -267,13 +232,14 @@ class Pass:
             return new if held is None else torch.cat((held.columns(rows.device), new), dim=1)
 
         if held is None:
-            return self._once(("columns", _Same(self.going)), made)
-        return self._once(("columns", _Same(self.going), _Same(held.held), held.tail), made)
+            return self._once(("columns", Same(self.going)), made)
+        return self._once(("columns", Same(self.going), Same(held.held), held.tail), made)
 
     def _place(self, out: dict[str, Any], held: ShortLayer | None) -> Tensor | None:
         """Put in the rotary angles of the rows; returns the layer's shift from now on."""
         shift = None if held is None else held.shift
-        angles, going = out.get("position_embeddings"), self.going
+        angles: Any = out.get("position_embeddings")
+        going = self.going
         compact = self.dropping is not None and self.dropping.positions == "compact"
         if going is None and shift is None:
             return None
@@ -288,9 +254,10 @@ class Pass:
             def gathered() -> Any:
                 if isinstance(angles, Tensor):
                     return ops.gather_angles(angles, source)
-                return tuple(ops.gather_angles(part, source) for part in angles)
+                parts: tuple[Tensor, ...] = angles
+                return tuple(ops.gather_angles(part, source) for part in parts)
 
-            out["position_embeddings"] = self._once(("angles", _Same(angles)), gathered)
+            out["position_embeddings"] = self._once(("angles", Same(angles)), gathered)
             return None
 
         def moved() -> tuple[Any, Tensor | None]:
@@ -305,7 +272,7 @@ class Pass:
                 positions = positions - shift.to(positions.device)[:, None]
             return self.angles.made(angles, positions), later
 
-        key = ("moved", _Same(angles), None if shift is None else _Same(shift))
+        key = ("moved", Same(angles), None if shift is None else Same(shift))
         out["position_embeddings"], later = self._once(key, moved)
         return later
 
@@ -314,19 +281,6 @@ class Pass:
         if key not in self.memo:
             self.memo[key] = make()
         return self.memo[key]
-
-
-class _Same:
-    """A key that is the very object, which it keeps alive."""
-
-    def __init__(self, one: Any) -> None:
-        self.one = one
-
-    def __hash__(self) -> int:
-        return id(self.one)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.one is self.one
 
 
 def _keys(kwargs: dict[str, Any], index: int) -> Tensor | None:
@@ -376,14 +330,18 @@ def dropping_rows(
         raters = any(ask.queries == "raters" for ask in dropping.asks.values())
         first = min(first, 0 if raters else min(dropping.asks) - 1)
 
+    # A hook that another thread removes may be run once more by this one, without keywords.
     def before(index: int) -> Callable[..., Any]:
-        return lambda layer, args, kwargs: run.before(index, layer, args, kwargs)
+        def run_before(layer: nn.Module, args: Any, kwargs: Any = None) -> Any:
+            return None if kwargs is None else run.before(index, layer, args, kwargs)
+
+        return run_before
 
     def after(index: int) -> Callable[..., Any]:
         return lambda layer, args, output: run.after(index, output)
 
-    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if threading.get_ident() == run.thread:
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+        if output is not None and threading.get_ident() == run.thread:
             run.angles.note(module, args, kwargs, output)
 
     hooks = [
@@ -403,60 +361,3 @@ def dropping_rows(
         run.close()
         for hook in hooks:
             hook.remove()
-
-
-def resolve_positions(model: Any, pruner: Pruner) -> Literal["compact", "original"]:
-    """The position policy of layers that lack tokens: what was asked for, else the release's."""
-    if families.family_of(model).rope is not None:
-        return "original"
-    if pruner.positions != "auto":
-        return pruner.positions
-    return families.advised_positions(model) or pruner.dropper.released
-
-
-def asked(model: Any, pruner: Pruner) -> Mapping[int, Ask]:
-    """What a method wants to see, by layer, once it is sure that the model can be followed.
-
-    Raises:
-        VlmpruneError: it cannot; one sentence says why.
-    """
-    decoder = families.decoder_layers(model)
-    asks = pruner.dropper.asks(len(decoder))
-    name = type(model).__name__
-    for index in asks:
-        if not 0 < index < len(decoder):
-            raise VlmpruneError(
-                f"{pruner!r} would drop tokens before decoder layer {index}, and {name} has "
-                f"layers 1 to {len(decoder) - 1} to drop before."
-            )
-    if not asks:
-        return asks
-    kinds = families.layer_kinds(model)[min(asks) :]
-    known = ("full_attention", "sliding_attention", "chunked_attention")
-    odd = next((kind for kind in kinds if kind not in known), None)
-    if odd is not None:
-        raise VlmpruneError(
-            f"{name} has layers of {odd.replace('_', ' ')}, behind which {pruner!r} cannot drop "
-            "tokens; prune before the language model."
-        )
-    try:
-        for index, ask in asks.items():
-            if ask.attention == "own":
-                attention_of(decoder[index])
-            if ask.attention == "previous" or ask.keys:
-                attention_of(decoder[index - 1])
-    except LookupError as error:
-        raise VlmpruneError(f"{error}; prune before the language model.") from error
-    takes = inspect.signature(decoder[min(asks)].forward).parameters
-    if "position_embeddings" not in takes:
-        raise VlmpruneError(
-            f"the decoder layers of {name} do not take rotary angles from outside, so {pruner!r} "
-            "cannot give them those of the tokens that go on; prune before the language model."
-        )
-    compact = resolve_positions(model, pruner) == "compact"
-    if compact and not families.rotary_modules(model):
-        raise VlmpruneError(
-            f"{name} has no module that makes rotary angles, so tokens cannot be renumbered "
-            "inside it; use positions='original'."
-        )
-    return asks

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vlmprune import calls, dispatch, families, host, inside, layers
+from vlmprune import calls, dispatch, families, followed, host, inside
 from vlmprune.active import made
 from vlmprune.budget import Budget, check_budget
 from vlmprune.errors import VlmpruneError
@@ -57,6 +57,8 @@ class Pruner:
     stage: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     text_agnostic: ClassVar[bool] = False
+    # Of methods that choose before the language model: whether by the family's own score.
+    attends: ClassVar[bool] = True
     # Whether kept tokens may be made of several (`Selection.merge`).
     merges: ClassVar[bool] = False
     # Of methods that drop rows inside the language model: what positions="auto" means.
@@ -233,6 +235,8 @@ class Chain(Pruner):
                 )
         object.__setattr__(self, "acts", self.stages[0].acts)
         object.__setattr__(self, "instead", self.stages[0].instead)
+        choosing = [stage for stage in self.stages if stage.shortens]
+        object.__setattr__(self, "attends", any(stage.attends for stage in choosing))
         object.__setattr__(self, "window", self.stages[-1].window)
         object.__setattr__(self, "calibrated_on", self.stages[-1].calibrated_on)
         cutting = [stage for stage in self.stages if stage.cuts]
@@ -395,8 +399,8 @@ class Handle:
         self.cuttable = families.cuttable_layers(model) if pruner.cuts else []
         if pruner.cuts:
             self._check_decoder()
-        self.asks = layers.asked(model, pruner) if pruner.drops else {}
-        self.inside = layers.resolve_positions(model, pruner)
+        self.asks = followed.asked(model, pruner) if pruner.drops else {}
+        self.inside = followed.resolve_positions(model, pruner)
         if pruner.drops:
             self._check_schedule()
         self.latest = Latest()

@@ -49,6 +49,20 @@ def wanted(
     return found or Reads()
 
 
+def also(reads: Reads) -> list[str]:
+    """What was read beside the family's own score, for people."""
+    found = []
+    if reads.layers:
+        numbers = sorted(reads.layers)
+        some = f"layers {numbers[0]} to {numbers[-1]}" if numbers[1:] else f"layer {numbers[0]}"
+        found.append(f"attention of encoder {some}")
+    if reads.patches is not None:
+        found.append(f"attention among patches, encoder layer {reads.patches}")
+    if reads.keys is not None:
+        found.append(f"keys of encoder layer {reads.keys}")
+    return found + ["projected features"] * reads.projected
+
+
 def _check_reads(reads: Reads, encoder: Encoder, cls: str, who: str) -> None:
     depth = len(encoder.layers)
     attended = {*reads.layers, *([] if reads.patches is None else [reads.patches])}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vlmprune.active import Active, made
+from vlmprune.active import Active, Pruned, made
 from vlmprune.choosing import check_prompt, choose, retaining
 from vlmprune.dropping import Dropping
 from vlmprune.encode import Plan, plan
@@ -173,7 +173,7 @@ def prepare(
         cut, numbers = retaining(handle, prompt, short, planned, kept)
     inside = None
     if handle.asks and planned.items:
-        inside = dropping(handle, prompt, short, planned, kept)
+        inside = dropping(handle, prompt, short, planned, kept, pruned)
     return Prepared(
         (known, cached),
         prompt,
@@ -305,7 +305,12 @@ def _new_items(
 
 
 def dropping(
-    handle: Handle, prompt: Prompt, short: Prompt, planned: Plan, kept: list[Tensor]
+    handle: Handle,
+    prompt: Prompt,
+    short: Prompt,
+    planned: Plan,
+    kept: list[Tensor],
+    pruned: dict[str, Pruned],
 ) -> Dropping:
     """What a method may drop between decoder layers.
 
@@ -315,12 +320,17 @@ def dropping(
         short: its new columns.
         planned: the geometry of its items.
         kept: of each item.
+        pruned: encoder outputs by the name of the host's method.
     """
     visual = torch.zeros_like(prompt.mask, dtype=torch.bool)
     new = torch.stack([short.ids == token for token in handle.tokens]).any(dim=0)
     visual[:, prompt.mask.shape[1] - short.mask.shape[1] :] = new & (short.mask != 0)
     lengths: list[list[int]] = [[] for _ in range(prompt.mask.shape[0])]
     numbers = [stays.nonzero()[:, 0].cpu() for stays in kept]
+    for number, medium in enumerate(handle.family.media):
+        order = pruned[medium.method].order if medium.method in pruned else None
+        for i, places in zip(planned.of(number), order or (), strict=bool(order)):
+            numbers[i] = numbers[i][places.cpu()]
     for item, found in zip(planned.items, numbers, strict=True):
         lengths[item.span.row].append(len(found))
     return Dropping(

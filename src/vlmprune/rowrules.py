@@ -217,13 +217,14 @@ def unlike_pivots(
     unit = torch.nn.functional.normalize(states.float(), dim=-1)
     place = torch.arange(rows, device=images.device).expand_as(images)
     for turn in range(image_pivots):
-        # The first of each image that has not had its turn; images without one take nothing.
+        # The first of each image that has not had its turn. Images that have fewer pivots than
+        # turns keep pivots alone, and take nothing.
         ahead = torch.where(waiting, place, rows)
         at = torch.full_like(keep, rows).scatter_reduce(1, own, ahead, "amin")
         waiting = waiting & (place != at.gather(1, own))
         pivots = unit.gather(1, at.clamp(max=rows - 1)[:, :, None].expand(-1, -1, width))
         cosine = (unit @ pivots.transpose(1, 2)).gather(2, own[:, :, None])[:, :, 0]
-        kept = _take(kept, cosine, images, (least + (turn < more)) * (turn < first))
+        kept = _take(kept, cosine, images, least + (turn < more))
 
     text_unit = torch.nn.functional.normalize(text_states.float(), dim=-1)
     order = asking.int().argsort(dim=1, descending=True, stable=True)[:, :text_pivots]

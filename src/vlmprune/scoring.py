@@ -7,6 +7,7 @@ numbers in Python.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 
@@ -142,13 +143,24 @@ def change(features: Tensor, images: Tensor) -> Tensor:
     return found.masked_fill(first[:, None], torch.inf)
 
 
-def random_order(crops: int, cells: int, seed: int) -> Tensor:
-    """[crops, cells] int64 on the CPU; in random order the numbers 0 to crops · cells - 1.
+def random_scores(features: Tensor, seed: int) -> Tensor:
+    """[crops, cells] float64 on the CPU; for each crop numbers in [0, 1) that its content seeds.
 
-    They are drawn on the CPU whatever the device, so that every device keeps the same tokens.
+    Another picture is given other numbers, the same picture the same, in any batch. What stands
+    for the content is which channels are positive on average, so that rounding, which differs
+    between devices, hardly ever changes it. Drawn on the CPU whatever the device.
+
+    Args:
+        features: [crops, cells, C].
+        seed: changes all numbers.
     """
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(crops * cells, generator=generator).view(crops, cells)
+    positive = (features.float().mean(dim=1) > 0).cpu()
+    drawn = []
+    for bits in positive.tolist():
+        digest = hashlib.blake2b(bytes(bits) + b"%d" % seed, digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        drawn.append(torch.rand(features.shape[1], generator=generator, dtype=torch.float64))
+    return torch.stack(drawn) if drawn else torch.zeros(features.shape[:2], dtype=torch.float64)
 
 
 def shared_out(keep: int, counts: Sequence[int]) -> list[int]:

@@ -144,13 +144,17 @@ def _way(stages: Sequence[spec.Stage], pruner: Pruner) -> Way:
         control=all(is_control(stage.name) for stage in stages),
         reference=single is not None and single.name == RANDOM,
         # It would pass pictures whole, and its row would say that it loses nothing.
-        videos=any(METHODS[stage.name].needs.startswith("a video") for stage in stages),
+        videos=any(_class(stage.name).needs.startswith("a video") for stage in stages),
     )
 
 
 def is_control(name: str) -> bool:
     """Whether a method is there to be compared with, which is what it gives as its paper."""
-    return METHODS[name].paper == CONTROL
+    return _class(name).paper == CONTROL
+
+
+def _class(name: str) -> type[Pruner]:
+    return METHODS[name]
 
 
 def _name(stage: spec.Stage) -> str:

@@ -256,9 +256,11 @@ def _print(
             "against random: points, question by question, ± half of the 95 % interval; wins or "
             "loses where that leaves out 0"
         )
+    turns = f"{result.repeat} turn{'' if result.repeat == 1 else 's'}"
     lines += [
-        "LLM FLOPs, KV: of the visual tokens; all FLOPs: with the vision tower; prefill: time to "
-        f"the first token, all tokens = 1; medians of {result.repeat} turns",
+        "visual tokens: averaged over layers; LLM FLOPs, KV: of the visual tokens; all FLOPs: with "
+        "the vision tower",
+        f"prefill: time to the first token, all tokens = 1; medians of {turns}",
         f"{facts['device_name']}; {result.device}, {facts['threads']} thread(s), {result.dtype}",
         f"page: {targets['page']}; plot: {targets['plot']}; figures: {targets['figures']}",
         f"answers are kept in {answers}: asked again, only what is missing is answered",
@@ -268,9 +270,14 @@ def _print(
 
 
 def _scored(result: Result) -> str:
-    if not result.scored:
-        return "agreement: share of answers that are the unpruned model's; none is known to be true"
-    return "accuracy: share of right answers, with its 95 % interval, bootstrapped over pictures"
+    words = (
+        "accuracy: share of right answers"
+        if result.scored
+        else "agreement: share of answers that are the unpruned model's; none is known to be true"
+    )
+    if result.rows[0].score.low is None:
+        return f"{words}; too few pictures for an interval"
+    return f"{words}, with its 95 % interval, bootstrapped over pictures"
 
 
 def _table(result: Result) -> Table:

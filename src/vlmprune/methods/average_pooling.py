@@ -48,6 +48,7 @@ class AveragePooling(Budgeted):
     stage: ClassVar[str] = "before the language model"
     paper: ClassVar[str] = "control"
     text_agnostic: ClassVar[bool] = True
+    attends: ClassVar[bool] = False
     merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -52,6 +52,7 @@ class CDPruner(Budgeted):
     stage: ClassVar[str] = "before the language model"
     paper: ClassVar[str] = "arXiv 2506.10967"
     text_agnostic: ClassVar[bool] = False
+    attends: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -42,6 +42,7 @@ class DivPrune(Budgeted):
     stage: ClassVar[str] = "before the language model"
     paper: ClassVar[str] = "arXiv 2503.02175"
     text_agnostic: ClassVar[bool] = True
+    attends: ClassVar[bool] = False
 
     def reads(self, depth: int, feature: int) -> Reads:
         """The projected features."""

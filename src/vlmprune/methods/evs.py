@@ -53,6 +53,7 @@ class EVS(Pruner):
     stage: ClassVar[str] = "before the language model"
     paper: ClassVar[str] = "arXiv 2510.14624"
     text_agnostic: ClassVar[bool] = True
+    attends: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_keep(self.keep)

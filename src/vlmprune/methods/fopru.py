@@ -52,6 +52,7 @@ class FoPru(Budgeted):
     stage: ClassVar[str] = "before the language model"
     paper: ClassVar[str] = "arXiv 2411.14164"
     text_agnostic: ClassVar[bool] = True
+    attends: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

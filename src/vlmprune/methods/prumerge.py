@@ -57,6 +57,7 @@ class PruMerge(Pruner):
     stage: ClassVar[str] = "before the language model"
     paper: ClassVar[str] = "arXiv 2403.15388"
     text_agnostic: ClassVar[bool] = True
+    attends: ClassVar[bool] = False
     merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

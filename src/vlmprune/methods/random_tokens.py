@@ -15,9 +15,9 @@ from vlmprune.views import EncoderView, Selection
 class RandomTokens(Budgeted):
     """Keep visual tokens at random: a control, what a method loses to is no better than chance.
 
-    Every set of tokens is as likely as any other. They are drawn on the CPU from `seed` for each
-    request anew: the same request keeps the same tokens, on any device, whatever was drawn before.
-    Two crops of a request are drawn independently. Average over several seeds.
+    Every set of tokens is as likely as any other. Each crop draws its own, from `seed` and its
+    content: another picture keeps other places, the same picture the same ones, whatever is in
+    the batch and whatever was drawn before.
 
     Attributes:
         keep: visual tokens to keep: an int counts them, a float in (0, 1] is a fraction.
@@ -39,6 +39,7 @@ class RandomTokens(Budgeted):
     stage: ClassVar[str] = "before the language model"
     paper: ClassVar[str] = "control"
     text_agnostic: ClassVar[bool] = True
+    attends: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,8 +48,7 @@ class RandomTokens(Budgeted):
 
     def select(self, view: EncoderView) -> Selection:
         """Choose cells of all crops of a request."""
-        crops, cells = view.candidates.shape
-        order = scoring.random_order(crops, cells, self.seed)
-        scores = order.to(view.candidates.device).flatten()
+        scores = scoring.random_scores(view.features, self.seed)
+        scores = scores.to(view.candidates.device).flatten()
         kept = self.each(view, lambda own, keep: select.top_k(scores[own], keep))
         return Selection(kept, {})

@@ -42,6 +42,7 @@ class UniformGrid(Budgeted):
     stage: ClassVar[str] = "before the language model"
     paper: ClassVar[str] = "control"
     text_agnostic: ClassVar[bool] = True
+    attends: ClassVar[bool] = False
 
     def select(self, view: EncoderView) -> Selection:
         """Choose cells of all crops of a request."""

@@ -44,6 +44,7 @@ class VtcCls(Budgeted):
     stage: ClassVar[str] = "before the language model"
     paper: ClassVar[str] = "arXiv 2412.05819"
     text_agnostic: ClassVar[bool] = True
+    attends: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,0 +1,99 @@
+"""The table of accuracies: its marks, and that the page shows what was stored."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlmprune import METHODS
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import accuracy_tables
+import definitions
+
+ROOT = Path(__file__).parents[1]
+LISTED = [[f"{group}-{kind}", kind, group] for group in "abcd" for kind in accuracy_tables.KINDS]
+
+
+def row(label: str, digit: str, repeats: int = 1, **changes: Any) -> dict[str, Any]:
+    """A row that has the same score in every sample."""
+    shares = {"visual_tokens": 0.5, "decoder_flops": 0.25, "flops": 1, "kv_bytes": 0.125}
+    made = {"label": label, "budget": 0.33, "repeats": repeats, "shares": shares}
+    return made | {"scores": digit * len(LISTED), "cells": [8 * repeats] * 4} | changes
+
+
+def stored(*rows: dict[str, Any]) -> dict[str, Any]:
+    about = {"model": "M", "torch": "1", "transformers": "2", "batch": 32}
+    full = row("unpruned", "1", cells=[16] * 4)
+    return {"about": about, "samples": LISTED, "unpruned": full, "rows": list(rows)}
+
+
+def test_marks() -> None:
+    # One draw of three is right in every sample: 33 per cent.
+    random = row("random", "1", 3)
+    mixed = "".join("1" if group in "ab" else "0" for _, _, group in LISTED)
+    table = accuracy_tables.Table(
+        stored(
+            random,
+            row("better", "1"),
+            row("worse", "0"),
+            row("here and there", "1", scores=mixed),
+            row("its own", "0", budget=None),
+        )
+    )
+    assert [table.mark(label, 0.33) for label in table.labels] == ["", "", " ▼", " ≈"]
+    lines = table.accuracy().splitlines()
+    assert lines[0] == "| method | 33% |"
+    assert lines[2:5] == [
+        "| *random* | 33.3 ± 0.0 |",
+        "| better | 100.0 ± 0.0 |",
+        "| worse | 0.0 ± 0.0 ▼ |",
+    ]
+    assert table.cost().splitlines()[2] == "| *random* | 50 · 25 · 12 |"
+    assert table.own().splitlines()[2] == ("| its own | 50 · 25 · 12 | 0.0 ± 0.0 | -100.0 ± 0.0 |")
+    kinds = table.kinds().splitlines()
+    assert kinds[0] == "**33%**"
+    assert kinds[4].startswith("| unpruned | 100.0")
+    assert kinds[5].endswith("| 33.3 ± 0.0 | 50.0 ± 0.0 |")
+
+
+def test_the_page_shows_what_is_stored() -> None:
+    import accuracy
+
+    found = json.loads((ROOT / "benchmarks" / "results" / "accuracy.json").read_text())
+    text = (ROOT / "docs" / "results.md").read_text()
+    shown = found | {"rows": list(accuracy.in_order(found["rows"]))}
+    assert accuracy_tables.page(text, shown, accuracy.NOT_HERE) == text
+    for name in ("setup", "accuracy", "cost", "own", "kinds", "left out"):
+        assert f"<!-- {name} -->\n<!--" not in text
+
+
+def test_every_method_is_planned_or_left_out_by_name() -> None:
+    import accuracy
+
+    assert {one.method for one in accuracy.planned([])} | set(accuracy.NOT_HERE) == set(METHODS)
+    for one in accuracy.planned([]):
+        assert len(one.pruners) == len(one.settings)
+
+
+def test_a_fingerprint_follows_what_a_method_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("vispruner", "fastervlm", "divprune", "plphp", "fastv")
+    before = {name: definitions.fingerprint(METHODS[name]) for name in names}
+    assert len(set(before.values())) == len(names)
+    original = definitions.definitions
+
+    def changed(module: str) -> dict[str, list[ast.stmt]]:
+        found = original(module)
+        if module == "vlmprune.select":
+            found = found | {"vispruner": ast.parse("def vispruner(): return 1").body}
+        return found
+
+    monkeypatch.setattr(definitions, "definitions", changed)
+    after = {name: definitions.fingerprint(METHODS[name]) for name in names}
+    assert {name for name in names if after[name] != before[name]} == {"vispruner"}
