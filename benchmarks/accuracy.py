@@ -35,11 +35,9 @@ from vlmprune.evaluate import BATCH, evaluate, model_name
 from vlmprune.evaluation import UNPRUNED, Evaluation
 from vlmprune.loading import Loaded, quiet
 from vlmprune.methods.pyramiddrop import PyramidDrop
-from vlmprune.methods.random_tokens import RandomTokens
 from vlmprune.pruner import Pruner
 from vlmprune.tasks import Scenes
 from vlmprune.tasks.scorers import same_parts
-from vlmprune.views import EncoderView, Selection
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy.json"
@@ -142,23 +140,6 @@ NOT_HERE = {
 
 
 @dataclass(frozen=True)
-class RandomOfEach(RandomTokens):
-    """The random control with a draw of its own for each picture.
-
-    The method draws the same for every request of one picture, and so the same tokens of all.
-    """
-
-    def select(self, view: EncoderView) -> Selection:
-        """By the seed and the picture, told by its most attended tokens."""
-        most = view.attention.topk(8).indices.tolist()
-        drawn = hashlib.sha256(f"{self.seed} {most}".encode()).digest()
-        plain = RandomTokens(
-            self.keep, self.positions, self.budget, int.from_bytes(drawn[:6], "big")
-        )
-        return plain.select(view)
-
-
-@dataclass(frozen=True)
 class Row:
     """One line of the table at one budget."""
 
@@ -170,8 +151,7 @@ class Row:
     @property
     def pruners(self) -> list[Pruner]:
         """The pruner; for the random control one a seed."""
-        cls = RandomOfEach if self.method == "random" else METHODS[self.method]
-        return [cls(**one) for one in self.settings]
+        return [METHODS[self.method](**one) for one in self.settings]
 
     @property
     def key(self) -> tuple[str, float | None]:

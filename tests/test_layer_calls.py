@@ -266,6 +266,20 @@ def test_keeping_everything_changes_no_bit() -> None:
             assert not any(isinstance(one, ShortLayer) for one in pruned.past_key_values.layers)
 
 
+def test_the_last_token_goes_on_even_where_it_is_visual() -> None:
+    """The first new token is made of its state."""
+    built = deep()
+    req = request(built, [1], text=0)
+    for name in ("input_ids", "attention_mask"):
+        req.inputs[name] = req.inputs[name][:, :-3]
+    assert req.inputs["input_ids"][0, -1] == IMAGE
+    with FastV(keep=2)(built) as handle:
+        pruned = generate(built, req.inputs)
+    assert handle.report is not None and 15 in handle.report.kept[0].tolist()
+    with hiding(built, dropped_by_layer(req, handle.report)):
+        assert distance(pruned, generate(built, req.inputs)) < TOLERANCE
+
+
 def hooks(built: Any) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in built.modules())
 

@@ -3,7 +3,8 @@
 Where a method drops rows, the states that go on are gathered, and every later layer gets the
 host's own mask, rotary angles and cache for these rows alone. Behind the last layer all rows are
 put back in their places: those that were dropped keep the state that they left with. The host
-sees a forward of the usual shape, and its cache the usual length.
+sees a forward of the usual shape, and its cache the usual length. The prompt's last token goes on
+whatever a method says, for the first new token is made of it.
 """
 
 from __future__ import annotations
