@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vlmprune.errors import VlmpruneError
 
 if TYPE_CHECKING:
+    from vlmprune.handle import Handle
     from vlmprune.methods import (
         DART,
         EVS,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
         VtcCls,
         ZipVL,
     )
-    from vlmprune.pruner import Handle, Pruner
+    from vlmprune.pruner import Pruner
     from vlmprune.report import Report
     from vlmprune.reuse import Vision
 
@@ -82,7 +83,7 @@ _HOMES = {
     "PLPHP": "methods",
     "VisPruner": "methods",
     "ZipVL": "methods",
-    "Handle": "pruner",
+    "Handle": "handle",
     "Pruner": "pruner",
     "Report": "report",
     "Vision": "reuse",

@@ -14,7 +14,7 @@ from vlmprune.families.media import Medium
 
 if TYPE_CHECKING:
     from vlmprune.dropping import Dropping
-    from vlmprune.pruner import Handle
+    from vlmprune.handle import Handle
     from vlmprune.report import Report
     from vlmprune.retaining import Retaining
 

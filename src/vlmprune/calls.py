@@ -31,7 +31,7 @@ from vlmprune.refusals import (
 from vlmprune.request import handed, leave_deltas, mark, prepare, remember
 
 if TYPE_CHECKING:
-    from vlmprune.pruner import Handle
+    from vlmprune.handle import Handle
     from vlmprune.reuse import Vision
 
 

@@ -21,7 +21,7 @@ from vlmprune.retaining import Retaining, row_lengths
 from vlmprune.views import Inside, Reads, Selection
 
 if TYPE_CHECKING:
-    from vlmprune.pruner import Handle
+    from vlmprune.handle import Handle
     from vlmprune.reuse import Vision
 
 

@@ -18,8 +18,9 @@ import torch
 
 from vlmprune import families, spec
 from vlmprune.evaluation import UNPRUNED, Evaluation, Mean, Result
+from vlmprune.handle import Handle
 from vlmprune.loading import Loaded, enough_memory, prepare_texts
-from vlmprune.pruner import Handle, Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.report import Report
 from vlmprune.reuse import Vision
 from vlmprune.sources import at_least_one

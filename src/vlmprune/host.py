@@ -17,7 +17,7 @@ from torch import nn
 from vlmprune import calls, families
 
 if TYPE_CHECKING:
-    from vlmprune.pruner import Handle
+    from vlmprune.handle import Handle
 
 _hosts: WeakKeyDictionary[nn.Module, Host] = WeakKeyDictionary()
 _lock = threading.RLock()

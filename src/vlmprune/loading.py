@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.pruner import Handle, Pruner
+from vlmprune.handle import Handle
+from vlmprune.pruner import Pruner
 from vlmprune.sources import Source, reason
 
 

@@ -13,7 +13,7 @@ from vlmprune.cache import refusal
 from vlmprune.errors import VlmpruneError
 
 if TYPE_CHECKING:
-    from vlmprune.pruner import Handle
+    from vlmprune.handle import Handle
 
 
 def check_common(kwargs: dict[str, Any], ids: Tensor | None) -> None:

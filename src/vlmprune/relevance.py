@@ -19,7 +19,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.views import EncoderView
 
 if TYPE_CHECKING:
-    from vlmprune.pruner import Handle
+    from vlmprune.handle import Handle
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from vlmprune.relevance import Question
 from vlmprune.reuse import Vision, gather
 
 if TYPE_CHECKING:
-    from vlmprune.pruner import Handle
+    from vlmprune.handle import Handle
 
 # The name under which a cache carries its Prefix; on the cache, so that a copy carries it too.
 MARK = "vlmprune_prefix"

@@ -23,7 +23,7 @@ from vlmprune.inputs import spans
 from vlmprune.layout import Layout
 
 if TYPE_CHECKING:
-    from vlmprune.pruner import Handle
+    from vlmprune.handle import Handle
 
 FORMAT = "vlmprune vision 1"
 

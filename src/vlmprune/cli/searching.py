@@ -68,9 +68,8 @@ def search(
     A search that was stopped goes on where it was when it is asked for again.
     """
     with progress("Starting…") as say:
-        from vlmprune import loading, needed, sources, spaces, tasks, tradeoff
+        from vlmprune import loading, needed, searching, sources, spaces, tasks, tradeoff
         from vlmprune import search as outcomes
-        from vlmprune import searching
         from vlmprune.calibrate import check_target, save
 
         with loading.quiet():

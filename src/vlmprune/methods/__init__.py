@@ -27,15 +27,7 @@ from vlmprune.methods.zipvl import ZipVL
 METHODS = {
     "vispruner": VisPruner,
     "plphp": PLPHP,
-    "zipvl": ZipVL,
-    "tome": ToMe,
-    "downsample": Downsample,
-    "dart": DART,
-    "fastv": FastV,
-    "pyramiddrop": PyramidDrop,
-    "gsearch": GSearch,
-    "psigmoid": PSigmoid,
-    "sparsevlm": SparseVLM,
+    # Before the language model.
     "fastervlm": FasterVLM,
     "vtc_cls": VtcCls,
     "fopru": FoPru,
@@ -44,9 +36,20 @@ METHODS = {
     "divprune": DivPrune,
     "cdpruner": CDPruner,
     "evs": EVS,
+    "tome": ToMe,
+    # Inside it.
+    "fastv": FastV,
+    "sparsevlm": SparseVLM,
+    "pyramiddrop": PyramidDrop,
+    "dart": DART,
+    "gsearch": GSearch,
+    "psigmoid": PSigmoid,
+    "zipvl": ZipVL,
+    # Controls.
     "random": RandomTokens,
     "uniform": UniformGrid,
     "average_pooling": AveragePooling,
+    "downsample": Downsample,
 }
 
 __all__ = [

@@ -1,0 +1,149 @@
+"""A pruner on a model: what an attachment knows, and how it is given up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from vlmprune import calls, dispatch, families, followed, host, inside
+from vlmprune.active import made
+from vlmprune.errors import VlmpruneError
+from vlmprune.report import Report, make
+from vlmprune.reuse import Vision
+
+if TYPE_CHECKING:
+    from vlmprune.pruner import Pruner
+
+
+@dataclass
+class Latest:
+    """Holds the report of an attachment's last call."""
+
+    report: Report | None = None
+
+
+class Handle:
+    """A pruner on a model.
+
+    Attributes:
+        pruner: the method.
+        model: the host.
+        family: the host's record.
+        positions: the position policy in use.
+        tokens: for each modality of the family the id of its placeholders.
+        cuttable: decoder layers whose cache the method may cut.
+        asks: what the method wants to see at the input of decoder layers, by layer.
+        inside: the position policy of layers that lack tokens.
+        latest: holds the report of the last call.
+    """
+
+    def __init__(self, pruner: Pruner, model: nn.Module) -> None:
+        model = families.unwrapped(model)
+        self.family = families.family_of(model)
+        self.pruner = pruner
+        self.model: Any = model
+        inside.check(model, self.family, pruner)
+        self.positions = families.resolve_positions(model, pruner.positions)
+        self.cuttable = families.cuttable_layers(model) if pruner.cuts else []
+        if pruner.cuts:
+            self._check_decoder()
+        self.asks = followed.asked(model, pruner) if pruner.drops else {}
+        self.inside = followed.resolve_positions(model, pruner)
+        if pruner.drops:
+            self._check_schedule()
+        self.latest = Latest()
+        config: Any = model.config
+        self.tokens: list[int] = [getattr(config, m.token) for m in self.family.media]
+        pad = getattr(config.get_text_config(), "pad_token_id", None)
+        self.pad_id: int = pad if isinstance(pad, int) and pad >= 0 else 0
+        self.host = host.join(model, self)
+
+    @property
+    def report(self) -> Report | None:
+        """What the last call kept and saved; None before the first."""
+        return self.latest.report
+
+    @report.setter
+    def report(self, report: Report | None) -> None:
+        self.latest.report = report
+        made.set(report)
+
+    def _check_decoder(self) -> None:
+        here = families.architecture(self.model)
+        asked = self.pruner.calibrated_on
+        if asked is not None and asked != here:
+            raise VlmpruneError(
+                f"the thresholds were calibrated on another model ({asked}) than this ({here}); "
+                "run `vlmprune calibrate` on it, or give alpha and beta yourself."
+            )
+        text = self.model.config.get_text_config(decoder=True)
+        if getattr(text, "attn_logit_softcapping", None) is not None:
+            raise VlmpruneError(
+                f"{type(self.model).__name__} has a language model whose attention is capped "
+                f"(attn_logit_softcapping), which {self.pruner!r} cannot cut; prune before the "
+                "language model."
+            )
+        if not self.cuttable:
+            raise VlmpruneError(
+                f"every layer of {type(self.model).__name__} has sliding-window or linear "
+                f"attention, which {self.pruner!r} leaves whole; prune before the language model."
+            )
+
+    def _check_schedule(self) -> None:
+        here, found = families.architecture(self.model), self.pruner.dropper.calibrated_on
+        if found is not None and found != here:
+            raise VlmpruneError(
+                f"the schedule of {self.pruner!r} was found on another model ({found}) than this "
+                f"({here}); run `vlmprune search` on this one."
+            )
+
+    @cached_property
+    def attention(self) -> Any:
+        """The attention module of a decoder layer with full attention."""
+        decoder = families.decoder_layers(self.model)
+        return dispatch.attention_of(decoder[families.cuttable_layers(self.model)[0]])
+
+    def detach(self) -> None:
+        """Give the model back exactly as it was. May be called again."""
+        host.leave(self.model, self)
+
+    @property
+    def architecture(self) -> str:
+        """The model's language model, in words."""
+        return families.architecture(self.model)
+
+    @torch.no_grad()
+    def encode(self, **inputs: Any) -> Vision:
+        """Encode and prune the images and videos of a request, to be asked about later.
+
+        Give the result to later calls as `model.generate(**inputs, vision=...)` or
+        `model(**inputs, vision=...)`, whose pixels are then not looked at and may be left out.
+        Only for methods that do not look at the question.
+
+        Args:
+            inputs: all that the model's own processor returns.
+
+        Raises:
+            VlmpruneError: the method looks at the question, or the request holds no image.
+        """
+        return calls.encode(self, inputs)
+
+    def report_nothing(self) -> None:
+        """Report a call that held no image."""
+        self.report = make(
+            config=self.model.config,
+            method=repr(self.pruner),
+            positions=self.positions,
+            score="",
+            layouts=[],
+            kept=[],
+            roles=[],
+            rows=[],
+            patches=[],
+            dtype=self.model.dtype,
+            seconds=0.0,
+        )
