@@ -49,8 +49,12 @@ class Peak:
 
 
 def settings(cls: Any) -> dict[str, Any]:
-    """Settings that keep about `SHARE`; a schedule for methods that want one."""
+    """Settings that keep about `SHARE`, or take the most; a schedule for methods that want one."""
     names = {one.name for one in fields(cls)}
+    if "important_ratio" in names:
+        # All tokens on the list that is thinned, which is the most that there can be, and few
+        # rounds of it.
+        return {"keep": 0.98, "important_ratio": 0.0}
     if "rates" in names:
         return {"rates": (1.0, *[SHARE] * (LAYERS - 1))}
     return {"keep": SHARE} if "keep" in names else {}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tiny import IMAGE, model, request
+from vlmprune.methods import METHODS
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -55,3 +56,42 @@ def test_add_a_method_that_cuts_the_cache() -> None:
         for head, (kept,) in enumerate(layer.kept):
             best = [half.topk(4).indices.sort().values for half in scores[head].split(16)]
             assert kept.tolist() == torch.cat((best[0], best[1] + 16)).tolist()
+
+
+def test_add_a_method_that_drops_rows() -> None:
+    """A padded batch: of each image the share that all text before and behind it attends to."""
+    space: dict[str, Any] = {"__name__": "example"}
+    page = "add-a-method.md"
+    exec(compile(code(page), page, "exec", dont_inherit=True), space)
+    built = model(attention="eager")
+    req = request(built, [1, 2], text=[4, 7])
+    with space["ReadByText"](share=0.25, layer=1)(built) as handle:
+        built.generate(**req.inputs, max_new_tokens=2)
+    assert [layer.index for layer in handle.report.layers] == [1, 2]
+    with torch.no_grad():
+        attention = built(**req.inputs, output_attentions=True).attentions[1]
+    ids, found = req.inputs["input_ids"], []
+    for sample, mask, rows in zip(ids, req.inputs["attention_mask"], attention, strict=True):
+        visual = (sample == IMAGE).nonzero()[:, 0]
+        text = ((sample != IMAGE) & mask.bool()).nonzero()[:, 0]
+        paid = rows[:, text][:, :, visual].sum(dim=(0, 1))
+        found += [sorted(part.topk(4).indices.tolist()) for part in paid.split(16)]
+    assert [kept.tolist() for kept in handle.report.kept] == found
+    assert len(found) == 3
+
+
+def test_the_table_of_methods() -> None:
+    """It holds every method, in their order, as the classes say."""
+    text = (DOCS / "methods.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    expected = []
+    for name, cls in METHODS.items():
+        number = cls.paper.removeprefix("arXiv ")
+        link = f"[{cls.paper}](https://arxiv.org/abs/{number})"
+        paper = link if cls.paper.startswith("arXiv ") else cls.paper
+        sees = "no" if cls.text_agnostic else "yes"
+        expected.append(
+            [f"`{cls.__name__}`", f"`{name}`", cls.stage, "none", sees, cls.needs, paper]
+        )
+    assert [row for row in rows if len(row) == 7] == expected

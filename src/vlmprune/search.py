@@ -142,7 +142,7 @@ class Search:
         group: int = 1,
         least: float = 0.02,
     ) -> Found:
-        """Find each decoder layer's retention rate, from shallow to deep (G-Search).
+        """Find each decoder layer's retention rate, greedily from shallow to deep (G-Search).
 
         Layer 0 is whole. Each later layer (or group of layers) is searched for a lower rate, which
         holds for all deeper ones too until their turn, as dropped tokens are gone. A layer at
