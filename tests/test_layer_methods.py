@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from plain import best, of_image, raters, recycled, unlike
 from stepwise import Decide, Outcome, Seen, samples, stepwise
 from tiny import EOS, PAD, VOCABULARY, model, request, tower
-from vlmprune import DART, GSearch, PSigmoid, SparseVLM, VlmpruneError, embedded
+from vlmprune import DART, GSearch, PSigmoid, SparseVLM, VisionZip, VlmpruneError, embedded
 from vlmprune.methods.sparsevlm import left_of, stages
 
 LAYERS, TOKENS, STEPS = 5, 64, 4
@@ -184,6 +184,56 @@ def test_equals_the_reference(name: str, attention: str) -> None:
     assert float((pruned.logits[0][:2] - plain.logits[0][:2]).abs().max()) > DIFFERENT
     other = references(name, pruned, not compact)
     assert float((pruned.logits[0][0] - other[0].logits[0]).abs().max()) > DIFFERENT
+
+
+def test_the_report_tells_where_merged_tokens_went() -> None:
+    """By hand from what `drop` said at each stage; a token may go on inside a merged row."""
+    one = built()
+    req = request(one, BATCH)
+    said: list[Any] = []
+
+    class Told(SparseVLM):
+        def drop(self, layer: int, view: Any) -> Any:
+            found = super().drop(layer, view)
+            said.append((view.images, found))
+            return found
+
+    with Told(keep=16)(one) as handle:
+        generate(one, **req.inputs)
+    assert handle.report is not None and len(said) == 3
+    got = [into.tolist() for into in handle.report.members]
+    for image, (row, own) in enumerate([(0, 0), (1, 0), (1, 1)]):
+        present = list(range(TOKENS))
+        ends = dict(zip(present, present, strict=True))
+        for images, found in said:
+            places = [v for v, i in enumerate(images[row].tolist()) if i == own]
+            names = dict(zip(places, present, strict=True))
+            step = {}
+            for place, name in names.items():
+                went = int(found.members[row, place])
+                step[name] = name if found.kept[row, place] else names.get(went, -1)
+            ends = {token: step.get(now, -1) for token, now in ends.items()}
+            # Merged rows come behind the others.
+            later = [v for v in places if found.kept[row, v] and found.last[row, v]]
+            first = [v for v in places if found.kept[row, v] and v not in later]
+            present = [names[v] for v in first + later]
+        assert got[image] == [ends[token] for token in range(TOKENS)]
+        kept = handle.report.kept[image].tolist()
+        assert sorted(present) == kept and {i for i in got[image] if i >= 0} == set(kept)
+        assert sum(i >= 0 for i in got[image]) > len(kept) and -1 in got[image]
+    with SparseVLM(keep=16, recycle=0)(one) as handle:
+        generate(one, **req.inputs)
+    assert handle.report is not None and handle.report.members == []
+    # Behind a stage that merges, tokens are followed through both.
+    with (VisionZip(keep=32) | SparseVLM(keep=8))(one) as handle:
+        generate(one, **req.inputs)
+    assert handle.report is not None
+    for into, left in zip(handle.report.members, handle.report.kept, strict=True):
+        assert {i for i in into.tolist() if i >= 0} == set(left.tolist())
+        assert into[left].tolist() == left.tolist()
+    assert sum(int((one >= 0).sum()) for one in handle.report.members) > sum(
+        len(one) for one in handle.report.kept
+    )
 
 
 def test_kept_sets_nest_and_the_mean_is_the_budget() -> None:

@@ -103,8 +103,12 @@ def test_two_clusters_by_hand() -> None:
     states = torch.full((1, 35, 2), -7.0)
     states[0, 21:31] = torch.tensor(far[:1] + near + far[1:])
     images = torch.zeros(1, 35, dtype=torch.long)
-    new, merged = rowrules.recycle(states, images, scores, dropped, 0.3, 1)
+    new, merged, into = rowrules.recycle(states, images, scores, dropped, 0.3, 1)
     rows = new[0, merged[0]].tolist()
+    where = {tuple(round(x, 4) for x in new[0, i].tolist()): i for i in true(merged)[0]}
+    there, here = (where[k] for k in sorted(where, reverse=True))
+    expected = [-1] * 21 + [there] + [here] * 7 + [there] * 2 + [-1] * 4
+    assert into[0].tolist() == expected
     assert sorted(rows) == [
         pytest.approx([0, sum(y for _, y in near) / 7]),
         pytest.approx([9, sum(y for _, y in far) / 3]),
@@ -124,7 +128,7 @@ def test_recycling_by_its_definition(seed: int, part: float) -> None:
     vectors = [[[draw.gauss(0, 1.5) for _ in range(6)] for _ in range(width)] for _ in sizes]
     scores = [[draw.random() for _ in range(width)] for _ in sizes]
     dropped = [[one >= 0 and draw.random() < 0.8 for one in row] for row in images]
-    new, merged = rowrules.recycle(
+    new, merged, into = rowrules.recycle(
         torch.tensor(vectors),
         torch.tensor(images),
         torch.tensor(scores),
@@ -141,6 +145,11 @@ def test_recycling_by_its_definition(seed: int, part: float) -> None:
             expected += recycled(vectors[b], scores[b], gone, part)
         got = new[b, merged[b]]
         assert len(got) == len(expected)
+        # Each merged row is the mean of those that say that they went there.
+        assert set(into[b].tolist()) - {-1} == set(true(merged[b : b + 1])[0])
+        for place in true(merged[b : b + 1])[0]:
+            members = torch.tensor(vectors[b])[into[b] == place]
+            assert torch.allclose(new[b, place], members.mean(dim=0), atol=1e-5)
         if expected:
             assert torch.allclose(got, torch.tensor(expected), atol=1e-5)
 
@@ -150,12 +159,12 @@ def test_recycling_of_duplicates_and_half_precision() -> None:
     states = torch.ones(1, 40, 4, dtype=torch.bfloat16)
     dropped = torch.ones(1, 40, dtype=torch.bool)
     images = torch.zeros(1, 40, dtype=torch.long)
-    new, merged = rowrules.recycle(states, images, torch.zeros(1, 40), dropped, 0.3, 1)
+    new, merged, _ = rowrules.recycle(states, images, torch.zeros(1, 40), dropped, 0.3, 1)
     assert true(merged) == [[0, 1]]
     assert new.dtype == torch.bfloat16 and torch.equal(new, states)
     # Far apart, densities underflow where they are not compared as logarithms.
     apart = torch.arange(40.0)[None, :, None].square() * 1000
-    new, merged = rowrules.recycle(apart, images, torch.arange(40.0)[None], dropped, 0.3, 1)
+    new, merged, _ = rowrules.recycle(apart, images, torch.arange(40.0)[None], dropped, 0.3, 1)
     assert merged.sum() == 2 and new.isfinite().all()
     assert len(set(new[merged].flatten().tolist())) == 2
 

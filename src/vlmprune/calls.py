@@ -219,6 +219,7 @@ def _inside_decoder(handle: Handle, state: Active, kwargs: dict[str, Any]) -> It
             handle.model.dtype,
             positions,
             dropping.seconds,
+            dropping.members(),
         )
 
 

@@ -34,6 +34,8 @@ class Dropping:
             it would have without any pruning.
         totals: for each new image, how many those are.
         kept: by layer at whose input rows were dropped, [B, S] bool; visual tokens that went on.
+        into: by the same layers, where something was merged, [B, S] int64; the column that each
+            visual token which did not go on went into, -1 for none.
         seconds: time that scores and choice took.
         done: whether the prompt is through.
     """
@@ -47,6 +49,7 @@ class Dropping:
     numbers: Sequence[Tensor]
     totals: Sequence[int]
     kept: dict[int, Tensor] = field(default_factory=dict)
+    into: dict[int, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
     done: bool = False
 
@@ -65,6 +68,31 @@ class Dropping:
                 mask = torch.zeros(self.totals[len(out[layer])], dtype=torch.bool)
                 mask[numbers] = part
                 out[layer].append(mask)
+        return out
+
+    def members(self) -> list[Tensor]:
+        """For each image where its visual tokens are in the end, as `Report.members` has it.
+
+        Returns:
+            [n] int64 over the visual tokens that the image would have without any pruning; no
+            tensors where nothing was merged.
+        """
+        if not self.into:
+            return []
+        columns = torch.arange(self.visual.shape[1], device=self.visual.device)
+        now = columns.expand(self.visual.shape)
+        for layer in sorted(self.kept):
+            into = self.into.get(layer)
+            step = torch.where(self.kept[layer], columns, -1 if into is None else into)
+            now = torch.where(now >= 0, step.gather(1, now.clamp(min=0)), -1)
+        number = torch.full_like(now, -1)
+        number[self.visual] = torch.cat(list(self.numbers)).to(number.device)
+        found = torch.where(now >= 0, number.gather(1, now.clamp(min=0)), -1)[self.visual].cpu()
+        out = []
+        lengths = [n for row in self.lengths for n in row]
+        parts = found.split(lengths)
+        for numbers, part, total in zip(self.numbers, parts, self.totals, strict=True):
+            out.append(torch.full((total,), -1).scatter(0, numbers.cpu(), part))
         return out
 
 
@@ -209,6 +237,7 @@ class Prompt:
             hidden = _replaced(hidden, places, kept, found.states)
         if found.last is None and bool((keep == self.reach).all()):
             return hidden, False
+        columns = self.source.gather(1, places)
         slot = self.source if self.going is None else self.going.slot
         going, order = ops.pack(self.source, slot, keep, self.length)
         if found.last is not None:
@@ -220,6 +249,8 @@ class Prompt:
         self.going = going
         if not self.dropping.done:
             self.dropping.kept[layer] = self._reached(going)
+            if found.members is not None:
+                self.dropping.into[layer] = self._joined(columns, found.members, there)
         return ops.gather_rows(hidden, order), True
 
     def renumbered(self, positions: Tensor, compact: bool) -> tuple[Tensor, Tensor | None]:
@@ -254,6 +285,23 @@ class Prompt:
         reached = reached.view(self.real.shape) & (self.images >= 0)
         columns = self.dropping.real.shape[1] - self.start
         return nn.functional.pad(reached[:, :columns], (self.start, 0))[:: self.times]
+
+    def _joined(self, columns: Tensor, members: Tensor, there: Tensor) -> Tensor:
+        """[B, S] column that each visual token was merged into, -1 for none.
+
+        Args:
+            columns: [B, V] of the visual tokens, where `there`.
+            members: [B, V] as in `Rows`.
+            there: [B, V] bool.
+        """
+        members = members.to(columns.device)
+        target = columns.gather(1, members.clamp(min=0))
+        target = torch.where((members >= 0) & there, target + self.start, -1)
+        # One more column at the end takes what is no visual token.
+        into = torch.full((len(columns), self.length + 1), -1, device=columns.device)
+        into.scatter_(1, torch.where(there, columns, self.length), target)
+        new = self.dropping.real.shape[1] - self.start
+        return nn.functional.pad(into[:, :new], (self.start, 0), value=-1)[:: self.times]
 
 
 def _replaced(hidden: Tensor, places: Tensor, kept: Tensor, states: Tensor) -> Tensor:

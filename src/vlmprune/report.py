@@ -192,6 +192,7 @@ class Report:
         dtype: torch.dtype,
         positions: str,
         seconds: float,
+        members: Sequence[Tensor] = (),
     ) -> Report:
         """The same call after visual tokens were dropped between decoder layers.
 
@@ -203,6 +204,8 @@ class Report:
             dtype: of the KV cache.
             positions: the policy used.
             seconds: time that choosing took.
+            members: for each image where its visual tokens went meanwhile; none where nothing was
+                merged.
         """
         first = [torch.zeros(len(one.labels), dtype=torch.bool) for one in self.layouts]
         for mask, kept in zip(first, self.kept, strict=True):
@@ -243,6 +246,7 @@ class Report:
             seconds_selecting=self.seconds_selecting + seconds,
             roles=left,
             layers=layers,
+            members=_joined(self.members, members, reached),
         )
 
     def json(self, indent: int | None = None) -> str:
@@ -268,6 +272,26 @@ class Report:
             f"{self.kv_bytes_after / 2**20:.1f} MiB{cut}, {self.positions} positions{score}, "
             f"selected in {1000 * self.seconds_selecting:.1f} ms"
         )
+
+
+def _joined(
+    first: Sequence[Tensor], then: Sequence[Tensor], reached: Sequence[Tensor]
+) -> list[Tensor]:
+    """Where tokens went in two steps, either of which may have merged nothing.
+
+    Args:
+        first: before the language model.
+        then: inside it.
+        reached: for each image a [n] bool, what is left in the end.
+    """
+    if not first and not then:
+        return []
+    stay = [torch.arange(len(mask)) for mask in reached]
+    ends = [torch.where(mask, at, -1) for mask, at in zip(reached, stay, strict=True)]
+    out = []
+    for before, after in zip(first or stay, then or ends, strict=True):
+        out.append(torch.where(before >= 0, after[before.clamp(min=0)], -1))
+    return out
 
 
 def make(

@@ -73,7 +73,7 @@ def text_raters(visual: Tensor, images: Tensor, text: Tensor, allowed: Tensor) -
 
 def recycle(
     states: Tensor, images: Tensor, scores: Tensor, dropped: Tensor, part: float, count: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """SparseVLM's recycling: the best of the dropped tokens, clustered and averaged.
 
     Of d dropped tokens of an image the floor(part · d) + 1 with the largest scores are recycled;
@@ -97,7 +97,8 @@ def recycle(
 
     Returns:
         States [B, V, D] in which some rows of dropped tokens hold the merged ones, those of an
-        image by falling worth of their centres; and [B, V] bool, these rows.
+        image by falling worth of their centres; [B, V] bool, these rows; and [B, V] int64, the
+        row that each recycled token went into, -1 for all others.
     """
     rows, width = states.shape[1:]
     numbers = torch.arange(count, device=images.device)
@@ -127,7 +128,13 @@ def recycle(
     merged = merged.gather(1, falling[:, :, None].expand_as(merged))
     placed = torch.empty_like(merged).scatter(1, slots[:, :, None].expand_as(merged), merged)
     placed = torch.where(centres[:, :, None], placed, vectors).to(states.dtype)
-    return states.scatter(1, at, placed), torch.zeros_like(dropped).scatter(1, places, centres)
+    # Of each centre the row that its cluster's mean was put into, and of each token that of its
+    # centre's; what was not recycled has none.
+    row = torch.empty_like(places).scatter(1, falling, places.gather(1, slots))
+    row = row.gather(1, member.int().argmax(dim=2)).masked_fill(own < 0, -1)
+    into = torch.full_like(images, -1).scatter(1, places, row)
+    merged_rows = torch.zeros_like(dropped).scatter(1, places, centres)
+    return states.scatter(1, at, placed), merged_rows, into
 
 
 def _clusters(vectors: Tensor, own: Tensor, clusters: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -215,11 +215,14 @@ class Rows:
         states: [B, V, D] new states of the visual tokens; None leaves them.
         last: [B, V] bool; kept rows that come behind the other rows of their image (merged rows);
             None for none.
+        members: [B, V] int64; the kept row (its place among V) that each token that does not go
+            on went into, -1 for none; for pictures. None where nothing is merged.
     """
 
     kept: Tensor
     states: Tensor | None = None
     last: Tensor | None = None
+    members: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class SparseVLM(Layered):
         kept = rowrules.most_attended(view.attention, view.images, keep.minimum(view.counts))
         if not self.recycle:
             return Rows(kept)
-        states, merged = rowrules.recycle(
+        states, merged, into = rowrules.recycle(
             view.hidden,
             view.images,
             view.attention,
@@ -107,7 +107,7 @@ class SparseVLM(Layered):
             self.recycle,
             view.counts.shape[1],
         )
-        return Rows(kept | merged, states, merged)
+        return Rows(kept | merged, states, merged, into)
 
 
 def stages(depth: int) -> list[int]:

@@ -46,7 +46,8 @@ class VisPruner(Pruner):
     is never chosen, so a crop with fewer tokens than `keep` keeps all it has. A tower without a
     CLS token (SigLIP) is scored by the attention that its last layer's queries give, averaged.
 
-    Shapes: attention [crops, N], features [crops, N, C] → kept [crops, N].
+    Shapes: attention [crops, N], features [crops, N, C] → kept [crops, N]. Memory: similarities of
+    all tokens of a crop that are not important, which is quadratic: 2 GiB at 16,384 tokens.
 
     Raises:
         VlmpruneError: a value is out of range; one sentence names it.
