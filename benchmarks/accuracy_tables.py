@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vlmprune.evaluation import Evaluation, Mean, Result
 
+BUDGETS = (0.5, 0.33, 0.22, 0.11, 0.05)
 CONTROLS = ("random", "uniform grid", "average pooling", "downsampling")
 KINDS = ("presence", "count", "position", "relation", "reading", "listing")
 CLOSE = (0.33, 0.22, 0.11)
@@ -27,6 +29,7 @@ def page(text: str, found: Mapping[str, Any], not_here: Mapping[str, str]) -> st
     parts: dict[str, Callable[[], str]] = {
         "setup": table.setup,
         "accuracy": table.accuracy,
+        "gains": table.gains,
         "cost": table.cost,
         "own": table.own,
         "kinds": table.kinds,
@@ -50,7 +53,8 @@ class Table:
         self.rows = {(row["label"], row["budget"]): row for row in found["rows"]}
         self.made = {key: self.evaluation(row) for key, row in self.rows.items()}
         self.labels = list(dict.fromkeys(label for label, budget in self.rows if budget))
-        self.budgets = sorted({budget for _, budget in self.rows if budget}, reverse=True)
+        known = {budget for _, budget in self.rows}
+        self.budgets = [budget for budget in BUDGETS if budget in known]
 
     def evaluation(self, row: Mapping[str, Any]) -> Evaluation:
         """Scores by sample; what was spent is not by sample and left at nought."""
@@ -93,15 +97,55 @@ class Table:
         return "\n".join(lines)
 
     def mark(self, label: str, budget: float) -> str:
-        """How a row stands to random at the same budget, by the paired interval."""
-        made, random = self.made.get((label, budget)), self.made.get(("random", budget))
-        if made is None or random is None or label == "random":
+        """How a row stands to random with as many KV bytes, by the paired interval."""
+        gain = self.gain(label, budget)
+        if gain is None:
             return ""
-        gain = made.minus(random)
-        assert gain is not None
         if gain.high < 0:
             return " ▼"
         return " ≈" if gain.low <= 0 else ""
+
+    def gain(self, label: str, budget: float | None) -> Mean | None:
+        """How much more a row has than random with as many KV bytes; None for random itself."""
+        row = self.rows.get((label, budget))
+        if row is None or label == "random" or not self.random():
+            return None
+        return self.made[label, budget].minus(self.random_at(row["shares"]["kv_bytes"]))
+
+    def random(self) -> dict[float, Evaluation]:
+        """The random control by the share of KV bytes that it leaves."""
+        return {
+            row["shares"]["kv_bytes"]: self.made[key]
+            for key, row in self.rows.items()
+            if key[0] == "random"
+        }
+
+    def random_at(self, share: float) -> Evaluation:
+        """What random has with that share of the KV bytes, on a straight line sample by sample.
+
+        Without any visual token the model has nothing right, with all it is the unpruned one.
+        """
+        nothing = tuple(replace(one, score=0.0) for one in self.full.results)
+        known = {0.0: replace(self.full, results=nothing), **self.random(), 1.0: self.full}
+        low = max(at for at in known if at <= share)
+        high = min(at for at in known if at >= share)
+        part = (share - low) / (high - low) if high > low else 0.0
+        pairs = zip(known[low].results, known[high].results, strict=True)
+        between = tuple(
+            replace(a, score=(1 - part) * (a.score or 0.0) + part * (b.score or 0.0))
+            for a, b in pairs
+        )
+        return replace(self.full, results=between)
+
+    def gains(self) -> str:
+        """Points above random with as many KV bytes."""
+        lines = [header(["method", *(f"{budget:.0%}" for budget in self.budgets)])]
+        for label in self.labels:
+            if label != "random":
+                gains = [self.gain(label, budget) for budget in self.budgets]
+                cells = ["" if one is None else percent(one, signed=True) for one in gains]
+                lines.append(line([name(label), *cells]))
+        return "\n".join(lines)
 
     def cost(self) -> str:
         """What is left of tokens, decoder FLOPs and KV bytes."""
@@ -113,12 +157,14 @@ class Table:
 
     def own(self) -> str:
         """Methods that decide themselves how much they keep."""
-        lines = [header(["method", "tokens · FLOPs · KV", "accuracy", "minus unpruned"])]
+        columns = ["method", "tokens · FLOPs · KV", "accuracy", "minus unpruned", "minus random"]
+        lines = [header(columns)]
         for (label, budget), row in self.rows.items():
             if budget is None:
                 made = self.made[label, budget]
-                loss = made.minus(self.full)
-                lines.append(line([label, shares(row), percent(made.mean), percent(loss)]))
+                means = made.minus(self.full), self.gain(label, None)
+                losses = [percent(one, signed=True) for one in means]
+                lines.append(line([label, shares(row), percent(made.mean), *losses]))
         return "\n".join(lines)
 
     def kinds(self) -> str:
@@ -152,10 +198,11 @@ def shares(row: Mapping[str, Any]) -> str:
     return " · ".join(f"{100 * row['shares'][one]:.0f}" for one in names)
 
 
-def percent(mean: Mean | None) -> str:
+def percent(mean: Mean | None, signed: bool = False) -> str:
     """A mean and half its interval's width."""
     assert mean is not None
-    return f"{100 * mean.value:.1f} ± {50 * (mean.high - mean.low):.1f}"
+    value = f"{100 * mean.value:{'+' if signed else ''}.1f}"
+    return f"{value} ± {50 * (mean.high - mean.low):.1f}"
 
 
 def header(cells: Sequence[str]) -> str:

@@ -34,6 +34,21 @@ def stored(*rows: dict[str, Any]) -> dict[str, Any]:
     return {"about": about, "samples": LISTED, "unpruned": full, "rows": list(rows)}
 
 
+def test_random_with_as_many_bytes() -> None:
+    def at(share: float, digit: str, repeats: int = 1) -> dict[str, Any]:
+        return row("random", digit, repeats, budget=share, shares={"kv_bytes": share})
+
+    # Nothing at 0, a third at 0.2, all from 0.6 on.
+    table = accuracy_tables.Table(stored(at(0.2, "1", 3), at(0.6, "1"), row("none", "0")))
+    for share, expected in ((0.2, 1 / 3), (0.4, 2 / 3), (0.05, 1 / 12), (0.0, 0.0), (0.9, 1.0)):
+        assert table.random_at(share).accuracy == pytest.approx(expected)
+    # The row has 0.125 of the bytes.
+    gain = table.gain("none", 0.33)
+    assert gain is not None
+    assert gain.value == pytest.approx(-0.125 / 0.2 / 3)
+    assert table.gains().splitlines()[2] == "| none | -20.8 ± 0.0 |"
+
+
 def test_marks() -> None:
     # One draw of three is right in every sample: 33 per cent.
     random = row("random", "1", 3)
@@ -56,7 +71,9 @@ def test_marks() -> None:
         "| worse | 0.0 ± 0.0 ▼ |",
     ]
     assert table.cost().splitlines()[2] == "| *random* | 50 · 25 · 12 |"
-    assert table.own().splitlines()[2] == ("| its own | 50 · 25 · 12 | 0.0 ± 0.0 | -100.0 ± 0.0 |")
+    assert table.own().splitlines()[2] == (
+        "| its own | 50 · 25 · 12 | 0.0 ± 0.0 | -100.0 ± 0.0 | -33.3 ± 0.0 |"
+    )
     kinds = table.kinds().splitlines()
     assert kinds[0] == "**33%**"
     assert kinds[4].startswith("| unpruned | 100.0")
@@ -70,7 +87,7 @@ def test_the_page_shows_what_is_stored() -> None:
     text = (ROOT / "docs" / "results.md").read_text()
     shown = found | {"rows": list(accuracy.in_order(found["rows"]))}
     assert accuracy_tables.page(text, shown, accuracy.NOT_HERE) == text
-    for name in ("setup", "accuracy", "cost", "own", "kinds", "left out"):
+    for name in ("setup", "accuracy", "gains", "cost", "own", "kinds", "left out"):
         assert f"<!-- {name} -->\n<!--" not in text
 
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from commandline import COFFEE, call, sentence
 from tiny import model, request
-from vlmprune import PLPHP, VisPruner, bench, measure, shapes, work
+from vlmprune import PLPHP, VisPruner, bench, benchpage, benchplot, measure, shapes, work
 from vlmprune.errors import VlmpruneError
 
 CPU = torch.device("cpu")
@@ -63,7 +64,11 @@ def test_ways_against_all_tokens(compared: bench.Result) -> None:
     against = few.against(full)
     assert against["visual_kv_ratio"] == 4
     assert against["flops_ratio"] == full.flops / few.flops
-    assert against["prefill_speedup"] == full.first_ms.median / few.first_ms.median
+    assert against["first_token_speedup"] == full.first_ms.median / few.first_ms.median
+    assert full.prefill_ms is not None and few.prefill_ms is not None
+    assert against["prefill_speedup"] == full.prefill_ms.median / few.prefill_ms.median
+    assert few.selecting_ms is not None
+    assert against["selecting_share"] == few.selecting_ms.median / full.first_ms.median
     assert against["peak_ratio"] is None
     myself = full.against(full)
     assert all(value in (1, 2, None) for value in myself.values())
@@ -71,8 +76,8 @@ def test_ways_against_all_tokens(compared: bench.Result) -> None:
 
 def test_every_way_is_measured_in_every_turn(compared: bench.Result) -> None:
     for one in (compared.full, *compared.methods):
-        assert one.decode_tokens_per_second is not None
-        for spread in (one.first_ms, one.decode_tokens_per_second, one.total_ms):
+        assert one.decode_tokens_per_second is not None and one.prefill_ms is not None
+        for spread in (one.first_ms, one.prefill_ms, one.decode_tokens_per_second, one.total_ms):
             assert len(spread.values) == 4
             assert min(spread.values) > 0
         for first, total in zip(one.first_ms.values, one.total_ms.values, strict=True):
@@ -140,10 +145,58 @@ def test_end_tokens_are_ignored() -> None:
 
 
 def test_decode_rate_counts_all_rows() -> None:
-    times = {"first_ms": 1.0, "total_ms": 300.0}
-    one = measure.Timed(torch.zeros(3, 5), decode_ms=200.0, **times)
+    one = measure.Timed(torch.zeros(3, 5), first_ms=1.0, decode_ms=200.0, total_ms=300.0)
     assert one.decode_rate == 3 * 4 / 0.2
-    assert measure.Timed(torch.zeros(3, 1), decode_ms=0.0, **times).decode_rate is None
+    one = measure.Timed(torch.zeros(3, 1), first_ms=1.0, decode_ms=0.0, total_ms=300.0)
+    assert one.decode_rate is None
+
+
+def test_on_a_gpu_marks_are_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[Any] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            assert stream == "stream of cuda:0"
+            recorded.append(self)
+
+        def elapsed_time(self, other: Any) -> float:
+            return float(recorded.index(other) - recorded.index(self))
+
+    def wait(_: Any) -> None:
+        raise AssertionError("a mark waited for the device")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    watch = measure.Stopwatch(torch.device("cuda:0"))
+    marks = [watch.mark() for _ in range(4)]
+    assert marks == recorded
+    assert watch.between(marks[0], marks[3]) == 3.0
+
+
+def test_peaks_are_of_tensors_held_at_once() -> None:
+    def call() -> None:
+        one = torch.ones(1000)
+        del one
+        two = torch.ones(3000)
+        _ = torch.cat((two, two))
+
+    # Of four bytes each: two tensors at once, the first one gone by then.
+    assert measure.peak_bytes(call, CPU) == 4 * (3000 + 6000)
+    assert measure.peak_bytes(call, torch.device("meta")) is None
+
+
+def test_peaks_are_measured_where_they_are_asked_for() -> None:
+    ways = {"few": VisPruner(4)}
+    result = bench.compare(tiny_work([2, 2]), ways, 2, 1, floor=True, memory=True)
+    full, few = result.full, result.methods[0]
+    assert full.peak_bytes is not None and few.peak_bytes is not None
+    assert full.peak_bytes > few.peak_bytes >= few.cache_bytes
+    assert few.against(full)["peak_ratio"] == full.peak_bytes / few.peak_bytes
+    assert all(one.peak_bytes for one in result.floors)
 
 
 def test_stored_bytes() -> None:
@@ -165,6 +218,12 @@ def test_facts() -> None:
     assert facts["device_name"].strip()
 
 
+def figures_of(content: dict[str, Any]) -> dict[str, Any]:
+    """The only run."""
+    (run,) = content["runs"]
+    return dict(run)
+
+
 @pytest.fixture(scope="module")
 def benched(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     out = tmp_path_factory.mktemp("bench") / "new" / "figures.json"
@@ -179,12 +238,15 @@ def benched(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], P
 
 
 def test_bench_as_json(benched: tuple[dict[str, Any], Path]) -> None:
-    content, out = benched
-    assert json.loads(out.read_text(encoding="utf-8")) == content
+    everything, out = benched
+    assert json.loads(out.read_text(encoding="utf-8")) == everything
+    assert everything["seconds_are"] == "of a CPU: use the ratios only"
+    assert everything["attention"] == "sdpa"
+    content = everything | figures_of(everything)
     assert content["model"] == "small shape, random weights"
     assert (content["batch"], content["images"], content["prompt_tokens"]) == (1, 1, 585)
     assert (content["new_tokens"], content["repeat"], content["dtype"]) == (3, 1, "float32")
-    assert content["arguments"]["text_tokens"] == 9 and content["arguments"]["batch"] == 1
+    assert content["arguments"]["text_tokens"] == 9 and content["arguments"]["batch"] == []
     both, cut = content["methods"]
     assert both["name"] == "vispruner:keep=64+plphp:r=0.5,dr=0"
     assert (both["visual_tokens"], cut["visual_tokens"]) == (64, 576)
@@ -201,9 +263,14 @@ def test_bench_as_json(benched: tuple[dict[str, Any], Path]) -> None:
     assert cut["against_all_tokens"]["visual_kv_ratio"] == 2
     for one in (both, cut):
         assert set(one["against_all_tokens"]) == {
-            *("prefill_speedup", "decode_speedup", "total_speedup", "visual_kv_ratio"),
-            *("cache_ratio", "peak_ratio", "flops_ratio", "same_first_tokens"),
+            *("first_token_speedup", "prefill_speedup", "decode_speedup", "total_speedup"),
+            *("selecting_share", "visual_kv_ratio", "cache_ratio", "peak_ratio", "flops_ratio"),
+            "same_first_tokens",
         }
+    assert [one["visual_tokens"] for one in content["floors"]] == [64, 32, 288]
+    assert (both["floor"], both["decode_floor"]) == ("floor of 64 tokens", "floor of 32 tokens")
+    assert (cut["floor"], cut["decode_floor"]) == ("all tokens", "floor of 288 tokens")
+    assert content["no_floor"] == ""
     assert content["versions"]["torch"] == torch.__version__
 
 
@@ -218,19 +285,80 @@ def test_the_command_is_what_was_given(benched: tuple[dict[str, Any], Path]) -> 
 
 
 def test_one_method_as_a_table() -> None:
-    options = ("--repeat", 2, "--new-tokens", 2, "--batch", 2)
+    options = ("--repeat", 2, "--new-tokens", 2, "--batch", 2, "--no-floor")
     result = call("bench", "--device", "cpu", *options)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= 80
+    # Ratios alone: on a CPU times say little.
+    assert " ms" not in result.stdout and "tok/s" not in result.stdout
     assert "embedded model; 2 prompt(s) of 1 image(s)" in lines[0]
     rows = {line.split("  ")[0]: line for line in lines}
     assert "512" in rows["visual tokens"] and "-75 %  128" in rows["visual tokens"]
-    assert "tok/s" in rows["decode"] and rows["prefill"].count("ms") == 2
-    assert "-75 %" in rows["visual KV"] and "±" in rows["total"]
-    assert "peak memory" not in rows
-    assert rows["first token"].split()[2:] in ([str(n), "of", "2"] for n in range(3))
-    assert "medians of 2 turns" in result.stdout
+    for name in ("first token", "decode", "total"):
+        assert rows[name].count("±") == 2 and rows[name].count("x ") == 1
+    assert sum("  selecting" in line and "%" in line for line in lines) == 1
+    assert "-75 %" in rows["visual KV"]
+    assert "peak memory" not in rows and "x floor" not in rows
+    assert rows["same first"].split()[2:] in ([str(n), "of", "2"] for n in range(3))
+    assert "medians of 2 turn(s)" in result.stdout
+    assert "peak memory is not measured on a CPU without --memory" in result.stdout
+
+
+def test_several_batches_and_counts_of_tokens(tmp_path: Path) -> None:
+    """A line and a picture for each; the model is made once."""
+    page, plot, out = (tmp_path / f"b.{ending}" for ending in ("md", "png", "json"))
+    result = call(
+        *("bench", "--shape", "small-qwen", "--layers", 3, "--tower-layers", 1),
+        *("--batch", 1, "--batch", 2, "--visual-tokens", 12, "--visual-tokens", 20),
+        *("--method", "vispruner:keep=4", "--method", "fastv:keep=0.5", "--repeat", 1),
+        *("--new-tokens", 2, "--device", "cpu", "--markdown", page, "--plot", plot, "--out", out),
+    )
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines()[:-3])) <= 80
+    content = json.loads(out.read_text(encoding="utf-8"))
+    label = "small-qwen shape, random weights, 3 of 4 decoder and 1 of 4 vision layers"
+    assert {run["model"] for run in content["runs"]} == {label}
+    assert label in " ".join(result.stdout.split())
+    found = [(run["batch"], run["all_tokens"]["visual_tokens"]) for run in content["runs"]]
+    assert found == [(1, 12), (2, 24), (1, 20), (2, 40)]
+    text = page.read_text(encoding="utf-8")
+    assert label in text and content["command"] in text and "torch " in text
+    assert "| vispruner:keep=4 |" in text and "| floor of 8 tokens |" in text
+    assert " ms" not in text and "tok/s" not in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in tables}) == 1
+    # All tokens, two methods and two floors, below a heading of two lines.
+    assert len(tables) == 4 * 7
+    with Image.open(plot) as picture:
+        assert picture.format == "PNG" and picture.info["Software"] == benchplot.MARK
+        # Four rows of panels, each taller than an inch.
+        assert picture.height > 4 * 150
+
+
+def test_times_are_shown_of_a_gpu(benched: tuple[dict[str, Any], Path]) -> None:
+    content = benched[0] | {"seconds_are": "measured on a GPU"}
+    text = benchpage.markdown(content)
+    assert " ms (" in text and " tok/s (" in text
+    assert "what choosing takes" not in benchpage.markdown(content, with_legend=False)
+
+
+def test_a_stopped_run_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, real = tmp_path / "o.json", bench.compare
+
+    def stopping(made: bench.Work, *rest: Any) -> bench.Result:
+        if len(made.inputs["input_ids"]) == 2:
+            raise KeyboardInterrupt
+        return real(made, *rest)
+
+    monkeypatch.setattr(bench, "compare", stopping)
+    call(
+        *("bench", "--shape", "small-qwen", "--layers", 1, "--visual-tokens", 9, "--batch", 1),
+        *("--batch", 2, "--repeat", 1, "--new-tokens", 1, "--method", "vispruner:keep=4"),
+        *("--device", "cpu", "--out", out),
+    )
+    (run,) = json.loads(out.read_text(encoding="utf-8"))["runs"]
+    assert run["batch"] == 1
 
 
 def test_several_methods_as_a_table(tmp_path: Path) -> None:
@@ -244,12 +372,13 @@ def test_several_methods_as_a_table(tmp_path: Path) -> None:
     lines = result.stdout.splitlines()[:-1]
     assert max(map(len, lines)) <= 80
     cells = {line.split()[0]: line.split()[1:] for line in lines if line.strip()}
-    assert cells["vispruner:keep=64"][0] == "64"
-    assert cells["plphp"][0] == "256" and cells["plphp"][-1] == "same"
-    # Pruning after prefill spares it nothing; there is no second token to time.
-    assert "=" in cells["plphp"] and len(cells["plphp"]) < len(cells["vispruner:keep=64"])
-    content = json.loads(out.read_text(encoding="utf-8"))
-    assert content["arguments"]["images"] == [COFFEE]
+    assert cells["plphp"][0] == "256"
+    # Pruning after prefill spares it nothing.
+    assert cells["plphp"][-1] == "="
+    everything = json.loads(out.read_text(encoding="utf-8"))
+    assert everything["arguments"]["images"] == [COFFEE]
+    content = figures_of(everything)
+    assert [one["visual_tokens"] for one in content["methods"]] == [64, 256]
     assert content["images"] == 1 and content["all_tokens"]["decode_tokens_per_second"] is None
 
 
@@ -270,11 +399,19 @@ MISTAKES = [
     ("--shape small --visual-tokens 0", "--visual-tokens 0 is too few"),
     ("--shape small --text-tokens 0", "--text-tokens 0 is too few"),
     ("--visual-tokens 9", "--visual-tokens needs a --shape"),
+    ("--layers 2", "--layers and --tower-layers need a --shape"),
+    ("--shape small --layers 9", "--layers 9 is not from 1 to the 8 that shape 'small' has"),
+    ("--shape small --tower-layers 1", "--tower-layers 1 is not from 2 to the 4"),
+    ("--shape small-qwen --layers 0", "--layers 0 is not from 1 to the 4"),
+    ("--shape small-qwen --visual-tokens 9 --method vispruner:keep=10", "more than the 9 visual"),
     ("--images 0", "--images 0 is too few"),
     ("--images -1", "--images -1 is too few"),
     ("--images nowhere.jpg", "image 'nowhere.jpg' does not exist"),
     (f"--images 2 --images {COFFEE}", "image '2' does not exist"),
     ("--batch 0", "--batch 0 is too few"),
+    ("--batch 2 --batch 0", "--batch 0 is too few"),
+    ("--markdown table.txt", "--markdown 'table.txt' does not end in .md"),
+    ("--plot plot.jpg", "--plot 'plot.jpg' does not end in .png"),
     ("--new-tokens 0", "--new-tokens 0 is too few"),
     ("--repeat 0", "--repeat 0 is too few"),
     ("--device abacus", "device 'abacus' is not available"),

@@ -80,7 +80,7 @@ def test_random_scores_follow_content_and_seed() -> None:
     again = scoring.random_scores(features[[2, 0]] * (1 + 1e-6), seed=7)
     assert torch.equal(again, first[[2, 0]])
     assert len({tuple(row) for row in first.tolist()}) == 3
-    assert 0 <= float(first.min()) and float(first.max()) < 1
+    assert float(first.min()) >= 0 and float(first.max()) < 1
     # No place is favoured: the mean of 400 crops lies within five standard errors of a half.
     many = torch.randn(400, 8, 16, generator=torch.Generator().manual_seed(1))
     means = scoring.random_scores(many, seed=0).mean(dim=0)

@@ -87,6 +87,26 @@ def test_random_weights_repeat_and_leave_the_random_state() -> None:
 
 
 @given(st.integers(1, 10**5))
+def test_a_picture_of_any_size(wanted: int) -> None:
+    config = shapes.config_of("small-qwen")
+    rows, columns = shapes.grid_of(wanted)
+    assert rows * columns == shapes.tokens_per_image(config, wanted)
+    assert wanted <= rows * columns < wanted + rows and rows <= columns <= rows + 3
+    assert shapes.images_for(config, wanted) == shapes.crops_of(config) == 1
+
+
+def test_qwens_shape_is_the_published_one() -> None:
+    config = shapes.config_of("qwen2.5-vl-7b")
+    # The published checkpoint has 8.29 thousand million weights.
+    assert shapes.parameters(config) / 1e9 == pytest.approx(8.29, abs=0.005)
+    # 28 layers with 4 KV heads of 128, two bytes.
+    assert costs.kv_bytes(config, 1) == 2 * 28 * 4 * 128 * 2
+    few = shapes.config_of("qwen2.5-vl-7b", layers=2, tower_layers=3)
+    assert shapes.depths(few) == (2, 3) and few.vision_config.fullatt_block_indexes == [2]
+    assert shapes.depths(shapes.config_of("llava-next-7b", layers=5)) == (5, 24)
+
+
+@given(st.integers(1, 10**5))
 def test_enough_images(wanted: int) -> None:
     images = shapes.images_for(shapes.config_of("small"), wanted)
     assert (images - 1) * 576 < wanted <= images * 576

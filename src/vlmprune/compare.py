@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-import vlmprune
-from vlmprune import bench, evaluate, running, sources
+from vlmprune import bench, evaluate, kept_answers, running, sources
 from vlmprune.compared import ALL_TOKENS, Answer, Interval, Result, Row, Shown, Skipped
 from vlmprune.errors import VlmpruneError
 from vlmprune.evaluation import Evaluation, Mean
@@ -115,10 +111,10 @@ def compare(
         raise VlmpruneError(f"task {task.label!r} has no questions about pictures; choose another.")
     chosen = pictured if show is None else _pick(pictured, show)
     steps = _Steps(tell, len(samples), len(ways), min(TIMED, len(pictured)), repeat, len(chosen))
-    stem = None if store is None else store / _digest(loaded, source, task)
+    stem = None if store is None else store / kept_answers.digest(loaded, source, task)
 
     def answers(name: str, pruner: Pruner | None) -> Evaluation:
-        file = None if stem is None else str(_store(stem, name, pruner))
+        file = None if stem is None else str(stem / kept_answers.file_name(name, pruner))
         return evaluate.evaluate(
             loaded,
             pruner,
@@ -330,32 +326,3 @@ def _interval(mean: Mean, answers: Evaluation) -> Interval:
     if len({one.group for one in answers.scored}) < GROUPS:
         return Interval(mean.value)
     return Interval(mean.value, mean.low, mean.high)
-
-
-def _digest(loaded: Loaded, source: sources.Source, task: Task) -> str:
-    """A name for what answers depend on besides the method, so that no other's are taken up."""
-    seen: list[Any] = [vlmprune.__version__, source.name, evaluate.model_name(loaded.model)]
-    seen += [loaded.model.device.type, task.label]
-    if source.folder is not None:
-        seen += [_stamp(file) for file in sorted(source.folder.iterdir()) if file.is_file()]
-    for one in task.samples():
-        images = [_stamp(i) if isinstance(i, Path) else _pixels(i) for i in one.images]
-        limit = task.max_new_tokens(one)
-        seen.append([one.id, one.question, one.answers, limit, images])
-    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:12]
-
-
-def _stamp(file: Path) -> list[Any]:
-    about = file.stat()
-    return [file.name, about.st_size, about.st_mtime_ns]
-
-
-def _pixels(image: Image.Image) -> str:
-    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
-
-
-def _store(folder: Path, name: str, pruner: Pruner | None) -> Path:
-    """The file of a method's answers."""
-    plain = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")[:60]
-    digest = hashlib.sha256(evaluate.method_name(pruner).encode()).hexdigest()[:8]
-    return folder / f"{plain}-{digest}.jsonl"

@@ -85,7 +85,8 @@ def evaluate(
         kept = stack.enter_context(Store(store, empty)) if store is not None else None
         done = dict(kept.results) if kept is not None else {}
         missing = [one for one in samples if one.id not in done]
-        progress(len(samples) - len(missing), len(samples))
+        answered = len(samples) - len(missing)
+        progress(answered, len(samples))
         if missing:
             stack.enter_context(enough_memory(loaded.model.device))
             runner = stack.enter_context(_Runner(loaded, pruner, task, visions))
@@ -100,7 +101,8 @@ def evaluate(
                         done[result.id] = result
                         if kept is not None:
                             kept.append(result)
-                progress(sum(one.id in done for one in samples), len(samples))
+                answered += len(new)
+                progress(answered, len(samples))
     return replace(empty, results=tuple(done[one.id] for one in samples))
 
 

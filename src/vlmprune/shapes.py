@@ -6,13 +6,14 @@ token. What such a model says means nothing; how long it takes is what the shape
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmprune import costs, plan
 from vlmprune.errors import VlmpruneError
@@ -37,39 +38,88 @@ _SMALL: dict[str, Any] = {
     },
 }
 
-NAMES = (*plan.KNOWN, "small")
+# The language model and the tower of Qwen2.5-VL-7B, and as narrow ones as above.
+_QWEN: dict[str, dict[str, Any]] = {
+    "qwen2.5-vl-7b": {
+        "text_config": {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+        },
+        "vision_config": {
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "depth": 32,
+            "num_heads": 16,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+    },
+    "small-qwen": {
+        "text_config": {**_SMALL["text_config"], "num_hidden_layers": 4},
+        "vision_config": {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "depth": 4,
+            "num_heads": 2,
+            "fullatt_block_indexes": [1, 3],
+        },
+    },
+}
+_QWEN_PATCH: dict[str, int] = {"patch_size": 14, "spatial_merge_size": 2, "window_size": 112}
+
+_OWN: dict[str, dict[str, Any]] = {
+    "small": _SMALL,
+    "small-next": {**_SMALL, "model_type": "llava_next"},
+}
+NAMES = (*plan.KNOWN, "qwen2.5-vl-7b", *_OWN, "small-qwen")
 
 GIB = 2**30
-_BOS, _PAD, _IMAGE, _FIRST_WORD = 1, 0, 3, 4
-_VOCABULARY = {"small": 4096}
-_LLAVA_VOCABULARY = 32064
+_BOS, _PAD, _IMAGE, _VIDEO, _START, _END, _FIRST_WORD = 1, 0, 3, 4, 5, 6, 7
+_NARROW_VOCABULARY, _LLAVA_VOCABULARY, _QWEN_VOCABULARY = 4096, 32064, 152064
+# Widths of a Qwen head's rotary angles in time, height and width, as shares of half the head.
+_SECTIONS = (2, 3, 3)
+# Visual tokens of a picture of a model that takes any size, where nobody says how many.
+_ANY_SIZE = 1024
 # Attention heads of the towers are 64 wide, as CLIP's are.
 _TOWER_HEAD = 64
 # LLaVA-NeXT's grid of two by two crops, the largest that it takes.
 _GRID = 2
 
 
-def config_of(name: str) -> Any:
+def config_of(name: str, layers: int | None = None, tower_layers: int | None = None) -> Any:
     """The Transformers config of a shape.
 
+    Args:
+        name: one of `NAMES`.
+        layers: only so many of the language model's layers; by default all.
+        tower_layers: only so many of the vision tower's.
+
     Raises:
-        VlmpruneError: there is no such shape.
+        VlmpruneError: there is no such shape, or it has fewer layers.
     """
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
 
     if name not in NAMES:
         raise VlmpruneError(f"shape {name!r} is unknown; use one of {', '.join(NAMES)}.")
-    shape = _SMALL if name == "small" else asdict(plan.KNOWN[name])
+    if name in _QWEN:
+        return _qwen(name, layers, tower_layers)
+    shape = _OWN[name] if name in _OWN else asdict(plan.KNOWN[name])
+    text = dict(shape["text_config"])
     tower = {k: v for k, v in shape["vision_config"].items() if k != "model_type"}
+    _fewer(name, text, "num_hidden_layers", layers, 1)
+    # The model takes the output of the layer before the last.
+    _fewer(name, tower, "num_hidden_layers", tower_layers, 2)
     classes = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
     return classes[shape["model_type"]](
         text_config=LlamaConfig(
-            vocab_size=_VOCABULARY.get(name, _LLAVA_VOCABULARY),
+            vocab_size=_NARROW_VOCABULARY if name in _OWN else _LLAVA_VOCABULARY,
             max_position_embeddings=2**17,
             pad_token_id=_PAD,
             bos_token_id=_BOS,
             eos_token_id=None,
-            **shape["text_config"],
+            **text,
         ),
         vision_config=CLIPVisionConfig(
             num_attention_heads=tower["hidden_size"] // _TOWER_HEAD, **tower
@@ -79,8 +129,77 @@ def config_of(name: str) -> Any:
     )
 
 
-def tokens_per_image(config: Any) -> int:
-    """Visual tokens of one image; of an any-resolution model at its largest, newlines included."""
+def _qwen(name: str, layers: int | None, tower_layers: int | None) -> Any:
+    from transformers import Qwen2_5_VLConfig
+
+    text, tower = (dict(_QWEN[name][part]) for part in ("text_config", "vision_config"))
+    _fewer(name, text, "num_hidden_layers", layers, 1)
+    _fewer(name, tower, "depth", tower_layers, 1)
+    whole = [n for n in tower["fullatt_block_indexes"] if n < tower["depth"]]
+    tower["fullatt_block_indexes"] = whole or [tower["depth"] - 1]
+    half = text["hidden_size"] // text["num_attention_heads"] // 2
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": _QWEN_VOCABULARY if name == "qwen2.5-vl-7b" else _NARROW_VOCABULARY,
+            "max_position_embeddings": 2**17,
+            "pad_token_id": _PAD,
+            "bos_token_id": _BOS,
+            "eos_token_id": None,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1000000.0,
+                "mrope_section": [half * part // sum(_SECTIONS) for part in _SECTIONS],
+            },
+            **text,
+        },
+        vision_config={**_QWEN_PATCH, **tower, "out_hidden_size": text["hidden_size"]},
+        image_token_id=_IMAGE,
+        video_token_id=_VIDEO,
+        vision_start_token_id=_START,
+        vision_end_token_id=_END,
+        tie_word_embeddings=False,
+    )
+
+
+def _fewer(name: str, part: dict[str, Any], key: str, layers: int | None, least: int) -> None:
+    if layers is None:
+        return
+    if not least <= layers <= part[key]:
+        option = "--tower-layers" if key == "depth" or least == 2 else "--layers"
+        raise VlmpruneError(
+            f"{option} {layers} is not from {least} to the {part[key]} that shape {name!r} has."
+        )
+    part[key] = layers
+
+
+def depths(config: Any) -> tuple[int, int]:
+    """Layers of the language model and of the vision tower."""
+    tower = config.vision_config
+    return config.text_config.num_hidden_layers, getattr(tower, "depth", None) or (
+        tower.num_hidden_layers
+    )
+
+
+def any_size(config: Any) -> bool:
+    """Whether a picture may have any number of visual tokens."""
+    return bool(config.model_type == "qwen2_5_vl")
+
+
+def grid_of(visual_tokens: int) -> tuple[int, int]:
+    """Rows and columns of the squarest picture that has at least so many visual tokens."""
+    rows = max(1, math.isqrt(visual_tokens))
+    return rows, -(-visual_tokens // rows)
+
+
+def tokens_per_image(config: Any, visual_tokens: int = _ANY_SIZE) -> int:
+    """Visual tokens of one image; of an any-resolution model at its largest, newlines included.
+
+    Args:
+        config: from `config_of`.
+        visual_tokens: of a model that takes any size, how many are wanted.
+    """
+    if any_size(config):
+        return math.prod(grid_of(visual_tokens))
     side = config.vision_config.image_size // config.vision_config.patch_size
     if config.model_type == "llava":
         return int(side**2)
@@ -88,13 +207,22 @@ def tokens_per_image(config: Any) -> int:
     return int(side**2 + fine**2 + fine)
 
 
+def tokens_per_crop(config: Any, visual_tokens: int = _ANY_SIZE) -> int:
+    """Visual tokens of one crop, newlines apart."""
+    if any_size(config):
+        return tokens_per_image(config, visual_tokens)
+    return int((config.vision_config.image_size // config.vision_config.patch_size) ** 2)
+
+
 def crops_of(config: Any) -> int:
     """Crops of one image: the base view and, of an any-resolution model, its grid."""
-    return 1 if config.model_type == "llava" else 1 + _GRID**2
+    return 1 + _GRID**2 if config.model_type == "llava_next" else 1
 
 
 def images_for(config: Any, visual_tokens: int) -> int:
     """The fewest images that have at least so many visual tokens."""
+    if any_size(config):
+        return 1
     return -(-visual_tokens // tokens_per_image(config))
 
 
@@ -187,7 +315,12 @@ def build(config: Any, device: torch.device, dtype: torch.dtype, seed: int = 0) 
 
 
 def prompt(
-    model: Any, batch: int, images: int, text_tokens: int, seed: int = 1
+    model: Any,
+    batch: int,
+    images: int,
+    text_tokens: int,
+    seed: int = 1,
+    visual_tokens: int = _ANY_SIZE,
 ) -> dict[str, Tensor]:
     """A made-up request: in each row other random pictures amid other random words.
 
@@ -197,10 +330,11 @@ def prompt(
         images: pictures of each row, one after the other.
         text_tokens: words of each row, 1 or more; half of them come after the pictures.
         seed: of pictures and words.
+        visual_tokens: of each picture of a model that takes any size, as `tokens_per_image` has it.
 
     Returns:
-        `input_ids` and `attention_mask` [batch, L], `pixel_values`, and `image_sizes` where the
-        class wants them, on the model's device.
+        `input_ids` and `attention_mask` [batch, L], `pixel_values`, and what else the class wants
+        (`image_sizes`; `image_grid_thw` and `mm_token_type_ids`), on the model's device.
     """
     config = model.config
     generator = torch.Generator().manual_seed(seed)
@@ -208,18 +342,27 @@ def prompt(
         _FIRST_WORD, config.text_config.vocab_size, (batch, text_tokens), generator=generator
     )
     words[:, 0] = _BOS
-    visual = torch.full((batch, images * tokens_per_image(config)), config.image_token_id)
+    picture = torch.full((tokens_per_image(config, visual_tokens),), config.image_token_id)
+    if any_size(config):
+        picture = nn.functional.pad(picture, (1, 0), value=_START)
+        picture = nn.functional.pad(picture, (0, 1), value=_END)
+    visual = picture.repeat(batch, images)
     before = text_tokens // 2
     ids = torch.cat((words[:, :before], visual, words[:, before:]), dim=1)
-    side = config.vision_config.image_size
-    crops = () if config.model_type == "llava" else (crops_of(config),)
-    pixels = torch.randn(batch * images, *crops, 3, side, side, generator=generator)
-    inputs = {
-        "input_ids": ids.to(model.device),
-        "attention_mask": torch.ones_like(ids).to(model.device),
-        "pixel_values": pixels.to(model.device, model.dtype),
-    }
-    if crops:
-        sizes = torch.full((batch * images, 2), _GRID * side)
-        inputs["image_sizes"] = sizes.to(model.device)
-    return inputs
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    count = batch * images
+    if any_size(config):
+        tower = config.vision_config
+        rows, columns = (n * tower.spatial_merge_size for n in grid_of(visual_tokens))
+        values = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
+        inputs["pixel_values"] = torch.randn(count * rows * columns, values, generator=generator)
+        inputs["image_grid_thw"] = torch.tensor([[1, rows, columns]] * count)
+        inputs["mm_token_type_ids"] = (ids == config.image_token_id).long()
+    else:
+        side = config.vision_config.image_size
+        crops = () if config.model_type == "llava" else (crops_of(config),)
+        inputs["pixel_values"] = torch.randn(count, *crops, 3, side, side, generator=generator)
+        if crops:
+            inputs["image_sizes"] = torch.full((count, 2), _GRID * side)
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    return {name: values.to(model.device) for name, values in inputs.items()}

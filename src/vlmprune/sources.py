@@ -162,17 +162,24 @@ def overlay_paths(target: str, images: Sequence[str]) -> list[Path]:
     return names
 
 
-def result_path(target: str) -> Path:
-    """Where results go as JSON; makes the folder.
+def result_path(target: str, option: str = "--out", ending: str = ".json") -> Path:
+    """Where results go; makes the folder.
+
+    Args:
+        target: as it was given.
+        option: that gave it, for error sentences.
+        ending: that it must have.
 
     Raises:
         VlmpruneError: the suffix is another, or the place cannot be written.
     """
     path = Path(target).expanduser()
-    if path.suffix.lower() != ".json":
-        raise VlmpruneError(f"--out {target!r} does not end in .json; use a name such as out.json.")
+    if path.suffix.lower() != ending:
+        raise VlmpruneError(
+            f"{option} {target!r} does not end in {ending}; use a name such as out{ending}."
+        )
     if not _writable([path]):
-        raise VlmpruneError(f"--out {target!r} cannot be written; choose another path.")
+        raise VlmpruneError(f"{option} {target!r} cannot be written; choose another path.")
     return path
 
 

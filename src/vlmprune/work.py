@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,13 +42,15 @@ def from_shape(
     pruners: Mapping[str, Pruner],
     device: torch.device,
     dtype: Any,
-    batch: int,
+    batches: Sequence[int],
     images: int | list[Image.Image],
-    visual_tokens: int | None,
+    visual_tokens: Sequence[int],
     text_tokens: int,
     new_tokens: int,
     say: Callable[[str], None] = lambda message: None,
-) -> Work:
+    layers: int | None = None,
+    tower_layers: int | None = None,
+) -> Iterator[Work]:
     """Make a model of a known shape with random weights, and prompts for it.
 
     Args:
@@ -56,65 +58,94 @@ def from_shape(
         pruners: the methods, whose `keep` must not be above what there is.
         device: where to.
         dtype: of the weights; "auto" is bfloat16.
-        batch: rows.
+        batches: rows, one work for each.
         images: made-up pictures of each prompt.
-        visual_tokens: instead of `images`, as many as have this many visual tokens.
+        visual_tokens: instead of `images`, as many as have so many visual tokens, or one picture
+            of so many of a model that takes any size; one work for each. Empty for `images`.
         text_tokens: words of each prompt.
         new_tokens: that are to be generated.
         say: told what happens, for a progress line.
+        layers: only so many of the language model's layers.
+        tower_layers: only so many of the vision tower's.
+
+    Returns:
+        The works, tokens by tokens and in each batch by batch, made as they are asked for; the
+        model is the same.
 
     Raises:
         VlmpruneError: the shape is unknown or does not fit the memory, a `keep` is too high, or
             real pictures were given; all of it before anything is made.
     """
-    config = shapes.config_of(name)
+    config = shapes.config_of(name, layers, tower_layers)
     if not isinstance(images, int):
         raise VlmpruneError("--shape makes its own pictures; give --images a number.")
-    if visual_tokens is not None:
-        images = shapes.images_for(config, visual_tokens)
     dtype = torch.bfloat16 if dtype == "auto" else dtype
-    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    for pruner in pruners.values():
-        keep, budget = sources.budget_of(pruner)
-        if keep is not None:
-            crops = shapes.crops_of(config) if budget == "image" else 1
-            resolve_keep(keep, crops * patches, budget)
-    row = images * shapes.tokens_per_image(config) + text_tokens + new_tokens
-    shapes.check_memory(name, config, device, dtype, batch * row)
+    one = [shapes.tokens_per_image(config)] if not visual_tokens else list(visual_tokens)
+    counts = [shapes.images_for(config, n) if visual_tokens else images for n in one]
+    for n in one:
+        for pruner in pruners.values():
+            keep, budget = sources.budget_of(pruner)
+            if keep is not None:
+                crops = shapes.crops_of(config) if budget == "image" else 1
+                resolve_keep(keep, crops * shapes.tokens_per_crop(config, n), budget)
+    rows = [
+        count * shapes.tokens_per_image(config, n) for count, n in zip(counts, one, strict=True)
+    ]
+    most = max(batches) * (max(rows) + text_tokens + new_tokens)
+    shapes.check_memory(name, config, device, dtype, most)
     say(f"Making {name}…")
     with enough_memory(device):
         model = shapes.build(config, device, dtype)
-        inputs = shapes.prompt(model, batch, images, text_tokens)
-    return Work(model, inputs, f"{name} shape, random weights", images)
+    label = f"{name} shape, random weights"
+    some = shapes.depths(config)
+    if some != (all_of := shapes.depths(shapes.config_of(name))):
+        label += f", {some[0]} of {all_of[0]} decoder and {some[1]} of {all_of[1]} vision layers"
+
+    def made() -> Iterator[Work]:
+        for count, n in zip(counts, one, strict=True):
+            for batch in batches:
+                with enough_memory(device):
+                    inputs = shapes.prompt(model, batch, count, text_tokens, visual_tokens=n)
+                yield Work(model, inputs, label, count)
+
+    return made()
 
 
 def from_model(
     source: sources.Source,
     device: torch.device,
     dtype: Any,
-    batch: int,
+    batches: Sequence[int],
     images: int | list[Image.Image],
-) -> Work:
+) -> Iterator[Work]:
     """Load a model and ask it about pictures.
 
     Args:
         source: from `sources.find_model`.
         device: where to.
         dtype: of the weights.
-        batch: rows.
+        batches: rows, one work for each.
         images: pictures of each prompt, or how many of the packaged scenes each prompt gets;
             scenes differ from row to row.
+
+    Returns:
+        The works, with the same model.
 
     Raises:
         VlmpruneError: the model cannot be loaded.
     """
     loaded = load(source, device, dtype)
-    if isinstance(images, int):
-        pictures, questions = _scenes(batch, images)
-    else:
-        pictures, questions = [images] * batch, [_QUESTION] * batch
-    inputs = prepare_batch(loaded, pictures, questions)
-    return Work(loaded.model, inputs, source.label, len(pictures[0]))
+
+    def made() -> Iterator[Work]:
+        for batch in batches:
+            if isinstance(images, int):
+                pictures, questions = _scenes(batch, images)
+            else:
+                pictures, questions = [images] * batch, [_QUESTION] * batch
+            inputs = prepare_batch(loaded, pictures, questions)
+            yield Work(loaded.model, inputs, source.label, len(pictures[0]))
+
+    return made()
 
 
 def _scenes(batch: int, images: int) -> tuple[list[list[Image.Image]], list[str]]:

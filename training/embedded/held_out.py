@@ -4,7 +4,11 @@
 
 The scenes, and what is asked about each, are the first of those that `evaluate.py` asks: the test
 split, with photographs, places and contents that training never saw. Nothing is left out, neither
-what the model gets wrong.
+what the model gets wrong. The validation split can be had in the same way, for settings that are
+to be chosen on other scenes than they are tested on:
+
+    python held_out.py --assets A --folder V --scenes 60 --split validation
+    vlmprune search gsearch --task folder:V
 """
 
 from __future__ import annotations
@@ -25,27 +29,28 @@ QUALITY = 85
 """Of the JPEG files, whose colours keep their full resolution."""
 
 
-def photo_of(index: int) -> str:
-    """The photograph of a test scene: what `scenes.scene` draws first."""
-    names = photos("test")
-    return names[int(np.random.default_rng([SEEDS["test"], index]).integers(len(names)))]
+def photo_of(index: int, split: str) -> str:
+    """The photograph of a scene: what `scenes.scene` draws first."""
+    names = photos(split)
+    return names[int(np.random.default_rng([SEEDS[split], index]).integers(len(names)))]
 
 
 def main(
     assets: Annotated[Path, typer.Option(help="folder of the emoji package, fetched if absent")],
     folder: Annotated[Path, typer.Option(help="where pictures and scenes.json go")],
     scenes: Annotated[int, typer.Option(help="how many, from the first")] = 120,
+    split: Annotated[str, typer.Option(help="test; or validation, as a folder task")] = "test",
 ) -> None:
-    """Write the pictures and `scenes.json`."""
+    """Write the pictures and `scenes.json`; of the validation split `questions.json`."""
     pictures = Assets(assets)
-    made = [scene(i, SEEDS["test"], photos("test"), pictures) for i in range(scenes)]
-    asked = fixed_questions(SimpleNamespace(placed=[one.placed for one in made]), SEEDS["test"])
+    made = [scene(i, SEEDS[split], photos(split), pictures) for i in range(scenes)]
+    asked = fixed_questions(SimpleNamespace(placed=[one.placed for one in made]), SEEDS[split])
     folder.mkdir(parents=True, exist_ok=True)
     listed = []
     for index, (one, questions) in enumerate(zip(made, asked, strict=True)):
         name = f"{index:03d}.jpg"
         one.image.save(folder / name, quality=QUALITY, subsampling=0, optimize=True)
-        photo = photo_of(index)
+        photo = photo_of(index, split)
         listed.append(
             {
                 "file": name,
@@ -57,7 +62,16 @@ def main(
                 ],
             }
         )
-    (folder / "scenes.json").write_text(json.dumps(listed, indent=1) + "\n")
+    if split == "test":
+        (folder / "scenes.json").write_text(json.dumps(listed, indent=1) + "\n")
+    else:
+        flat = [
+            {"image": one["file"], "kind": q["kind"], "question": q["question"]}
+            | {"answers": [q["answer"]]}
+            for one in listed
+            for q in one["questions"]
+        ]
+        (folder / "questions.json").write_text(json.dumps(flat, indent=1) + "\n")
     total = sum(file.stat().st_size for file in folder.iterdir())
     typer.echo(f"{scenes} scenes, {sum(map(len, asked))} questions, {total / 1e6:.2f} MB")
 

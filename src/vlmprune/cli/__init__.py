@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from vlmprune.cli import benching, calibrating, comparing, lists, running, searching
+from vlmprune.cli import benching, calibrating, comparing, evaluating, lists, running, searching
 from vlmprune.cli.app import app
 
 for command in (
@@ -21,6 +21,8 @@ for command in (
     lists.models,
 ):
     app.command()(command)
+# The name is one of Python's own.
+app.command("eval")(evaluating.evaluate)
 
 
 def main() -> None:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import shlex
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from vlmprune.cli.options import AsJson, Device, Dtype, Model
-from vlmprune.cli.printing import console, print_json
+from vlmprune.cli.printing import bar, console, print_json, typed
 from vlmprune.errors import VlmpruneError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from rich.table import Table
 
-    from vlmprune.compare import Tell
     from vlmprune.compared import Result
 
 # What is compared where nobody says.
@@ -62,8 +57,8 @@ def compare(
     task: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="scenes (the embedded model's held-out set, the default), or folder:PATH with "
-            "pictures and a questions.json."
+            help="scenes (the embedded model's held-out set, the default), folder:PATH with "
+            "pictures and a questions.json, or a local copy of a standard set (see `eval`)."
         ),
     ] = None,
     limit: Annotated[
@@ -102,7 +97,7 @@ def compare(
     Writes one page that needs no network, a plot, and all figures.
     """
     _check_together(pictures, question, task, limit, max_new_tokens)
-    with _bar() as tell:
+    with bar() as tell:
         tell("Starting…", 0, 1)
         from vlmprune import compare as comparing
         from vlmprune import loading, measure, page, pareto, sources, tasks, ways
@@ -151,7 +146,7 @@ def compare(
             )
             tell("Drawing…", 1, 1)
             facts = measure.facts(place)
-            command = _command(context)
+            command = typed(context)
             title = f"{result.model} on {result.task}"
             plot = pareto.plot(result.dots(), result.axes, result.what, title)
             content = {"made_by": page.MARK, "command": command, **facts, **result.as_dict()}
@@ -190,47 +185,6 @@ def _check_together(
                 f"--{name} is for pictures of one's own, and none are given; name some, or leave "
                 "it out."
             )
-
-
-@contextmanager
-def _bar() -> Iterator[Tell]:
-    """A progress bar on stderr; nothing where stderr is no terminal."""
-    from rich.markup import escape
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    out = console(to_stderr=True)
-    # Drawn seldom, since timing goes on meanwhile.
-    with Progress(
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-        console=out,
-        transient=True,
-        refresh_per_second=4,
-        disable=not out.is_terminal,
-    ) as bar:
-        number = bar.add_task("")
-        yield lambda message, done, total: bar.update(
-            number, description=escape(message), completed=done, total=total
-        )
-
-
-def _command(context: typer.Context) -> str:
-    """The command as it was given."""
-    given: list[str] = []
-    for one in context.command.params:
-        source = context.get_parameter_source(one.name or "")
-        if source is None or source.name != "COMMANDLINE":
-            continue
-        value = context.params[one.name or ""]
-        if isinstance(value, bool):
-            given.append(max(one.opts, key=len))
-            continue
-        for item in value if isinstance(value, list | tuple) else [value]:
-            named = one.param_type_name == "option"
-            given += [max(one.opts, key=len), str(item)] if named else [str(item)]
-    return shlex.join(["vlmprune", "compare", *given])
 
 
 def _print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,33 @@ def progress(message: str) -> Iterator[Callable[[str], None]]:
     # Drawn seldom, since timing goes on meanwhile.
     with console(to_stderr=True).status(message, refresh_per_second=4) as status:
         yield lambda text: status.update(escape(text))
+
+
+@contextmanager
+def bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr, told what goes on, and how much of how much is done.
+
+    Nothing where stderr is no terminal.
+    """
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    out = console(to_stderr=True)
+    # Drawn seldom, since timing goes on meanwhile.
+    with Progress(
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        console=out,
+        transient=True,
+        refresh_per_second=4,
+        disable=not out.is_terminal,
+    ) as drawn:
+        number = drawn.add_task("")
+        yield lambda message, done, total: drawn.update(
+            number, description=escape(message), completed=done, total=total
+        )
 
 
 def print_json(content: dict[str, Any]) -> None:
@@ -66,3 +94,20 @@ def flops(value: float) -> str:
         if value >= scale:
             return f"{value / scale:.3g} {unit}FLOPs"
     return f"{value / 1e6:.3g} MFLOPs"
+
+
+def typed(context: typer.Context) -> str:
+    """The command as it was given."""
+    given: list[str] = []
+    for one in context.command.params:
+        source = context.get_parameter_source(one.name or "")
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[one.name or ""]
+        if isinstance(value, bool):
+            given.append(max(one.opts, key=len))
+            continue
+        for item in value if isinstance(value, list | tuple) else [value]:
+            named = one.param_type_name == "option"
+            given += [max(one.opts, key=len), str(item)] if named else [str(item)]
+    return shlex.join(["vlmprune", str(context.info_name), *given])

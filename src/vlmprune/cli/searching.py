@@ -40,7 +40,11 @@ def search(
         ),
     ] = None,
     task: Annotated[
-        str, typer.Option(help="scenes, or folder:PATH with pictures and a questions.json.")
+        str,
+        typer.Option(
+            help="scenes, folder:PATH with pictures and a questions.json, or a local copy of a "
+            "standard set (see `eval`)."
+        ),
     ] = "scenes",
     limit: Annotated[
         Optional[int],  # noqa: UP045

@@ -7,28 +7,48 @@ from pathlib import Path
 from vlmprune.errors import VlmpruneError
 from vlmprune.tasks.base import Sample, Task
 from vlmprune.tasks.folder import Folder
+from vlmprune.tasks.gqa import Gqa
+from vlmprune.tasks.local import Local
+from vlmprune.tasks.mme import Mme
+from vlmprune.tasks.pope import Pope
 from vlmprune.tasks.scenes import Scenes
+from vlmprune.tasks.scienceqa import ScienceQa
+from vlmprune.tasks.textvqa import TextVqa
+from vlmprune.tasks.vqav2 import Vqav2
 
-# By the name that the command line takes.
-TASKS: dict[str, type[Task]] = {"scenes": Scenes, "folder": Folder}
+# Local copies of standard sets, by the name that the command line takes.
+COPIES: dict[str, type[Local]] = {
+    one.name: one for one in (Pope, Gqa, TextVqa, ScienceQa, Mme, Vqav2)
+}
+TASKS: dict[str, type[Task]] = {"scenes": Scenes, "folder": Folder, **COPIES}
 
-__all__ = ["TASKS", "Folder", "Sample", "Scenes", "Task", "find_task"]
+__all__ = ["COPIES", "TASKS", "Folder", "Local", "Sample", "Scenes", "Task", "find_task"]
 
 
 def find_task(text: str) -> Task:
-    """The task that a text names: `scenes`, or `folder:PATH`, or the path of such a folder.
+    """The task that a text names.
+
+    `scenes`; `folder:PATH`, or the path of such a folder; or `pope:PATH` and its like for a local
+    copy of a standard set.
 
     Raises:
-        VlmpruneError: there is no such task.
+        VlmpruneError: there is no such task, or nothing at the path.
     """
     name, _, rest = text.partition(":")
     if text == Scenes.name:
         return Scenes()
     if name == Folder.name and rest:
         return Folder(Path(rest))
+    if name in COPIES and rest:
+        task = COPIES[name](Path(rest))
+        if not task.given.exists():
+            raise VlmpruneError(
+                f"{rest!r} does not exist; {name}:PATH takes a folder with {task.names}."
+            )
+        return task
     if text and Path(text).expanduser().is_dir():
         return Folder(Path(text))
     raise VlmpruneError(
         f"task {text!r} is unknown; use scenes, or folder:PATH for a folder of pictures with a "
-        "questions.json."
+        f"questions.json, or {', '.join(COPIES)} likewise for a local copy of a standard set."
     )

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from PIL import Image
 
 from vlmprune.loading import prompt_of
 from vlmprune.sources import open_images
+
+if TYPE_CHECKING:
+    from vlmprune.evaluation import Result
 
 MAX_NEW_TOKENS = 64
 """Limit of an answer where a task sets none."""
@@ -87,6 +90,21 @@ class Task:
     def score(self, sample: Sample, text: str) -> float:
         """How right an answer is, 0 to 1; asked only about samples that have true answers."""
         raise NotImplementedError
+
+    def summary(self, results: Sequence[Result]) -> dict[str, float]:
+        """Figures beyond the mean score that the set is known for; by name, in their own units.
+
+        Args:
+            results: those of the task's samples, or of some of them.
+        """
+        return {}
+
+    def read_from(self) -> tuple[Path, ...] | None:
+        """What the questions are read from; None where nothing but `samples` tells.
+
+        Answers that were kept are given up once one of these files has changed.
+        """
+        return None
 
 
 def first(samples: Sequence[Sample], limit: int | None) -> list[Sample]:

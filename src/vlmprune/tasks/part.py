@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from vlmprune.tasks.base import Sample, Task, first
+
+if TYPE_CHECKING:
+    from vlmprune.evaluation import Result
 
 
 class Part(Task):
@@ -46,3 +50,7 @@ class Part(Task):
     def score(self, sample: Sample, text: str) -> float:
         """The task's own."""
         return self.whole.score(sample, text)
+
+    def summary(self, results: Sequence[Result]) -> dict[str, float]:
+        """The task's own, of this half."""
+        return self.whole.summary(results)

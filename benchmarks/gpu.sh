@@ -1,0 +1,88 @@
+#!/bin/sh
+# Everything that needs a GPU, in under nine minutes on one H200, with random weights of real shapes.
+#
+#   sh benchmarks/gpu.sh            # writes benchmarks/results/gpu/, then docs/benchmarks.md
+#   SMALL=1 sh benchmarks/gpu.sh    # a dry run on a CPU: narrow shapes, into a temporary folder
+#
+# What did not fit into the time is named at the end; a step that is stopped keeps the runs it did.
+# PYTHON, RESULTS, PAGE and LIMIT (seconds) may be set from outside.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
+PYTHON=${PYTHON:-python3}
+LIMIT=${LIMIT:-525}
+START=$(date +%s)
+FAILED=
+
+if [ "${SMALL:-}" = 1 ]; then
+  SCRATCH=$(mktemp -d)
+  RESULTS=${RESULTS:-$SCRATCH/gpu}
+  [ -n "${PAGE:-}" ] || { PAGE=$SCRATCH/benchmarks.md && cp docs/benchmarks.md "$PAGE"; }
+  NEXT="--shape small-next --layers 3 --tower-layers 2"
+  LLAVA="--shape small --layers 3 --tower-layers 2"
+  QWEN="--shape small-qwen --layers 3 --visual-tokens 64 --visual-tokens 256"
+  COMMON="--device cpu --repeat 1 --new-tokens 2"
+  BATCHES="--batch 1"
+  DECODE="--device cpu --shape small --batch 1 --tokens 64 --repeat 2"
+  SELECT="--device cpu --crops 1 --repeat 2 --tower-repeat 1"
+else
+  RESULTS=${RESULTS:-benchmarks/results/gpu}
+  PAGE=${PAGE:-docs/benchmarks.md}
+  NEXT="--shape llava-next-7b"
+  LLAVA="--shape llava-1.5-7b"
+  QWEN="--shape qwen2.5-vl-7b --visual-tokens 4096 --visual-tokens 16384"
+  COMMON="--device cuda --dtype bfloat16 --repeat 5 --new-tokens 16"
+  BATCHES="--batch 1 --batch 4"
+  DECODE="--device cuda --shape llava-1.5-7b --batch 1 --batch 16 --tokens 2880 --repeat 5"
+  SELECT="--device cuda --crops 1 --crops 5"
+fi
+mkdir -p "$RESULTS"
+
+# step SECONDS FILE COMMAND…: runs a command in the time that is left, and at most in its own.
+step() {
+  most=$1 file=$2
+  shift 2
+  left=$((LIMIT - $(date +%s) + START))
+  [ "$left" -lt "$most" ] && most=$left
+  if [ "$most" -lt 15 ]; then
+    FAILED="$FAILED $file (no time left)"
+    return
+  fi
+  rm -f "$RESULTS/$file"
+  echo "== $file: $*"
+  timeout "$most" "$@" || FAILED="$FAILED $file (exit $?)"
+}
+
+# PLPHP with dr=0 cuts every layer alike: with random weights its groups of layers mean nothing.
+CUT=plphp:r=0.4,dr=0
+
+# LLaVA-NeXT: 5 crops of 576, so that 128, 64 and 32 a crop are 640, 320 and 160 of 2880.
+# shellcheck disable=SC2086
+step 180 llava-next.json "$PYTHON" -m vlmprune bench $NEXT $COMMON $BATCHES \
+  --method vispruner:keep=1.0 --method vispruner:keep=128 --method vispruner:keep=64 \
+  --method vispruner:keep=32 --method $CUT --method vispruner:keep=64+$CUT \
+  --method fastv:keep=0.11 --out "$RESULTS/llava-next.json"
+
+# shellcheck disable=SC2086
+step 170 qwen2.5-vl.json "$PYTHON" -m vlmprune bench $QWEN $COMMON \
+  --method vispruner:keep=0.22 --method vispruner:keep=0.11 --method $CUT \
+  --method vispruner:keep=0.22+$CUT --method fastv:keep=0.11 --out "$RESULTS/qwen2.5-vl.json"
+
+# shellcheck disable=SC2086
+step 120 llava-1.5.json "$PYTHON" -m vlmprune bench $LLAVA $COMMON \
+  --method vispruner:keep=192 --method vispruner:keep=128 --method vispruner:keep=64 \
+  --method vispruner:keep=32 --method $CUT --method vispruner:keep=128+$CUT \
+  --method fastv:keep=0.22 --out "$RESULTS/llava-1.5.json"
+
+# shellcheck disable=SC2086
+step 60 selection.json "$PYTHON" benchmarks/selection.py $SELECT --json "$RESULTS/selection.json"
+
+# shellcheck disable=SC2086
+step 90 decode.json "$PYTHON" benchmarks/decode.py $DECODE --json "$RESULTS/decode.json"
+
+"$PYTHON" benchmarks/render.py --results "$RESULTS" --page "$PAGE" || FAILED="$FAILED render"
+echo "$(($(date +%s) - START)) seconds; figures in $RESULTS, page $PAGE"
+if [ -n "$FAILED" ]; then
+  echo "not finished:$FAILED" >&2
+  exit 1
+fi
