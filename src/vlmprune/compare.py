@@ -12,12 +12,12 @@ from typing import Any
 
 from PIL import Image
 
-from vlmprune import bench, evaluate, kept_answers, running, sources
+from vlmprune import bench, costs, evaluate, kept_answers, layerwise, running, sources
 from vlmprune.compared import ALL_TOKENS, Answer, Interval, Result, Row, Shown, Skipped
 from vlmprune.errors import VlmpruneError
 from vlmprune.evaluation import Evaluation, Mean
 from vlmprune.loading import Loaded, attached, prepare_texts
-from vlmprune.page import SIDE
+from vlmprune.page import MOST, SIDE
 from vlmprune.pruner import Pruner
 from vlmprune.tasks import Sample, Task
 from vlmprune.ways import Way
@@ -232,7 +232,7 @@ def _show(
     """What each way keeps of some samples' pictures, and answers."""
     by_id = [{one.id: one for one in answers.results} for _, answers in found]
     shown = []
-    for sample in samples:
+    for number, sample in enumerate(samples):
         images = sample.opened()
         text = task.prompt(sample, loaded.processor)
         inputs = prepare_texts(loaded, [images], [text])
@@ -242,7 +242,7 @@ def _show(
             answer = Answer(said.answer, said.score, said.answer == by_id[0][sample.id].answer)
             if way is not None:
                 steps.at(f"Drawing: {way.spec}…")
-                answer = _drawn(loaded, way.pruner, inputs, images, answer)
+                answer = _drawn(loaded, way.pruner, inputs, images, answer, number < MOST)
                 steps.finish(1)
             answers.append(answer)
         before = next((one.before for one in answers if one.before), 0)
@@ -252,26 +252,41 @@ def _show(
 
 
 def _drawn(
-    loaded: Loaded, pruner: Pruner, inputs: Any, images: Sequence[Image.Image], answer: Answer
+    loaded: Loaded,
+    pruner: Pruner,
+    inputs: Any,
+    images: Sequence[Image.Image],
+    answer: Answer,
+    drawn: bool,
 ) -> Answer:
-    """An answer with what was kept for it."""
+    """An answer with what was kept for it, in figures and where wanted in pictures."""
     with attached(pruner, loaded.model) as handle:
         loaded.model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
         assert handle is not None and handle.report is not None
         report = handle.report
+    caching = costs.caching_layers(loaded.model.config)
     answer = replace(
         answer,
         kept=sum(len(indices) for indices in report.kept),
         before=report.visual_tokens_before,
         kv_share=report.kv_bytes_after / report.kv_bytes_before,
+        parts={
+            role: sum(int(one[role].sum()) for one in report.roles if role in one)
+            for role in ("important", "diverse")
+            if any(role in one for one in report.roles)
+        },
+        heads=layerwise.shares(report, caching),
+        reached=layerwise.reached(report, len(caching)),
     )
+    if not drawn:
+        return answer
     try:
-        drawn = running.draw(
+        pictures = running.draw(
             loaded, inputs, images, report, legend=False, min_side=SIDE, max_side=SIDE
         )
     except VlmpruneError as error:
         return replace(answer, trouble=str(error))
-    return replace(answer, drawn=drawn)
+    return replace(answer, drawn=pictures)
 
 
 def _rows(

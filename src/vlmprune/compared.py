@@ -14,6 +14,9 @@ ALL_TOKENS = "all tokens"
 MARK = "vlmprune compare"
 """Stands in all that `compare` writes, so that nothing else is overwritten."""
 
+# Of an `Answer`, what JSON has.
+_TOLD = ("text", "score", "same", "kept", "kv_share", "parts", "heads", "reached")
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -105,6 +108,9 @@ class Answer:
         before: visual tokens that there were.
         kv_share: bytes of the visual tokens' keys and values, those of all tokens being 1.
         trouble: why nothing is drawn.
+        parts: how many were kept because they are important, and because they are diverse.
+        heads: share of the visual tokens that each layer's KV heads keep, where a cache was cut.
+        reached: visual tokens that reach each layer, where not all reach the last.
     """
 
     text: str
@@ -115,6 +121,9 @@ class Answer:
     before: int = 0
     kv_share: float = 1.0
     trouble: str = ""
+    parts: dict[str, int] = field(default_factory=dict)
+    heads: list[list[float]] = field(repr=False, default_factory=list)
+    reached: list[int] = field(repr=False, default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -182,7 +191,7 @@ class Result:
                 "truths": list(one.truths),
                 "answers": [
                     {"name": row.name, "keep": row.keep}
-                    | {k: getattr(a, k) for k in ("text", "score", "same", "kept", "kv_share")}
+                    | {k: getattr(a, k) for k in _TOLD}
                     for row, a in zip(self.rows, one.answers, strict=True)
                 ],
             }

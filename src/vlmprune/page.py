@@ -22,6 +22,8 @@ from vlmprune.errors import VlmpruneError
 
 # Pixels of a picture's long side, about twice what the page shows.
 SIDE = 448
+MOST = 12
+"""Questions that are drawn on a page, so that it stays small."""
 _QUALITY = 85
 # Bytes at a file's beginning in which the mark is looked for.
 _HEAD = 4096
