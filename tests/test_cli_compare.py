@@ -15,6 +15,10 @@ from vlmprune import compare, embedded, loading, page, spec
 GRASS = str(embedded.scenes() / "grass.jpg")
 
 
+def html_of(folder: Path) -> str:
+    return (folder / "compare.html").read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def loaded() -> Any:
     return embedded.load()
@@ -56,7 +60,7 @@ def test_pictures_and_a_question(quick: None, tmp_path: Path) -> None:
     texts = [[one["text"] for one in shown["answers"]] for shown in content["shown"]]
     assert len(texts) == 2
     assert pruned["agreement"] == sum(a[2] == a[0] for a in texts) / 2
-    html = (folder / "compare.html").read_text(encoding="utf-8")
+    html = html_of(folder)
     assert html.count("where is the &lt;b&gt;cat&lt;/b&gt;?") == 3 and "<b>cat" not in html
     assert html.count("data:image/jpeg") == 2 * (1 + 2)
     with Image.open(folder / "compare.png") as plot:
@@ -85,7 +89,11 @@ def test_a_task_of_the_package(quick: None, tmp_path: Path) -> None:
     cut = content["rows"][1]
     assert (cut["name"], cut["visual_tokens"]) == ("plphp:r=0.5,dr=0", 256)
     assert 2 * cut["kv_bytes"] == content["rows"][0]["kv_bytes"]
-    assert len(content["shown"]) == 1 and content["shown"][0]["answers"][1]["kv_share"] == 0.5
+    (shown,) = content["shown"]
+    full, cut = shown["answers"]
+    assert cut["kv_share"] == 0.5 and cut["heads"] == [[0.5] * 3] * 5
+    assert full["heads"] == full["reached"] == cut["reached"] == []
+    assert html_of(tmp_path / "a" / "b").count("kept by each of 3 KV heads") == 1
 
 
 @pytest.mark.parametrize(
@@ -114,6 +122,7 @@ def test_a_task_of_the_package(quick: None, tmp_path: Path) -> None:
         (("--batch", "0"), "--batch 0 is too few"),
         (("--repeat", "0"), "--repeat 0 is too few"),
         (("--show", "-1"), "--show -1 is below 0"),
+        (("--show", "13"), "--show 13 is above the 12 questions that a page holds"),
         (("--model", "./none"), "model path './none' does not exist"),
         (("--html", "page.txt"), "does not end in .html"),
         (("--out", COFFEE), "cannot be written"),

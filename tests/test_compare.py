@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from dataclasses import dataclass, fields
@@ -11,11 +10,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image
 
-from vlmprune import compare, costs, embedded, evaluate, loading, pareto, sources, ways
+from vlmprune import compare, costs, embedded, evaluate, loading, page, sources, ways
 from vlmprune.budgeted import Budgeted
 from vlmprune.compared import Result
 from vlmprune.errors import VlmpruneError
@@ -156,48 +152,6 @@ def test_budgets_nobody_asked_for_need_not_be_used() -> None:
     assert [way.name for way in ways.ways_of(["plphp"], [0.5], given=False)] == ["plphp"]
 
 
-# --- the front and the plot ---
-
-
-def test_the_front_by_hand() -> None:
-    points = [(1.0, 0.2), (2.0, 0.5), (2.0, 0.4), (3.0, 0.5), (4.0, 0.9), (5.0, 0.8), (2.0, 0.5)]
-    assert pareto.front(points) == [0, 1, 6, 4]
-    assert pareto.front([]) == []
-
-
-numbers = st.integers(0, 4).map(float)
-
-
-@given(st.lists(st.tuples(numbers, numbers), max_size=12))
-def test_the_front_is_all_that_is_not_beaten(points: list[tuple[float, float]]) -> None:
-    def beaten(a: tuple[float, float]) -> bool:
-        return any(b != a and b[0] <= a[0] and b[1] >= a[1] for b in points)
-
-    expected = [i for i, a in enumerate(points) if not beaten(a)]
-    assert sorted(pareto.front(points)) == expected
-
-
-def test_the_plot_has_a_panel_a_cost_and_says_who_made_it() -> None:
-    dots = [
-        pareto.Dot("all tokens", "", 0.9, (4.0, 8.0, 1.0), 0.85, 0.95, full=True),
-        pareto.Dot("random", "25 %", 0.5, (1.0, 2.0, 0.5), 0.4, 0.6, control=True),
-        pareto.Dot("a $method$", "25 %", 0.6, (1.0, 2.0, 0.6)),
-    ]
-    sizes = []
-    for count in (1, 3):
-        cut = [pareto.Dot(**{**vars(dot), "costs": dot.costs[:count]}) for dot in dots]
-        content = pareto.plot(cut, ["cost"] * count, "accuracy", "title")
-        with Image.open(io.BytesIO(content)) as picture:
-            assert picture.format == "PNG" and picture.info["Software"] == pareto.MARK
-            sizes.append(picture.size)
-            # The unpruned model's line is dotted, controls are grey, the method has a colour.
-            colours = {colour for _, colour in picture.convert("RGB").getcolors(2**24) or []}
-            assert {(0x5F, 0x66, 0x70), (0x00, 0x72, 0xB2)} <= colours
-    assert sizes[1][0] > 2 * sizes[0][0]
-    with pytest.raises(VlmpruneError, match="nothing to draw"):
-        pareto.plot([], ["cost"], "accuracy")
-
-
 # --- figures from answers ---
 
 
@@ -336,7 +290,9 @@ def test_a_comparison_for_real(
     # What is shown: a question about each picture, its answers, and what was kept of it.
     assert [one.question for one in result.shown] == ["where is the cat?", "can you see a ball?"]
     for shown in result.shown:
-        full, chance, *_ = shown.answers
+        full, chance, cut = shown.answers
+        assert cut.parts == {"important": 16, "diverse": 16} and chance.parts == {}
+        assert cut.heads == cut.reached == []
         assert full.same and (full.kept, full.before, full.drawn) == (256, 256, [])
         assert (chance.kept, chance.before, chance.kv_share) == (128, 256, 0.5)
         # The first half of the tokens is the upper half of the picture; the lower is dimmed.
@@ -348,12 +304,29 @@ def test_a_comparison_for_real(
             .getpixel((0, 0))
             for top in (20, drawn.height - 120)
         )
-        assert drawn.size == (448, 448) and lower < 0.6 * upper  # type: ignore[operator]
+        assert drawn.size == (page.SIDE, page.SIDE) and lower < 0.6 * upper  # type: ignore[operator]
     assert all(done <= total for done, total in told) and len({total for _, total in told}) == 1
     assert told == sorted(told) and told[-1][0] == told[-1][1] - 1
     content = json.loads(json.dumps(result.as_dict()))
     assert content["rows"][1]["score"]["value"] == result.rows[1].score.value
     assert content["shown"][0]["answers"][0]["text"] == "row one column one."
+
+
+def test_what_layers_keep_for_real(
+    loaded: loading.Loaded, task: Folder, one_timed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "MOST", 1)
+    specs = ["fastv:layer=2", "plphp:r=0.25,dr=0,first_pruned_layer=1"]
+    result = ask(loaded, task, specs, limit=2, show=2)
+    _, inside, cache = result.shown[0].answers
+    assert inside.heads == cache.reached == [] and inside.parts == cache.parts == {}
+    assert inside.reached == [256, 256, 128, 128, 128]
+    # Layer 0 is left whole; in the others each of the three KV heads keeps a quarter.
+    assert cache.heads == [[1.0] * 3, *([[0.25] * 3] * 4)]
+    assert [len(one.drawn) for one in result.shown[0].answers] == [0, 1, 1]
+    # Beyond what a page holds there are figures, but no pictures.
+    assert [len(one.drawn) for one in result.shown[1].answers] == [0, 0, 0]
+    assert result.shown[1].answers[1].reached == inside.reached
 
 
 def test_a_comparison_goes_on(

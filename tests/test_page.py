@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import re
 from functools import cache
@@ -13,11 +14,11 @@ from typing import Any
 import pytest
 from PIL import Image, PngImagePlugin
 
-from vlmprune import page, pareto
-from vlmprune.compared import Answer, Interval, Result, Row, Shown, Skipped, columns, sections
+from pages import FACTS, HOSTILE, picture, result, row, sliding
+from vlmprune import layerwise, page, pareto
+from vlmprune.compared import Answer, Result, Shown, columns, sections
 from vlmprune.errors import VlmpruneError
 
-HOSTILE = '</title><script>alert(1)</script><img src="https://evil.example/x" onerror=alert(2)>'
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
@@ -29,7 +30,7 @@ class Reader(HTMLParser):
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str]]] = []
         self.text: list[str] = []
-        self.styles = ""
+        self.styles, self.scripts = "", list[str]()
         self.rows: list[list[str]] = []
         self.feed(text)
         self.close()
@@ -52,59 +53,12 @@ class Reader(HTMLParser):
         if "style" in self.open:
             self.styles += data
             return
+        if "script" in self.open:
+            self.scripts.append(data)
+            return
         self.text.append(data)
         if {"td", "th"} & set(self.open):
             self.rows[-1][-1] += data
-
-
-def picture(colour: str, size: tuple[int, int] = (30, 20)) -> Image.Image:
-    return Image.new("RGB", size, colour)
-
-
-def row(name: str, keep: Any, spec: str, score: float, **changes: Any) -> Row:
-    about: dict[str, Any] = {
-        "control": False,
-        "agreement": 0.5,
-        "against": None,
-        "visual_tokens": 64.0,
-        "decoder_flops": 2.75e11,
-        "flops": 1.24e12,
-        "kv_bytes": 2.0 * 2**20,
-        "prefill_ratio": 0.514,
-    }
-    return Row(
-        name, keep, spec, score=Interval(score, score - 0.04, score + 0.03), **about | changes
-    )
-
-
-def result(hostile: str = "") -> Result:
-    rows = [
-        row("all tokens", None, "", 0.9, flops=2e12, prefill_ratio=1.0),
-        row("random", 0.25, "random:keep=0.25", 0.5, control=True),
-        row("divprune", 0.25, "divprune:keep=0.25", 0.44, against=Interval(-0.06, -0.11, -0.01)),
-        row("vispruner", 0.25, "vispruner:keep=0.25", 0.6, against=Interval(0.1, 0.04, 0.18)),
-        row(f"plphp{hostile}", None, f"plphp{hostile}", 0.85, visual_tokens=256.0),
-    ]
-    answers = [
-        Answer("a cat", 1.0, True, kept=256, before=256),
-        Answer("a dog", 0.0, False, [picture("red")], 64, 256, 0.25),
-        Answer("a cat", 1.0, True, [picture("lime", (2 * page.SIDE, page.SIDE))], 64, 256, 0.25),
-        Answer(f"a\ncow {hostile}", 0.5, False, [picture("blue")], 64, 256, 0.25),
-        Answer("a cat", 1.0, True, [], 256, 256, 0.4, f"nothing to draw on{hostile}"),
-    ]
-    shown = [Shown(f"what is it?{hostile}", (f"a cat{hostile}",), [picture("white")], answers)]
-    skipped = [Skipped(f"evs:keep=0.25{hostile}", f"there is no video{hostile}.")]
-    return Result(
-        *(f"a model{hostile}", f"folder:x{hostile}", True, 120, rows, skipped, shown),
-        *("cpu", "float32", 5, 4),
-    )
-
-
-FACTS = {
-    "versions": {"vlmprune": "1", "torch": "2", "transformers": "5", "python": "3"},
-    "device_name": "some <CPU>",
-    "threads": 1,
-}
 
 
 @cache
@@ -117,6 +71,11 @@ def plot() -> bytes:
 def made(hostile: str = "") -> tuple[str, Reader]:
     text = page.render(result(hostile), plot(), FACTS, f"vlmprune compare {hostile}".strip())
     return text, Reader(text)
+
+
+@cache
+def slid(hostile: str = "") -> Reader:
+    return Reader(page.render(sliding(hostile), b"", FACTS))
 
 
 @pytest.mark.parametrize("hostile", ["", HOSTILE])
@@ -135,6 +94,71 @@ def test_nothing_is_fetched_or_run(hostile: str) -> None:
     policies = [a["content"] for _, a in read.tags if a.get("http-equiv")]
     assert len(policies) == 1 and policies[0].startswith("default-src 'none'")
     assert "http" not in policies[0] and "script" not in policies[0]
+
+
+@pytest.mark.parametrize("hostile", ["", HOSTILE])
+def test_one_script_is_allowed_by_its_hash(hostile: str) -> None:
+    read = slid(hostile)
+    assert [about for tag, about in read.tags if tag == "script"] == [{}]
+    (script,) = read.scripts
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = [a["content"] for _, a in read.tags if a.get("http-equiv")]
+    rules = dict(rule.strip().partition(" ")[::2] for rule in policy.split(";"))
+    assert rules == {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "style-src": "'unsafe-inline'",
+        "script-src": f"'sha256-{digest}'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    # It is the same on every page: nothing of the figures and answers is in it.
+    assert script == slid().scripts[0] and not re.search(r"eval|Function|innerHTML|http", script)
+    assert [tag for tag, _ in read.tags] == [tag for tag, _ in slid().tags]
+    assert not any(name.startswith("on") for _, about in read.tags for name in about)
+
+
+def test_the_slider_goes_from_few_tokens_to_many() -> None:
+    read = slid()
+    (slider,) = [a for tag, a in read.tags if tag == "input" and a["type"] == "range"]
+    options = [a["label"] for tag, a in read.tags if tag == "option"]
+    # Of 64 tokens, a quarter is more than 8; the budget that comes first is shown first.
+    assert options == ["keep 8", "keep 25 %", "keep 50 %"]
+    assert (slider["min"], slider["max"], slider["value"]) == ("0", "2", "1")
+    # Without the script the slider is not there, and nothing is hidden but by it.
+    (bar,) = [a for _, a in read.tags if a.get("class") == "slider"]
+    assert "hidden" in bar and sum("hidden" in a for _, a in read.tags) == 1
+    (table,) = [a for _, a in read.tags if a.get("class") == "answers"]
+    assert "data-at" not in table
+    steps = [a.get("data-step") for tag, a in read.tags if tag == "td" and "colspan" not in a][-7:]
+    assert steps == [None, "1", "1", "0", "0", None, "2"]
+
+
+def test_what_layers_keep_is_drawn_and_told() -> None:
+    read = slid()
+    (drawn,) = [a for _, a in read.tags if a.get("alt", "").startswith("share kept")]
+    assert drawn["alt"].endswith(": layer 0 25 %, layer 1 100 %, layer 2 no cache")
+    with Image.open(io.BytesIO(base64.b64decode(drawn["src"].partition("base64,")[2]))) as one:
+        assert one.size == (3, 2)
+        by_layer = [[one.getpixel((layer, head)) for head in range(2)] for layer in range(3)]
+    low, half, *_, high = (layerwise.colour(share) for share in (0.0, 0.5, 1.0))
+    assert by_layer == [[low, half], [high, high], [(128, 128, 128)] * 2]
+    (bars,) = [a for _, a in read.tags if a.get("class") == "bars"]
+    assert bars["aria-label"] == "from layer 0 to 2: 64, 32, 16"
+    heights = [a["style"] for tag, a in read.tags if tag == "i" and "layer" in a.get("title", "")]
+    assert heights == ["height:100.0%", "height:50.0%", "height:25.0%"]
+    shown = "".join(read.text)
+    assert "5 important" in shown and "3 diverse" in shown and "0 to 100 % of all" in shown
+    assert "0 to 100 % of all" not in made()[0] and "tokens that reach" not in made()[0]
+
+
+def test_a_page_holds_so_many_questions() -> None:
+    one = sliding()
+    many = Result(**{**vars(one), "shown": one.shown * (page.MOST + 2)})
+    text = page.render(many, b"", FACTS)
+    assert text.count("what is it?") == page.MOST
+    assert "2 more questions, without pictures" in text
+    assert "without pictures" not in page.render(one, b"", FACTS)
 
 
 def test_hostile_texts_are_shown_as_they_are() -> None:

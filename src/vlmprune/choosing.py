@@ -144,7 +144,8 @@ def _encoded(
     assert question is not None
     likeness, words = relevance.to_cells(handle, source, question, planned, encoded.view)
     shown = encoded.view.projected if asked[0] else None
-    view = replace(encoded.view, relevance=likeness, projected=shown)
+    by_words = words == relevance.BY_WORDS
+    view = replace(encoded.view, relevance=likeness, projected=shown, by_words=by_words)
     return replace(encoded, view=view, score="; ".join(filter(None, (encoded.score, words))))
 
 

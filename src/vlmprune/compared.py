@@ -190,8 +190,7 @@ class Result:
                 "question": one.question,
                 "truths": list(one.truths),
                 "answers": [
-                    {"name": row.name, "keep": row.keep}
-                    | {k: getattr(a, k) for k in _TOLD}
+                    {"name": row.name, "keep": row.keep} | {k: getattr(a, k) for k in _TOLD}
                     for row, a in zip(self.rows, one.answers, strict=True)
                 ],
             }

@@ -58,7 +58,10 @@ def reached(report: Report, layers: int) -> list[int]:
     counts = {index: sum(len(kept) for kept in one.kept) for index, one in rows.items()}
     name = f"left before layer {first}"
     left = sum(int(roles[name].sum()) for roles in report.roles if name in roles)
-    return [counts.get(index, counts[first] + left) for index in range(layers)]
+    found = [counts[first] + left] * first
+    for index in range(first, layers):
+        found.append(counts.get(index, found[-1] if found else 0))
+    return found
 
 
 def colour(share: float) -> tuple[int, int, int]:

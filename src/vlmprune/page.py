@@ -1,12 +1,14 @@
 """The page that `compare` writes: one HTML file that needs no network. Knows nothing of models.
 
 Pictures are data URIs, everything is escaped, and a content security policy in the page forbids a
-browser to fetch anything.
+browser to fetch anything. It allows one script, by its hash: the one that moves the slider. That
+script is the same on every page; without it, or where it is not run, the page shows all.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import os
 import tempfile
@@ -16,15 +18,16 @@ from typing import Any
 
 from PIL import Image
 
-from vlmprune import overlay
-from vlmprune.compared import ALL_TOKENS, MARK, Answer, Result, budget, columns, sections
+from vlmprune import layerwise, overlay
+from vlmprune.compared import ALL_TOKENS, MARK, Answer, Result, Shown, budget, columns, sections
 from vlmprune.errors import VlmpruneError
 
-# Pixels of a picture's long side, about twice what the page shows.
-SIDE = 448
+# Pixels of a picture's long side, about twice what the page shows; grids of 16 and 24 divide it.
+SIDE = 384
 MOST = 12
 """Questions that are drawn on a page, so that it stays small."""
-_QUALITY = 85
+_QUALITY = 75
+_TEMPLATES = Path(__file__).parent / "templates"
 # Bytes at a file's beginning in which the mark is looked for.
 _HEAD = 4096
 
@@ -39,27 +42,49 @@ def render(result: Result, plot: bytes, facts: Mapping[str, Any], command: str =
         command: what made it, as typed.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    steps = _steps(result)
+    script = script_text() if len(steps) > 1 and result.shown else ""
     return environment.get_template("compare.html.j2").render(
         mark=MARK,
+        script=Markup(script),
+        script_hash=Markup(hash_of(script)),
+        steps=[budget(keep) for keep in steps],
+        first=_first(result, steps),
         result=result,
         plot=data_uri(plot, "png"),
         columns={key: title.replace("\n", " ") for key, title in columns(result).items()},
         sections=list(sections(result)),
         scale=_scale(result),
-        groups=_groups(result),
-        samples=[_sample(result, number) for number in range(len(result.shown))],
+        groups=_groups(result, steps),
+        row_steps=[_step(row.keep, steps) for row in result.rows],
+        samples=[_sample(result, steps, shown) for shown in result.shown[:MOST]],
+        more=max(0, len(result.shown) - MOST),
         legend=_legend(),
+        ramp=[_hex(one) for one in layerwise.RAMP],
+        mapped=any(answer.heads for shown in result.shown[:MOST] for answer in shown.answers),
         facts=facts,
         command=command,
     )
+
+
+def script_text() -> str:
+    """The script that moves the slider."""
+    return (_TEMPLATES / "compare.js").read_text(encoding="utf-8")
+
+
+def hash_of(script: str) -> str:
+    """A script as a content security policy names it."""
+    digest = hashlib.sha256(script.encode()).digest()
+    return "sha256-" + base64.b64encode(digest).decode("ascii")
 
 
 def data_uri(content: bytes, form: str) -> str:
@@ -103,16 +128,36 @@ def _scale(result: Result) -> dict[str, Any]:
     return out
 
 
-def _groups(result: Result) -> list[tuple[str, int]]:
+def _steps(result: Result) -> list[int | float]:
+    """The budgets on the slider: those with a number, from few tokens to many."""
+    found = {(type(row.keep), row.keep): row.keep for row in result.rows if row.keep is not None}
+    every = result.rows[0].visual_tokens
+    return sorted(found.values(), key=lambda keep: keep if type(keep) is int else keep * every)
+
+
+def _step(keep: int | float | None, steps: list[int | float]) -> int | None:
+    """A budget's place on the slider; None for what is there at every place."""
+    return next((i for i, x in enumerate(steps) if (type(x), x) == (type(keep), keep)), None)
+
+
+def _first(result: Result, steps: list[int | float]) -> int:
+    """The place that the slider begins at: the budget that was named first."""
+    return next((at for row in result.rows if (at := _step(row.keep, steps)) is not None), 0)
+
+
+def _groups(result: Result, steps: list[int | float]) -> list[dict[str, Any]]:
     """Budgets with the number of configurations of each, in the order of the rows."""
-    found: list[tuple[str, int]] = []
-    for title, lines in sections(result):
-        found.append((title or ALL_TOKENS, len(lines)))
-    return found
+    return [
+        {
+            "title": title or ALL_TOKENS,
+            "count": len(lines),
+            "step": _step(lines[0].row.keep, steps),
+        }
+        for title, lines in sections(result)
+    ]
 
 
-def _sample(result: Result, number: int) -> dict[str, Any]:
-    shown = result.shown[number]
+def _sample(result: Result, steps: list[int | float], shown: Shown) -> dict[str, Any]:
     return {
         "question": shown.question,
         "truths": shown.truths,
@@ -121,6 +166,7 @@ def _sample(result: Result, number: int) -> dict[str, Any]:
             {
                 "name": row.name,
                 "keep": "" if row.keep is None else budget(row.keep),
+                "step": _step(row.keep, steps),
                 "full": row.full,
                 "control": row.control,
                 "text": answer.text,
@@ -129,11 +175,42 @@ def _sample(result: Result, number: int) -> dict[str, Any]:
                 "drawn": [inlined(image) for image in answer.drawn],
                 "kept": answer.kept,
                 "before": answer.before,
+                "parts": [(k, n, _hex(overlay.COLOURS[k])) for k, n in answer.parts.items()],
                 "trouble": answer.trouble,
                 "kv": f"{100 * answer.kv_share:.0f} %",
+                "map": _map(answer.heads),
+                "bars": _bars(answer),
             }
             for row, answer in zip(result.rows, shown.answers, strict=True)
         ],
+    }
+
+
+def _map(heads: list[list[float]]) -> dict[str, Any] | None:
+    """The retention map of layers and KV heads: a small picture, and in words."""
+    if not any(heads):
+        return None
+    means = [f"{100 * sum(one) / len(one):.0f} %" if one else "no cache" for one in heads]
+    count = max(map(len, heads))
+    return {
+        "src": data_uri(layerwise.picture(heads), "png"),
+        "height": f"{min(max(0.8 * count, 1.6), 8):.1f}",
+        "heads": count,
+        "last": len(heads) - 1,
+        "words": ", ".join(f"layer {layer} {mean}" for layer, mean in enumerate(means)),
+    }
+
+
+def _bars(answer: Answer) -> dict[str, Any] | None:
+    """The tokens that reach each layer, as heights in per cent."""
+    counts = answer.reached
+    if not counts:
+        return None
+    most = max(answer.before, *counts, 1)
+    return {
+        "layers": [(layer, n, f"{100 * n / most:.1f}") for layer, n in enumerate(counts)],
+        "words": ", ".join(map(str, counts)),
+        "last": len(counts) - 1,
     }
 
 
@@ -150,9 +227,12 @@ def _note(answer: Answer) -> str:
 def _legend() -> list[tuple[str, str]]:
     """Name and colour of all that an overlay shows."""
     return [
-        (overlay.WORDS.get(name, name), "#{:02x}{:02x}{:02x}".format(*colour))
-        for name, colour in overlay.COLOURS.items()
+        (overlay.WORDS.get(name, name), _hex(colour)) for name, colour in overlay.COLOURS.items()
     ]
+
+
+def _hex(colour: tuple[int, int, int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
 def check_free(path: Path) -> Path:

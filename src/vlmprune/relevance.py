@@ -88,7 +88,7 @@ class Dual:
         return self.words(ids.view(-1, step), mask.view(-1, step))
 
 
-_BY_WORDS = "relevance by the language model's text embeddings"
+BY_WORDS = "relevance by the language model's text embeddings"
 
 # What was loaded for an attachment; it goes when the attachment goes.
 _loaded: WeakKeyDictionary[Handle, dict[str, Any]] = WeakKeyDictionary()
@@ -135,7 +135,7 @@ def to_cells(
     dual, words = _dual(handle, source)
     if source == "auto" and dual is not None and dual.width != view.features.shape[-1]:
         # The host joins or mixes features, which its text tower was not trained with.
-        dual, words = None, _BY_WORDS
+        dual, words = None, BY_WORDS
     values = view.projected if dual is None else view.features
     assert values is not None
     out, start = [], 0
@@ -180,7 +180,7 @@ def _dual(handle: Handle, source: str) -> tuple[Dual | None, str]:
     if source not in kept:
         if source == "auto":
             dual = _own(handle)
-            words = "relevance by the model's own text tower" if dual else _BY_WORDS
+            words = "relevance by the model's own text tower" if dual else BY_WORDS
         else:
             dual = _load(source, handle.model)
             words = f"relevance by the text tower of {source}"

@@ -61,6 +61,7 @@ class EncoderView:
         projected: [crops, N, D] features as the language model gets them; zeros where a cell is no
             candidate.
         relevance: [crops, N] float32; mean cosine to the parts of the question.
+        by_words: whether that cosine is to the language model's words, for want of a text tower.
         shared: [crops, N] int64 in [0, N); where the method acted inside the encoder
             (`Pruner.inside`), cells of a crop with the same number have the same features; None
             elsewhere.
@@ -79,6 +80,7 @@ class EncoderView:
     projected: Tensor | None = None
     relevance: Tensor | None = None
     shared: Tensor | None = None
+    by_words: bool = False
 
     def narrow(self, kept: Tensor) -> EncoderView:
         """The same view with the cells that are not in `kept` [crops, N] ruled out."""

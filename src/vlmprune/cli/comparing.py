@@ -79,7 +79,10 @@ def compare(
     ] = None,
     show: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Questions on the page; 4 of a task, and all about pictures given."),
+        typer.Option(
+            help="Questions on the page, at most 12; by default 4 of a task, and the first 12 "
+            "about pictures given."
+        ),
     ] = None,
     model: Model = None,
     max_new_tokens: Annotated[
@@ -110,6 +113,11 @@ def compare(
                 sources.at_least_one(limit=limit)
             if show is not None and show < 0:
                 raise VlmpruneError(f"--show {show} is below 0; use 0 for none.")
+            if show is not None and show > page.MOST:
+                raise VlmpruneError(
+                    f"--show {show} is above the {page.MOST} questions that a page holds; use "
+                    f"{page.MOST} or fewer."
+                )
             asked: tasks.Task
             if pictures:
                 longest = 64 if max_new_tokens is None else max_new_tokens

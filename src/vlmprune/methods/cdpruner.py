@@ -19,7 +19,7 @@ class CDPruner(Budgeted):
 
     A determinantal point process over cosines of the projected features, each row and column
     weighted by the token's relevance; its most probable set is sought greedily. Relevance is the
-    negated mean cosine to the parts of the question, scaled from 0 to 1.
+    mean cosine to the parts of the question, negated by a text tower, scaled from 0 to 1.
 
     Paper: "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in
     MLLMs", arXiv 2506.10967 (NeurIPS 2025), section 3; given the relevance it chooses the same
@@ -71,7 +71,8 @@ class CDPruner(Budgeted):
         assert view.projected is not None and view.relevance is not None
         features = view.projected.flatten(0, 1)
         images = torch.tensor(view.images, device=view.relevance.device)
-        weights = scoring.relevance(view.relevance, view.candidates, images).flatten()
+        cosine = -view.relevance if view.by_words else view.relevance
+        weights = scoring.relevance(cosine, view.candidates, images).flatten()
         kept = self.each(
             view,
             lambda cells, keep: select.conditional_dpp(features[cells], weights[cells], keep),
