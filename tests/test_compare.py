@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -49,12 +50,16 @@ class Refusing(Budgeted):
 
 
 @pytest.fixture
-def methods(monkeypatch: pytest.MonkeyPatch) -> None:
+def methods() -> Iterator[None]:
     """Two that the package always has, a control, and one that refuses."""
-    for name in set(METHODS) - {"vispruner", "plphp"}:
-        monkeypatch.delitem(METHODS, name)
-    monkeypatch.setitem(METHODS, "random", First)
-    monkeypatch.setitem(METHODS, "refusing", Refusing)
+    before = dict(METHODS)
+    some = {name: METHODS[name] for name in ("vispruner", "plphp")}
+    # Emptied and filled, rather than item by item, so that the order comes back too.
+    METHODS.clear()
+    METHODS.update(some | {"random": First, "refusing": Refusing})
+    yield
+    METHODS.clear()
+    METHODS.update(before)
 
 
 # --- lists ---

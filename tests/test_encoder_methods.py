@@ -203,6 +203,9 @@ def test_cdpruner_weighs_by_the_question() -> None:
     view = replace(view, projected=torch.eye(5).repeat(2, 1, 1), relevance=cosine)
     kept = CDPruner(keep=2).select(view).kept
     assert kept.nonzero().tolist() == [[0, 1], [0, 3], [1, 0], [1, 3]]
+    # By the language model's words, for want of a text tower, the largest first.
+    kept = CDPruner(keep=2).select(replace(view, by_words=True)).kept
+    assert kept.nonzero().tolist() == [[0, 2], [0, 4], [1, 1], [1, 2]]
     assert CDPruner(keep=2).reads(24, 22) == Reads(projected=True, relevance="auto")
     assert CDPruner(keep=2, text_tower="clip").reads(24, 22).relevance == "clip"
 
