@@ -15,11 +15,12 @@ demo: $(VENV)/.demo
 	@echo
 	@$(VENV)/bin/vlmprune plan llava-next-7b --keep 29
 
+# One process a core, each with one thread.
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
 
 test-oldest: $(OLDEST)/.test
-	$(OLDEST)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

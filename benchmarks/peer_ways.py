@@ -1,0 +1,320 @@
+"""The ways that `peers.py` compares with ours, each one function of a job."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from decode import ratio, turns
+from selection import authors_choice, clear_inputs, common
+from vlmprune import PLPHP, VisPruner, select
+from vlmprune.loading import attached
+from vlmprune.measure import stored_bytes, wait
+
+RATIO = 0.5  # VisPruner's share of tokens chosen by attention, the authors' default.
+SNAP_WINDOW = 64  # Queries that kvpress's score asks, its default.
+ALL, THEIRS, OURS = "all tokens", "theirs", "ours"
+Choose = Callable[[Tensor, Tensor, int, float], Tensor]
+
+
+class SkippedError(Exception):
+    """A peer that cannot run here; the message is one sentence that says why."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all ways have to do.
+
+    Attributes:
+        model: a LLaVA whose tower has a CLS token, in eval mode.
+        inputs: one row, as a processor makes it.
+        keep: visual tokens that VisPruner keeps of each picture.
+        retention: share of visual tokens that PLPHP keeps.
+        new_tokens: that each call generates, or decode steps of a turn.
+        repeat: turns.
+    """
+
+    model: Any
+    inputs: dict[str, Tensor]
+    keep: int
+    retention: float
+    new_tokens: int
+    repeat: int
+
+    def now(self) -> float:
+        """Seconds; of processor time where one thread of a CPU does all."""
+        wait(self.model.device)
+        alone = self.model.device.type == "cpu" and torch.get_num_threads() == 1
+        return time.thread_time() if alone else time.perf_counter()
+
+
+# The authors' procedure
+
+
+def encoded(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """(attention [crops, N], features [crops, N, C]) of a tower whose attention is eager."""
+    out = model.model.vision_tower(pixels, output_attentions=True, output_hidden_states=True)
+    layer = model.config.vision_feature_layer
+    # Counted from the end, hidden state and attention have the same number.
+    return out.attentions[layer].mean(dim=1)[:, 0, 1:], out.hidden_states[layer][:, 1:]
+
+
+def authors_prompt(
+    model: Any, inputs: dict[str, Tensor], keep: int, choose: Choose = authors_choice
+) -> tuple[Tensor, Tensor]:
+    """(kept [crops, T], the pruned prompt's embeddings [1, L, C]) by the released procedure."""
+    attention, features = encoded(model, inputs["pixel_values"])
+    kept = choose(attention, features, keep, RATIO)
+    chosen = features.gather(1, kept[..., None].expand(-1, -1, features.shape[2]))
+    ids = inputs["input_ids"][0]
+    stays = ids != model.config.image_token_id
+    places = (~stays).nonzero()[:, 0].view(len(kept), -1).gather(1, kept)
+    embeds = model.get_input_embeddings()(ids).clone()
+    embeds[places.flatten()] = model.model.multi_modal_projector(chosen).flatten(0, 1)
+    stays[places.flatten()] = True
+    return kept, embeds[stays][None]
+
+
+@contextmanager
+def eager_tower(model: Any) -> Iterator[None]:
+    """The tower with eager attention, the one that returns its weights."""
+    tower = model.model.vision_tower
+    before = tower.config._attn_implementation
+    tower.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        tower.set_attn_implementation(before)
+
+
+def answer(job: Job, prompt: Callable[[], dict[str, Tensor]]) -> tuple[Tensor, float, float]:
+    """(new tokens [1, T], seconds to the first, seconds of the call), the prompt's making in it."""
+    marks: list[float] = []
+
+    def mark(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        if not marks:
+            marks.append(job.now())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    start = job.now()
+    length = {"min_new_tokens": job.new_tokens, "max_new_tokens": job.new_tokens}
+    out = job.model.generate(**prompt(), **length, do_sample=False, stopping_criteria=[mark])
+    end = job.now()
+    return out[:, -job.new_tokens :], marks[0] - start, end - start
+
+
+def authors(job: Job) -> dict[str, Any]:
+    """VisPruner as released, against ours attached to the same model, and against no pruning."""
+    model, pixels = job.model, job.inputs["pixel_values"]
+    whole: dict[str, list[float]] = {}
+    said: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
+
+    def theirs(choose: Choose = authors_choice) -> dict[str, Tensor]:
+        kept[THEIRS], embeds = authors_prompt(model, job.inputs, job.keep, choose)
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        return {"inputs_embeds": embeds, "attention_mask": mask}
+
+    def turn(name: str) -> float:
+        if name == THEIRS:
+            with eager_tower(model):
+                said[name], first, all_of_it = answer(job, theirs)
+        else:
+            # The release numbers what is kept anew.
+            ours = VisPruner(job.keep, RATIO, positions="compact") if name == OURS else None
+            with attached(ours, model) as handle:
+                said[name], first, all_of_it = answer(job, lambda: job.inputs)
+                if handle is not None:
+                    kept[OURS] = torch.stack(handle.report.kept).to(model.device)
+        whole.setdefault(name, []).append(all_of_it)
+        return first
+
+    ways = (ALL, THEIRS, OURS)
+    turns(ways, turn, 1)
+    with eager_tower(model):
+        attention, features = (x.double() for x in encoded(model, pixels))
+        again = authors_choice(attention, features, job.keep, RATIO)
+        # Given our choice, their procedure must say what ours says.
+        same_choice, _, _ = answer(job, lambda: theirs(lambda *_: kept[OURS]))
+    kept[THEIRS] = authors_choice_of(job)
+    clear = clear_inputs(len(pixels), model.device)
+    clear_keep = 64
+    by = [call(*clear, clear_keep, RATIO) for call in (authors_choice, select.vispruner)]
+    whole.clear()
+    first = turns(ways, turn, job.repeat)
+    pairs = {
+        "theirs / ours": (THEIRS, OURS),
+        "all / ours": (ALL, OURS),
+        "all / theirs": (ALL, THEIRS),
+    }
+    return {
+        "same_choice_on_clear_inputs": torch.equal(*by),
+        "kept": int(kept[OURS].numel()),
+        "kept_by_both": common(kept[THEIRS], kept[OURS]),
+        "kept_by_theirs_in_float64_too": common(kept[THEIRS], again),
+        "same_answer_given_the_same_tokens": torch.equal(same_choice, said[OURS]),
+        "first_token": {name: ratio(first[a], first[b]) for name, (a, b) in pairs.items()},
+        "whole_call": {name: ratio(whole[a], whole[b]) for name, (a, b) in pairs.items()},
+        "seconds": {"first_token": first, "whole_call": whole},
+    }
+
+
+def authors_choice_of(job: Job) -> Tensor:
+    """What the authors' procedure keeps [crops, T], in the model's own precision."""
+    with eager_tower(job.model):
+        return authors_choice(*encoded(job.model, job.inputs["pixel_values"]), job.keep, RATIO)
+
+
+# kvpress
+
+
+class _Patch:
+    """kvpress, whose import changes all attention functions, kept apart from everybody else's."""
+
+    def __init__(self) -> None:
+        self.before = dict(ALL_ATTENTION_FUNCTIONS.items())
+        import kvpress
+
+        self.kvpress = kvpress
+        self.after = dict(ALL_ATTENTION_FUNCTIONS.items())
+        self._set(self.before)
+
+    def _set(self, functions: dict[str, Any]) -> None:
+        for name, function in functions.items():
+            ALL_ATTENTION_FUNCTIONS[name] = function
+
+    @contextmanager
+    def on(self, model: Any) -> Iterator[None]:
+        """Its attention functions in use, and nothing of it left on the model."""
+        self._set(self.after)
+        try:
+            yield
+        finally:
+            self._set(self.before)
+            for layer in model.get_decoder().layers:
+                for name in ("rotary_emb", "masked_key_indices"):
+                    if hasattr(layer.self_attn, name):
+                        delattr(layer.self_attn, name)
+
+
+_patch: list[_Patch] = []
+
+
+def the_patch() -> _Patch:
+    """kvpress, imported once.
+
+    Raises:
+        SkippedError: it is not installed, or cannot be imported with what is.
+    """
+    if not _patch:
+        if importlib.util.find_spec("kvpress") is None:
+            raise SkippedError(
+                "kvpress is not installed; `pip install --no-deps kvpress` and its needs."
+            )
+        logging.getLogger("kvpress").setLevel(logging.ERROR)
+        try:
+            _patch.append(_Patch())
+        except ImportError as error:
+            raise SkippedError(
+                f"kvpress {version_of('kvpress')} cannot be imported: {error}."
+            ) from error
+    return _patch[0]
+
+
+def kvpress(job: Job) -> dict[str, Any]:
+    """AdaKV by masks, against PLPHP with heads of their own lengths, at as many pairs."""
+    patch = the_patch()
+    model, length = job.model, job.inputs["input_ids"].shape[1]
+    layers = model.get_decoder().layers
+    ours = PLPHP(r=job.retention, dr=0, per_head="adaptive")
+    held: dict[str, int] = {}
+    attended: dict[str, int] = {}
+
+    def prefill(**more: Any) -> Any:
+        return model(**job.inputs, use_cache=True, logits_to_keep=1, **more)
+
+    def steps(out: Any) -> float:
+        token, cache = out.logits[:, -1:].argmax(dim=-1), out.past_key_values
+        # The first step is not timed: what was there before is not this turn's.
+        out, start = model(input_ids=token, past_key_values=cache), job.now()
+        for _ in range(job.new_tokens):
+            token = out.logits[:, -1:].argmax(dim=-1)
+            out = model(input_ids=token, past_key_values=cache)
+        return (job.now() - start) / job.new_tokens
+
+    def theirs() -> float:
+        kept = attended[OURS] / attended[ALL]
+        score = patch.kvpress.SnapKVPress(1 - kept, window_size=min(SNAP_WINDOW, length // 2))
+        with patch.on(model):
+            try:
+                with patch.kvpress.AdaKVPress(score)(model):
+                    # It reads this name, which newer Transformers hand on but no longer make.
+                    out = prefill(cache_position=torch.arange(length, device=model.device))
+            except (AttributeError, KeyError, TypeError) as error:
+                raise SkippedError(
+                    f"kvpress {version_of('kvpress')} does not run on Transformers "
+                    f"{version_of('transformers')} ({type(error).__name__}: {error})."
+                ) from error
+            held[THEIRS] = stored_bytes(out.past_key_values)
+            masked = sum(len(layer.self_attn.masked_key_indices[0]) for layer in layers)
+            attended[THEIRS] = attended[ALL] - masked
+            return steps(out)
+
+    def turn(name: str) -> float:
+        if name == THEIRS:
+            return theirs()
+        with attached(ours if name == OURS else None, model) as handle:
+            out = prefill()
+            held[name] = stored_bytes(out.past_key_values)
+            if handle is not None:
+                masks = [layer.mask for layer in handle.report.layers]
+                attended[OURS] = attended[ALL] - sum(int((~mask).sum()) for mask in masks)
+            else:
+                attended[ALL] = len(layers) * length * out.past_key_values.layers[0].keys.shape[1]
+            return steps(out)
+
+    for name in (ALL, OURS, THEIRS):  # Theirs is given as many pairs as ours keeps.
+        turn(name)
+    seconds = turns((ALL, THEIRS, OURS), turn, job.repeat)
+    pairs = {
+        "theirs / all": (THEIRS, ALL),
+        "ours / all": (OURS, ALL),
+        "ours / theirs": (OURS, THEIRS),
+    }
+    return {
+        "pairs_attended": {name: n / attended[ALL] for name, n in attended.items()},
+        "bytes_held_after_prefill": {name: n / held[ALL] for name, n in held.items()},
+        "decode_step": {name: ratio(seconds[a], seconds[b]) for name, (a, b) in pairs.items()},
+        "seconds": {"decode_step": seconds},
+    }
+
+
+# OpenVINO GenAI
+
+
+def openvino(job: Job) -> dict[str, Any]:
+    """OpenVINO GenAI's pruning: always skipped so far, with what is in the way."""
+    if importlib.util.find_spec("openvino_genai") is None:
+        raise SkippedError("openvino-genai is not installed.")
+    raise SkippedError(
+        f"openvino-genai {version_of('openvino-genai')} runs only models exported to OpenVINO's own "
+        "format, and its exporter (optimum-intel 2.2.0) needs Transformers below 5.6, where "
+        f"vlmprune needs 5.16 or later ({version_of('transformers')} here)."
+    )
+
+
+def version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(unknown version)"
