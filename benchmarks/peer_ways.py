@@ -22,6 +22,7 @@ from vlmprune.loading import attached
 from vlmprune.measure import stored_bytes, wait
 
 RATIO = 0.5  # VisPruner's share of tokens chosen by attention, the authors' default.
+CLEAR_KEEP = 64  # Tokens kept of the 576 on which rounding decides nothing.
 SNAP_WINDOW = 64  # Queries that kvpress's score asks, its default.
 ALL, THEIRS, OURS = "all tokens", "theirs", "ours"
 Choose = Callable[[Tensor, Tensor, int, float], Tensor]
@@ -141,15 +142,14 @@ def authors(job: Job) -> dict[str, Any]:
 
     ways = (ALL, THEIRS, OURS)
     turns(ways, turn, 1)
+    chosen = dict(kept)
     with eager_tower(model):
         attention, features = (x.double() for x in encoded(model, pixels))
         again = authors_choice(attention, features, job.keep, RATIO)
         # Given our choice, their procedure must say what ours says.
-        same_choice, _, _ = answer(job, lambda: theirs(lambda *_: kept[OURS]))
-    kept[THEIRS] = authors_choice_of(job)
+        same_choice, _, _ = answer(job, lambda: theirs(lambda *_: chosen[OURS]))
     clear = clear_inputs(len(pixels), model.device)
-    clear_keep = 64
-    by = [call(*clear, clear_keep, RATIO) for call in (authors_choice, select.vispruner)]
+    by = [call(*clear, CLEAR_KEEP, RATIO) for call in (authors_choice, select.vispruner)]
     whole.clear()
     first = turns(ways, turn, job.repeat)
     pairs = {
@@ -159,20 +159,14 @@ def authors(job: Job) -> dict[str, Any]:
     }
     return {
         "same_choice_on_clear_inputs": torch.equal(*by),
-        "kept": int(kept[OURS].numel()),
-        "kept_by_both": common(kept[THEIRS], kept[OURS]),
-        "kept_by_theirs_in_float64_too": common(kept[THEIRS], again),
+        "kept": int(chosen[OURS].numel()),
+        "kept_by_both": common(chosen[THEIRS], chosen[OURS]),
+        "kept_by_theirs_in_float64_too": common(chosen[THEIRS], again),
         "same_answer_given_the_same_tokens": torch.equal(same_choice, said[OURS]),
         "first_token": {name: ratio(first[a], first[b]) for name, (a, b) in pairs.items()},
         "whole_call": {name: ratio(whole[a], whole[b]) for name, (a, b) in pairs.items()},
         "seconds": {"first_token": first, "whole_call": whole},
     }
-
-
-def authors_choice_of(job: Job) -> Tensor:
-    """What the authors' procedure keeps [crops, T], in the model's own precision."""
-    with eager_tower(job.model):
-        return authors_choice(*encoded(job.model, job.inputs["pixel_values"]), job.keep, RATIO)
 
 
 # kvpress
@@ -219,7 +213,7 @@ def the_patch() -> _Patch:
     if not _patch:
         if importlib.util.find_spec("kvpress") is None:
             raise SkippedError(
-                "kvpress is not installed; `pip install --no-deps kvpress` and its needs."
+                "kvpress is not installed; `pip install --no-deps kvpress`, then its needs."
             )
         logging.getLogger("kvpress").setLevel(logging.ERROR)
         try:
@@ -307,8 +301,8 @@ def openvino(job: Job) -> dict[str, Any]:
     if importlib.util.find_spec("openvino_genai") is None:
         raise SkippedError("openvino-genai is not installed.")
     raise SkippedError(
-        f"openvino-genai {version_of('openvino-genai')} runs only models exported to OpenVINO's own "
-        "format, and its exporter (optimum-intel 2.2.0) needs Transformers below 5.6, where "
+        f"openvino-genai {version_of('openvino-genai')} runs only models in OpenVINO's own "
+        "format, and what exports them (optimum-intel 2.2.0) needs Transformers below 5.6, where "
         f"vlmprune needs 5.16 or later ({version_of('transformers')} here)."
     )
 
