@@ -14,15 +14,15 @@ for command in (
     running.run,
     benching.bench,
     comparing.compare,
-    calibrating.calibrate,
+    evaluating.evaluate,
     searching.search,
+    calibrating.calibrate,
     lists.plan,
     lists.methods,
     lists.models,
 ):
-    app.command()(command)
-# The name is one of Python's own.
-app.command("eval")(evaluating.evaluate)
+    # The name `eval` is one of Python's own.
+    app.command("eval" if command is evaluating.evaluate else None)(command)
 
 
 def main() -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 METHODS = "random,uniform,divprune,vispruner"
 KEEPS = "0.5,0.25,0.11"
 TASK = "scenes"
+# Terminals of fewer columns show less.
+NARROW = 96
 
 
 def compare(
@@ -204,7 +206,7 @@ def _print(
     questions = f"{result.questions} question{'' if result.questions == 1 else 's'}"
     out.print(Text.assemble((result.model, "bold"), f" on {result.task}, {questions}"))
     out.print()
-    out.print(_table(result))
+    out.print(_table(result, out.width))
     out.print()
     if own:
         for shown in result.shown:
@@ -242,7 +244,8 @@ def _scored(result: Result) -> str:
     return f"{words}, with its 95 % interval, bootstrapped over pictures"
 
 
-def _table(result: Result) -> Table:
+def _table(result: Result, width: int) -> Table:
+    """All rows; a narrow terminal does without the FLOPs of the vision tower."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -250,8 +253,11 @@ def _table(result: Result) -> Table:
     from vlmprune.compared import columns, sections
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    table.add_column("", overflow="fold")
+    names = [len(row.name) for row in result.rows]
+    table.add_column("", overflow="fold", min_width=min(18, max(names) + 2))
     titles = columns(result)
+    if width < NARROW:
+        titles.pop("flops", None)
     for title in titles.values():
         table.add_column(title, justify="right", no_wrap=True)
     for title, lines in sections(result):
