@@ -187,8 +187,9 @@ class Pass:
             runs: whether the layer is about to run, and its cache to grow.
         """
         cache, going = kwargs.get("past_key_values"), self.going
-        held = dict(short_layers(cache)).get(index)
-        if held is not None and held.held is None:
+        layers = getattr(cache, "layers", None) or ()
+        held = layers[index] if index < len(layers) else None
+        if not isinstance(held, ShortLayer) or held.held is None:
             held = None
         if going is None and held is None:
             return kwargs
@@ -345,17 +346,21 @@ def dropping_rows(
         if output is not None and threading.get_ident() == run.thread:
             run.angles.note(module, args, kwargs, output)
 
+    # While decoding no row goes, so that less is to be done at every step: layers that lack columns
+    # are told which mask is theirs, and angles matter only where positions were renumbered.
+    going = range(first, last + 1) if dropping is not None else [*short]
+    turned = dropping is not None or any(one.shift is not None for one in short.values())
     hooks = [
         module.register_forward_hook(note, with_kwargs=True)
-        for module in families.rotary_modules(model)
+        for module in (families.rotary_modules(model) if turned else ())
     ]
-    for index in range(first, last + 1):
-        layer = layers[index]
-        hooks += [
-            layer.register_forward_pre_hook(before(index), with_kwargs=True),
+    for index in going:
+        hooks.append(layers[index].register_forward_pre_hook(before(index), with_kwargs=True))
+        if dropping is not None:
             # Before the host's own hooks, which record states.
-            layer.register_forward_hook(after(index), prepend=True, always_call=True),
-        ]
+            hooks.append(
+                layers[index].register_forward_hook(after(index), prepend=True, always_call=True)
+            )
     try:
         yield
     finally:
