@@ -20,7 +20,9 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class _Decoder:
+class Decoder:
+    """Sizes of a language model, under the names of a Transformers config."""
+
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -41,12 +43,12 @@ class _Tower:
 @dataclass(frozen=True)
 class _Architecture:
     model_type: str
-    text_config: _Decoder
+    text_config: Decoder
     vision_config: _Tower = _Tower()
 
 
-_VICUNA_7B = _Decoder(4096, 11008, 32, 32, 32)
-_VICUNA_13B = _Decoder(5120, 13824, 40, 40, 40)
+_VICUNA_7B = Decoder(4096, 11008, 32, 32, 32)
+_VICUNA_13B = Decoder(5120, 13824, 40, 40, 40)
 
 KNOWN: dict[str, Any] = {
     "llava-1.5-7b": _Architecture("llava", _VICUNA_7B),
@@ -215,11 +217,14 @@ def _change(before: str, after: str, pruned: bool) -> str:
     return f"{before} → {after}" if pruned else before
 
 
-def _architecture(model: str) -> tuple[Any, int, int]:
-    """The config, its visual tokens per crop and its patches per crop."""
+def architecture(model: str) -> Any:
+    """The config of a known architecture or of a local folder.
+
+    Raises:
+        VlmpruneError: neither.
+    """
     if model in KNOWN:
-        patches = costs.patch_count(KNOWN[model])
-        return KNOWN[model], patches, patches
+        return KNOWN[model]
     path = Path(model).expanduser()
     folder = path.parent if path.name == "config.json" else path
     if not (folder / "config.json").is_file():
@@ -228,7 +233,17 @@ def _architecture(model: str) -> tuple[Any, int, int]:
             f"model {model!r} {trouble}; use one of {', '.join(KNOWN)}, "
             "or a local directory with a config.json."
         )
-    config = _local_config(folder)
+    return _local_config(folder)
+
+
+def _architecture(model: str) -> tuple[Any, int, int]:
+    """The config, its visual tokens per crop and its patches per crop."""
+    config = architecture(model)
+    if model in KNOWN:
+        patches = costs.patch_count(config)
+        return config, patches, patches
+    path = Path(model).expanduser()
+    folder = path.parent if path.name == "config.json" else path
     if config.model_type not in CROPS:
         raise VlmpruneError(
             f"{folder / 'config.json'} is of type {config.model_type!r}, whose visual tokens "
