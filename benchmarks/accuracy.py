@@ -33,6 +33,8 @@ from encoded_once import encoded_once
 from vlmprune import METHODS, embedded
 from vlmprune.evaluate import BATCH, evaluate, model_name
 from vlmprune.evaluation import UNPRUNED, Evaluation
+from vlmprune.learned import Learned
+from vlmprune.learned.base import shipped
 from vlmprune.loading import Loaded, quiet
 from vlmprune.methods.pyramiddrop import PyramidDrop
 from vlmprune.pruner import Pruner
@@ -170,11 +172,12 @@ def planned(only: list[str]) -> list[Row]:
     """All rows, controls first, or those of some methods."""
     names = [name for name in SETTINGS if name in METHODS]
     names += [name for name in METHODS if name not in SETTINGS and name not in NOT_HERE]
+    learned = {name for name in names if issubclass(METHODS[name], Learned)}
     rows = []
     for name in names:
         if only and name not in only:
             continue
-        labels = SETTINGS.get(name, {METHODS[name].__name__: keep})
+        labels = SETTINGS.get(name, {} if name in learned else {METHODS[name].__name__: keep})
         for label, settings in labels.items():
             for budget in (*BUDGETS, *(BETWEEN if name == "random" else ())):
                 one = settings(budget)
@@ -182,7 +185,11 @@ def planned(only: list[str]) -> list[Row]:
                     continue
                 several = [one | {"seed": seed} for seed in SEEDS] if name == "random" else [one]
                 rows.append(Row(name, label, budget, tuple(several)))
-        rows += [Row(name, label, None, (one,)) for label, one in OWN.get(name, {}).items()]
+        own = OWN.get(name, {})
+        if name in learned:
+            cls = METHODS[name].__name__
+            own = {f"{cls}, {weights}": {"weights": weights} for weights in shipped(name)} | own
+        rows += [Row(name, label, None, (one,)) for label, one in own.items()]
     return rows
 
 

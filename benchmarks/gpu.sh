@@ -3,6 +3,7 @@
 #
 #   sh benchmarks/gpu.sh            # writes benchmarks/results/gpu/, then docs/benchmarks.md
 #   SMALL=1 sh benchmarks/gpu.sh    # a dry run on a CPU: narrow shapes, into a temporary folder
+#   SERVE=1 sh benchmarks/gpu.sh    # instead of all that vLLM under load, where vLLM is installed
 #
 # What did not fit into the time is named at the end; a step that is stopped keeps the runs it did.
 # PYTHON, RESULTS, PAGE and LIMIT (seconds) may be set from outside.
@@ -13,6 +14,30 @@ PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-525}
 START=$(date +%s)
 FAILED=
+
+# vLLM wants an environment and nine minutes of its own.
+if [ "${SERVE:-}" = 1 ]; then
+  SCRATCH=$(mktemp -d)
+  if [ "${SMALL:-}" = 1 ]; then
+    RESULTS=${RESULTS:-$SCRATCH}
+    [ -n "${PAGE:-}" ] || { PAGE=$SCRATCH/serving.md && cp docs/serving.md "$PAGE"; }
+    LOAD="--shape tiny --clients 4 --requests 8 --arriving 8 --tokens 8 --rounds 1"
+  else
+    LOAD="--shape llava-1.5-7b --keep 288 --keep 192 --keep 128 --keep 64 --keep 32 --open-keep 64
+      --load 0.5 --load 0.9 --load 1.2 --clients 64 --requests 256 --arriving 256 --tokens 64"
+  fi
+  RESULTS=${RESULTS:-benchmarks/results}
+  mkdir -p "$RESULTS"
+  # shellcheck disable=SC2086
+  "$PYTHON" benchmarks/serve.py $LOAD --limit "$LIMIT" --folder "$SCRATCH" \
+    --json "$RESULTS/serve-gpu.json" || FAILED=" serve-gpu.json"
+  "$PYTHON" benchmarks/serve_page.py --results "$RESULTS" --page "${PAGE:-docs/serving.md}" \
+    --picture "$RESULTS/serving.png" || FAILED="$FAILED page"
+  rm -rf "$SCRATCH/llava-1.5-7b"
+  [ -z "$FAILED" ] || echo "not finished:$FAILED" >&2
+  [ -z "$FAILED" ]
+  exit
+fi
 
 if [ "${SMALL:-}" = 1 ]; then
   SCRATCH=$(mktemp -d)

@@ -45,6 +45,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from peaks import peak_of, table
 from vlmprune import METHODS, select
 from vlmprune.dispatch import attention_of
+from vlmprune.learned import Learned
 from vlmprune.taps import Tap, tapped
 
 # Hidden state -2 is the output of this layer.
@@ -282,7 +283,11 @@ def show(console: Console, result: dict[str, Any], with_times: bool) -> None:
 def _memory(tokens: int, json_path: Path | None) -> None:
     peaks = [
         peak_of(name, tokens, lambda call: peak_bytes(call, "cpu"))
-        for name in track(METHODS, description="Methods")
+        # Of those that are trained, the module counts, which is another matter.
+        for name in track(
+            [name for name, cls in METHODS.items() if not issubclass(cls, Learned)],
+            description="Methods",
+        )
     ]
     Console().print(table(peaks))
     if json_path is not None:

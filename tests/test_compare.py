@@ -12,12 +12,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from tiny import model
 from vlmprune import compare, costs, embedded, evaluate, loading, page, sources, ways
 from vlmprune.budgeted import Budgeted
 from vlmprune.compared import Result
 from vlmprune.errors import VlmpruneError
 from vlmprune.evaluation import Evaluation
 from vlmprune.evaluation import Result as Answered
+from vlmprune.learned import Learned
 from vlmprune.methods import METHODS, VisPruner
 from vlmprune.tasks import Folder
 from vlmprune.views import EncoderView, Selection
@@ -124,8 +126,13 @@ def test_the_packages_own_controls_come_first() -> None:
     ]
 
 
-def test_every_method_of_the_package_can_be_asked_for() -> None:
+def test_every_method_of_the_package_can_be_asked_for(tmp_path: Path) -> None:
     settings = {"gsearch": ":rates=1.0;0.5;0.5"}
+    for name, cls in METHODS.items():
+        if issubclass(cls, Learned):
+            small = {"tokens": 4} if name == "vistog" else {}
+            cls.fresh(model(), **small).save_pretrained(tmp_path / name)
+            settings[name] = f":weights={tmp_path / name}"
     found = ways.ways_of([name + settings.get(name, "") for name in METHODS], [0.5, 8])
     counts = {name: sum(way.name.startswith(name) for way in found) for name in METHODS}
     for name, cls in METHODS.items():

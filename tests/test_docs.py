@@ -80,6 +80,21 @@ def test_add_a_method_that_drops_rows() -> None:
     assert len(found) == 3
 
 
+def test_add_a_method_that_skips_layers() -> None:
+    """Every other visual token is in the caches of layers 0 and 2 alone, and comes back."""
+    space: dict[str, Any] = {"__name__": "example"}
+    page = "add-a-method.md"
+    exec(compile(code(page), page, "exec", dont_inherit=True), space)
+    built = model()
+    req = request(built, [2])
+    with torch.no_grad(), space["EveryOther"]()(built) as handle:
+        cache = built(**req.inputs).past_key_values
+    words = req.inputs["input_ids"].shape[1] - 32
+    assert [layer.keys.shape[2] - words for layer in cache.layers] == [32, 16, 32]
+    assert [kept.tolist() for kept in handle.report.layers[1].kept] == [[*range(1, 16, 2)]] * 2
+    assert handle.report.visual_tokens_after == 32
+
+
 def test_the_table_of_methods() -> None:
     """It holds every method, in their order, as the classes say."""
     text = (DOCS / "methods.md").read_text()
@@ -92,6 +107,6 @@ def test_the_table_of_methods() -> None:
         paper = link if cls.paper.startswith("arXiv ") else cls.paper
         sees = "no" if cls.text_agnostic else "yes"
         expected.append(
-            [f"`{cls.__name__}`", f"`{name}`", cls.stage, "none", sees, cls.needs, paper]
+            [f"`{cls.__name__}`", f"`{name}`", cls.stage, cls.training, sees, cls.needs, paper]
         )
     assert [row for row in rows if len(row) == 7] == expected

@@ -20,7 +20,6 @@ from vlmprune import costs, families, reuse
 from vlmprune.active import Active, active
 from vlmprune.cache import adopt, attending, binding_of
 from vlmprune.errors import VlmpruneError
-from vlmprune.layers import dropping_rows
 from vlmprune.refusals import (
     check_common,
     check_cutting,
@@ -29,6 +28,7 @@ from vlmprune.refusals import (
     recomputes,
 )
 from vlmprune.request import handed, leave_deltas, mark, prepare, remember
+from vlmprune.skipping import Skipping, reported, skipping_layers
 
 if TYPE_CHECKING:
     from vlmprune.handle import Handle
@@ -49,7 +49,7 @@ def generate(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs:
     check_generate(handle.model, kwargs, ids, setting)
     if handle.pruner.cuts:
         check_cutting(handle, kwargs, setting)
-    if handle.asks:
+    if handle.asks or handle.skips:
         check_dropping(handle, kwargs, setting)
 
     assert ids is not None
@@ -124,7 +124,7 @@ def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: 
         check_cutting(handle, kwargs, lambda n: caching if n == "use_cache" else kwargs.get(n))
         if cache is None and (vision is not None or _brings_items(handle, kwargs)):
             cache = kwargs["past_key_values"] = DynamicCache(config=handle.model.config)
-    if handle.asks:
+    if handle.asks or handle.skips:
         check_dropping(handle, kwargs, kwargs.get)
     prepared = prepare(
         handle,
@@ -200,13 +200,18 @@ def _inside_decoder(handle: Handle, state: Active, kwargs: dict[str, Any]) -> It
     if wanted is None:
         wanted = getattr(handle.model.config, "output_hidden_states", False)
     with (
-        dropping_rows(handle.model, dropping, cache, bool(wanted)),
+        skipping_layers(handle.model, dropping, cache, bool(wanted)),
         _cutting(handle, state, cache),
     ):
         yield
     if dropping is None or dropping.done:
         return
     dropping.done = True
+    if isinstance(dropping, Skipping) and state.report is not None:
+        policy = handle.positions if handle.pruner.shortens else handle.inside
+        config, dtype = handle.model.config, handle.model.dtype
+        handle.report = reported(state.report, config, dropping, dtype, policy)
+        return
     stages = dropping.stages()
     if stages and state.report is not None:
         positions: str = handle.inside

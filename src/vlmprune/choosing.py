@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlmprune import inside, merging, relevance
+from vlmprune import inside, merging, questions, relevance, semantic
 from vlmprune.active import Pruned
 from vlmprune.cache import RaggedLayer
 from vlmprune.encode import Encoded, Plan, encode
@@ -115,12 +115,15 @@ def _encoded(
     acts: Sequence[Inside | None],
 ) -> Encoded:
     """Encoder outputs and the view, with all that the pruner reads."""
-    source, asked = "", list[bool]()
+    source, asked, stated = "", list[bool](), False
 
     def reads(depth: int, feature: int) -> Reads:
-        nonlocal source
+        nonlocal source, stated
         wanted = handle.pruner.reads(depth, feature)
-        source = wanted.relevance
+        source, stated = wanted.relevance, wanted.question
+        if stated:
+            assert question is not None
+            questions.check(question, planned)
         if source:
             assert question is not None
             relevance.check(handle, source, question, planned)
@@ -139,6 +142,12 @@ def _encoded(
         acts,
         handle.pruner.attends,
     )
+    if stated:
+        assert question is not None
+        states = questions.states(handle, question, planned)
+        view = replace(encoded.view, question=states.to(encoded.view.features.device))
+        words = "; ".join(filter(None, (encoded.score, questions.WORDS)))
+        encoded = replace(encoded, view=view, score=words)
     if not source:
         return encoded
     assert question is not None
@@ -152,7 +161,7 @@ def _encoded(
 def _tokens(
     handle: Handle, planned: Plan, encoded: Encoded, selection: Selection
 ) -> dict[int, Tensor]:
-    """Of each item all visual tokens [n, D], those that are made of several made anew.
+    """Of each item all visual tokens [n, D], those that the method makes made anew.
 
     Features for later layers (deepstack) are not merged: a kept token brings its own.
     """
@@ -163,6 +172,8 @@ def _tokens(
         split = medium.split(output, [planned.items[i].layout for i in own])
         out |= dict(zip(own, split, strict=True))
         projects |= {i: partial(medium.project, handle.model) for i in own}
+    if selection.tokens is not None:
+        return merging.replaced(selection, planned.layouts, out)
     if selection.merge is None or not len(selection.merge.into):
         return out
     every = range(len(planned.items))
@@ -224,6 +235,9 @@ def _report(
         for number, (medium, given) in enumerate(zip(handle.family.media, inputs, strict=True))
         if given and patches is None
     ]
+    tower = inside.flops(handle.model, media, inputs, items, handle.pruner)
+    if tower is None:
+        tower = semantic.flops(handle.model, media, items, handle.pruner)
     handle.report = make(
         config=handle.model.config,
         method=repr(handle.pruner),
@@ -237,7 +251,7 @@ def _report(
         dtype=handle.model.dtype,
         seconds=seconds,
         members=members,
-        tower=inside.flops(handle.model, media, inputs, items, handle.pruner),
+        tower=tower,
     )
 
 

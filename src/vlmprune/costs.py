@@ -170,6 +170,28 @@ def encoder_flops(
     return float(2 * count * (linear + 2 * n * seen * d - saved))
 
 
+def beside_flops(config: Any, crops: int, patches: int, tokens: int, layers: int) -> float:
+    """FLOPs of tokens that go through a ViT tower beside the patches, which do not see them.
+
+    Per layer `2 * (4td^2 + 2t(n + t)d + 2tdm)` with t tokens and n patches, as in `encoder_flops`.
+
+    Args:
+        config: a VLM's config (its `vision_config` is used) or a tower's own config.
+        crops: number of crops.
+        patches: of each crop.
+        tokens: of each crop.
+        layers: how many of the tower's layers they go through.
+
+    Returns:
+        FLOPs (not TFLOPs), as a float.
+    """
+    tower = _vision(config)
+    seen = patches + _prefix_tokens(tower) + tokens
+    d = _field(tower, "hidden_size")
+    each = 4 * d * d + d * _feed_forward_width(tower, d) + 2 * seen * d
+    return float(2 * crops * layers * tokens * each)
+
+
 def patch_count(config: Any, pixels: int | Sequence[int] | None = None) -> int:
     """Number of patches in one crop: whole patches along each side, multiplied.
 

@@ -122,20 +122,15 @@ class Prompt:
                 "cannot make a choice; pass it whole."
             )
         self.times = batch // dropping.real.shape[0]
-        more = length - columns
-        real, visual = (
-            nn.functional.pad(t[:, start:], (0, more), value=fill)
-            for t, fill in ((dropping.real, True), (dropping.visual, False))
-        )
-        self.real = self._repeated(real)
-        images = self._repeated(ops.images_of(visual, dropping.lengths))
+        self.real = self.aligned(dropping.real, True)
+        images = self.aligned(ops.images_of(dropping.visual, dropping.lengths), -1)
         self.images = images
         self.prompt = self.real.clone()
         self.prompt[:, columns:] = False
         most = max((len(row) for row in dropping.lengths), default=0)
         self.before = ops.image_counts(images, most)
         self.longest = max(sum(row) for row in dropping.lengths)
-        at = torch.arange(length, device=real.device)
+        at = torch.arange(length, device=images.device)
         first = torch.where(images >= 0, at, length).amin(dim=1, keepdim=True)
         self.after = at > first
         # The prompt's last token, whose state makes the first new token.
@@ -145,8 +140,11 @@ class Prompt:
         self.going: Going | None = None
         self.rate: Tensor | None = None
 
-    def _repeated(self, tensor: Tensor) -> Tensor:
-        return tensor if self.times == 1 else tensor.repeat_interleave(self.times, dim=0)
+    def aligned(self, values: Tensor, fill: int | bool) -> Tensor:
+        """[B, L] of the forward's columns, from values [B', S] of all of the prompt's."""
+        more = self.length + self.start - values.shape[1]
+        values = nn.functional.pad(values[:, self.start :], (0, more), value=fill)
+        return values if self.times == 1 else values.repeat_interleave(self.times, dim=0)
 
     @property
     def source(self) -> Tensor:
@@ -248,7 +246,7 @@ class Prompt:
             going, order = going.moved(moved, self.length), order.gather(1, moved)
         self.going = going
         if not self.dropping.done:
-            self.dropping.kept[layer] = self._reached(going)
+            self.dropping.kept[layer] = self.reached(going)
             if found.members is not None:
                 self.dropping.into[layer] = self._joined(columns, found.members, there)
         return ops.gather_rows(hidden, order), True
@@ -278,7 +276,7 @@ class Prompt:
         ]
         return new, ends[0] - ends[1]
 
-    def _reached(self, going: Going) -> Tensor:
+    def reached(self, going: Going) -> Tensor:
         """[B, S] bool; visual tokens among the columns of the prompt that go on."""
         reached = torch.zeros(self.real.numel(), dtype=torch.bool, device=self.real.device)
         reached[going.flat] = True

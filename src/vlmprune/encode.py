@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmprune import semantic
 from vlmprune.active import active
 from vlmprune.errors import VlmpruneError
 from vlmprune.families.media import Medium
@@ -24,7 +25,7 @@ from vlmprune.inside import acting
 from vlmprune.layout import Layout
 from vlmprune.merging import spread
 from vlmprune.reading import also, check_calls, wanted
-from vlmprune.taps import KeyTap, PatchTap, Score, Tap, pooling, tapped
+from vlmprune.taps import KeyTap, PatchTap, Score, Tap, passing, pooling, tapped
 from vlmprune.views import EncoderView, Inside, Reads
 
 
@@ -95,7 +96,7 @@ class Encoded:
 
     Attributes:
         outputs: by modality, what the host's own method returned.
-        view: attention and features of every crop, detached.
+        view: of every crop; attention, features and projected features detached.
         score: where the attention came from, in words.
         cells: [crops, N, C] features before the projector, with gradients.
     """
@@ -107,7 +108,7 @@ class Encoded:
 
 
 @dataclass
-class _Seen:
+class Seen:
     """What was seen of one call of the host's own method, call by call of the tower.
 
     Attributes:
@@ -118,7 +119,9 @@ class _Seen:
         layers: by encoder layer, as `attention`.
         patches: each [B, L, 2], received and given.
         keys: each [B, L, D].
+        states: by encoder layer, each [B, L, C].
         shared: crop by crop, as in `EncoderView`.
+        semantic: each [B, M, C].
     """
 
     output: Any
@@ -128,7 +131,9 @@ class _Seen:
     layers: dict[int, list[Tensor]] = field(default_factory=dict)
     patches: list[Tensor] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
+    states: dict[int, list[Tensor]] = field(default_factory=dict)
     shared: list[Tensor] = field(default_factory=list)
+    semantic: list[Tensor] = field(default_factory=list)
 
 
 def plan(
@@ -171,6 +176,7 @@ def encode(
     who: str = "the method",
     inside: Sequence[Inside | None] = (),
     attends: bool = True,
+    run: Callable[..., Seen] | None = None,
 ) -> Encoded:
     """Run the vision encoder once for each modality that the request brings.
 
@@ -186,6 +192,8 @@ def encode(
         who: the method, for error sentences.
         inside: for each modality what happens while its tower runs; empty for nothing.
         attends: whether the method looks at the family's own score, which is told then.
+        run: encodes one modality and says what was seen, for hosts other than Transformers'
+            models; takes what `_run` takes.
 
     Raises:
         VlmpruneError: a tower has no pooling head that was asked for, makes another number of
@@ -199,13 +207,19 @@ def encode(
     words: list[str] = []
     present = [bool(planned.of(number)) for number in range(len(media))]
     reads = wanted(model, media, inputs, present, asked, who)
+    beside: dict[int, list[Tensor]] = {}
+    for number, medium in enumerate(media):
+        if reads.semantic is not None and present[number]:
+            layouts = [planned.items[i].layout for i in planned.of(number)]
+            width = reads.semantic.shape[1]
+            semantic.check(model, medium, inputs[number], layouts, width, who)
     for number, medium in enumerate(media):
         own = planned.of(number)
         if not own:
             continue
         given = inputs[number]
         acts = inside[number] if inside else None
-        seen = _run(model, medium, originals(medium.method), given, score, reads, acts)
+        seen = (run or _run)(model, medium, originals(medium.method), given, score, reads, acts)
         outputs[number] = seen.output
         layouts = [planned.items[i].layout for i in own]
         rows, cells = medium.cells(model, given, layouts, seen.attention, seen.features)
@@ -222,6 +236,12 @@ def encode(
             check_calls(calls, seen.attention, name, who)
             rows = medium.cells(model, given, layouts, calls, few)[0]
             _deal(more.setdefault(name, {}), own, layouts, rows)
+        for layer, calls in seen.states.items():
+            check_calls(calls, seen.attention, layer, who)
+            rows = medium.cells(model, given, layouts, calls, few)[0]
+            _deal(more.setdefault(f"state {layer}", {}), own, layouts, rows)
+        if reads.semantic is not None:
+            _deal(beside, own, layouts, [crop for call in seen.semantic for crop in call])
         if reads.projected:
             tokens = medium.projected(model, seen.output, layouts)
             flat = [spread(one, t.detach()) for one, t in zip(layouts, tokens, strict=True)]
@@ -244,6 +264,7 @@ def encode(
 
     patches = all_of("patches")
     layers = {layer: all_of(layer) for layer in reads.layers}
+    states = {layer: all_of(f"state {layer}") for layer in reads.states}
     alike = [_wide(row, planned.cells) for i in order for row in shared.get(i, [])]
     view = EncoderView(
         attention,
@@ -258,6 +279,8 @@ def encode(
         all_of("keys"),
         all_of("projected"),
         shared=torch.stack(alike).to(attention.device) if alike else None,
+        states={layer: rows for layer, rows in states.items() if rows is not None},
+        semantic=torch.stack([c for i in order for c in beside[i]]) if beside else None,
     )
     return Encoded(outputs, view, "; ".join(words), stacked)
 
@@ -283,7 +306,7 @@ def _run(
     score: Score,
     reads: Reads,
     inside: Inside | None,
-) -> _Seen:
+) -> Seen:
     """One call of the host's own method, and what was seen of it."""
     scored = medium.scored(model, inputs)
     head = medium.pooling_head(model) if score == "pooling" else None
@@ -310,8 +333,11 @@ def _run(
         run = stack.enter_context(acting(model, medium, inputs, inside))
         stack.enter_context(tapped(scored.layer, tap) if head is None else pooling(head, tap))
         taps: dict[str | int, Tap] = {}
-        if reads.layers or reads.patches is not None or reads.keys is not None:
+        states: dict[int, list[Tensor]] = {}
+        if reads.layers or reads.patches is not None or reads.keys is not None or reads.states:
             encoder = medium.encoder(model, inputs)
+            for layer in reads.states:
+                states[layer] = stack.enter_context(passing(encoder.layers[layer]))
             for layer in reads.layers:
                 same = head is None and encoder.layers[layer] is scored.layer
                 taps[layer] = tap if same and scored.rows == encoder.rows else Tap(encoder.rows)
@@ -323,6 +349,11 @@ def _run(
             if reads.keys is not None:
                 taps["keys"] = KeyTap()
                 stack.enter_context(tapped(encoder.layers[reads.keys], taps["keys"]))
+        patches = None
+        if reads.semantic is not None:
+            patches = stack.enter_context(semantic.recorded(medium.encoder(model, inputs)))
+            # Only what the method's own tokens go through is trained.
+            stack.enter_context(torch.no_grad())
         thread = threading.get_ident()
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -335,16 +366,24 @@ def _run(
         output = method(inputs[pixels], **arguments, return_dict=True)
     words = scored.words if head is None else "attention of the tower's pooling head"
     rows = {name: one.rows_seen for name, one in taps.items()}
-    return _Seen(
+    return Seen(
         medium.completed(model, output),
         run.words(words),
-        run.spread(scored.layer if head is None else None, tap.rows_seen),
+        run.spread(scored.layer if head is None else None, tap.rows_seen or _none(states)),
         features,
         {layer: rows[layer] for layer in reads.layers},
         rows.get("patches", []),
         rows.get("keys", []),
+        states,
         run.shared,
+        [] if patches is None or reads.semantic is None else patches.run(reads.semantic),
     )
+
+
+def _none(states: Mapping[int, list[Tensor]]) -> list[Tensor]:
+    """No attention, for encoder states that were kept from an earlier pass (`training.states`)."""
+    calls = next(iter(states.values()), [])
+    return [one.new_zeros(one.shape[:2], dtype=torch.float32) for one in calls]
 
 
 def _wide(values: Tensor, length: int) -> Tensor:

@@ -21,7 +21,7 @@ from vlmprune.evaluation import UNPRUNED, Evaluation, Mean, Result
 from vlmprune.handle import Handle
 from vlmprune.loading import Loaded, enough_memory, prepare_texts
 from vlmprune.pruner import Pruner
-from vlmprune.report import Report
+from vlmprune.report import Report, RowsReport
 from vlmprune.reuse import Vision
 from vlmprune.sources import at_least_one
 from vlmprune.storing import Store
@@ -243,6 +243,10 @@ def _figures(report: Report, layers: int, samples: int) -> dict[str, float]:
 
 def _mean_tokens(report: Report, layers: int) -> float:
     """Visual tokens that a layer saw, on average over the layers."""
+    counts = [sum(map(len, one.kept)) for one in report.layers if isinstance(one, RowsReport)]
+    if len(counts) == layers:
+        # Of tokens that skip layers and come back it tells every layer.
+        return sum(counts) / layers
     total = float(report.visual_tokens_after)
     for roles in report.roles:
         for name, left in roles.items():

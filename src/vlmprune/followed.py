@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +16,8 @@ if TYPE_CHECKING:
 
 def resolve_positions(model: Any, pruner: Pruner) -> Literal["compact", "original"]:
     """The position policy of layers that lack tokens: what was asked for, else the release's."""
-    if families.family_of(model).rope is not None:
+    # Tokens that skip a layer come back for the next, in their places.
+    if pruner.routes or families.family_of(model).rope is not None:
         return "original"
     if pruner.positions != "auto":
         return pruner.positions
@@ -57,8 +57,7 @@ def asked(model: Any, pruner: Pruner) -> Mapping[int, Ask]:
                 attention_of(decoder[index - 1])
     except LookupError as error:
         raise VlmpruneError(f"{error}; prune before the language model.") from error
-    takes = inspect.signature(decoder[min(asks)].forward).parameters
-    if "position_embeddings" not in takes:
+    if not families.takes_angles(decoder[min(asks)]):
         raise VlmpruneError(
             f"the decoder layers of {name} do not take rotary angles from outside, so {pruner!r} "
             "cannot give them those of the tokens that go on; prune before the language model."

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from vlmprune import calls, dispatch, families, followed, host, inside
+from vlmprune import calls, dispatch, families, followed, host, inside, skipping
 from vlmprune.active import made
 from vlmprune.errors import VlmpruneError
 from vlmprune.report import Report, make
@@ -37,6 +37,7 @@ class Handle:
         tokens: for each modality of the family the id of its placeholders.
         cuttable: decoder layers whose cache the method may cut.
         asks: what the method wants to see at the input of decoder layers, by layer.
+        skips: decoder layers that visual tokens may skip.
         inside: the position policy of layers that lack tokens.
         latest: holds the report of the last call.
     """
@@ -52,6 +53,7 @@ class Handle:
         if pruner.cuts:
             self._check_decoder()
         self.asks = followed.asked(model, pruner) if pruner.drops else {}
+        self.skips = skipping.skipped(model, pruner) if pruner.routes else ()
         self.inside = followed.resolve_positions(model, pruner)
         if pruner.drops:
             self._check_schedule()
@@ -60,6 +62,7 @@ class Handle:
         self.tokens: list[int] = [getattr(config, m.token) for m in self.family.media]
         pad = getattr(config.get_text_config(), "pad_token_id", None)
         self.pad_id: int = pad if isinstance(pad, int) and pad >= 0 else 0
+        self._leave = pruner.joined(self)
         self.host = host.join(model, self)
 
     @property
@@ -110,6 +113,9 @@ class Handle:
     def detach(self) -> None:
         """Give the model back exactly as it was. May be called again."""
         host.leave(self.model, self)
+        leave, self._leave = self._leave, None
+        if leave is not None:
+            leave()
 
     @property
     def architecture(self) -> str:

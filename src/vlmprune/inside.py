@@ -97,7 +97,8 @@ def _plan(
     encoder = medium.encoder(model, inputs)
     found = pruner.inside(layouts[0].grid, encoder.feature + 1)
     reads = pruner.reads(len(encoder.layers), encoder.feature)
-    if found.acts and (reads.layers or reads.patches is not None or reads.keys is not None):
+    several = reads.layers or reads.states or reads.semantic is not None
+    if found.acts and (several or reads.patches is not None or reads.keys is not None):
         raise VlmpruneError(
             f"{pruner!r} changes the tokens of the vision encoder and then reads layers of it; "
             "chain a method that reads none, such as VisPruner."

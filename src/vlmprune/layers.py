@@ -10,7 +10,7 @@ whatever a method says, for the first new token is made of it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -332,6 +332,29 @@ def dropping_rows(
         raters = any(ask.queries == "raters" for ask in dropping.asks.values())
         first = min(first, 0 if raters else min(dropping.asks) - 1)
 
+    # While decoding no row goes, so that less is to be done at every step: layers that lack columns
+    # are told which mask is theirs, and angles matter only where positions were renumbered.
+    going = range(first, last + 1) if dropping is not None else [*short]
+    turned = dropping is not None or any(one.shift is not None for one in short.values())
+    with hooked(model, run, going, dropping is not None, turned):
+        yield
+
+
+@contextmanager
+def hooked(
+    model: Any, run: Pass, indices: Iterable[int], behind: bool, turned: bool
+) -> Iterator[None]:
+    """Have a forward inside the block call `run` around decoder layers.
+
+    Args:
+        model: the host.
+        run: the forward.
+        indices: of the layers.
+        behind: whether it wants to see their output too.
+        turned: whether it wants to know how rotary angles were made.
+    """
+    layers = families.decoder_layers(model)
+
     # A hook that another thread removes may be run once more by this one, without keywords.
     def before(index: int) -> Callable[..., Any]:
         def run_before(layer: nn.Module, args: Any, kwargs: Any = None) -> Any:
@@ -346,17 +369,13 @@ def dropping_rows(
         if output is not None and threading.get_ident() == run.thread:
             run.angles.note(module, args, kwargs, output)
 
-    # While decoding no row goes, so that less is to be done at every step: layers that lack columns
-    # are told which mask is theirs, and angles matter only where positions were renumbered.
-    going = range(first, last + 1) if dropping is not None else [*short]
-    turned = dropping is not None or any(one.shift is not None for one in short.values())
     hooks = [
         module.register_forward_hook(note, with_kwargs=True)
         for module in (families.rotary_modules(model) if turned else ())
     ]
-    for index in going:
+    for index in indices:
         hooks.append(layers[index].register_forward_pre_hook(before(index), with_kwargs=True))
-        if dropping is not None:
+        if behind:
             # Before the host's own hooks, which record states.
             hooks.append(
                 layers[index].register_forward_hook(after(index), prepend=True, always_call=True)

@@ -34,9 +34,13 @@ def methods(names: Sequence[str] = ()) -> dict[str, Any]:
 
 def _method(name: str, cls: type) -> dict[str, Any]:
     from vlmprune import spec
+    from vlmprune.learned import Learned
+    from vlmprune.learned.base import shipped
 
     settings = {}
     for field in fields(cls):
+        if not field.init:
+            continue
         required = spec.required(field)
         settings[field.name] = {
             "required": required,
@@ -54,6 +58,8 @@ def _method(name: str, cls: type) -> dict[str, Any]:
         "reusable_across_questions": bool(getattr(cls, "text_agnostic", False)),
         "settings": settings,
         "reads_files": spec.reads_files(cls),
+        "training": getattr(cls, "training", "none"),
+        "weights": shipped(name) if issubclass(cls, Learned) else [],
         "deviations": deviations[0].partition(": ")[2] if deviations else "",
     }
 
@@ -94,7 +100,9 @@ def method_table(method: dict[str, Any]) -> Table:
         ("stage", method["stage"]),
         ("needs", method["needs"]),
         ("question", reusable),
+        ("training", method["training"].replace("none", "")),
         ("settings", settings),
+        ("weights", ", ".join(method["weights"])),
         ("paper", method["paper"]),
         ("deviations", method["deviations"]),
     ):

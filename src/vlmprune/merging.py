@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -88,7 +88,8 @@ def narrowed(selection: Selection, before: Selection) -> Selection:
     if before.last is not None:
         earlier = before.last & selection.kept
         last = earlier if last is None else last | earlier
-    return replace(selection, merge=merge, members=members, last=last)
+    tokens = before.tokens if selection.tokens is None else selection.tokens
+    return replace(selection, merge=merge, members=members, last=last, tokens=tokens)
 
 
 def places_of(layout: Layout) -> Tensor:
@@ -166,6 +167,30 @@ def merged(
         label = local // wide * one.patches + local % wide
         at = places_of(one)[label.to(one.labels.device)].to(features.device)
         out.append(features.index_put((at,), rows.to(features)))
+    return out
+
+
+def replaced(
+    selection: Selection, layouts: Sequence[Layout], tokens: Mapping[int, Tensor]
+) -> dict[int, Tensor]:
+    """Visual tokens with those of kept cells put in, as the method made them.
+
+    Args:
+        selection: with `tokens`.
+        layouts: one an item.
+        tokens: of each item [n, D] projected features.
+    """
+    assert selection.tokens is not None
+    out, start = {}, 0
+    for number, one in enumerate(layouts):
+        crops = slice(start, start + one.crops)
+        start += one.crops
+        kept = selection.kept[crops, : one.patches].flatten()
+        labels = one.labels.to(kept.device)
+        places = ((labels != NO_PATCH) & kept[labels.clamp(min=0)]).nonzero()[:, 0]
+        made = selection.tokens[crops, : one.patches].flatten(0, 1)
+        rows = made[labels[places].to(made.device)].to(tokens[number])
+        out[number] = tokens[number].index_put((places.to(rows.device),), rows)
     return out
 
 

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vlmprune.budget import Budget, check_budget
-from vlmprune.errors import VlmpruneError
 from vlmprune.families import Positions
 from vlmprune.handle import Handle, Latest
-from vlmprune.merging import narrowed, seen_after
 from vlmprune.report import Report
 from vlmprune.taps import Score
 from vlmprune.views import (
     Ask,
     EncoderView,
+    FrameView,
     Inside,
     LayerView,
     Probes,
     Reads,
     Retention,
+    Routed,
     Rows,
     RowView,
     Selection,
@@ -50,10 +49,14 @@ class Pruner:
     # Of methods that act inside the vision encoder: how, and what to do where they cannot.
     acts: Literal["merging", "scaling", ""] = ""
     instead: str = ""
+    # Of methods that send tokens of their own through the encoder: how many beside each crop.
+    beside: int = 0
     needs: ClassVar[str] = ""
     stage: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     text_agnostic: ClassVar[bool] = False
+    # What of it is trained, for people.
+    training: ClassVar[str] = "none"
     # Of methods that choose before the language model: whether by the family's own score.
     attends: ClassVar[bool] = True
     # Whether kept tokens may be made of several (`Selection.merge`).
@@ -77,6 +80,11 @@ class Pruner:
         return type(self).drop is not Pruner.drop
 
     @property
+    def routes(self) -> bool:
+        """Whether it lets visual tokens skip single decoder layers."""
+        return type(self).route is not Pruner.route
+
+    @property
     def probes(self) -> Probes | None:
         """Of methods that act on prefill too: the rows that they look at before a layer attends.
 
@@ -86,7 +94,7 @@ class Pruner:
 
     @property
     def dropper(self) -> Pruner:
-        """The stage that drops visual tokens between decoder layers."""
+        """The stage that drops visual tokens between decoder layers, or lets them skip some."""
         return self
 
     def reads(self, depth: int, feature: int) -> Reads:
@@ -130,6 +138,18 @@ class Pruner:
         """Choose the rows that go on into a decoder layer; None lets all go on."""
         raise NotImplementedError
 
+    def skips(self, depth: int) -> tuple[int, ...]:
+        """The decoder layers that visual tokens may skip, ascending.
+
+        Args:
+            depth: number of decoder layers. Layer 0 cannot be skipped.
+        """
+        return ()
+
+    def route(self, layer: int, view: FrameView) -> Routed:
+        """Choose the visual tokens that a decoder layer works on."""
+        raise NotImplementedError
+
     def retain(self, layer: int, view: LayerView) -> Retention | None:
         """Choose what a decoder layer's cache keeps of a prompt; None keeps everything."""
         raise NotImplementedError
@@ -165,6 +185,20 @@ class Pruner:
             token_bytes: bytes of one token's key and value in one KV head.
         """
 
+    def joined(self, handle: Handle) -> Callable[[], None] | None:
+        """Check a model before it is attached to, and put on it what else the method needs there.
+
+        Args:
+            handle: the attachment, which is not complete yet; its model and family are there.
+
+        Returns:
+            What takes it away again when the attachment ends; None for nothing.
+
+        Raises:
+            VlmpruneError: the method does not fit the model.
+        """
+        return None
+
     def attach(self, model: nn.Module) -> Handle:
         """Prune every call of `model` until `detach`.
 
@@ -192,173 +226,13 @@ class Pruner:
         """Chain: `other` chooses among what this one keeps."""
         if not isinstance(other, Pruner):
             return NotImplemented
-        return Chain((*_stages(self), *_stages(other)))
+        # A chain is a pruner itself.
+        from vlmprune.chain import Chain, stages_of
+
+        return Chain((*stages_of(self), *stages_of(other)))
 
     @property
     def report(self) -> Report | None:
         """What the last call under this pruner's latest attachment kept and saved."""
         latest: Latest | None = getattr(self, "_last", None)
         return None if latest is None else latest.report
-
-
-@dataclass(frozen=True)
-class Chain(Pruner):
-    """Several pruners, left to right; each chooses among what the one before it keeps.
-
-    One that cuts the KV cache comes last.
-    """
-
-    stages: tuple[Pruner, ...]
-
-    def __post_init__(self) -> None:
-        asked = {stage.positions for stage in self.stages} - {"auto"}
-        if len(asked) > 1:
-            raise VlmpruneError(
-                f"the chained pruners ask for different positions ({', '.join(sorted(asked))}); "
-                "give all of them the same."
-            )
-        object.__setattr__(self, "positions", asked.pop() if asked else "auto")
-        scores = {stage.score for stage in self.stages if stage.shortens}
-        if len(scores) > 1:
-            raise VlmpruneError(
-                f"the chained pruners ask for different scores ({', '.join(sorted(scores))}); "
-                "give all of them the same."
-            )
-        object.__setattr__(self, "score", scores.pop() if scores else "auto")
-        for stage in self.stages[1:]:
-            if stage.acts:
-                raise VlmpruneError(
-                    f"{stage!r} acts inside the vision encoder and must come first in a chain."
-                )
-        object.__setattr__(self, "acts", self.stages[0].acts)
-        object.__setattr__(self, "instead", self.stages[0].instead)
-        choosing = [stage for stage in self.stages if stage.shortens]
-        object.__setattr__(self, "attends", any(stage.attends for stage in choosing))
-        object.__setattr__(self, "window", self.stages[-1].window)
-        object.__setattr__(self, "calibrated_on", self.stages[-1].calibrated_on)
-        cutting = [stage for stage in self.stages if stage.cuts]
-        if len(cutting) > 1:
-            raise VlmpruneError(
-                f"{' and '.join(map(repr, cutting))} would both cut the KV cache; chain only one."
-            )
-        if cutting and cutting[0] is not self.stages[-1]:
-            raise VlmpruneError(f"{cutting[0]!r} acts after prefill and must come last in a chain.")
-        dropping = [stage for stage in self.stages if stage.drops]
-        if len(dropping) > 1:
-            raise VlmpruneError(
-                f"{' and '.join(map(repr, dropping))} would both drop tokens between decoder "
-                "layers; chain only one."
-            )
-        if dropping and cutting:
-            raise VlmpruneError(
-                f"{dropping[0]!r} drops tokens between decoder layers, whose caches "
-                f"{cutting[0]!r} cannot cut; chain only one of them."
-            )
-        if dropping and dropping[0] is not self.stages[-1]:
-            raise VlmpruneError(
-                f"{dropping[0]!r} acts inside the language model and must come last in a chain."
-            )
-        merging = [stage for stage in self.stages if stage.merges]
-        if len(merging) > 1:
-            raise VlmpruneError(
-                f"{' and '.join(map(repr, merging))} would both merge visual tokens; chain only "
-                "one that does."
-            )
-
-    @property
-    def shortens(self) -> bool:
-        """Whether any stage chooses visual tokens before the language model."""
-        return any(stage.shortens for stage in self.stages)
-
-    @property
-    def drops(self) -> bool:
-        """Whether a stage drops visual tokens between decoder layers."""
-        return any(stage.drops for stage in self.stages)
-
-    @property
-    def dropper(self) -> Pruner:
-        """The stage that drops visual tokens between decoder layers; it comes last."""
-        return self.stages[-1]
-
-    @property
-    def cuts(self) -> bool:
-        """Whether any stage cuts the KV cache."""
-        return any(stage.cuts for stage in self.stages)
-
-    @property
-    def probes(self) -> Probes | None:
-        """Those of the stage that cuts the KV cache."""
-        return self.stages[-1].probes
-
-    def inside(self, grid: tuple[int, int], layers: int) -> Inside:
-        """What the first stage does."""
-        return self.stages[0].inside(grid, layers)
-
-    def retain(self, layer: int, view: LayerView) -> Retention | None:
-        """The choice of the stage that cuts the KV cache."""
-        return self.stages[-1].retain(layer, view)
-
-    def check_prompt(self, others: int, images: int, heads: int, token_bytes: int) -> None:
-        """The check of the stage that cuts the KV cache."""
-        self.stages[-1].check_prompt(others, images, heads, token_bytes)
-
-    def check_request(self, candidates: Tensor, images: tuple[int, ...], videos: bool) -> None:
-        """Check the first stage; the later ones see what it leaves."""
-        self.stages[0].check_request(candidates, images, videos)
-        for stage in self.stages[1:]:
-            check_budget(getattr(stage, "budget", "crop"), videos)
-
-    def reads(self, depth: int, feature: int) -> Reads:
-        """All that any stage wants to see.
-
-        Raises:
-            VlmpruneError: two of them want what a view has but once.
-        """
-        wanted = [stage.reads(depth, feature) for stage in self.stages if stage.shortens]
-        for what, values in (
-            ("the relevance by another source", {one.relevance for one in wanted} - {""}),
-            ("the keys of another layer", {one.keys for one in wanted} - {None}),
-            ("the patches' attention in another layer", {one.patches for one in wanted} - {None}),
-        ):
-            if len(values) > 1:
-                given = ", ".join(sorted(map(str, values)))
-                raise VlmpruneError(
-                    f"the stages of {self!r} each want {what} ({given}); give all the same."
-                )
-        return Reads(
-            tuple(sorted({layer for one in wanted for layer in one.layers})),
-            next((one.patches for one in wanted if one.patches is not None), None),
-            next((one.keys for one in wanted if one.keys is not None), None),
-            any(one.projected for one in wanted),
-            next((one.relevance for one in wanted if one.relevance), ""),
-        )
-
-    def select(self, view: EncoderView) -> Selection:
-        """Choose by each stage in turn, the later ones among merged features; roles of the last.
-
-        Raises:
-            VlmpruneError: two stages merge.
-        """
-        before: Selection | None = None
-        for stage in self.stages:
-            if stage.shortens:
-                selection = stage.select(view)
-                if selection.merge is not None:
-                    if before is not None and before.merge is not None:
-                        raise VlmpruneError(
-                            f"{stage!r} is not the only stage of {self!r} that merges visual "
-                            "tokens; chain only one that does."
-                        )
-                    view = seen_after(view, selection.merge)
-                if before is not None:
-                    selection = narrowed(selection, before)
-                view = view.narrow(selection.kept)
-                before = selection
-        return selection
-
-    def __repr__(self) -> str:
-        return " | ".join(map(repr, self.stages))
-
-
-def _stages(pruner: Pruner) -> tuple[Pruner, ...]:
-    return pruner.stages if isinstance(pruner, Chain) else (pruner,)

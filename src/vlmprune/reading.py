@@ -60,13 +60,19 @@ def also(reads: Reads) -> list[str]:
         found.append(f"attention among patches, encoder layer {reads.patches}")
     if reads.keys is not None:
         found.append(f"keys of encoder layer {reads.keys}")
+    if reads.states:
+        numbers = sorted(reads.states)
+        some = f"layers {', '.join(map(str, numbers))}" if numbers[1:] else f"layer {numbers[0]}"
+        found.append(f"states behind encoder {some}")
+    if reads.semantic is not None:
+        found.append(f"{len(reads.semantic)} semantic tokens beside the patches")
     return found + ["projected features"] * reads.projected
 
 
 def _check_reads(reads: Reads, encoder: Encoder, cls: str, who: str) -> None:
     depth = len(encoder.layers)
     attended = {*reads.layers, *([] if reads.patches is None else [reads.patches])}
-    every = attended | ({reads.keys} if reads.keys is not None else set())
+    every = {*attended, *reads.states, *([] if reads.keys is None else [reads.keys])}
     missing = sorted(layer for layer in every if not 0 <= layer < depth)
     if missing:
         raise VlmpruneError(

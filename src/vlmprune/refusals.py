@@ -65,7 +65,7 @@ def check_cutting(handle: Handle, kwargs: dict[str, Any], setting: Callable[[str
 
 
 def check_dropping(handle: Handle, kwargs: dict[str, Any], setting: Callable[[str], Any]) -> None:
-    """Refuse, before any work, what a method that drops rows between layers cannot do."""
+    """Refuse, before any work, what a method whose layers lack rows cannot do."""
     method = repr(handle.pruner)
     model = handle.model
     _check_decoder(handle, setting, "drop tokens from")
@@ -88,7 +88,7 @@ def check_dropping(handle: Handle, kwargs: dict[str, Any], setting: Callable[[st
             f"prompt has {columns}; shorten it, or prune before the language model."
         )
     cache = kwargs.get("past_key_values")
-    layers = range(min(handle.asks), config.num_hidden_layers)
+    layers = handle.skips or range(min(handle.asks), config.num_hidden_layers)
     why = None if cache is None else short.refusal(cache, layers)
     if why is not None:
         raise VlmpruneError(f"{method} {why}")

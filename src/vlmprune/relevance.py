@@ -30,11 +30,21 @@ class Question:
         ids: [B, L] token ids.
         mask: [B, L] bool; False where a column is padding.
         visual: [B, L] bool; placeholders of images and videos.
+        answers: [B, L] bool; columns that a model is trained to say (its labels), which no
+            question may hold; None for none.
     """
 
     ids: Tensor
     mask: Tensor
     visual: Tensor
+    answers: Tensor | None = None
+
+    def text(self, row: int) -> Tensor:
+        """[L] bool; text of a row up to its first answer."""
+        found = self.mask[row] & ~self.visual[row]
+        if self.answers is None:
+            return found
+        return found & (self.answers[row].long().cumsum(dim=0) == 0)
 
     def of(self, item: Item) -> Tensor:
         """[n] int64; ids of the text behind an image, else of all text of its row.
@@ -43,7 +53,7 @@ class Question:
             VlmpruneError: the row holds no text at all.
         """
         row = item.span.row
-        text = self.mask[row] & ~self.visual[row]
+        text = self.text(row)
         columns = torch.arange(len(text), device=text.device)
         places = item.span.columns
         behind = text & (columns > (places[-1] if len(places) else -1))

@@ -261,6 +261,10 @@ class Report:
             gammas = [g for layer in self.cut for g in layer.gamma if g is not None]
             span = f"{min(gammas):.2f} to {max(gammas):.2f}"
             cut = f", {len(self.cut)} layers cut (vision attention {span})"
+        rows = [sum(map(len, one.kept)) for one in self.layers if isinstance(one, RowsReport)]
+        fewer = [n for n in rows if n < self.visual_tokens_after]
+        if fewer:
+            cut = f", {len(fewer)} of {len(rows)} layers on {fewer[0]} of them"
         score = f", {self.score}" if self.score else ""
         videos = sum(one.kind == "video" for one in self.layouts)
         counts = {"image": len(self.kept) - videos, "video": videos}

@@ -17,6 +17,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.inputs import ALIGNED, Prefix, Prompt, dropped_columns, join, latest, shorten
 from vlmprune.relevance import Question
 from vlmprune.reuse import Vision, gather
+from vlmprune.skipping import Skipping, frames_of
 
 if TYPE_CHECKING:
     from vlmprune.handle import Handle
@@ -145,7 +146,9 @@ def prepare(
         any_visual = torch.stack(visual).any(dim=0)
         rows = planned.rows(ids.shape[0])
         check_prompt(handle, join(already, new), any_visual, rows, cache)
-    question = Question(ids, new_mask != 0, torch.stack(visual).any(dim=0))
+    labels = aligned.get("labels")
+    answers = None if labels is None else labels != ALIGNED["labels"]
+    question = Question(ids, new_mask != 0, torch.stack(visual).any(dim=0), answers)
     kept, pruned = choose(handle, brought, planned, ids.shape[0], vision, question)
     dropped = dropped_columns(ids, [item.span for item in planned.items], kept)
     short, following = shorten(new, dropped, handle.positions, handle.pad_id)
@@ -172,7 +175,7 @@ def prepare(
     if cutting:
         cut, numbers = retaining(handle, prompt, short, planned, kept)
     inside = None
-    if handle.asks and planned.items:
+    if (handle.asks or handle.skips) and planned.items:
         inside = dropping(handle, prompt, short, planned, kept, pruned)
     return Prepared(
         (known, cached),
@@ -312,7 +315,7 @@ def dropping(
     kept: list[Tensor],
     pruned: dict[str, Pruned],
 ) -> Dropping:
-    """What a method may drop between decoder layers.
+    """What a method may drop between decoder layers, or let skip some.
 
     Args:
         handle: the attachment.
@@ -333,7 +336,7 @@ def dropping(
             numbers[i] = numbers[i][places.cpu()]
     for item, found in zip(planned.items, numbers, strict=True):
         lengths[item.span.row].append(len(found))
-    return Dropping(
+    dropped = Dropping(
         handle.pruner.dropper,
         handle.asks,
         handle.inside,
@@ -343,6 +346,10 @@ def dropping(
         numbers,
         planned.lengths,
     )
+    if not handle.skips:
+        return dropped
+    frames = [frames_of(i.layout, n) for i, n in zip(planned.items, numbers, strict=True)]
+    return Skipping(**vars(dropped), layers=handle.skips, frames=frames)
 
 
 def _pixels(

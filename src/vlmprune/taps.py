@@ -249,6 +249,25 @@ def tapped(layer: nn.Module, tap: Tap) -> Iterator[None]:
 
 
 @contextmanager
+def passing(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Record what leaves an encoder layer, [B, L, C] a call in this thread, with gradients."""
+    seen: list[Tensor] = []
+    thread = threading.get_ident()
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if threading.get_ident() == thread:
+            states = output if isinstance(output, Tensor) else output[0]
+            # A tower that packs all images into one sequence has no batch.
+            seen.append(states if states.ndim == 3 else states[None])
+
+    hook = layer.register_forward_hook(after)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@contextmanager
 def pooling(head: Any, tap: Tap) -> Iterator[None]:
     """Record with `tap` what the query of a pooling head attends to, averaged over heads.
 

@@ -30,6 +30,10 @@ class Reads:
         relevance: "" for none; "auto", the likeness of each visual token to the question, by the
             model's own text tower where it has one, else by the language model's text
             embeddings; or the folder or id of a CLIP model whose text tower is to be used.
+        states: encoder layers whose output, the hidden states behind them, is wanted.
+        question: whether the language model's state at the question's last token is wanted.
+        semantic: [M, C] tokens that pass the encoder beside the patches: they see each other and
+            all patches, which do not see them; None for none.
     """
 
     layers: tuple[int, ...] = ()
@@ -37,6 +41,9 @@ class Reads:
     keys: int | None = None
     projected: bool = False
     relevance: str = ""
+    states: tuple[int, ...] = ()
+    question: bool = False
+    semantic: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,11 @@ class EncoderView:
         shared: [crops, N] int64 in [0, N); where the method acted inside the encoder
             (`Pruner.inside`), cells of a crop with the same number have the same features; None
             elsewhere.
+        states: by encoder layer, [crops, N, C] the hidden states behind it, with gradients.
+        question: [crops, D] the language model's state behind its last layer at the last token of
+            the question that the crop's row asks, text alone, with gradients.
+        semantic: [crops, M, C] the semantic tokens behind the layer of the features, with
+            gradients.
     """
 
     attention: Tensor
@@ -81,6 +93,9 @@ class EncoderView:
     relevance: Tensor | None = None
     shared: Tensor | None = None
     by_words: bool = False
+    states: Mapping[int, Tensor] = field(default_factory=dict)
+    question: Tensor | None = None
+    semantic: Tensor | None = None
 
     def narrow(self, kept: Tensor) -> EncoderView:
         """The same view with the cells that are not in `kept` [crops, N] ruled out."""
@@ -146,6 +161,9 @@ class Selection:
             where it went into none; for pictures. None where nothing is merged.
         last: [crops, N] bool; kept cells whose tokens come behind the crop's other tokens where
             positions are renumbered; None for none.
+        tokens: [crops, N, D] what the language model gets for kept cells in place of the projected
+            features, in its own width; other cells' are not looked at. None where the projected
+            features stay. Gradients reach it; there is no `merge` beside it.
     """
 
     kept: Tensor
@@ -153,6 +171,7 @@ class Selection:
     merge: Merge | None = None
     members: Tensor | None = None
     last: Tensor | None = None
+    tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -225,6 +244,39 @@ class Rows:
     states: Tensor | None = None
     last: Tensor | None = None
     members: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FrameView:
+    """The visual tokens of a prompt at a decoder layer that they may skip.
+
+    V is the largest number of visual tokens of a sample. A frame is an image, or a frame of a
+    video. While training, gradients flow through `hidden`.
+
+    Attributes:
+        hidden: [B, V, D]; states of the visual tokens.
+        frames: [B, V] int64; frame of each visual token, counted within its sample; -1 where a
+            sample has fewer.
+        counts: [B, F] int64; visual tokens of each frame.
+    """
+
+    hidden: Tensor
+    frames: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Which visual tokens a decoder layer works on; the others pass it by unchanged.
+
+    Attributes:
+        kept: [B, V] bool.
+        weight: [B, V]; factor of what the layer adds to a kept token's state: 1 is the layer as it
+            is. None for 1 everywhere.
+    """
+
+    kept: Tensor
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)

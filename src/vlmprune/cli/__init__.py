@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import sys
 
-from vlmprune.cli import benching, calibrating, comparing, evaluating, lists, running, searching
+from vlmprune.cli import (
+    benching,
+    calibrating,
+    comparing,
+    evaluating,
+    lists,
+    running,
+    searching,
+    training,
+)
 from vlmprune.cli.app import app
 
 for command in (
@@ -17,6 +26,7 @@ for command in (
     evaluating.evaluate,
     searching.search,
     calibrating.calibrate,
+    training.train,
     lists.plan,
     lists.methods,
     lists.models,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -94,6 +95,11 @@ def rotary_modules(model: Any) -> list[nn.Module]:
     decoder = getattr(decoder, "model", decoder)
     own = [child for name, child in decoder.named_children() if name != "layers"]
     return [child for child in own if "rotary" in type(child).__name__.lower()]
+
+
+def takes_angles(layer: nn.Module) -> bool:
+    """Whether a decoder layer takes rotary angles from outside."""
+    return "position_embeddings" in inspect.signature(layer.forward).parameters
 
 
 def cuttable_layers(model: Any) -> list[int]:

@@ -112,9 +112,13 @@ class Crops(Medium):
         rows, columns = self.patch_grid(model, inputs)
         return blocks(rows, columns, self.merge(model))
 
+    def layers(self, model: Any) -> Sequence[nn.Module]:
+        """The tower's encoder layers, as many as its config says."""
+        return list(layers_of(self.tower(model), model.config.vision_config.num_hidden_layers))
+
     def scored(self, model: Any, inputs: Inputs) -> Scored:
         """The CLS row of the feature layer, else what patches receive in the last layer."""
-        layers = layers_of(self.tower(model), model.config.vision_config.num_hidden_layers)
+        layers = self.layers(model)
         if self.has_cls(model):
             number = self.feature_layer(model, inputs)
             rows: Rows = "last" if self.cls_last else "cls"
@@ -128,7 +132,7 @@ class Crops(Medium):
 
     def encoder(self, model: Any, inputs: Inputs) -> Encoder:
         """All layers see whole crops."""
-        layers = layers_of(self.tower(model), model.config.vision_config.num_hidden_layers)
+        layers = self.layers(model)
         cls = (-1 if self.cls_last else 0) if self.has_cls(model) else None
         everywhere = frozenset(range(len(layers)))
         return Encoder(tuple(layers), self.feature_layer(model, inputs), cls, everywhere)

@@ -1,4 +1,4 @@
-"""Evaluation harnesses: lmms-eval by its plugin entry point, VLMEvalKit by a launcher.
+"""Serving in vLLM and evaluation harnesses: by plugin entry points, VLMEvalKit by a launcher.
 
-Nothing here is imported by the rest of the package, and no harness is needed to install it.
+Nothing here is imported by the rest of the package, and none of them is needed to install it.
 """

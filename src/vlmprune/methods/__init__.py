@@ -1,5 +1,8 @@
 """The methods, one a file."""
 
+from vlmprune.learned.mod import MoD
+from vlmprune.learned.quecc import QueCC
+from vlmprune.learned.vistog import VisToG
 from vlmprune.methods.average_pooling import AveragePooling
 from vlmprune.methods.cdpruner import CDPruner
 from vlmprune.methods.dart import DART
@@ -37,6 +40,9 @@ METHODS = {
     "cdpruner": CDPruner,
     "evs": EVS,
     "tome": ToMe,
+    # The same, by training.
+    "quecc": QueCC,
+    "vistog": VisToG,
     # Inside it.
     "fastv": FastV,
     "sparsevlm": SparseVLM,
@@ -45,6 +51,8 @@ METHODS = {
     "gsearch": GSearch,
     "psigmoid": PSigmoid,
     "zipvl": ZipVL,
+    # The same, by training.
+    "mod": MoD,
     # Controls.
     "random": RandomTokens,
     "uniform": UniformGrid,
@@ -65,14 +73,17 @@ __all__ = [
     "FasterVLM",
     "FoPru",
     "GSearch",
+    "MoD",
     "PSigmoid",
     "PruMerge",
     "PyramidDrop",
+    "QueCC",
     "RandomTokens",
     "SparseVLM",
     "ToMe",
     "UniformGrid",
     "VisPruner",
+    "VisToG",
     "VisionZip",
     "VtcCls",
     "ZipVL",

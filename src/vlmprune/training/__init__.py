@@ -1,0 +1,1 @@
+"""Training of the methods that learn: LLaVA-format data, Hugging Face's `Trainer`, PEFT's LoRA."""

@@ -1,0 +1,89 @@
+"""The course of a training run: losses and accuracies by step, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmprune.errors import VlmpruneError
+
+# Trainer's names of what is kept, and ours.
+NAMES = {
+    "loss": "loss",
+    "learning_rate": "rate",
+    "eval_loss": "held_out_loss",
+    "eval_accuracy": "accuracy",
+}
+
+
+def points(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """One point a step that was logged, from the Trainer's log history."""
+    found: dict[int, dict[str, float]] = {}
+    for line in history:
+        named = {NAMES[k]: float(v) for k, v in line.items() if k in NAMES}
+        if named:
+            step = int(line["step"])
+            found.setdefault(step, {"step": step}).update(named)
+    return [found[step] for step in sorted(found)]
+
+
+def write(folder: Path, title: str, history: Sequence[dict[str, Any]]) -> None:
+    """Write `curve.json` and `curve.png`.
+
+    Raises:
+        VlmpruneError: the disk refuses.
+    """
+    made = points(history)
+    try:
+        text = json.dumps({"run": title, "points": made}, indent=1) + "\n"
+        (folder / "curve.json").write_text(text, encoding="utf-8")
+        if made:
+            _draw(folder / "curve.png", title, made)
+    except OSError as error:
+        raise VlmpruneError(
+            f"{str(folder)!r} cannot be written ({error.strerror}); give another --out."
+        ) from error
+
+
+def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Running mean with falling weights, the first values counted in full."""
+    out, total, mass = [], 0.0, 0.0
+    for value in values:
+        total, mass = weight * total + (1 - weight) * value, weight * mass + 1 - weight
+        out.append(total / mass)
+    return out
+
+
+def _draw(path: Path, title: str, made: Sequence[dict[str, float]]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.add_subplot()
+
+    def of(name: str) -> tuple[list[float], list[float]]:
+        some = [one for one in made if name in one]
+        return [one["step"] for one in some], [one[name] for one in some]
+
+    steps, losses = of("loss")
+    axes.plot(steps, losses, color="0.8", linewidth=1)
+    axes.plot(steps, smoothed(losses), color="tab:blue", label="loss")
+    steps, losses = of("held_out_loss")
+    if losses:
+        axes.plot(steps, losses, "o-", color="tab:orange", markersize=3, label="held-out loss")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per answer token")
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, fontsize=9)
+    handles, labels = axes.get_legend_handles_labels()
+    steps, right = of("accuracy")
+    if right:
+        other = axes.twinx()
+        other.plot(steps, [100 * one for one in right], "s--", color="tab:green", markersize=3)
+        other.set_ylim(0, 100)
+        other.set_ylabel("accuracy, %", color="tab:green")
+    axes.legend(handles, labels, frameon=False, loc="upper right")
+    figure.savefig(path)

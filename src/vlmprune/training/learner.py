@@ -1,0 +1,188 @@
+"""What is trained: the method's own weights, on a model that is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vlmprune import calls
+from vlmprune.handle import Handle
+from vlmprune.pruner import Pruner
+from vlmprune.reuse import Vision
+from vlmprune.training.states import States
+
+
+class Learner(nn.Module):
+    """A frozen model under a method whose weights are trained; the loss of a batch.
+
+    Entries bring several rows each: one pass of the vision encoder serves them all where the
+    method does not look at the question, or where the encoder's states are kept.
+
+    Args:
+        model: the host, to be frozen.
+        pruner: the method, with a `module`.
+        names: of the module's parameters that are trained; None for all.
+        states: the encoder's states on disk; None to run it.
+        peft: the model as PEFT's `get_peft_model` returned it; None without a LoRA.
+        tunes: whether its LoRA is trained along.
+    """
+
+    # Our keyword arguments are pixels; the Trainer would add its own.
+    accepts_loss_kwargs = False
+
+    def __init__(
+        self,
+        model: Any,
+        pruner: Any,
+        names: Sequence[str] | None = None,
+        states: States | None = None,
+        peft: Any = None,
+        tunes: bool = True,
+    ) -> None:
+        super().__init__()
+        self.host = model
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(tunes and peft is not None and "lora_" in name)
+        self.learned: nn.Module = pruner.module
+        for name, parameter in self.learned.named_parameters():
+            parameter.requires_grad_(names is None or name in names)
+        self.pruner: Pruner = pruner
+        # In a list, so that it is no part of this module beside the host that it holds.
+        self._peft = [peft]
+        self.states = states
+        self.handle: Handle | None = None
+
+    @property
+    def peft(self) -> Any:
+        """The model as PEFT wraps it; None without a LoRA."""
+        return self._peft[0]
+
+    @contextmanager
+    def attached(self) -> Iterator[Learner]:
+        """The method on its model for as long as training lasts."""
+        with self._serving(), self.pruner(self.host) as self.handle:
+            yield self
+        self.handle = None
+
+    @contextmanager
+    def _serving(self) -> Iterator[None]:
+        if self.states is None:
+            yield
+            return
+        with self.states.serving():
+            yield
+
+    def train(self, mode: bool = True) -> Learner:
+        """Only the method: what is frozen stays in eval mode."""
+        super().train(mode)
+        self.host.eval()
+        return self
+
+    def trained(self) -> dict[str, Tensor]:
+        """The parameters that are trained, by name."""
+        return {k: v for k, v in self.learned.named_parameters() if v.requires_grad}
+
+    def lora(self) -> dict[str, Tensor]:
+        """The parameters of the LoRA, by name."""
+        return {k: v for k, v in self.host.named_parameters() if v.requires_grad}
+
+    # Checkpoints hold what the method has, not the host.
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The module's state and the LoRA's."""
+        both = {f"learned.{k}": v for k, v in self.learned.state_dict().items()}
+        both |= {f"lora.{k}": v.detach() for k, v in self.lora().items()}
+        return {k: v.contiguous().clone() for k, v in both.items()}
+
+    def load_state_dict(  # type: ignore[override]
+        self, state: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Take what `state_dict` gave."""
+        parts: dict[str, dict[str, Any]] = {"learned": {}, "lora": {}}
+        for name, value in state.items():
+            kind, _, rest = name.partition(".")
+            parts[kind][rest] = value
+        with torch.no_grad():
+            for name, parameter in self.lora().items():
+                parameter.copy_(parts["lora"][name])
+        return self.learned.load_state_dict(parts["learned"])
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        rows: Tensor,
+        pictures: Tensor,
+        places: Tensor | None = None,
+        **pixels: Tensor,
+    ) -> dict[str, Tensor]:
+        """The mean loss of the answers' tokens.
+
+        Args:
+            input_ids: [B, L], placeholders as for the unpruned model.
+            attention_mask: [B, L].
+            labels: [B, L], -100 but for answers.
+            rows: [E] rows of each entry.
+            pictures: [E] pictures of each entry.
+            places: [P] of all pictures, where the encoder's states are kept.
+            pixels: what the processor made of all pictures, one row each.
+        """
+        text = {"input_ids": input_ids, "attention_mask": attention_mask}
+        counts, each = rows.tolist(), pictures.tolist()
+        starts = [sum(each[:i]) for i in range(len(each))]
+        spread = [
+            start + picture
+            for start, amount, times in zip(starts, each, counts, strict=True)
+            for _ in range(times)
+            for picture in range(amount)
+        ]
+        if self.pruner.shortens and self.pruner.text_agnostic:
+            given: dict[str, Any] = {"vision": self._vision(text, counts, each, places, pixels)}
+            vision = given["vision"]
+            given["vision"] = replace(vision, items=tuple(vision.items[i] for i in spread))
+            self._tell(None)
+        else:
+            order = torch.tensor(spread, device=input_ids.device)
+            given = {k: _taken(v, order) for k, v in pixels.items()}
+            self._tell(places, order)
+        with _attention(input_ids.device):
+            out = self.host(**text, **given, labels=labels, use_cache=False)
+        return {"loss": out.loss}
+
+    def _vision(
+        self,
+        text: dict[str, Tensor],
+        counts: list[int],
+        each: list[int],
+        places: Tensor | None,
+        pixels: dict[str, Tensor],
+    ) -> Vision:
+        """All pictures, encoded once, with gradients."""
+        first = [sum(counts[:i]) for i in range(len(counts))]
+        self._tell(places)
+        assert self.handle is not None
+        return calls.encode(self.handle, {k: v[first] for k, v in text.items()} | pixels)
+
+    def _tell(self, places: Tensor | None, order: Tensor | None = None) -> None:
+        """Of which pictures the kept states are wanted next."""
+        if self.states is not None:
+            both = places is not None and order is not None
+            self.states.now = places[order] if both else places  # type: ignore[index]
+
+
+def _attention(device: torch.device) -> Any:
+    """On a CPU the plain form of attention, whose backward pass is faster for few queries."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
+def _taken(values: Tensor, order: Tensor) -> Tensor:
+    """Rows in an order; a stand-in whose rows are all the same in memory is not copied."""
+    if values.stride(0) == 0:
+        return values[:1].expand(len(order), *values.shape[1:])
+    return values[order]

@@ -1,0 +1,247 @@
+"""States of a frozen vision encoder on disk, so that a training step need not run it.
+
+Kept are the outputs of the layers that the method reads, and of the layer whose output is the
+model's feature, float16, one array a layer with a row for each picture. In a step the encoder's
+layers are called with what was kept, so that whoever watches them sees it, and the host's own
+projector follows. Attention is not kept: methods that read it are refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vlmprune import families
+from vlmprune.errors import VlmpruneError
+from vlmprune.families.llava import LlavaImages
+from vlmprune.pruner import Pruner
+from vlmprune.taps import passing
+from vlmprune.training.data import Entry, Turn
+from vlmprune.training.rows import Rows
+
+BATCH = 16
+"""Pictures that the encoder sees at once."""
+SAVED = 20
+"""Batches after which what there is counts as kept."""
+
+
+def layers_for(pruner: Pruner, depth: int, feature: int) -> tuple[int, ...]:
+    """The encoder layers whose output a method needs, the feature's own among them.
+
+    Raises:
+        VlmpruneError: it reads more than states.
+    """
+    reads = pruner.reads(depth, feature) if pruner.shortens else None
+    more = reads is not None and (
+        reads.layers or reads.patches is not None or reads.keys is not None
+    )
+    if more or (reads is not None and reads.semantic is not None) or pruner.acts:
+        raise VlmpruneError(
+            f"{type(pruner).__name__} needs the vision encoder itself in every step; leave "
+            "--cache out."
+        )
+    wanted = {feature} if reads is None else {feature, *reads.states}
+    return tuple(sorted(wanted))
+
+
+class States:
+    """A folder with the states of some pictures.
+
+    Args:
+        folder: made if absent.
+        model: the host, before anything is attached to it.
+        pruner: the method.
+        rows: makes pixels of pictures.
+        entries: all that training and its evaluation may ask for.
+        mixed: run the encoder in mixed precision, with bfloat16.
+
+    Raises:
+        VlmpruneError: the method or the model does not allow it, or the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Any,
+        pruner: Pruner,
+        rows: Rows,
+        entries: Sequence[Entry],
+        mixed: bool = False,
+    ) -> None:
+        self.model, self.rows, self.mixed = model, rows, mixed
+        medium = families.family_of(model).media[0]
+        if not isinstance(medium, LlavaImages):
+            raise VlmpruneError(
+                f"the encoder of {type(model).__name__} does not see each picture as one crop of "
+                "one size, so that its states cannot be kept; leave --cache out."
+            )
+        self.medium = medium
+        encoder = medium.encoder(model, {})
+        self.layers = layers_for(pruner, len(encoder.layers), encoder.feature)
+        self.files = sorted({file for entry in entries for file in entry.images})
+        self.places = {file: place for place, file in enumerate(self.files)}
+        self.folder = folder
+        self.arrays: dict[int, np.ndarray] = {}
+        self.side = (0, 0)
+        self.now: Tensor | None = None
+
+    @property
+    def _about(self) -> dict[str, Any]:
+        """What the files are of."""
+        tower = self.medium.tower(self.model)
+        digest = hashlib.sha256()
+        for name, weight in sorted(tower.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weight.detach().float().flatten()[:64].cpu().numpy().tobytes())
+        names = "\n".join(f"{file} {file.stat().st_size}" for file in self.files)
+        return {
+            "layers": list(self.layers),
+            "size": str(self.rows.processor.image_processor.size),
+            "mixed": self.mixed,
+            "encoder": digest.hexdigest()[:16],
+            "pictures": hashlib.sha256(names.encode()).hexdigest()[:16],
+        }
+
+    def fill(self, tell: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Run the encoder on all pictures whose states are not there; what is there is kept."""
+        about, total = json.loads(json.dumps(self._about)), len(self.files)
+        path, done = self.folder / "states.json", 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                known = json.loads(path.read_text(encoding="utf-8"))
+                done, self.side = known.pop("done", 0), tuple(known.pop("side", (0, 0)))
+                if known != about:
+                    raise VlmpruneError(
+                        f"cache {str(self.folder)!r} is of other pictures, layers or weights; "
+                        "give another folder, or delete it."
+                    )
+            for start in range(done, total, BATCH):
+                tell(start, total)
+                stop = min(start + BATCH, total)
+                for layer, states in self._run(self.files[start:stop]).items():
+                    self._array(layer, states.shape[1:])[start:stop] = states.half().cpu().numpy()
+                if stop < total and (stop // BATCH) % SAVED:
+                    continue
+                for array in self.arrays.values():
+                    array.flush()  # type: ignore[attr-defined]
+                said = json.dumps(about | {"done": stop, "side": list(self.side)})
+                path.write_text(said, encoding="utf-8")
+        except OSError as error:
+            raise VlmpruneError(
+                f"cache {str(self.folder)!r} cannot be written ({error.strerror}); give another "
+                "folder."
+            ) from error
+        tell(total, total)
+        self.arrays = {layer: np.load(self._file(layer), mmap_mode="r") for layer in self.layers}
+
+    def _file(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer}.npy"
+
+    def _array(self, layer: int, shape: Sequence[int]) -> np.ndarray:
+        if layer not in self.arrays:
+            file, mode = self._file(layer), "r+"
+            if not file.exists():
+                mode = "w+"
+            self.arrays[layer] = np.lib.format.open_memmap(
+                file,
+                mode=mode,
+                dtype=np.float16,
+                shape=(len(self.files), *shape) if mode == "w+" else None,
+            )
+        return self.arrays[layer]
+
+    @torch.no_grad()
+    def _run(self, files: Sequence[Path]) -> dict[int, Tensor]:
+        """The wanted layers' outputs, [pictures, L, C] each."""
+        turn = Turn("?", "")
+        given = self.rows.pixels([Entry(-1, "", (file,), (turn,)) for file in files])
+        pixels = given["pixel_values"].to(self.model.device, self.model.dtype)
+        self.side = (pixels.shape[-2], pixels.shape[-1])
+        layers = self.medium.encoder(self.model, {self.medium.inputs[0]: pixels}).layers
+        with ExitStack() as stack:
+            kind = self.model.device.type
+            stack.enter_context(torch.autocast(kind, torch.bfloat16, enabled=self.mixed))
+            seen = {n: stack.enter_context(passing(layers[n])) for n in self.layers}
+            self.model.get_image_features(pixel_values=pixels, return_dict=True)
+        return {n: torch.cat(list(calls)) for n, calls in seen.items()}
+
+    def of(self, entries: Sequence[Entry]) -> Tensor:
+        """[pictures] places of the entries' pictures."""
+        return torch.tensor([self.places[file] for one in entries for file in one.images])
+
+    def blank(self, pictures: int) -> Tensor:
+        """Something in the shape of the pictures' pixels, of which nothing is looked at."""
+        height, width = self.side
+        return torch.zeros(1).expand(pictures, 3, height, width)
+
+    def forget(self) -> None:
+        """Let the host encode what it is given."""
+        self.now = None
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Let the host's own method take what was kept, wherever `now` says of which pictures.
+
+        To be entered before a pruner is attached.
+        """
+        place = families.base(self.model)
+        own = place.get_image_features
+        before = vars(place).get("get_image_features")
+
+        # `wraps` keeps the signature, which Transformers inspects, and so do we.
+        @functools.wraps(own)
+        def features(pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.now is None:
+                return own(pixel_values, *args, **kwargs)
+            return self._served(pixel_values)
+
+        vars(place)["get_image_features"] = features
+        try:
+            yield
+        finally:
+            if before is None:
+                del vars(place)["get_image_features"]
+            else:
+                vars(place)["get_image_features"] = before
+
+    @torch.no_grad()
+    def _served(self, pixels: Tensor) -> Any:
+        """What the host's own method would return, with its encoder's layers called on the way."""
+        assert self.now is not None
+        unique, back = self.now.unique(return_inverse=True)
+        encoder = self.medium.encoder(self.model, {self.medium.inputs[0]: pixels})
+        features = torch.empty(0)
+        for number in self.layers:
+            kept = torch.from_numpy(self.arrays[number][unique.cpu().numpy()])
+            state = kept.to(pixels.device, self.model.dtype)[back.to(pixels.device)]
+            with _given(encoder.layers[number]):
+                encoder.layers[number](state)
+            if number == encoder.feature:
+                features = state
+        if self.model.config.vision_feature_select_strategy == "default":
+            features = features[:, 1:]
+        tokens = self.medium.projector(self.model)(features)
+        made: Any = BaseModelOutputWithPooling()
+        made["pooler_output"] = list(tokens)
+        return made
+
+
+@contextmanager
+def _given(layer: nn.Module) -> Iterator[None]:
+    """Let a layer give what it is given; who watches it sees that."""
+    vars(layer)["forward"] = lambda state, *args, **kwargs: state
+    try:
+        yield
+    finally:
+        del vars(layer)["forward"]
