@@ -1,0 +1,345 @@
+"""The figures of docs/serving.md, made from the JSON files that `serve.py` wrote.
+
+    python benchmarks/serve_page.py
+
+The text stands between `<!-- serve -->` and `<!-- end serve -->`; the curve is docs/serving.png. Of
+what was measured on a CPU there are ratios alone.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "serving.md"
+PICTURE = ROOT / "docs" / "serving.png"
+FILES = {"serve-gpu": "On a GPU", "serve": "On a CPU"}
+"""JSON files, in order, and their headings."""
+MARKERS = re.compile(r"(<!-- serve -->\n).*?(<!-- end serve -->)", flags=re.DOTALL)
+ALL, PLAIN = "all", "plain"
+_COLOURS = {"closed": "#0072B2", "cached": "#E69F00", "flops": "#6B7280"}
+_DPI = 150
+
+Content = Mapping[str, Any]
+
+
+def ratio(upper: Sequence[float], lower: Sequence[float]) -> tuple[float, float]:
+    """Median of the ratios within each round, and half the quartiles' distance relative to it."""
+    ratios = [a / b for a, b in zip(upper, lower, strict=True)]
+    middle = statistics.median(ratios)
+    if len(ratios) < 2:
+        return middle, math.nan
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return middle, (high - low) / 2 / middle
+
+
+class Results:
+    """One file's figures."""
+
+    def __init__(self, content: Content) -> None:
+        self.content = content
+        self.setting: Content = content["setting"]
+        self.cases: Content = content["cases"]
+        self.rounds: Sequence[Content] = content["rounds"]
+        self.gpu = "CPU" not in content["seconds_are"]
+
+    def values(self, load: str, case: str, *path: str) -> list[float]:
+        """A figure of a case in every round."""
+        out = []
+        for one in self.rounds:
+            value: Any = one[load][case]
+            for name in path:
+                value = value[name]
+            out.append(float(value))
+        return out
+
+    def median(self, load: str, case: str, *path: str) -> float:
+        """The median over rounds."""
+        return statistics.median(self.values(load, case, *path))
+
+    def against(
+        self, load: str, case: str, *path: str, base: str = ALL, base_load: str | None = None
+    ) -> tuple[float, float]:
+        """How a case stands to another in the same rounds, and the spread."""
+        return ratio(self.values(load, case, *path), self.values(base_load or load, base, *path))
+
+    def processor(self, load: str, case: str) -> list[float]:
+        """Processor time of the server for a request, in every round."""
+        told = [one[load][case] for one in self.rounds]
+        return [sum(x["processor_seconds"].values()) / x["requests"] for x in told]
+
+    def cheaper(self, case: str, load: str = "closed") -> tuple[float, float] | None:
+        """How many times less processor time a request takes than unpruned; None if unknown."""
+        full = self.processor("closed", ALL)
+        return ratio(full, self.processor(load, case)) if all(full) and not self.gpu else None
+
+    def budgets(self) -> list[str]:
+        """Cases of the pruning server, most tokens first."""
+        return [name for name in self.cases if name != PLAIN]
+
+    def loads(self) -> list[str]:
+        """Open loads in the order that they were measured."""
+        return [name for name in self.rounds[0] if name.startswith("open ")]
+
+    def length(self, case: str) -> int:
+        """Tokens of a request at its end."""
+        told = [self.median("closed", case, name) for name in ("prompt_tokens", "output_tokens")]
+        return round(sum(told))
+
+    def kept(self, case: str) -> int:
+        """Visual tokens of a request."""
+        return int(self.cases[case]["visual_tokens"])
+
+    def blocks(self, case: str) -> int:
+        """KV blocks that a request takes at its end; its last token is never stored."""
+        return math.ceil((self.length(case) - 1) / self.setting["block_tokens"])
+
+    def fitting(self, case: str) -> int:
+        """Requests that the cache holds at once."""
+        return int(self.setting["blocks"]) // self.blocks(case)
+
+    def flops(self, case: str) -> float | None:
+        """How many times fewer FLOPs a request takes, by the formulas."""
+        one, other = (self.cases[name].get("flops") for name in (case, ALL))
+        return other / one if one and other else None
+
+    def encoder_share(self, case: str) -> float:
+        """What part of a request it spares not to prepare and encode a picture.
+
+        Of processor time, where it is known, else of the time that requests take under full load.
+        """
+        if self.cheaper(case):
+            return 1 - ratio(self.processor("cached", case), self.processor("closed", case))[0]
+        name = "requests_per_second"
+        return 1 - self.against("closed", case, name, base=case, base_load="cached")[0]
+
+
+def section(content: Content) -> str:
+    """One file's tables."""
+    one = Results(content)
+    parts = [about(one), capacity(one), reading(one)]
+    if "cached" in one.rounds[0]:
+        parts.append(cached(one))
+    parts += [opened(one)] if one.loads() else []
+    return "\n\n".join(parts)
+
+
+def about(one: Results) -> str:
+    """What was measured with what."""
+    told = one.setting
+    versions = ", ".join(f"{name} {value}" for name, value in told["versions"].items())
+    extra = "".join(f", {name}={value}" for name, value in told["environment"].items())
+    return (
+        f"`{told['command']}`: {told['model']}, {told['weights']}; `VLMPRUNE={told['method']}`; "
+        f"{told['device']}{extra}; {versions}; vLLM with `{told['arguments']}`. A picture and "
+        f"{told['words']} words a question, {told['output_tokens']} tokens an answer; "
+        f"{told['blocks']} KV blocks of {told['block_tokens']} tokens; {told['policy']}. "
+        f"{len(one.rounds)} rounds, all cases in turn in each; ratios within a round, their median "
+        "and half the distance between the quartiles."
+    )
+
+
+def capacity(one: Results) -> str:
+    """Closed load: the table of kept tokens."""
+    base = "requests_per_second"
+    heads = ["visual tokens", "KV blocks a request", "requests that fit", "at once, most"]
+    heads += ["requests/s"] if one.gpu else []
+    heads += ["requests/s ÷ unpruned"]
+    heads += ["processor time, unpruned ÷ this"] if one.cheaper(ALL) else []
+    heads += ["FLOPs, unpruned ÷ this", "first token", "between tokens"]
+    lines = [_header(heads)]
+    names = [*one.budgets(), *([PLAIN] if PLAIN in one.cases else [])]
+    for name in names:
+        label = str(one.kept(name))
+        label += {ALL: ", unpruned", PLAIN: ", without the plugin"}.get(name, "")
+        cells = [label, str(one.blocks(name)), str(one.fitting(name))]
+        cells.append(f"{one.median('closed', name, 'in_use', 'running', 'peak'):.0f}")
+        if one.gpu:
+            cells.append(f"{one.median('closed', name, base):.2f}")
+        cells.append(_around(one.against("closed", name, base)))
+        made = one.cheaper(name)
+        cells += [_around(made)] if made else []
+        flops = one.flops(name)
+        cells.append("" if flops is None else f"{flops:.2f}")
+        for path in (("first_token", "p50"), ("between_tokens", "p50")):
+            cells.append(_around(one.against("closed", name, *path)))
+        lines.append(_line(cells))
+    clients = one.setting["clients"]
+    return (
+        f"**Closed load, {clients} clients, each picture new**: what the server gives when it is "
+        "never idle. The latencies are medians, relative to the unpruned ones.\n\n"
+        + "\n".join(lines)
+    )
+
+
+def reading(one: Results) -> str:
+    """What the table says, in words that follow from the figures."""
+    least = min(one.budgets(), key=one.kept)
+    got, spread = one.against("closed", least, "requests_per_second")
+    promised = one.flops(least)
+    lines = []
+    if promised is not None:
+        share = (got - 1) / (promised - 1)
+        lines.append(
+            f"- With {one.kept(least)} of {one.kept(ALL)} visual tokens the server answers "
+            f"{_around((got, spread))} times as many requests; FLOPs (of tower, prompt and answer) "
+            f"promise {promised:.2f}: {100 * share:.0f} % of the promised gain arrives."
+        )
+    if PLAIN in one.cases:
+        made = one.against("closed", PLAIN, "requests_per_second")
+        lines.append(
+            f"- vLLM without the plugin answers {_around(made)} times as many unpruned requests as "
+            "the same with it."
+        )
+    every = [told for done in one.rounds for load in done.values() for told in load.values()]
+    asked, errors = (sum(told[name] for told in every) for name in ("requests", "errors"))
+    hits = sum(told["counts"]["prefix_cache_hits"] for told in every)
+    lines.append(f"- {asked} requests, {errors} errors, {hits:.0f} tokens from the prefix cache.")
+    return "\n".join(lines)
+
+
+def cached(one: Results) -> str:
+    """The same picture for all questions."""
+    base = "requests_per_second"
+    lines = [
+        _header(["visual tokens", "requests/s ÷ unpruned", "encoding's share of a new picture"])
+    ]
+    for name in one.budgets():
+        cells = [str(one.kept(name)), _around(one.against("cached", name, base))]
+        cells.append(f"{100 * one.encoder_share(name):.0f} %")
+        lines.append(_line(cells))
+    return (
+        "**The same picture, other questions**: the picture is prepared and encoded once, and what "
+        "is left is what pruning shortens. Beside it the share of a request's time, under the load "
+        "above, that a new picture's preparation and encoding take, which pruning leaves whole.\n\n"
+        + "\n".join(lines)
+    )
+
+
+def opened(one: Results) -> str:
+    """Open loads."""
+    heads = ["load", "visual tokens", "first token p50", "p95", "between tokens p50", "p95"]
+    heads += ["requests/s", "KV blocks, mean", "most"]
+    lines = [_header(heads)]
+    paths = [(name, q) for name in ("first_token", "between_tokens") for q in ("p50", "p95")]
+    paths += [("requests_per_second",)]
+    paths += [("in_use", "blocks", what) for what in ("mean", "peak")]
+    for load in one.loads():
+        for name in one.rounds[0][load]:
+            cells = [load.removeprefix("open "), str(one.kept(name))]
+            if name == ALL:
+                blocks = (one.median(load, ALL, *path) for path in paths[-2:])
+                cells += ["1"] * (len(paths) - 2) + [f"{value:.1f} blocks" for value in blocks]
+            else:
+                cells += [_around(one.against(load, name, *path)) for path in paths]
+            lines.append(_line(cells))
+    seconds = ""
+    if one.gpu:
+        told = [
+            f"{load.removeprefix('open ')}: "
+            f"{1e3 * one.median(load, ALL, 'first_token', 'p50'):.0f} ms"
+            for load in one.loads()
+        ]
+        seconds = f" Unpruned first tokens, median: {', '.join(told)}."
+    return (
+        "**Open load**: requests arrive at random, at so many times the rate that the unpruned "
+        "server answers under closed load, each with a new picture; arrivals are the same for all "
+        f"cases. Relative to unpruned at the same load.{seconds}\n\n" + "\n".join(lines)
+    )
+
+
+def plot(content: Content) -> bytes:
+    """Served throughput against kept tokens, as a PNG."""
+    from matplotlib.figure import Figure
+
+    one = Results(content)
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    names = one.budgets()
+    kept = [one.kept(name) for name in names]
+    labels = {"closed": "each picture new", "cached": "same picture, other questions"}
+    for load in labels:
+        if load in one.rounds[0]:
+            made = [one.against(load, name, "requests_per_second") for name in names]
+            spread = [0.0 if math.isnan(s) else m * s for m, s in made]
+            axes.errorbar(
+                kept,
+                [m for m, _ in made],
+                yerr=spread,
+                marker="o",
+                capsize=3,
+                color=_COLOURS[load],
+                label=f"measured, {labels[load]}",
+            )
+    promised = [one.flops(name) for name in names]
+    if all(promised):
+        axes.plot(kept, promised, "--", color=_COLOURS["flops"], label="FLOPs, tower included")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(kept, [str(n) for n in kept])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.grid(color="#E4E7EB")
+    axes.set_xlabel("visual tokens kept of a picture")
+    axes.set_ylabel("requests/s ÷ unpruned")
+    axes.set_title(f"{one.setting['model']}, {one.setting['device']}", fontsize=10, loc="left")
+    axes.legend(frameon=False)
+    target = io.BytesIO()
+    figure.savefig(target, format="png", dpi=_DPI, metadata={"Software": "vlmprune serve"})
+    return target.getvalue()
+
+
+def render(text: str, files: Mapping[str, Content]) -> str:
+    """The page with its section made anew."""
+    if not MARKERS.search(text):
+        raise typer.BadParameter("the page has no lines <!-- serve --> and <!-- end serve -->")
+    parts = [f"### {FILES[name]}\n\n{section(files[name])}\n" for name in FILES if name in files]
+    made = "\n".join(parts)
+    return MARKERS.sub(lambda at: f"{at[1]}{made}{at[2]}", text)
+
+
+def stored(results: Path) -> dict[str, Content]:
+    """The JSON files that are there."""
+    found = {name: results / f"{name}.json" for name in FILES}
+    return {name: json.loads(at.read_text("utf-8")) for name, at in found.items() if at.exists()}
+
+
+def _around(made: tuple[float, float]) -> str:
+    value, spread = made
+    return f"{value:.2f}" if math.isnan(spread) else f"{value:.2f} ± {value * spread:.2f}"
+
+
+def _header(cells: Sequence[str]) -> str:
+    return _line(cells) + "\n" + "|---" * len(cells) + "|"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def main(
+    results: Annotated[Path, typer.Option(help="Folder of the JSON files.")] = RESULTS,
+    page: Annotated[Path, typer.Option(help="Page with the markers.")] = PAGE,
+    picture: Annotated[Path, typer.Option(help="Where the curve goes.")] = PICTURE,
+) -> None:
+    """Render the section, and draw the curve."""
+    files = stored(results)
+    page.write_text(render(page.read_text("utf-8"), files), encoding="utf-8")
+    draw: Callable[[Content], bytes] = plot
+    for name in FILES:
+        if name in files:
+            picture.write_bytes(draw(files[name]))
+            return
+
+
+if __name__ == "__main__":
+    typer.run(main)
