@@ -34,7 +34,6 @@ from vlmprune import METHODS, embedded
 from vlmprune.evaluate import BATCH, evaluate, model_name
 from vlmprune.evaluation import UNPRUNED, Evaluation
 from vlmprune.learned import Learned
-from vlmprune.learned.base import shipped
 from vlmprune.loading import Loaded, quiet
 from vlmprune.methods.pyramiddrop import PyramidDrop
 from vlmprune.pruner import Pruner
@@ -141,6 +140,9 @@ are what `vlmprune search gsearch --max-loss 1% --trials 32` found on 60 validat
 
 NOT_HERE = {
     "evs": "EVS chooses among frames of a video, and these are pictures",
+    "quecc": "QueCC is trained, and stands in the table of methods that learn",
+    "vistog": "VisToG likewise",
+    "mod": "VideoLLM-MoD is trained on clips, and these are pictures",
 }
 """Methods without rows, and why."""
 
@@ -172,12 +174,11 @@ def planned(only: list[str]) -> list[Row]:
     """All rows, controls first, or those of some methods."""
     names = [name for name in SETTINGS if name in METHODS]
     names += [name for name in METHODS if name not in SETTINGS and name not in NOT_HERE]
-    learned = {name for name in names if issubclass(METHODS[name], Learned)}
     rows = []
     for name in names:
         if only and name not in only:
             continue
-        labels = SETTINGS.get(name, {} if name in learned else {METHODS[name].__name__: keep})
+        labels = SETTINGS.get(name, {METHODS[name].__name__: keep})
         for label, settings in labels.items():
             for budget in (*BUDGETS, *(BETWEEN if name == "random" else ())):
                 one = settings(budget)
@@ -185,11 +186,7 @@ def planned(only: list[str]) -> list[Row]:
                     continue
                 several = [one | {"seed": seed} for seed in SEEDS] if name == "random" else [one]
                 rows.append(Row(name, label, budget, tuple(several)))
-        own = OWN.get(name, {})
-        if name in learned:
-            cls = METHODS[name].__name__
-            own = {f"{cls}, {weights}": {"weights": weights} for weights in shipped(name)} | own
-        rows += [Row(name, label, None, (one,)) for label, one in own.items()]
+        rows += [Row(name, label, None, (one,)) for label, one in OWN.get(name, {}).items()]
     return rows
 
 
@@ -258,6 +255,8 @@ def measure(path: Path, rows: list[Row], batch: int, again: bool) -> dict[str, A
             "settings": list(row.settings),
             "code": fingerprint(METHODS[row.method]),
         }
+        if issubclass(METHODS[row.method], Learned):
+            about["weights"] = [repr(pruner) for pruner in row.pruners]
         if again or old is None or any(old.get(name) != value for name, value in about.items()):
             todo.append((row, about))
     with quiet():

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from vlmprune.learned.lora import PREFIX, Lora
 from vlmprune.pruner import Pruner
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from vlmprune.handle import Handle
 
 FORMAT = "vlmprune learned 1"
@@ -347,8 +349,7 @@ def _config(folder: Path) -> dict[str, Any]:
 def _fingerprint(folder: Path) -> str:
     """Eight digits that tell some weights from others."""
     content = hashlib.sha256((folder / CONFIG).read_bytes())
-    with (folder / WEIGHTS).open("rb") as file:
-        content.update(hashlib.file_digest(file, "sha256").digest())
+    content.update((folder / WEIGHTS).read_bytes())
     return content.hexdigest()[:8]
 
 
