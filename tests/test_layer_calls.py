@@ -351,6 +351,9 @@ def test_refusals() -> None:
         PyramidDrop(ratio=2)
     with pytest.raises(VlmpruneError, match="stages=0 is no number"):
         PyramidDrop(stages=0)
+    for pruner in (FastV(keep=4), PyramidDrop()):
+        with pruner(built) as handle, pytest.raises(VlmpruneError, match="nothing to store"):
+            handle.encode(**req.inputs)
     static = StaticCache(config=built.config, max_cache_len=64)
     with FastV(keep=4)(built):
         for more, match in (

@@ -103,7 +103,9 @@ def _plan(
             f"{pruner!r} changes the tokens of the vision encoder and then reads layers of it; "
             "chain a method that reads none, such as VisPruner."
         )
-    shortening = [stage for stage in getattr(pruner, "stages", (pruner,)) if stage.shortens]
+    from vlmprune.chain import stages_of
+
+    shortening = [stage for stage in stages_of(pruner) if stage.shortens]
     return replace(found, alone=len(shortening) == 1)
 
 

@@ -306,7 +306,10 @@ def gather(
 
 def shortening(handle: Handle) -> str:
     """The part of a pruner that acts before the language model, with its settings."""
-    stages = getattr(handle.pruner, "stages", (handle.pruner,))
+    # Here, for a chain is a pruner, and pruners import this module.
+    from vlmprune.chain import stages_of
+
+    stages = stages_of(handle.pruner)
     return " | ".join(repr(stage) for stage in stages if stage.shortens)
 
 
@@ -317,7 +320,9 @@ def check(handle: Handle, vision: Vision | None = None) -> None:
         VlmpruneError: the method looks at the question or chooses nothing, or the vision comes
             from another method or model.
     """
-    stages = [s for s in getattr(handle.pruner, "stages", (handle.pruner,)) if s.shortens]
+    from vlmprune.chain import stages_of
+
+    stages = [stage for stage in stages_of(handle.pruner) if stage.shortens]
     if not stages:
         raise VlmpruneError(
             f"{handle.pruner!r} chooses nothing before the language model, so there is nothing to "

@@ -95,7 +95,10 @@ def flops(
         layouts: for each of them one an item.
         pruner: the method, or a chain; None comes back of one that sends none.
     """
-    tokens = sum(stage.beside for stage in getattr(pruner, "stages", (pruner,)))
+    # Here, for a chain is a pruner, and pruners import this module.
+    from vlmprune.chain import stages_of
+
+    tokens = sum(stage.beside for stage in stages_of(pruner))
     if not tokens:
         return None
     total = 0.0
