@@ -4,11 +4,12 @@ TORCH ?= 2.13.0
 TORCH_INDEX ?=
 VENV ?= .venv
 OLDEST ?= .venv-oldest
+VENV_VLLM ?= .venv-vllm
 export PYTHON TORCH TORCH_INDEX
 
 SCENE = src/vlmprune/embedded/scenes/coffee.jpg
 QUESTION = what is in row three column one?
-.PHONY: demo test test-oldest lint bench train clean
+.PHONY: demo test test-oldest test-vllm lint bench train clean
 
 demo: $(VENV)/.demo
 	@$(VENV)/bin/vlmprune run $(SCENE) "$(QUESTION)" --keep 64 --save-overlay demo-output/kept.png
@@ -21,6 +22,10 @@ test: $(VENV)/.test
 
 test-oldest: $(OLDEST)/.test
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto
+
+# The vLLM plugin, in servers of vLLM's CPU build.
+test-vllm: $(VENV_VLLM)/.vllm
+	$(VENV_VLLM)/bin/python -m pytest tests/vllm
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -35,7 +40,7 @@ train: $(VENV)/.train
 	@cd training/embedded && ../../$(VENV)/bin/python train.py --help
 
 clean:
-	rm -rf $(VENV) $(OLDEST) demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(VENV_VLLM) demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.demo: pyproject.toml scripts/setup.sh
 	@sh scripts/setup.sh $(VENV) ""
@@ -55,4 +60,8 @@ $(VENV)/.train: pyproject.toml scripts/setup.sh
 
 $(OLDEST)/.test: pyproject.toml scripts/setup.sh
 	@sh scripts/setup.sh $(OLDEST) "[test]" "transformers==5.17.0"
+	@touch $@
+
+$(VENV_VLLM)/.vllm: pyproject.toml scripts/setup.sh scripts/setup-vllm.sh
+	@sh scripts/setup-vllm.sh $(VENV_VLLM)
 	@touch $@

@@ -284,7 +284,7 @@ def main(
     budgets = sorted(keep or [288, 128, 64, 32], reverse=True)
     if shape == "tiny" and not keep:
         budgets = [8, 4]
-    chosen = [str(n) for n in open_keep or budgets[-2:-1]]
+    chosen = [str(n) for n in open_keep or budgets[-2:][:1]]
     problems = {
         "--shape and --model are two things; choose one.": bool(shape and model),
         "--shape is for a server of our own; with --url give --model.": bool(shape and url),

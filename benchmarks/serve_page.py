@@ -27,7 +27,7 @@ FILES = {"serve-gpu": "On a GPU", "serve": "On a CPU"}
 """JSON files, in order, and their headings."""
 MARKERS = re.compile(r"(<!-- serve -->\n).*?(<!-- end serve -->)", flags=re.DOTALL)
 ALL, PLAIN = "all", "plain"
-_COLOURS = {"closed": "#0072B2", "cached": "#E69F00", "flops": "#6B7280"}
+_COLOURS = {"closed": "#0072B2", "cached": "#E69F00", "processor": "#009E73", "flops": "#6B7280"}
 _DPI = 150
 
 Content = Mapping[str, Any]
@@ -83,6 +83,13 @@ class Results:
         full = self.processor("closed", ALL)
         return ratio(full, self.processor(load, case)) if all(full) and not self.gpu else None
 
+    def taking(self, case: str) -> str:
+        """How much processor time a request takes, in words; empty where it is not known."""
+        if self.cheaper(case) is None:
+            return ""
+        share = ratio(self.processor("closed", case), self.processor("closed", ALL))
+        return f", each for {_around(share)} of the processor time"
+
     def budgets(self) -> list[str]:
         """Cases of the pruning server, most tokens first."""
         return [name for name in self.cases if name != PLAIN]
@@ -128,7 +135,7 @@ def section(content: Content) -> str:
     """One file's tables."""
     one = Results(content)
     parts = [about(one), capacity(one), reading(one)]
-    if "cached" in one.rounds[0]:
+    if one.rounds[0].get("cached"):
         parts.append(cached(one))
     parts += [opened(one)] if one.loads() else []
     return "\n\n".join(parts)
@@ -184,22 +191,25 @@ def capacity(one: Results) -> str:
 
 def reading(one: Results) -> str:
     """What the table says, in words that follow from the figures."""
-    least = min(one.budgets(), key=one.kept)
-    got, spread = one.against("closed", least, "requests_per_second")
-    promised = one.flops(least)
+    name, least = "requests_per_second", min(one.budgets(), key=one.kept)
     lines = []
+    promised = one.flops(least)
     if promised is not None:
-        share = (got - 1) / (promised - 1)
+        gains = {"requests": one.against("closed", least, name)}
+        cheaper = one.cheaper(least)
+        gains |= {"processor time": cheaper} if cheaper else {}
+        shares = (f"{100 * (g - 1) / (promised - 1):.0f} % in {n}" for n, (g, _) in gains.items())
         lines.append(
             f"- With {one.kept(least)} of {one.kept(ALL)} visual tokens the server answers "
-            f"{_around((got, spread))} times as many requests; FLOPs (of tower, prompt and answer) "
-            f"promise {promised:.2f}: {100 * share:.0f} % of the promised gain arrives."
+            f"{_around(gains['requests'])} times as many requests{one.taking(least)}. FLOPs (of "
+            f"tower, prompt and answer) promise {promised:.2f}: of the promised gain arrive "
+            f"{', '.join(shares)}."
         )
     if PLAIN in one.cases:
-        made = one.against("closed", PLAIN, "requests_per_second")
+        made = one.against("closed", PLAIN, name)
         lines.append(
             f"- vLLM without the plugin answers {_around(made)} times as many unpruned requests as "
-            "the same with it."
+            f"with it{one.taking(PLAIN)}."
         )
     every = [told for done in one.rounds for load in done.values() for told in load.values()]
     asked, errors = (sum(told[name] for told in every) for name in ("requests", "errors"))
@@ -269,7 +279,7 @@ def plot(content: Content) -> bytes:
     kept = [one.kept(name) for name in names]
     labels = {"closed": "each picture new", "cached": "same picture, other questions"}
     for load in labels:
-        if load in one.rounds[0]:
+        if one.rounds[0].get(load):
             made = [one.against(load, name, "requests_per_second") for name in names]
             spread = [0.0 if math.isnan(s) else m * s for m, s in made]
             axes.errorbar(
@@ -281,6 +291,12 @@ def plot(content: Content) -> bytes:
                 color=_COLOURS[load],
                 label=f"measured, {labels[load]}",
             )
+    less = [one.cheaper(name) for name in names]
+    if all(less):
+        middles = [made[0] for made in less if made]
+        axes.plot(
+            kept, middles, ":s", color=_COLOURS["processor"], label="processor time, new pictures"
+        )
     promised = [one.flops(name) for name in names]
     if all(promised):
         axes.plot(kept, promised, "--", color=_COLOURS["flops"], label="FLOPs, tower included")
@@ -290,7 +306,7 @@ def plot(content: Content) -> bytes:
     axes.set_ylim(bottom=0)
     axes.grid(color="#E4E7EB")
     axes.set_xlabel("visual tokens kept of a picture")
-    axes.set_ylabel("requests/s ÷ unpruned")
+    axes.set_ylabel("times better than unpruned")
     axes.set_title(f"{one.setting['model']}, {one.setting['device']}", fontsize=10, loc="left")
     axes.legend(frameon=False)
     target = io.BytesIO()

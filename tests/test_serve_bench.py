@@ -206,7 +206,8 @@ def test_the_command_measures_a_running_server(url: str, tmp_path: Path) -> None
     file = tmp_path / "out.json"
     words = ["--url", url, "--keep", "8", "--keep", "4", "--open-keep", "4", "--load", "0.5"]
     words += ["--requests", "4", "--clients", "2", "--arriving", "3", "--tokens", "3"]
-    done = CliRunner().invoke(app, [*words, "--rounds", "2", "--json", str(file)])
+    words += ["--rounds", "2", "--json", str(file)]
+    done = CliRunner().invoke(app, words, env={"COLUMNS": "5000"})
     assert done.exit_code == 0, done.output
     told = json.loads(file.read_text())
     assert {name: one["prompt_tokens"] for name, one in told["cases"].items()} == {
@@ -229,7 +230,7 @@ def test_the_command_measures_a_running_server(url: str, tmp_path: Path) -> None
     # The same arrivals for all cases, others in another round.
     rates = {one["open 0.5"][name]["rate"] for one in told["rounds"] for name in ("all", "4")}
     assert len(rates) == 1
-    assert serve_page.section(told) in done.output.replace("\n", " ") or "| 4 " in done.output
+    assert serve_page.section(told) in done.output
 
 
 def test_a_failing_request_stops_it(url: str) -> None:

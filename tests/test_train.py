@@ -129,6 +129,29 @@ def test_the_loss_is_that_of_ordinary_calls(
     assert all(bool(one.any()) for one in first.values())
 
 
+def test_answers_may_count_alike(loaded: Loaded, tmp_path: Path) -> None:
+    """The mean of the rows' own losses; the model has its own loss back after it."""
+    pruner = QueCC.fresh(loaded.model, window=2, hidden=16)
+    batch = batch_of(loaded, tmp_path)
+    lengths = (batch["labels"] != -100).sum(dim=1).tolist()
+    assert len(set(lengths)) > 1
+    rows = Rows(loaded.processor)
+    some = entries(tmp_path)[:2]
+    with torch.no_grad():
+        alike = Learner(loaded.model, pruner, weigh="answer")
+        with alike.attached():
+            loss = alike(**batch)["loss"]
+        assert "_loss_function" not in vars(loaded.model)
+        plain = Learner(loaded.model, pruner)
+        with plain.attached():
+            other, total = plain(**batch)["loss"], 0.0
+            for entry, number in ((some[0], 0), (some[0], 2), (some[1], 1)):
+                one = rows.batch([entry], [(number,)]) | rows.pixels([entry])
+                total += float(loaded.model(**one, use_cache=False).loss)
+    assert float(loss) == pytest.approx(total / 3, rel=1e-5)
+    assert abs(float(loss) - float(other)) > 1e-3
+
+
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
     loaded: Loaded, tmp_path: Path
 ) -> None:

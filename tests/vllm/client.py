@@ -98,7 +98,10 @@ def ask(server: Server, asked: Asked) -> Answer:
     choice, usage = got["choices"][0], got["usage"]
     details = usage.get("prompt_tokens_details") or {}
     tops = tuple(
-        {int(one["token"].removeprefix("token_id:")): one["logprob"] for one in token["top_logprobs"]}
+        {
+            int(one["token"].removeprefix("token_id:")): one["logprob"]
+            for one in token["top_logprobs"]
+        }
         for token in choice["logprobs"]["content"]
     )
     return Answer(

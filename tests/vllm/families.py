@@ -30,6 +30,7 @@ METADATA = {
     "video_backend": "opencv",
 }
 TOKENS_A_STEP = 64
+BLOCK = 32
 LLAVA = {"llava_next": llava_checkpoints.next_, "llava_onevision": llava_checkpoints.onevision}
 
 
@@ -146,7 +147,7 @@ class Both:
         script = Path(__file__).parent / "offline.py"
         own = {"VLMPRUNE": method, "VLMPRUNE_VLLM_RECORD": str(record), **ONE_PROCESS}
         done = subprocess.run(
-            [sys.executable, *map(str, (script, self.folder, asked, out, TOKENS_A_STEP))],
+            [sys.executable, *map(str, (script, self.folder, asked, out, TOKENS_A_STEP, BLOCK))],
             env=environment(own),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -159,6 +160,7 @@ class Both:
         found = torch.load(out, weights_only=True)
         self.batch: dict[str, list[int]] = dict(zip(self.cases, found["batch"], strict=True))
         self.alone: dict[str, dict[str, Any]] = dict(zip(self.cases, found["alone"], strict=True))
+        self.again: dict[str, dict[str, Any]] = dict(zip(self.cases, found["again"], strict=True))
         self.records = records(record)
         self.model: Any = AutoModelForImageTextToText.from_pretrained(
             self.folder, dtype=torch.float32, local_files_only=True

@@ -66,9 +66,7 @@ class Reference:
             report = handle.report if handle is not None and asked.images else None
         ids = out.sequences[0, length:].tolist()
         kept = [] if report is None else [one.tolist() for one in report.kept]
-        dropped = (
-            0 if report is None else report.visual_tokens_before - report.visual_tokens_after
-        )
+        dropped = 0 if report is None else report.visual_tokens_before - report.visual_tokens_after
         return Expected(
             ids,
             self.processor.decode(ids, skip_special_tokens=True),

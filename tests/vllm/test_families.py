@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import TOKENS_A_STEP, Both
+from families import BLOCK, TOKENS_A_STEP, Both
 
 # Between them: attention and features, features alone, merged tokens, also beside deepstack
 # features, and positions in three dimensions and in one, original and compact.
@@ -90,6 +90,19 @@ def test_answers_are_those_of_transformers(both: Both) -> None:
 def test_answers_do_not_depend_on_what_else_is_asked(both: Both) -> None:
     for name in both.cases:
         assert both.batch[name] == both.served(name).new, name
+
+
+def test_cached_prefixes_change_nothing(both: Both) -> None:
+    hits = 0
+    for name in both.cases:
+        first, again = both.alone[name], both.again[name]
+        assert first["cached"] == 0
+        assert again["new"] == first["new"], name
+        rest = first["positions"][:, again["cached"] :]
+        assert torch.equal(again["positions"], rest), name
+        hits += again["cached"] > 0
+    # All prompts that fill a block, some with its end in an image.
+    assert hits == sum(len(one["ids"]) > BLOCK for one in both.alone.values()) >= 4
 
 
 def test_an_image_was_cut(both: Both) -> None:

@@ -26,6 +26,7 @@ STARTS = {
     "no model with images": ("vispruner:keep=8", (), ("LlamaForCausalLM",)),
 }
 
+
 @pytest.fixture(scope="module")
 def stopped(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
     """Exit status and output of each start; two at a time."""

@@ -67,7 +67,8 @@ def test_answers_are_those_of_transformers(
         expected = embedded_reference(request, method)
         assert got.prompt.count(IMAGE) == left
         assert got.prompt_tokens == len(got.prompt) == expected.prompt_tokens
-        assert got.text == expected.text
+        assert list(got.ids) == expected.ids
+        assert got.text.strip() == expected.text.strip()
         assert difference(got, expected) < 1e-3
         said.append(got.text)
     right = share(said, [truth for _, truth in asked])
@@ -79,7 +80,7 @@ def test_kept_tokens_are_those_of_transformers(
     server: Server, folder: Path, embedded_reference: Reference, pictures
 ) -> None:
     kept = []
-    for picture in pictures[:6]:
+    for picture in pictures[:4]:
         request = Asked("is there a cat?", (picture,), 40, tokens=1)
         assert ask(server, request).status == 200
         expected = embedded_reference(request, VisPruner(keep=40))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PRECISIONS = ("float32", "bfloat16")
+WEIGHED = ("token", "answer")
 STORED = ("float32", "float16", "bfloat16")
 
 
@@ -75,6 +76,9 @@ def train(
     turns: Annotated[
         int, typer.Option(help="Turns of an entry a step, drawn anew each time; 0 for all.")
     ] = 1,
+    weigh: Annotated[
+        str, typer.Option(help="What counts alike in the loss: each token, or each answer.")
+    ] = "token",
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     lora_rate: Annotated[float, typer.Option(help="The LoRA's.")] = 2e-4,
     warm_up: Annotated[int, typer.Option(help="Steps up to the peak.")] = 50,
@@ -130,6 +134,8 @@ def train(
             raise VlmpruneError(
                 f"--precision {precision!r} is unknown; use {' or '.join(PRECISIONS)}."
             )
+        if weigh not in WEIGHED:
+            raise VlmpruneError(f"--weigh {weigh!r} is unknown; use {' or '.join(WEIGHED)}.")
         if store not in STORED:
             raise VlmpruneError(f"--store {store!r} is unknown; use one of {', '.join(STORED)}.")
         sources.at_least_one(steps=steps, batch=batch, eval_every=eval_every, save_every=save_every)
@@ -174,6 +180,7 @@ def train(
                 precision,
                 eval_every,
                 save_every,
+                weigh,
             )
             about = {
                 "method": method,

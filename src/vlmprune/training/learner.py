@@ -15,6 +15,7 @@ from vlmprune import calls
 from vlmprune.handle import Handle
 from vlmprune.pruner import Pruner
 from vlmprune.reuse import Vision
+from vlmprune.training.rows import IGNORE
 from vlmprune.training.states import States
 
 
@@ -31,6 +32,7 @@ class Learner(nn.Module):
         states: the encoder's states on disk; None to run it.
         peft: the model as PEFT's `get_peft_model` returned it; None without a LoRA.
         tunes: whether its LoRA is trained along.
+        weigh: "token", every token of an answer counts alike; "answer", every answer does.
     """
 
     # Our keyword arguments are pixels; the Trainer would add its own.
@@ -44,6 +46,7 @@ class Learner(nn.Module):
         states: States | None = None,
         peft: Any = None,
         tunes: bool = True,
+        weigh: str = "token",
     ) -> None:
         super().__init__()
         self.host = model
@@ -56,6 +59,7 @@ class Learner(nn.Module):
         # In a list, so that it is no part of this module beside the host that it holds.
         self._peft = [peft]
         self.states = states
+        self.weigh = weigh
         self.handle: Handle | None = None
 
     @property
@@ -66,9 +70,24 @@ class Learner(nn.Module):
     @contextmanager
     def attached(self) -> Iterator[Learner]:
         """The method on its model for as long as training lasts."""
-        with self._serving(), self.pruner(self.host) as self.handle:
+        with self._weighing(), self._serving(), self.pruner(self.host) as self.handle:
             yield self
         self.handle = None
+
+    @contextmanager
+    def _weighing(self) -> Iterator[None]:
+        """Our loss in place of the model's own, where it is asked for."""
+        if self.weigh == "token":
+            yield
+            return
+        name = "_loss_function"
+        before = {name: vars(self.host)[name]} if name in vars(self.host) else {}
+        self.host.loss_function = by_answer
+        try:
+            yield
+        finally:
+            vars(self.host).pop(name, None)
+            vars(self.host).update(before)
 
     @contextmanager
     def _serving(self) -> Iterator[None]:
@@ -122,7 +141,7 @@ class Learner(nn.Module):
         places: Tensor | None = None,
         **pixels: Tensor,
     ) -> dict[str, Tensor]:
-        """The mean loss of the answers' tokens.
+        """The mean loss of the answers' tokens, or of the answers.
 
         Args:
             input_ids: [B, L], placeholders as for the unpruned model.
@@ -174,6 +193,19 @@ class Learner(nn.Module):
         if self.states is not None:
             both = places is not None and order is not None
             self.states.now = places[order] if both else places  # type: ignore[index]
+
+
+def by_answer(logits: Tensor, labels: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Mean over rows of the mean loss of their tokens, in place of a model's own loss.
+
+    Args:
+        logits: [B, L, V].
+        labels: [B, L], -100 where there is no loss; a row has some.
+    """
+    wanted = labels[:, 1:].to(logits.device)
+    scores = logits[:, :-1].float().transpose(1, 2)
+    each = nn.functional.cross_entropy(scores, wanted, ignore_index=IGNORE, reduction="none")
+    return (each.sum(dim=1) / (wanted != IGNORE).sum(dim=1).clamp(min=1)).mean()
 
 
 def _attention(device: torch.device) -> Any:

@@ -141,7 +141,7 @@ def build(
         states.fill(lambda done, total: tell("the vision encoder's states", done, total))
     peft = _peft(model, pruner, wanted.lora)
     names, tunes = _names(pruner, wanted.stage), wanted.stage == "tune"
-    learner = Learner(model, pruner, names, states, peft, tunes)
+    learner = Learner(model, pruner, names, states, peft, tunes, settings.weigh)
     return Run(
         loaded, learner, rows, seen, kept, task, limit, settings, out, _title(pruner, wanted), about
     )

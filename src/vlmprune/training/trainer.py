@@ -44,6 +44,7 @@ class Settings:
         precision: "float32", or "bfloat16" for mixed precision.
         every: steps between evaluations.
         save_every: steps between checkpoints.
+        weigh: what counts alike, see `Learner`.
     """
 
     steps: int = 1000
@@ -56,6 +57,7 @@ class Settings:
     precision: str = "float32"
     every: int = 200
     save_every: int = 200
+    weigh: str = "token"
 
 
 @dataclass

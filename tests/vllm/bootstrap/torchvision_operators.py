@@ -33,5 +33,4 @@ class _Operators:
             _kept.append(library)
 
 
-
 sys.meta_path.insert(0, _Operators)  # type: ignore[arg-type]

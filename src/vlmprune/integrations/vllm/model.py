@@ -83,10 +83,8 @@ class PrunedModel(OriginalPositions):
             parts = [features, *(layer[number] for layer in deep)]
             short = torch.cat([one[numbers] for one in parts], dim=1)
             if self.original:
-                short = self.with_offsets(
-                    short,
-                    self.offsets(layouts[number], items[number])[numbers.cpu()].to(features.device),
-                )
+                far = self.offsets(layouts[number], items[number])[numbers.cpu()]
+                short = self.with_offsets(short, far.to(features.device))
             out.append(short)
             self.recorder(medium, items[number], methods[number], stays)
         return out

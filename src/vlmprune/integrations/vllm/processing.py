@@ -57,6 +57,14 @@ class PrunedProcessor:
         config = self.info.get_hf_config()  # type: ignore[attr-defined]
         return f"{self.policy.name(keep)} {policies.positions(self.policy, config)}"
 
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """What vLLM measures its memory with, unpruned, as a request's own budget may be any."""
+        found = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
+        return replace(
+            found,
+            hf_processor_mm_kwargs={**found.hf_processor_mm_kwargs, policies.KEEP: policies.ALL},
+        )
+
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         keep, rest = policies.settings(hf_kwargs)
         method = self.policy.method(keep)
