@@ -18,10 +18,10 @@ from vlmprune.integrations.vllm import VARIABLE
 STARTS = {
     "no such setting": ("vispruner:kept=64", (), ("kept",)),
     "no method for servers": ("plphp:r=0.4", (), ("plphp", "vispruner", "divprune")),
-    "images split by rank": (
+    "a budget in the server's arguments": (
         "vispruner:keep=8",
-        ("--mm-encoder-tp-mode=data",),
-        ("--mm-encoder-tp-mode",),
+        ('--mm-processor-kwargs={"vlmprune_keep": 4}',),
+        ("--mm-processor-kwargs", "vlmprune_keep"),
     ),
     "no model with images": ("vispruner:keep=8", (), ("LlamaForCausalLM",)),
 }
