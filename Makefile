@@ -25,7 +25,7 @@ test-oldest: $(OLDEST)/.test
 
 # The vLLM plugin, in servers of vLLM's CPU build.
 test-vllm: $(VENV_VLLM)/.vllm
-	$(VENV_VLLM)/bin/python -m pytest tests/vllm
+	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest tests/vllm
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

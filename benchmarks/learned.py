@@ -31,7 +31,6 @@ BESIDE = {
     "uniform": "uniform grid",
     "average_pooling": "average pooling",
     "vispruner": "VisPruner",
-    "divprune": "DivPrune",
 }
 
 

@@ -39,6 +39,8 @@ def test_weights_are_trained_and_used(tmp_path: Path) -> None:
     assert (folder / "model.safetensors").stat().st_size < 2.2 * total
     notes = pruner.trained.notes["training"]
     assert notes["steps"] == 2 and notes["command"].startswith("vlmprune train quecc --data")
+    # So many as windows of 2 make of the pictures that it was trained on, for tables.
+    assert pruner.keep == (SIDE // 14 // 2) ** 2
     scene = listed()[0]["image"]
     out = call("run", scene, "where is the cat?", "--method", content["weights"], "--json")
     assert out.exit_code == 0, out.stderr

@@ -240,6 +240,11 @@ def test_a_failing_request_stops_it(url: str) -> None:
     assert "a request of case '13' failed: 400" in " ".join(done.output.split())
 
 
+def test_the_command_is_told_without_paths() -> None:
+    words = ["--keep", "64", "--json", "a/b.json", "--folder", "c", "--load", "0.5"]
+    assert serve.without_paths(words) == ["--keep", "64", "--load", "0.5"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

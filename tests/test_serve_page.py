@@ -33,6 +33,7 @@ def figures(rate: float, first: float, blocks: float, processor: float) -> dict[
         },
         "counts": {"prefix_cache_hits": 0},
         "processor_seconds": {"VLLM::Worker": 10 * processor, "python": 0.0},
+        "machine": {"busy_seconds": 10.5 * processor, "client_seconds": 0.1 * processor},
     }
 
 
@@ -70,16 +71,30 @@ def test_the_tables() -> None:
     assert "| 64 | 4 | 25 | 4 | 2.50 ± 0.25 | 2.50 ± 0.25 | 3.00 | 0.50 ± 0.00 |" in text
     assert "| 576, without the plugin | 20 | 5 | 4 | 1.00 ± 0.00 |" in text
     # (2.5 - 1) of (3 - 1).
-    # Of the time of the full one 1/2 and 1/3 are taken: 0.4167, quartiles 1/24 around.
-    assert "2.50 ± 0.25 times as many requests, each for 0.42 ± 0.04 of the processor time" in text
-    assert "promise 3.00: of the promised gain arrive 75 % in requests, 75 % in processor" in text
+    assert "2.50 ± 0.25 times the requests/s and 2.50 ± 0.25 times the requests per proc" in text
+    assert "promise 3.00: of the promised gain 75 % and 75 % arrive" in text
     # Of 1 second of processor time 0.5 is left; of 1/2 and 1/3 it is 0.1, so 0.2 and 0.3.
-    assert "| 576 | 1.00 ± 0.00 | 50 % |" in text and "| 64 | 4.00 ± 0.00 | 75 % |" in text
+    assert "| 576 | 1.00 ± 0.00 | 1.00 ± 0.00 | 50 % |" in text
+    assert "| 64 | 4.00 ± 0.00 | 5.00 ± 0.00 | 75 % |" in text
     assert "| 0.5 | 576 | 1 | 1 | 1 | 1 | 1 | 40.0 blocks | 80.0 blocks |" in text
     assert "| 0.5 | 64 | 0.50 ± 0.00 |" in text and "| 0.25 ± 0.00 | 0.25 ± 0.00 |" in text
     # 5 loads of 10 requests and two of the open one, twice.
     assert "140 requests, 0 errors, 0 tokens from the prefix cache" in text
     assert not re.search(r"\d ms", text) and "most | requests/s |" not in text
+
+
+def test_on_a_busy_machine_no_times_are_shown() -> None:
+    busy = json.loads(json.dumps(content()))
+    for done in busy["rounds"]:
+        for load in done.values():
+            for told in load.values():
+                told["machine"]["busy_seconds"] *= 2
+    text = serve_page.section(busy)
+    # Ours are 10.1 of 21.
+    assert "Other programs took 52 % of the machine's processor time" in text
+    assert "| 64 | 4 | 25 | 4 | 2.50 ± 0.25 | 3.00 |" in text
+    assert "Open load" not in text and "requests/s" not in text and "first token" not in text
+    assert serve_page.plot(busy).startswith(b"\x89PNG")
 
 
 def test_of_a_gpu_there_are_seconds_and_no_processor_time() -> None:

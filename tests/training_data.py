@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vlmprune import METHODS, embedded  # noqa: F401
+from vlmprune import embedded
 from vlmprune.learned import QueCC
 from vlmprune.loading import Loaded
 from vlmprune.training.data import Entry, read

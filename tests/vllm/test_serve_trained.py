@@ -52,11 +52,12 @@ def share(answers: list[str], truths: list[str]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("keep", "left", "least", "most"),
-    [("all", VISUAL, 0.9, 1.0), (None, KEEP, 0.4, 0.9), (8, 8, 0.0, 0.5)],
+    ("keep", "left", "stated"),
+    # The shares of right answers: fewer tokens, fewer right.
+    [("all", VISUAL, 0.98), (None, KEEP, 0.65), (8, 8, 0.19)],
 )
 def test_answers_are_those_of_transformers(
-    server: Server, embedded_reference: Reference, asked, keep: Any, left: int, least, most
+    server: Server, embedded_reference: Reference, asked, keep: Any, left: int, stated
 ) -> None:
     method = VisPruner(keep=left) if left < VISUAL else None
     requests = [replace(one, keep=keep) for one, _ in asked]
@@ -72,8 +73,8 @@ def test_answers_are_those_of_transformers(
         assert difference(got, expected) < 1e-3
         said.append(got.text)
     right = share(said, [truth for _, truth in asked])
-    print(f"keep={keep}: {right:.3f} right")
-    assert least <= right <= most
+    # Two questions of 48 may hang on rounding, which is another on another processor.
+    assert right == pytest.approx(stated, abs=0.05)
 
 
 def test_kept_tokens_are_those_of_transformers(

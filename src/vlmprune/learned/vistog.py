@@ -15,10 +15,12 @@ from vlmprune.families.towers import Crops
 from vlmprune.learned.base import Learned
 from vlmprune.learned.grouping import assigned, gumbel, means
 from vlmprune.learned.hosts import Projector, widths
-from vlmprune.methods.uniform_grid import UniformGrid
 from vlmprune.scoring import uniform_places
 from vlmprune.views import EncoderView, Reads, Selection
 
+# How far apart scores begin: else the noise of training would deal most patches out by chance, and
+# few groups would be left.
+SHARPNESS = 10.0
 # Parts of the module that each stage trains; a LoRA of the language model belongs to the second.
 STAGES: Mapping[str, tuple[str, ...]] = {
     "align": ("semantic", "grouping."),
@@ -52,7 +54,8 @@ class VisToG(Learned):
     attending to the keys and values that the patches left there, which is the same as a masked
     pass and leaves the patches unchanged to the bit; an untrained module takes the semantic
     tokens from what a blank picture's cells are in the encoder, so that they begin apart, leaves
-    them out of the groups' tokens at first by a gain of 0 that is learned, and has the host's own
+    them out of the groups' tokens at first by a gain of 0 that is learned, begins with scores ten
+    times as far apart, or the Gumbel noise would deal patches out by chance, and has the host's own
     projector; tokens stand at cells of an even grid (our reading); a crop with fewer cells than
     tokens keeps all its cells, each with a group; the module computes in float32. The first
     stage of training ("align") moves the semantic tokens and the grouping, the second ("tune")
@@ -138,6 +141,9 @@ class VisToG(Learned):
 
     def select(self, view: EncoderView) -> Selection:
         """Make the tokens of all crops of a request; gradients reach the module alone."""
+        # `methods` imports this module.
+        from vlmprune.methods.uniform_grid import UniformGrid
+
         assert view.semantic is not None
         kept = UniformGrid(keep=self.settings["tokens"]).select(view).kept
         places, there = homes(kept, self.settings["tokens"])
@@ -275,7 +281,10 @@ class Grouping(nn.Module):
         self.temperature = temperature
         # What is added to all queries alike makes no difference between groups.
         norm = nn.LayerNorm(wide, eps=1e-6, bias=False)
-        self.queries = nn.Sequential(norm, _same(wide, bias=False))
+        sharp = _same(wide, bias=False)
+        with torch.no_grad():
+            sharp.weight.mul_(SHARPNESS)
+        self.queries = nn.Sequential(norm, sharp)
         self.keys = nn.Sequential(nn.LayerNorm(wide, eps=1e-6), _same(wide))
         self.values = _same(wide)
         self.gain = nn.Parameter(torch.zeros(wide))

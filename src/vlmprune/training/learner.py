@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vlmprune import calls
 from vlmprune.handle import Handle
 from vlmprune.pruner import Pruner
+from vlmprune.report import Report
 from vlmprune.reuse import Vision
 from vlmprune.training.rows import IGNORE
 from vlmprune.training.states import States
@@ -61,6 +62,8 @@ class Learner(nn.Module):
         self.states = states
         self.weigh = weigh
         self.handle: Handle | None = None
+        # Visual tokens of a crop that the last batch left, once there was one.
+        self.tokens: int | None = None
 
     @property
     def peft(self) -> Any:
@@ -172,6 +175,8 @@ class Learner(nn.Module):
             self._tell(places, order)
         with _attention(input_ids.device):
             out = self.host(**text, **given, labels=labels, use_cache=False)
+        if self.handle is not None and self.training:
+            self.tokens = left(self.handle.report)
         return {"loss": out.loss}
 
     def _vision(
@@ -218,3 +223,12 @@ def _taken(values: Tensor, order: Tensor) -> Tensor:
     if values.stride(0) == 0:
         return values[:1].expand(len(order), *values.shape[1:])
     return values[order]
+
+
+def left(report: Report | None) -> int | None:
+    """Visual tokens that a method leaves of a crop; None where crops are left different numbers."""
+    if report is None:
+        return None
+    crops = sum(one.crops for one in report.layouts)
+    tokens = report.visual_tokens_after - report.newline_tokens
+    return tokens // crops if crops and tokens % crops == 0 else None

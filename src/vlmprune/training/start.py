@@ -218,4 +218,6 @@ def finish(run: Any, dtype: torch.dtype, notes: dict[str, Any]) -> None:
         learner.peft.unload()
         # PEFT leaves it there, and would take the model for one that it has changed.
         vars(learner.host).pop("peft_config", None)
-    learner.pruner.save_pretrained(run.out, dtype, {"training": notes})
+    # A method that leaves all tokens in has no count to be compared at.
+    count = {"tokens": learner.tokens} if learner.tokens and learner.pruner.shortens else {}
+    learner.pruner.save_pretrained(run.out, dtype, {"training": notes} | count)
