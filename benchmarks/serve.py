@@ -98,9 +98,11 @@ class Work:
 async def loaded(work: Work, case: Case, answers: Any) -> dict[str, Any]:
     """The figures of one load, with what the server had in use meanwhile."""
     async with serve_load.Watch(case.client) as watch:
-        before = case.processor_seconds()
+        before, own, busy = case.processor_seconds(), time.process_time(), serve_load.busy_seconds()
         got = await answers
         after = case.processor_seconds()
+        own = time.process_time() - own
+        whole = (serve_load.busy_seconds() or 0.0) - (busy or 0.0)
     told = serve_load.figures(got)
     gauges = watch.gauges()
     share = gauges.pop("kv_share")
@@ -109,6 +111,8 @@ async def loaded(work: Work, case: Case, answers: Any) -> dict[str, Any]:
         "in_use": {"blocks": blocks, **gauges},
         "counts": watch.counts(),
         "processor_seconds": {name: after[name] - before.get(name, 0.0) for name in after},
+        # With the server's and this client's: what is beyond, others took.
+        "machine": {"busy_seconds": whole, "client_seconds": own},
     }
 
 
@@ -258,6 +262,14 @@ async def measured(
             save(facts, about, done)
 
 
+def without_paths(words: Sequence[str]) -> list[str]:
+    """A command's options but for those that say where its files go."""
+    paths = ("--json", "--folder")
+    before = ["", *words]
+    pairs = zip(before, words, strict=False)
+    return [word for last, word in pairs if not {last, word}.intersection(paths)]
+
+
 def main(
     shape: Annotated[str, typer.Option(help=f"Of {', '.join(serve_server.SHAPES)}.")] = "",
     model: Annotated[str | None, typer.Option(help="Folder or id, instead of --shape.")] = None,
@@ -313,7 +325,7 @@ def main(
         with ExitStack() as stack:
             place = serve_server.started(stack, options, say)
             setting = {
-                "command": " ".join(["serve.py", *sys.argv[1:]]),
+                "command": " ".join(["serve.py", *without_paths(sys.argv[1:])]),
                 **place.facts,
                 "method": method,
                 "device": measure.facts(device)["device_name"],

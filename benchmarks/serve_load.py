@@ -14,11 +14,13 @@ import io
 import itertools
 import json
 import math
+import os
 import random
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 # Seconds between two looks at the server's metrics.
@@ -270,6 +272,16 @@ def over_time(looks: Sequence[tuple[float, Mapping[str, float]]], name: str) -> 
     whole = math.fsum(spans)
     weighted = math.fsum(v * s for v, s in zip(values, spans, strict=False))
     return {"mean": weighted / whole if whole else values[0], "peak": max(values)}
+
+
+def busy_seconds() -> float | None:
+    """Processor time that the whole machine has spent so far; None where it does not tell."""
+    try:
+        fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system = (int(field) for field in fields[:3])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
 
 
 def quantile(values: Iterable[float], share: float) -> float:

@@ -27,8 +27,13 @@ FILES = {"serve-gpu": "On a GPU", "serve": "On a CPU"}
 """JSON files, in order, and their headings."""
 MARKERS = re.compile(r"(<!-- serve -->\n).*?(<!-- end serve -->)", flags=re.DOTALL)
 ALL, PLAIN = "all", "plain"
-_COLOURS = {"closed": "#0072B2", "cached": "#E69F00", "processor": "#009E73", "flops": "#6B7280"}
+_COLOURS = {"closed": "#0072B2", "cached": "#E69F00", "flops": "#6B7280"}
 _DPI = 150
+# What part of the processor time others may take, that it need not be said, and that times are
+# shown: the server computes in few threads, and half of the machine is left for them.
+QUIET, LOUD = 0.1, 0.5
+POLLING = ("VLLM::EngineCor",)
+"""Processes, as Linux cuts their names, that take processor time while they wait."""
 
 Content = Mapping[str, Any]
 
@@ -74,21 +79,45 @@ class Results:
         return ratio(self.values(load, case, *path), self.values(base_load or load, base, *path))
 
     def processor(self, load: str, case: str) -> list[float]:
-        """Processor time of the server for a request, in every round."""
+        """Processor time of the server for a request, in every round.
+
+        Without that of the engine core, which asks again and again whether the worker is done.
+        """
         told = [one[load][case] for one in self.rounds]
-        return [sum(x["processor_seconds"].values()) / x["requests"] for x in told]
+        return [
+            sum(s for name, s in x["processor_seconds"].items() if name not in POLLING)
+            / x["requests"]
+            for x in told
+        ]
 
     def cheaper(self, case: str, load: str = "closed") -> tuple[float, float] | None:
         """How many times less processor time a request takes than unpruned; None if unknown."""
-        full = self.processor("closed", ALL)
+        full = self.processor(load, ALL)
         return ratio(full, self.processor(load, case)) if all(full) and not self.gpu else None
 
-    def taking(self, case: str) -> str:
-        """How much processor time a request takes, in words; empty where it is not known."""
-        if self.cheaper(case) is None:
-            return ""
-        share = ratio(self.processor("closed", case), self.processor("closed", ALL))
-        return f", each for {_around(share)} of the processor time"
+    def gains(self, load: str, case: str) -> dict[str, tuple[float, float]]:
+        """How many times better than unpruned, by what can be told: requests, processor time."""
+        out = {}
+        if self.timed():
+            out["requests/s"] = self.against(load, case, "requests_per_second")
+        less = self.cheaper(case, load)
+        return out | ({"requests per processor second": less} if less else {})
+
+    def others(self) -> float | None:
+        """What part of the processor time others on the machine took; None where unknown."""
+        every = [told for one in self.rounds for load in one.values() for told in load.values()]
+        if self.gpu or not all(told.get("processor_seconds") for told in every):
+            return None
+        whole = sum(told["machine"]["busy_seconds"] for told in every)
+        ours = sum(
+            told["machine"]["client_seconds"] + sum(told["processor_seconds"].values())
+            for told in every
+        )
+        return max(0.0, 1 - ours / whole) if whole else None
+
+    def timed(self) -> bool:
+        """Whether others left the machine alone, so that times say something."""
+        return (self.others() or 0.0) <= LOUD
 
     def budgets(self) -> list[str]:
         """Cases of the pruning server, most tokens first."""
@@ -137,7 +166,7 @@ def section(content: Content) -> str:
     parts = [about(one), capacity(one), reading(one)]
     if one.rounds[0].get("cached"):
         parts.append(cached(one))
-    parts += [opened(one)] if one.loads() else []
+    parts += [opened(one)] if one.loads() and one.timed() else []
     return "\n\n".join(parts)
 
 
@@ -158,12 +187,11 @@ def about(one: Results) -> str:
 
 def capacity(one: Results) -> str:
     """Closed load: the table of kept tokens."""
-    base = "requests_per_second"
     heads = ["visual tokens", "KV blocks a request", "requests that fit", "at once, most"]
     heads += ["requests/s"] if one.gpu else []
-    heads += ["requests/s ÷ unpruned"]
-    heads += ["processor time, unpruned ÷ this"] if one.cheaper(ALL) else []
-    heads += ["FLOPs, unpruned ÷ this", "first token", "between tokens"]
+    heads += [f"{name} ÷ unpruned" for name in one.gains("closed", ALL)]
+    heads += ["FLOPs, unpruned ÷ this"]
+    heads += ["first token", "between tokens"] if one.timed() else []
     lines = [_header(heads)]
     names = [*one.budgets(), *([PLAIN] if PLAIN in one.cases else [])]
     for name in names:
@@ -172,44 +200,50 @@ def capacity(one: Results) -> str:
         cells = [label, str(one.blocks(name)), str(one.fitting(name))]
         cells.append(f"{one.median('closed', name, 'in_use', 'running', 'peak'):.0f}")
         if one.gpu:
-            cells.append(f"{one.median('closed', name, base):.2f}")
-        cells.append(_around(one.against("closed", name, base)))
-        made = one.cheaper(name)
-        cells += [_around(made)] if made else []
+            cells.append(f"{one.median('closed', name, 'requests_per_second'):.2f}")
+        cells += [_around(made) for made in one.gains("closed", name).values()]
         flops = one.flops(name)
         cells.append("" if flops is None else f"{flops:.2f}")
-        for path in (("first_token", "p50"), ("between_tokens", "p50")):
-            cells.append(_around(one.against("closed", name, *path)))
+        if one.timed():
+            for path in (("first_token", "p50"), ("between_tokens", "p50")):
+                cells.append(_around(one.against("closed", name, *path)))
         lines.append(_line(cells))
-    clients = one.setting["clients"]
+    latencies = " The latencies are medians, relative to the unpruned ones." if one.timed() else ""
     return (
-        f"**Closed load, {clients} clients, each picture new**: what the server gives when it is "
-        "never idle. The latencies are medians, relative to the unpruned ones.\n\n"
-        + "\n".join(lines)
+        f"**Closed load, {one.setting['clients']} clients, each picture new**: what the server "
+        f"gives when it is never idle.{latencies}\n\n" + "\n".join(lines)
     )
 
 
 def reading(one: Results) -> str:
     """What the table says, in words that follow from the figures."""
-    name, least = "requests_per_second", min(one.budgets(), key=one.kept)
+    least = min(one.budgets(), key=one.kept)
     lines = []
     promised = one.flops(least)
     if promised is not None:
-        gains = {"requests": one.against("closed", least, name)}
-        cheaper = one.cheaper(least)
-        gains |= {"processor time": cheaper} if cheaper else {}
-        shares = (f"{100 * (g - 1) / (promised - 1):.0f} % in {n}" for n, (g, _) in gains.items())
+        gains = one.gains("closed", least)
+        told = " and ".join(f"{_around(made)} times the {name}" for name, made in gains.items())
+        shares = (f"{100 * (made - 1) / (promised - 1):.0f} %" for made, _ in gains.values())
         lines.append(
-            f"- With {one.kept(least)} of {one.kept(ALL)} visual tokens the server answers "
-            f"{_around(gains['requests'])} times as many requests{one.taking(least)}. FLOPs (of "
-            f"tower, prompt and answer) promise {promised:.2f}: of the promised gain arrive "
-            f"{', '.join(shares)}."
+            f"- With {one.kept(least)} of {one.kept(ALL)} visual tokens the server has {told}. "
+            f"FLOPs (of tower, prompt and answer) promise {promised:.2f}: of the promised gain "
+            f"{' and '.join(shares)} arrive."
         )
     if PLAIN in one.cases:
-        made = one.against("closed", PLAIN, name)
+        gains = one.gains("closed", PLAIN)
+        told = " and ".join(f"{_around(made)} times the {name}" for name, made in gains.items())
+        lines.append(f"- vLLM without the plugin has, unpruned, {told} of the same with it.")
+    others = one.others() or 0.0
+    if others > QUIET:
         lines.append(
-            f"- vLLM without the plugin answers {_around(made)} times as many unpruned requests as "
-            f"with it{one.taking(PLAIN)}."
+            f"- Other programs took {100 * others:.0f} % of the machine's processor time "
+            "meanwhile. "
+            + (
+                "The server's own processor time bears that better than times do."
+                if one.timed()
+                else "Times say nothing then and are left out: what is shown is how many requests "
+                "the server answers in a second of its own processor time."
+            )
         )
     every = [told for done in one.rounds for load in done.values() for told in load.values()]
     asked, errors = (sum(told[name] for told in every) for name in ("requests", "errors"))
@@ -220,14 +254,11 @@ def reading(one: Results) -> str:
 
 def cached(one: Results) -> str:
     """The same picture for all questions."""
-    base = "requests_per_second"
-    lines = [
-        _header(["visual tokens", "requests/s ÷ unpruned", "encoding's share of a new picture"])
-    ]
+    heads = ["visual tokens", *(f"{name} ÷ unpruned" for name in one.gains("cached", ALL))]
+    lines = [_header([*heads, "encoding's share of a new picture"])]
     for name in one.budgets():
-        cells = [str(one.kept(name)), _around(one.against("cached", name, base))]
-        cells.append(f"{100 * one.encoder_share(name):.0f} %")
-        lines.append(_line(cells))
+        cells = [str(one.kept(name)), *(_around(x) for x in one.gains("cached", name).values())]
+        lines.append(_line([*cells, f"{100 * one.encoder_share(name):.0f} %"]))
     return (
         "**The same picture, other questions**: the picture is prepared and encoded once, and what "
         "is left is what pruning shortens. Beside it the share of a request's time, under the load "
@@ -278,25 +309,20 @@ def plot(content: Content) -> bytes:
     names = one.budgets()
     kept = [one.kept(name) for name in names]
     labels = {"closed": "each picture new", "cached": "same picture, other questions"}
-    for load in labels:
-        if one.rounds[0].get(load):
-            made = [one.against(load, name, "requests_per_second") for name in names]
-            spread = [0.0 if math.isnan(s) else m * s for m, s in made]
+    for load, label in labels.items():
+        if not one.rounds[0].get(load):
+            continue
+        for number, what in enumerate(one.gains(load, ALL)):
+            made = [one.gains(load, name)[what] for name in names]
             axes.errorbar(
                 kept,
                 [m for m, _ in made],
-                yerr=spread,
-                marker="o",
+                yerr=[0.0 if math.isnan(s) else m * s for m, s in made],
+                fmt=("o-", "s:")[number],
                 capsize=3,
                 color=_COLOURS[load],
-                label=f"measured, {labels[load]}",
+                label=f"{what}, {label}",
             )
-    less = [one.cheaper(name) for name in names]
-    if all(less):
-        middles = [made[0] for made in less if made]
-        axes.plot(
-            kept, middles, ":s", color=_COLOURS["processor"], label="processor time, new pictures"
-        )
     promised = [one.flops(name) for name in names]
     if all(promised):
         axes.plot(kept, promised, "--", color=_COLOURS["flops"], label="FLOPs, tower included")

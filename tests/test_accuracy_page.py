@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from vlmprune import METHODS
+from vlmprune.learned import Learned
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -114,3 +115,37 @@ def test_a_fingerprint_follows_what_a_method_uses(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(definitions, "definitions", changed)
     after = {name: definitions.fingerprint(METHODS[name]) for name in names}
     assert {name for name in names if after[name] != before[name]} == {"vispruner"}
+
+
+def test_the_study_is_shown_as_stored() -> None:
+    import equal_compute
+
+    found = json.loads(equal_compute.RESULTS.read_text())
+    text = (ROOT / "docs" / "results.md").read_text()
+    assert equal_compute.rendered(text, found) == text
+    # What a budget buys is within it, and the next larger grid is not.
+    for row in found["rows"]:
+        for layers in (2, 3, 5):
+            bought = equal_compute.affordable(found, layers, row["mflops"])
+            others = [one for one in found["rows"] if one["layers"] == layers]
+            fitting = [one["tokens"] for one in others if one["mflops"] <= row["mflops"]]
+            assert (bought or {"tokens": None})["tokens"] == max(fitting, default=None)
+    full = {row["layers"]: row["mflops"] for row in found["rows"] if row["tokens"] == 256}
+    n, d, m = 256 + found["text"], 192, 512
+    layer = 2 * (2 * n * d * d + 2 * n * d * 96 + 2 * n * n * d + 3 * n * d * m) / 1e6
+    assert full == pytest.approx({layers: layers * layer for layers in (2, 3, 5)})
+
+
+def test_learned_methods_are_shown_as_stored() -> None:
+    import learned
+
+    found = json.loads(learned.LEARNED.read_text())
+    text = (ROOT / "docs" / "results.md").read_text()
+    rows = {(row["label"], row["budget"]): row for row in found["rows"]}
+    planned = learned.planned()
+    assert {row.key for row in planned} == set(rows)
+    shown = found | {"rows": [rows[row.key] for row in planned]}
+    assert learned.rendered(text, shown) == text
+    for row in planned:
+        if issubclass(METHODS[row.method], Learned):
+            assert rows[row.key]["weights"] == [repr(one) for one in row.pruners]
