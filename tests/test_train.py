@@ -18,9 +18,10 @@ from vlmprune import embedded
 from vlmprune.errors import VlmpruneError
 from vlmprune.learned import MoD, QueCC, VisToG
 from vlmprune.loading import Loaded
+from vlmprune.scaling import scale
 from vlmprune.training import curve
 from vlmprune.training.learner import Learner
-from vlmprune.training.rows import Rows, scale
+from vlmprune.training.rows import Rows
 from vlmprune.training.samples import Sample
 from vlmprune.training.start import Wanted, build, check, finish
 from vlmprune.training.states import States

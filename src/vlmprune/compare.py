@@ -19,6 +19,7 @@ from vlmprune.evaluation import Evaluation, Mean
 from vlmprune.loading import Loaded, attached, prepare_texts
 from vlmprune.page import MOST, SIDE
 from vlmprune.pruner import Pruner
+from vlmprune.scaling import scaled
 from vlmprune.tasks import Sample, Task
 from vlmprune.ways import Way
 from vlmprune.work import Work
@@ -104,6 +105,23 @@ def compare(
         VlmpruneError: the task cannot be read or has no pictures, no way can be gone, or the disk
             or the memory refuses.
     """
+    with scaled(loaded.processor, task.side):
+        return _compared(loaded, source, ways, task, limit, batch, repeat, show, store, tell)
+
+
+def _compared(
+    loaded: Loaded,
+    source: sources.Source,
+    ways: Sequence[Way],
+    task: Task,
+    limit: int | None,
+    batch: int,
+    repeat: int,
+    show: int | None,
+    store: Path | None,
+    tell: Tell,
+) -> Result:
+    """`compare`, with the processor as the task wants it."""
     sources.at_least_one(batch=batch, repeat=repeat)
     samples = task.samples(limit)
     pictured = [one for one in samples if one.images]

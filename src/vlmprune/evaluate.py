@@ -23,6 +23,7 @@ from vlmprune.loading import Loaded, enough_memory, prepare_texts
 from vlmprune.pruner import Pruner
 from vlmprune.report import Report, RowsReport
 from vlmprune.reuse import Vision
+from vlmprune.scaling import scaled
 from vlmprune.sources import at_least_one
 from vlmprune.storing import Store
 from vlmprune.tasks import Sample, Task
@@ -89,6 +90,7 @@ def evaluate(
         progress(answered, len(samples))
         if missing:
             stack.enter_context(enough_memory(loaded.model.device))
+            stack.enter_context(scaled(loaded.processor, task.side))
             runner = stack.enter_context(_Runner(loaded, pruner, task, visions))
             for some in runner.batches(samples, batch):
                 new = [one for one in some if one.id not in done]

@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-__all__ = ["held_out", "load", "path", "scenes"]
+__all__ = ["clips", "held_out", "load", "path", "scenes"]
 
 
 def path() -> Path:
@@ -31,6 +31,11 @@ def scenes() -> Path:
 def held_out() -> Path:
     """Folder of the held-out test scenes: pictures and `scenes.json`, as in `scenes`."""
     return Path(__file__).parent / "held_out"
+
+
+def clips() -> Path:
+    """Folder of held-out clips: frames and `questions.json`, as a folder task has it."""
+    return Path(__file__).parent / "clips"
 
 
 def load(

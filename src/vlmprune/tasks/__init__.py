@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.tasks.base import Sample, Task
+from vlmprune.tasks.clips import Clips
 from vlmprune.tasks.folder import Folder
 from vlmprune.tasks.gqa import Gqa
 from vlmprune.tasks.local import Local
@@ -20,16 +21,16 @@ from vlmprune.tasks.vqav2 import Vqav2
 COPIES: dict[str, type[Local]] = {
     one.name: one for one in (Pope, Gqa, TextVqa, ScienceQa, Mme, Vqav2)
 }
-TASKS: dict[str, type[Task]] = {"scenes": Scenes, "folder": Folder, **COPIES}
+TASKS: dict[str, type[Task]] = {"scenes": Scenes, "clips": Clips, "folder": Folder, **COPIES}
 
-__all__ = ["COPIES", "TASKS", "Folder", "Local", "Sample", "Scenes", "Task", "find_task"]
+__all__ = ["COPIES", "TASKS", "Clips", "Folder", "Local", "Sample", "Scenes", "Task", "find_task"]
 
 
 def find_task(text: str) -> Task:
     """The task that a text names.
 
-    `scenes`; `folder:PATH`, or the path of such a folder; or `pope:PATH` and its like for a local
-    copy of a standard set.
+    `scenes` or `clips`; `folder:PATH`, or the path of such a folder; or `pope:PATH` and its like
+    for a local copy of a standard set.
 
     Raises:
         VlmpruneError: there is no such task, or nothing at the path.
@@ -37,6 +38,8 @@ def find_task(text: str) -> Task:
     name, _, rest = text.partition(":")
     if text == Scenes.name:
         return Scenes()
+    if text == Clips.name:
+        return Clips()
     if name == Folder.name and rest:
         return Folder(Path(rest))
     if name in COPIES and rest:
@@ -49,6 +52,7 @@ def find_task(text: str) -> Task:
     if text and Path(text).expanduser().is_dir():
         return Folder(Path(text))
     raise VlmpruneError(
-        f"task {text!r} is unknown; use scenes, or folder:PATH for a folder of pictures with a "
-        f"questions.json, or {', '.join(COPIES)} likewise for a local copy of a standard set."
+        f"task {text!r} is unknown; use scenes or clips, or folder:PATH for a folder of pictures "
+        f"with a questions.json, or {', '.join(COPIES)} likewise for a local copy of a standard "
+        "set."
     )

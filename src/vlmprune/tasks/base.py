@@ -62,6 +62,8 @@ class Task:
     """A set of samples with its prompt and its scorer; subclasses implement `samples`, `score`."""
 
     name: ClassVar[str] = ""
+    # Pixels a side that pictures are scaled to; None for the processor's own size.
+    side: ClassVar[int | None] = None
 
     @property
     def label(self) -> str:

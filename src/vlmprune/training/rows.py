@@ -23,15 +23,6 @@ from vlmprune.training.data import Entry, Turn
 IGNORE = -100
 
 
-def scale(processor: Any, side: int) -> None:
-    """Let a processor scale pictures to squares of another size from now on."""
-    images = processor.image_processor
-    kind = type(images.size)
-    images.size = kind(height=side, width=side)
-    if getattr(images, "do_center_crop", False):
-        images.crop_size = kind(height=side, width=side)
-
-
 @dataclass
 class Rows:
     """Makes rows for one model.

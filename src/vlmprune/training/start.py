@@ -116,8 +116,9 @@ def build(
         VlmpruneError: the method does not work on the model, there are too few entries, or the
             encoder's states cannot be kept.
     """
+    from vlmprune.scaling import scale
     from vlmprune.training.learner import Learner
-    from vlmprune.training.rows import Rows, scale
+    from vlmprune.training.rows import Rows
     from vlmprune.training.states import States
     from vlmprune.training.trainer import Run
 
