@@ -5,14 +5,18 @@ TORCH_INDEX ?=
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 VENV_VLLM ?= .venv-vllm
+# The lowest that pyproject.toml allows; a test holds that they agree.
+OLDEST_TORCH = 2.9.0
+OLDEST_TRANSFORMERS = 5.16.0
 export PYTHON TORCH TORCH_INDEX
 
 SCENE = src/vlmprune/embedded/scenes/coffee.jpg
 QUESTION = what is in row three column one?
-.PHONY: demo test test-oldest test-vllm lint bench train clean
+KEEP = 96
+.PHONY: demo test test-oldest test-releases test-newest move-bound test-vllm lint bench train clean
 
 demo: $(VENV)/.demo
-	@$(VENV)/bin/vlmprune run $(SCENE) "$(QUESTION)" --keep 64 --save-overlay demo-output/kept.png
+	@$(VENV)/bin/vlmprune run $(SCENE) "$(QUESTION)" --keep $(KEEP) --save-overlay demo-output/kept.png
 	@echo
 	@$(VENV)/bin/vlmprune plan llava-next-7b --keep 29
 
@@ -22,6 +26,16 @@ test: $(VENV)/.test
 
 test-oldest: $(OLDEST)/.test
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto
+
+# What hangs on Transformers, on each minor that pyproject.toml allows.
+test-releases: $(VENV)/.test
+	$(VENV)/bin/python scripts/releases.py tested
+
+# The whole suite on what the package index has beyond those, and the same before allowing it.
+test-newest: $(VENV)/.test
+	$(VENV)/bin/python scripts/releases.py newest
+move-bound: $(VENV)/.test
+	$(VENV)/bin/python scripts/releases.py move
 
 # The vLLM plugin, in servers of vLLM's CPU build.
 test-vllm: $(VENV_VLLM)/.vllm
@@ -40,7 +54,7 @@ train: $(VENV)/.train
 	@cd training/embedded && ../../$(VENV)/bin/python train.py --help
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(VENV_VLLM) demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(VENV_VLLM) .venv-releases demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.demo: pyproject.toml scripts/setup.sh
 	@sh scripts/setup.sh $(VENV) ""
@@ -59,7 +73,9 @@ $(VENV)/.train: pyproject.toml scripts/setup.sh
 	@touch $@ $(VENV)/.demo
 
 $(OLDEST)/.test: pyproject.toml scripts/setup.sh
-	@sh scripts/setup.sh $(OLDEST) "[test]" "transformers==5.17.0"
+	@# The interpreter of that torch's Triton, which tests alone use, fails on later NumPys.
+	@TORCH=$(OLDEST_TORCH) EXACT=1 sh scripts/setup.sh $(OLDEST) "[test]" \
+	  "transformers==$(OLDEST_TRANSFORMERS)" "numpy<2.4"
 	@touch $@
 
 $(VENV_VLLM)/.vllm: pyproject.toml scripts/setup.sh scripts/setup-vllm.sh

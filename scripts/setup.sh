@@ -4,17 +4,18 @@
 #   sh scripts/setup.sh FOLDER EXTRAS [REQUIREMENT…]
 #
 # Settings from the environment: PYTHON (python3), TORCH (the release wanted on a machine without a
-# GPU), TORCH_INDEX (a package index that has CPU builds of torch; else pip's own settings), CPU
-# (if set, the CPU build of exactly that release, also on a machine with a GPU).
+# GPU), TORCH_INDEX (a package index that has CPU builds of torch; else pip's own settings), EXACT
+# (if set, exactly that release, in whichever build pip finds), CPU (if set, the CPU build of exactly
+# that release, also on a machine with a GPU).
 set -eu
 
 folder=$1
 extras=$2
 shift 2
-: "${PYTHON:=python3}" "${TORCH:=2.13.0}" "${TORCH_INDEX:=}" "${CPU:=}"
+: "${PYTHON:=python3}" "${TORCH:=2.13.0}" "${TORCH_INDEX:=}" "${EXACT:=}" "${CPU:=}"
 
-if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-    echo "vlmprune needs Python 3.10 or newer; name one with PYTHON=…" >&2
+if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "vlmprune needs Python 3.11 or newer; name one with PYTHON=…" >&2
     exit 1
 fi
 
@@ -34,10 +35,10 @@ install() { "$folder/bin/python" -m pip install --disable-pip-version-check -q "
 if ! "$folder/bin/python" -c 'import torch' 2>/dev/null; then
     if [ -z "$CPU" ] && command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
         echo "Installing torch for this GPU."
-        install torch
+        install "torch${EXACT:+==$TORCH}"
     elif [ -n "$TORCH_INDEX" ]; then
         echo "Installing torch for the CPU."
-        install --index-url "$TORCH_INDEX" "torch${CPU:+==$TORCH}"
+        install --index-url "$TORCH_INDEX" "torch${EXACT:+==$TORCH}${CPU:+==$TORCH}"
     elif install "torch==$TORCH+cpu" 2>/dev/null; then
         echo "Installed torch $TORCH for the CPU."
     elif [ -n "$CPU" ]; then
@@ -48,7 +49,7 @@ if ! "$folder/bin/python" -c 'import torch' 2>/dev/null; then
         # Where pip's own settings lead to no CPU build, this may bring CUDA along.
         echo "Installing torch as pip offers it. On Linux that can mean gigabytes of CUDA; to avoid"
         echo "them, stop and set TORCH_INDEX to the CPU package index that pytorch.org names."
-        install torch
+        install "torch${EXACT:+==$TORCH}"
     fi
 fi
 echo "Installing vlmprune."

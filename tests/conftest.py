@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -45,6 +46,8 @@ class _Deprecations(logging.Handler):
 @pytest.fixture(autouse=True)
 def _no_deprecated_use_of_transformers() -> Iterator[None]:
     """Transformers deprecates through its logger more often than by warnings."""
+    # Each is said once a process; a test must hear what another has heard before.
+    transformers.utils.logging.warning_once.cache_clear()
     handler, logger = _Deprecations(), logging.getLogger("transformers")
     logger.addHandler(handler)
     yield

@@ -6,6 +6,7 @@ it. Every query is told so, those of the prompt too.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ def hiding(built: Any, dropped: dict[int, Tensor], held: int = 0) -> Iterator[No
     ) -> Any:
         function, mask = plain, attention_mask
         if function is None:
-            called = type(module).forward.__code__.co_names
+            called = inspect.unwrap(type(module).forward).__code__.co_names
             own = [n for n in called if n.endswith("eager_attention_forward")]
             function = getattr(sys.modules[type(module).__module__], own[0])
         index = layers.get(module, -1)

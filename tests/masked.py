@@ -5,6 +5,7 @@ Written apart from the library: plain softmax in float32, no cache class of ours
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ def masking(built: Any, keep: dict[int, Tensor]) -> Iterator[None]:
             if plain is not None:
                 return plain(module, query, key, value, mask, **kwargs)
             # Llama 4's tower has one of its own in the same file.
-            called = type(module).forward.__code__.co_names
+            called = inspect.unwrap(type(module).forward).__code__.co_names
             own = [n for n in called if n.endswith("eager_attention_forward")]
             eager = getattr(sys.modules[type(module).__module__], own[0])
             return eager(module, query, key, value, mask, **kwargs)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
+from hostnames import CACHE, cache_of
 from masked import kept_columns, masking
 from tiny import IMAGE, model, request
 from vlmprune import PLPHP, VisPruner, VlmpruneError, cache
@@ -36,9 +37,9 @@ def filled(built: Any, images: list[int]) -> tuple[Any, Any, dict[int, Tensor], 
     with masking(built, keep):
         full = built.generate(**req.inputs, **settings)
     assert torch.equal(cut.sequences, full.sequences)
-    mask = torch.ones(len(images), cut.past_key_values.get_seq_length())
+    mask = torch.ones(len(images), cache_of(cut).get_seq_length())
     mask[:, : req.inputs["attention_mask"].shape[1]] = req.inputs["attention_mask"]
-    return cut.past_key_values, full.past_key_values, keep, mask.long()
+    return cache_of(cut), cache_of(full), keep, mask.long()
 
 
 def step(built: Any, held: Any, mask: Tensor, keep: dict[int, Tensor], new: int) -> Tensor:
@@ -48,7 +49,7 @@ def step(built: Any, held: Any, mask: Tensor, keep: dict[int, Tensor], new: int)
     positions = mask.cumsum(1)[:, -new:] - 1
     with torch.no_grad(), masking(built, keep):
         return built(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=held
+            input_ids=ids, attention_mask=mask, position_ids=positions, **{CACHE: held}
         ).logits
 
 
@@ -113,7 +114,7 @@ def test_reset_forgets_everything() -> None:
     assert cut.get_seq_length() == 0 and all(layer.nbytes() == 0 for layer in cut.layers)
     req = request(built, [1])
     with PLPHP(**SETTINGS)(built):
-        again = built.generate(**req.inputs, max_new_tokens=3, past_key_values=cut)
+        again = built.generate(**req.inputs, max_new_tokens=3, **{CACHE: cut})
         fresh = built.generate(**req.inputs, max_new_tokens=3)
     assert torch.equal(again, fresh)
 
@@ -125,7 +126,7 @@ def test_bytes_are_those_of_the_tensors_held(per_head: Any) -> None:
     req = request(built, images)
     settings = {**SETTINGS, "per_head": per_head}
     with torch.no_grad(), PLPHP(**settings)(built) as handle:
-        held = built(**req.inputs).past_key_values
+        held = cache_of(built(**req.inputs))
     report = handle.report
     assert report is not None
     heads, dim, size = 2, 8, 4
@@ -155,7 +156,7 @@ def test_no_layer_stays_dense_while_the_next_is_read() -> None:
     dense = []
 
     def look(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        layers = kwargs["past_key_values"].layers
+        layers = kwargs[CACHE].layers
         dense.append([layer.prefix is None and layer.get_seq_length() > 0 for layer in layers])
 
     hooks = [
@@ -224,10 +225,10 @@ def test_a_cut_cache_needs_a_pruner() -> None:
     ids = torch.tensor([[9]])
     mask = torch.cat((mask, torch.ones_like(ids)), 1)
     with pytest.raises(VlmpruneError, match="cannot attend to heads of unequal length"):
-        built(input_ids=ids, attention_mask=mask, past_key_values=cut)
+        built(input_ids=ids, attention_mask=mask, **{CACHE: cut})
     # Any pruner will do, for what was cut stays cut.
     with VisPruner(keep=4)(built), torch.no_grad():
-        built(input_ids=ids, attention_mask=mask, past_key_values=cut)
+        built(input_ids=ids, attention_mask=mask, **{CACHE: cut})
     binding = binding_of(cut)
     assert binding is not None and not binding.open and binding.cutter is None
 
@@ -243,7 +244,7 @@ def test_attention_outside_the_registry_is_noticed(monkeypatch: pytest.MonkeyPat
         pytest.raises(VlmpruneError, match="does not attend through Transformers' attention"),
         PLPHP(**SETTINGS)(built),
     ):
-        built(input_ids=ids, attention_mask=mask, past_key_values=cut)
+        built(input_ids=ids, attention_mask=mask, **{CACHE: cut})
     binding = binding_of(cut)
     assert binding is not None and not binding.open and binding.waiting is None
 
@@ -262,7 +263,7 @@ def refused(match: str, pruner: Any = None, call: dict[str, Any] | None = None) 
 def test_refusals() -> None:
     config = model().config.get_text_config()
     static = StaticCache(config=config, max_cache_len=64)
-    refused("cannot cut a StaticCache of StaticLayers", call={"past_key_values": static})
+    refused("cannot cut a StaticCache of StaticLayers", call={CACHE: static})
     refused("cache_implementation='static'", call={"cache_implementation": "static"})
     refused("cache_implementation='quantized'", call={"cache_implementation": "quantized"})
     refused("leave out use_cache=False", call={"use_cache": False})
@@ -276,8 +277,8 @@ def test_a_cache_that_is_quantised_is_refused() -> None:
 
     held = DynamicCache()
     held.layers.append(QuantizedLayer())
-    refused("cannot cut a DynamicCache of QuantizedLayers", call={"past_key_values": held})
-    refused("cannot cut a object", call={"past_key_values": object()})
+    refused("cannot cut a DynamicCache of QuantizedLayers", call={CACHE: held})
+    refused("cannot cut a object", call={CACHE: object()})
 
 
 @given(limit=st.integers(1500, 12000), per_head=st.sampled_from(["equal", "adaptive"]))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria, TextStreamer
 
+from hostnames import CACHE, cache_of
 from tiny import IMAGE, VOCABULARY, Request, dropped_columns, model, positions_of, request
 from vlmprune import VisPruner, VlmpruneError
 
@@ -158,7 +159,7 @@ def test_second_turn(family: str, policy: Any, how: str, new_image: bool, rows: 
         pixels, lengths = {}, []
 
     with pruner(built) as handle:
-        first = built.generate(**req.inputs, past_key_values=cache, **options)
+        first = built.generate(**req.inputs, **{CACHE: cache}, **options)
         kept = handle.report.kept
         whole = torch.cat((first, more), 1)
         ones = torch.ones(len(rows), whole.shape[1] - req.inputs["input_ids"].shape[1]).long()
@@ -172,7 +173,7 @@ def test_second_turn(family: str, policy: Any, how: str, new_image: bool, rows: 
         second = built.generate(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=cache,
+            **{CACHE: cache},
             **pixels,
             **options,
             return_dict_in_generate=True,
@@ -226,11 +227,11 @@ def test_turns_may_come_in_any_form() -> None:
 
     def talk(forms: list[str]) -> Tensor:
         cache = DynamicCache(config=built.config.get_text_config())
-        whole = built.generate(**req.inputs, past_key_values=cache, **options)
+        whole = built.generate(**req.inputs, **{CACHE: cache}, **options)
         for form in forms:
             if form == "plain":
                 with torch.no_grad():
-                    built(input_ids=whole[:, -1:], past_key_values=cache)
+                    built(input_ids=whole[:, -1:], **{CACHE: cache})
                 whole = torch.cat((whole, words), 1)
                 continue
             # What the cache lacks is the last token of the answer, if no forward has fed it.
@@ -241,7 +242,7 @@ def test_turns_may_come_in_any_form() -> None:
             out = built.generate(
                 input_ids=given,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
+                **{CACHE: cache},
                 **(options | {"repetition_penalty": 1.0}),
             )
             whole = torch.cat((ids, out[:, given.shape[1] :]), 1)
@@ -267,7 +268,7 @@ def test_a_cache_from_before_the_pruner() -> None:
     results = []
     for form in ("whole", "new"):
         cache = DynamicCache(config=built.config.get_text_config())
-        first = built.generate(input_ids=text, past_key_values=cache, **options)
+        first = built.generate(input_ids=text, **{CACHE: cache}, **options)
         ids = torch.cat((first, later["input_ids"]), 1)
         done = cache.get_seq_length() * (form == "new")
         with VisPruner(keep=4)(built) as handle:
@@ -275,12 +276,12 @@ def test_a_cache_from_before_the_pruner() -> None:
                 input_ids=ids[:, done:],
                 attention_mask=torch.ones_like(ids),
                 pixel_values=later["pixel_values"],
-                past_key_values=cache,
+                **{CACHE: cache},
                 **options,
             )
             assert len(handle.report.kept[0]) == 4
             whole = torch.cat((ids[:, :done], out, text[:, -2:]), 1)
-            more = built.generate(input_ids=whole, past_key_values=cache, **options)
+            more = built.generate(input_ids=whole, **{CACHE: cache}, **options)
         results.append(more)
     assert torch.equal(*results)
     assert handle.report.kept == [], "the last turn held no image"
@@ -304,14 +305,12 @@ def test_second_turn_takes_the_whole_conversations_pixels() -> None:
             first = built.generate(
                 input_ids=ids[:, :begins],
                 pixel_values=two.inputs["pixel_values"][:1],
-                past_key_values=cache,
+                **{CACHE: cache},
                 **options,
             )
             whole = torch.cat((first, ids[:, begins:]), 1)
             results.append(
-                built.generate(
-                    input_ids=whole, pixel_values=pixels, past_key_values=cache, **options
-                )
+                built.generate(input_ids=whole, pixel_values=pixels, **{CACHE: cache}, **options)
             )
     assert torch.equal(*results)
 
@@ -322,16 +321,16 @@ def test_second_turn_refuses_another_prompt_and_beam_caches() -> None:
     cache = DynamicCache(config=built.config.get_text_config())
     options = {"do_sample": False, "max_new_tokens": 3}
     with VisPruner(keep=4)(built):
-        first = built.generate(**req.inputs, past_key_values=cache, **options)
+        first = built.generate(**req.inputs, **{CACHE: cache}, **options)
         other = torch.cat((first, first[:, :2]), 1)
         other[0, 1] = 7 if other[0, 1] != 7 else 8
         with pytest.raises(VlmpruneError, match="do not begin with what"):
-            built.generate(input_ids=other, past_key_values=cache, **options)
+            built.generate(input_ids=other, **{CACHE: cache}, **options)
         beams = built.generate(**req.inputs, **options, num_beams=2, return_dict_in_generate=True)
         with pytest.raises(VlmpruneError, match="beam search"):
             built.generate(
                 input_ids=torch.cat((beams.sequences, first[:, :2]), 1),
-                past_key_values=beams.past_key_values,
+                **{CACHE: cache_of(beams)},
                 **options,
             )
 
@@ -357,7 +356,7 @@ def test_manual_decoding(family: str, policy: Any) -> None:
             token = out.logits[:, -1].argmax(-1, keepdim=True)
             mask = torch.cat((mask, torch.ones_like(token)), 1)
             given = {"attention_mask": mask} if step % 2 else {}
-            out = built(input_ids=token, past_key_values=out.past_key_values, **given)
+            out = built(input_ids=token, **{CACHE: cache_of(out)}, **given)
 
 
 def test_streaming_shows_the_whole_prompt() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hostnames import cache_of
 from tiny import IMAGE, model, request
 from vlmprune.methods import METHODS
 
@@ -88,7 +89,7 @@ def test_add_a_method_that_skips_layers() -> None:
     built = model()
     req = request(built, [2])
     with torch.no_grad(), space["EveryOther"]()(built) as handle:
-        cache = built(**req.inputs).past_key_values
+        cache = cache_of(built(**req.inputs))
     words = req.inputs["input_ids"].shape[1] - 32
     assert [layer.keys.shape[2] - words for layer in cache.layers] == [32, 16, 32]
     assert [kept.tolist() for kept in handle.report.layers[1].kept] == [[*range(1, 16, 2)]] * 2

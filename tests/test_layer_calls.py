@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hidden import hiding
+from hostnames import CACHE, cache_of
 from test_layers import DIFFERENT, TOLERANCE, Ordered, deep, distance, dropped_by_layer, generate
 from tiny import IMAGE, Request, dropped_columns, request
 from vlmprune import PLPHP, VisPruner, VlmpruneError
@@ -27,7 +28,8 @@ from vlmprune.views import RowView
     "more",
     [
         {"num_beams": 3, "num_return_sequences": 2},
-        {"do_sample": True, "num_return_sequences": 2},
+        # A placeholder that was drawn would ask for features of its own.
+        {"do_sample": True, "num_return_sequences": 2, "suppress_tokens": [IMAGE]},
     ],
 )
 def test_beams_and_samples(policy: Any, more: dict[str, Any]) -> None:
@@ -81,7 +83,7 @@ def test_later_turns_with_and_without_images(pruner: Any) -> None:
     with pruner(built) as handle:
         for turn, mask in zip(turns, masks, strict=True):
             given = turn.inputs | {"attention_mask": mask}
-            got.append(built(**given, past_key_values=cache).logits)
+            got.append(built(**given, **{CACHE: cache}).logits)
             assert handle.report is not None
             here = dropped_by_layer(turn, handle.report) if turn.lengths else {}
             nothing = torch.zeros_like(turn.inputs["input_ids"], dtype=torch.bool)
@@ -90,8 +92,8 @@ def test_later_turns_with_and_without_images(pruner: Any) -> None:
     for turn, mask, pruned, hidden in zip(turns, masks, got, seen, strict=True):
         given = turn.inputs | {"attention_mask": mask}
         with hiding(built, hidden, held=total):
-            expected = built(**given, past_key_values=full).logits
-        other = built(**given, past_key_values=plain).logits
+            expected = built(**given, **{CACHE: full}).logits
+        other = built(**given, **{CACHE: plain}).logits
         going = turn.inputs["attention_mask"].bool() & ~hidden[4][:, total:]
         assert float((pruned - expected)[going].abs().max()) < TOLERANCE
         assert float((pruned - other)[going].abs().max()) > DIFFERENT
@@ -113,8 +115,8 @@ def test_later_turns_renumber_too() -> None:
         with Ordered(positions=policy)(built):
             whole = built(**first.inputs | both).logits[:, -6:]
             cache = DynamicCache(config=built.config)
-            built(**first.inputs, past_key_values=cache)
-            given = {"input_ids": second.inputs["input_ids"], "past_key_values": cache}
+            built(**first.inputs, **{CACHE: cache})
+            given = {"input_ids": second.inputs["input_ids"], CACHE: cache}
             later = built(**given, attention_mask=both["attention_mask"]).logits
         assert float((whole - later).abs().max()) < TOLERANCE
 
@@ -127,7 +129,7 @@ def test_what_can_be_done_to_a_cache(policy: Any) -> None:
     req = request(built, [2, 1, 0])
     with PyramidDrop(positions=policy)(built):
         out = generate(built, req.inputs)
-        ids, cache = out.sequences, out.past_key_values
+        ids, cache = out.sequences, cache_of(out)
         short = cache.layers[4]
         assert isinstance(short, ShortLayer) and short.held is not None
         assert short.nbytes() < cache.layers[0].keys.nbytes + cache.layers[0].values.nbytes
@@ -136,7 +138,7 @@ def test_what_can_be_done_to_a_cache(policy: Any) -> None:
         def step(past: Any, rows: list[int], at: int) -> Tensor:
             """Logits of the token at a place, on a cache of what is before it."""
             mask = torch.cat((req.inputs["attention_mask"], torch.ones(3, at + 1 - size)), dim=1)
-            given = {"attention_mask": mask[rows].long(), "past_key_values": past}
+            given = {"attention_mask": mask[rows].long(), CACHE: past}
             logits: Tensor = built(input_ids=ids[rows, at : at + 1], **given).logits[:, 0]
             return logits
 
@@ -175,7 +177,7 @@ def test_what_can_be_done_to_a_cache(policy: Any) -> None:
         layer.update(short.keys, short.values)
         assert layer.get_seq_length() == short.stored
     with pytest.raises(VlmpruneError, match="continue it with the pruner attached"):
-        built(input_ids=ids[:, -1:], past_key_values=copy.deepcopy(cache))
+        built(input_ids=ids[:, -1:], **{CACHE: copy.deepcopy(cache)})
     # Any pruner can go on with it.
     with VisPruner(keep=3)(built):
         past = copy.deepcopy(cache)
@@ -263,7 +265,7 @@ def test_keeping_everything_changes_no_bit() -> None:
             assert all(torch.equal(a, b) for a, b in zip(plain.logits, pruned.logits, strict=True))
             assert handle.report is not None and not handle.report.layers
             assert handle.report.flops_after == handle.report.flops_before
-            assert not any(isinstance(one, ShortLayer) for one in pruned.past_key_values.layers)
+            assert not any(isinstance(one, ShortLayer) for one in cache_of(pruned).layers)
 
 
 def test_the_last_token_goes_on_even_where_it_is_visual() -> None:
@@ -357,7 +359,7 @@ def test_refusals() -> None:
     static = StaticCache(config=built.config, max_cache_len=64)
     with FastV(keep=4)(built):
         for more, match in (
-            ({"past_key_values": static}, "cannot leave columns out of a StaticCache"),
+            ({CACHE: static}, "cannot leave columns out of a StaticCache"),
             ({"cache_implementation": "static"}, "cache_implementation='static'"),
             ({"prefill_chunk_size": 8}, "prefill_chunk_size"),
             ({"output_attentions": True}, "leave out output_attentions"),

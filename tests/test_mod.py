@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hostnames import cache_of
 from test_layers import DIFFERENT, TOLERANCE, deep, distance, generate
 from tiny import IMAGE, request
 from vlmprune import MoD, VlmpruneError, embedded, evaluate, layerwise
@@ -254,9 +255,9 @@ def test_what_it_saves_on_a_clip() -> None:
         size={"height": 112, "width": 112},
         return_tensors="pt",
     )
-    plain = model(**inputs).past_key_values
+    plain = cache_of(model(**inputs))
     with MoD.fresh(model)(model) as handle:
-        cache = model(**inputs).past_key_values
+        cache = cache_of(model(**inputs))
     report = handle.report
     assert report is not None
     assert [sum(map(len, one.kept)) for one in report.layers] == [256, 52, 256, 52, 256]

@@ -18,6 +18,7 @@ from transformers import (
     TextStreamer,
 )
 
+from hostnames import CACHE, cache_of
 from masked import kept_columns, masking
 from tiny import EOS, IMAGE, PAD, VOCABULARY, model, request
 from vlmprune import PLPHP, VisPruner, VlmpruneError
@@ -247,7 +248,7 @@ def test_second_turn_with_a_new_image(attention: str, images: list[int]) -> None
             "input_ids": ids,
             "attention_mask": torch.cat((first, new_mask), 1),
             "pixel_values": two.inputs["pixel_values"],
-            "past_key_values": turn.past_key_values,
+            CACHE: cache_of(turn),
         }
 
     with pruner(built) as handle:
@@ -266,7 +267,7 @@ def test_second_turn_with_a_new_image(attention: str, images: list[int]) -> None
         both = kept_columns(later, full["input_ids"], IMAGE, before=start)
         for index, mask in keep.items():
             both[index][:, :, : mask.shape[2]] &= mask
-        state = copy.deepcopy(full["past_key_values"])
+        state = copy.deepcopy(full[CACHE])
         prefill = generate(built, full, max_new_tokens=1)
     assert float((again.logits[0] - prefill.logits[0]).abs().max()) < TOLERANCE
 
@@ -280,7 +281,7 @@ def test_second_turn_with_a_new_image(attention: str, images: list[int]) -> None
     masks.read = False
     hook = built.register_forward_hook(lambda *_: setattr(masks, "read", True))
     with masking(built, masks):
-        expected = generate(built, full | {"past_key_values": state})
+        expected = generate(built, full | {CACHE: state})
     hook.remove()
     assert torch.equal(again.sequences, expected.sequences)
     assert distance(again, expected) < TOLERANCE
@@ -301,14 +302,14 @@ def test_second_turn_without_an_image() -> None:
         mask = torch.cat((first, torch.ones_like(more)), 1)
         again = generate(
             built,
-            {"input_ids": ids, "attention_mask": mask, "past_key_values": turn.past_key_values},
+            {"input_ids": ids, "attention_mask": mask, CACHE: cache_of(turn)},
         )
     assert report is not None
     with masking(built, kept_columns(report, req.inputs["input_ids"], IMAGE)):
         plain = generate(built, req.inputs)
         expected = generate(
             built,
-            {"input_ids": ids, "attention_mask": mask, "past_key_values": plain.past_key_values},
+            {"input_ids": ids, "attention_mask": mask, CACHE: cache_of(plain)},
         )
     assert distance(again, expected) < TOLERANCE
 
@@ -373,21 +374,19 @@ def test_plain_forward_and_steps_by_hand() -> None:
         with PLPHP(**SETTINGS)(built) as handle:
             first = built(**req.inputs)
             assert torch.equal(first.logits, whole.logits)
-            report, cache = handle.report, first.past_key_values
+            report, cache = handle.report, cache_of(first)
             steps = []
             for _ in range(3):
                 token = torch.full((2, 1), 9)
                 mask = torch.cat((mask, torch.ones_like(token)), 1)
-                steps.append(
-                    built(input_ids=token, attention_mask=mask, past_key_values=cache).logits
-                )
+                steps.append(built(input_ids=token, attention_mask=mask, **{CACHE: cache}).logits)
         assert report is not None and len(report.layers) == 3
         assert all(isinstance(layer, RaggedLayer) for layer in cache.layers)
-        mask, cache = req.inputs["attention_mask"], whole.past_key_values
+        mask, cache = req.inputs["attention_mask"], cache_of(whole)
         with masking(built, kept_columns(report, req.inputs["input_ids"], IMAGE)):
             for step in steps:
                 mask = torch.cat((mask, torch.ones_like(token)), 1)
-                own = built(input_ids=token, attention_mask=mask, past_key_values=cache).logits
+                own = built(input_ids=token, attention_mask=mask, **{CACHE: cache}).logits
                 assert float((step - own).abs().max()) < TOLERANCE
 
 
@@ -407,7 +406,7 @@ def test_a_prompt_read_in_chunks() -> None:
     assert handle.report is not None and kept
     for one, other in zip(kept, handle.report.layers[0].kept, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert chunks.past_key_values.layers[0].prefix is not None
+    assert cache_of(chunks).layers[0].prefix is not None
 
 
 def test_a_copied_cache_goes_its_own_way() -> None:
@@ -415,10 +414,10 @@ def test_a_copied_cache_goes_its_own_way() -> None:
     req = request(built, [1])
     with PLPHP(**SETTINGS)(built):
         turn = generate(built, req.inputs)
-        twin = copy.deepcopy(turn.past_key_values)
+        twin = copy.deepcopy(cache_of(turn))
         ids = torch.cat((turn.sequences, torch.tensor([[7, 8]])), 1)
-        one = generate(built, {"input_ids": ids, "past_key_values": turn.past_key_values})
-        other = generate(built, {"input_ids": ids, "past_key_values": twin})
+        one = generate(built, {"input_ids": ids, CACHE: cache_of(turn)})
+        other = generate(built, {"input_ids": ids, CACHE: twin})
     assert all(torch.equal(a, b) for a, b in zip(one.logits, other.logits, strict=True))
 
 
@@ -436,12 +435,12 @@ def test_sliding_layers_stay_whole(given: bool) -> None:
     built = model(text_config=config)
     req = request(built, [1, 1])
     # A cache that was made without the config has no sliding layers, but the attention has.
-    more = {"past_key_values": DynamicCache()} if given else {}
+    more = {CACHE: DynamicCache()} if given else {}
     with PLPHP(**SETTINGS)(built) as handle:
         pruned = generate(built, {**req.inputs, **more})
     assert handle.report is not None
     assert [layer.index for layer in handle.report.layers] == [0, 2]
-    kinds = [isinstance(layer, RaggedLayer) for layer in pruned.past_key_values.layers]
+    kinds = [isinstance(layer, RaggedLayer) for layer in cache_of(pruned).layers]
     assert kinds == [True, False, True]
     with masking(built, kept_columns(handle.report, req.inputs["input_ids"], IMAGE)):
         assert distance(pruned, generate(built, req.inputs)) < TOLERANCE

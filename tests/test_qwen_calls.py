@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from hostnames import CACHE, cache_of
 from masked import masking
 from test_families import columns_of, distance, dropped_columns, others
 from test_qwen import (
@@ -107,7 +108,7 @@ def test_second_turn_equals_masking(name: str, rows: Any, turn: str) -> None:
             given |= {k: v for k, v in whole.inputs.items() if k in MEDIA_NAMES}
         elif second:
             given |= {k: v for k, v in second.inputs.items() if k in MEDIA_NAMES}
-        after = generate(built, given, past_key_values=before.past_key_values)
+        after = generate(built, given, **{CACHE: cache_of(before)})
         late = dropped_columns(second, handle.report) if second else torch.zeros_like(more) > 0
     held = torch.zeros_like(answer, dtype=torch.bool)
     dropped = torch.cat((kept, held, late), dim=1)
@@ -128,7 +129,7 @@ def test_a_later_turn_on_a_cache_that_the_host_filled(name: str) -> None:
     given = {k: v for k, v in whole.inputs.items() if k not in MEDIA_NAMES}
     given |= {k: v for k, v in second.inputs.items() if k in MEDIA_NAMES}
     with VisPruner(keep=0.4)(built) as handle:
-        after = generate(built, given, past_key_values=before.past_key_values)
+        after = generate(built, given, **{CACHE: cache_of(before)})
     late = dropped_columns(second, handle.report)
     earlier = whole.inputs["input_ids"].shape[1] - late.shape[1]
     dropped = torch.nn.functional.pad(late, (earlier, 0))
@@ -150,7 +151,7 @@ def test_the_host_can_go_on_by_itself(name: str, how: str) -> None:
                 first = generate(built, req.inputs)
                 tail = first.sequences[:, -1:]
         # Now the pruner is gone, and the plain model counts positions by itself.
-        step = built(input_ids=tail, past_key_values=first.past_key_values).logits
+        step = built(input_ids=tail, **{CACHE: cache_of(first)}).logits
         answer = (
             first.sequences[:, req.inputs["input_ids"].shape[1] :] if how != "forward" else tail
         )
@@ -348,13 +349,13 @@ def test_a_row_may_have_nothing_new_in_a_turn(name: str) -> None:
     dropped = []
     with torch.no_grad():
         with VisPruner(keep=0.4)(built) as handle:
-            cache = built(**first.inputs, use_cache=True).past_key_values
+            cache = cache_of(built(**first.inputs, use_cache=True))
             dropped.append(dropped_columns(first, handle.report))
             end = whole.inputs["input_ids"].shape[1]
             given = second.inputs | {"attention_mask": whole.inputs["attention_mask"]}
-            cache = built(**given, past_key_values=cache).past_key_values
+            cache = cache_of(built(**given, **{CACHE: cache}))
             dropped.append(dropped_columns(second, handle.report))
-            logits = built(input_ids=words, attention_mask=mask, past_key_values=cache).logits
+            logits = built(input_ids=words, attention_mask=mask, **{CACHE: cache}).logits
         gone = torch.cat((*dropped, torch.zeros_like(words, dtype=torch.bool)), dim=1)
         inputs = whole.inputs | {"input_ids": ids, "attention_mask": mask}
         inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()

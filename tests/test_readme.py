@@ -27,11 +27,11 @@ def telling(text: str) -> list[str]:
 def test_the_demo_prints_what_the_readme_shows(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     makefile = (ROOT / "Makefile").read_text()
-    scene, question = (
-        re.search(rf"^{n} = (.*)$", makefile, re.M)[1] for n in ("SCENE", "QUESTION")
+    scene, question, keep = (
+        re.search(rf"^{n} = (.*)$", makefile, re.M)[1] for n in ("SCENE", "QUESTION", "KEEP")
     )
     shown = re.search(r"```\n\$ make demo\n(.*?)```", README, re.DOTALL)[1]
-    options = ["--keep", "64", "--device", "cpu"]
+    options = ["--keep", keep, "--device", "cpu"]
     options += ["--save-overlay", str(tmp_path / "kept.png")]
     first = CliRunner().invoke(app, ["run", str(ROOT / scene), question, *options])
     second = CliRunner().invoke(app, ["plan", "llava-next-7b", "--keep", "29"])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from hostnames import CACHE, cache_of
 from test_families import KNOWN, distance, generate
 from tiny import model, request
 from vlmprune import PLPHP, Vision, VisPruner, VlmpruneError
@@ -85,10 +86,10 @@ def test_a_later_turn_may_bring_a_stored_image() -> None:
         turn = generate(built, one.inputs)
         ids = torch.cat((turn.sequences, two.inputs["input_ids"]), 1)
         vision = handle.encode(**two.inputs)
-        inputs = {"input_ids": ids, "past_key_values": turn.past_key_values}
+        inputs = {"input_ids": ids, CACHE: cache_of(turn)}
         stored = generate(built, inputs | {"vision": vision})
         turn = generate(built, one.inputs)
-        inputs["past_key_values"] = turn.past_key_values
+        inputs[CACHE] = cache_of(turn)
         direct = generate(built, inputs | {"pixel_values": two.inputs["pixel_values"]})
     assert all(torch.equal(a, b) for a, b in zip(stored.logits, direct.logits, strict=True))
 

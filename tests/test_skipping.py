@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hostnames import CACHE, cache_of
 from test_families import ZOO
 from test_layers import DIFFERENT, TOLERANCE, deep, distance, generate
 from tiny import IMAGE, Request, request
@@ -196,9 +197,9 @@ def test_each_layers_cache_holds_what_it_worked_on() -> None:
     req = request(built, [2])
     text = req.inputs["input_ids"].shape[1] - 32
     with torch.no_grad(), Sieve(keep=0.25)(built) as handle:
-        cache = built(**req.inputs).past_key_values
+        cache = cache_of(built(**req.inputs))
         report = handle.report
-    plain = built(**req.inputs).past_key_values
+    plain = cache_of(built(**req.inputs))
     assert report is not None
     stored = [layer.keys.shape[2] for layer in cache.layers]
     assert stored == [text + 32, text + 8, text + 32, text + 8, text + 32]
@@ -234,11 +235,11 @@ def test_steps_after_a_prompt_equal_one_forward(attention: str) -> None:
     with torch.no_grad(), Sieve()(built):
         wanted = built(**whole).logits[:, -7:]
         out = built(**req.inputs)
-        cache, found = out.past_key_values, [out.logits[:, -1:]]
+        cache, found = cache_of(out), [out.logits[:, -1:]]
         # One token, then three together, then two more.
         for start, stop in ((0, 1), (1, 4), (4, 6)):
             given = torch.cat((mask, torch.ones_like(more[:, :stop])), dim=1)
-            step = built(input_ids=more[:, start:stop], attention_mask=given, past_key_values=cache)
+            step = built(input_ids=more[:, start:stop], attention_mask=given, **{CACHE: cache})
             found.append(step.logits)
     assert float((torch.cat(found, dim=1) - wanted).abs().max()) < TOLERANCE
 
@@ -261,10 +262,10 @@ def test_frames_that_come_one_by_one_are_routed_alike() -> None:
                 input_ids=ids[:, cuts[i] : cuts[i + 1]],
                 attention_mask=torch.ones(1, cuts[i + 1], dtype=torch.long),
                 pixel_values=pixels[i : i + 1],
-                past_key_values=cache,
+                **{CACHE: cache},
                 use_cache=True,
             )
-            cache = part.past_key_values
+            cache = cache_of(part)
             logits.append(part.logits)
             assert handle.report is not None
             parted = [[k.tolist() for k in one.kept] for one in handle.report.layers]

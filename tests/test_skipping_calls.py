@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
+from hostnames import CACHE, cache_of
 from test_layers import DIFFERENT, deep, distance, generate
 from test_skipping import Sieve
 from tiny import Request, request
@@ -91,15 +92,15 @@ def test_refusals() -> None:
             chained[0] | chained[1]
     static = StaticCache(config=built.config, max_cache_len=64)
     with Sieve()(built):
-        refusals(built, req, {"past_key_values": static}, "cannot leave columns out of a Static")
+        refusals(built, req, {CACHE: static}, "cannot leave columns out of a Static")
         refusals(built, req, {"cache_implementation": "static"}, "cache_implementation='static'")
         refusals(built, req, {"prefill_chunk_size": 8}, "prefill_chunk_size")
         refusals(built, req, {"output_attentions": True}, "leave out output_attentions")
-        cache = built(**req.inputs).past_key_values
+        cache = cache_of(built(**req.inputs))
     # The model alone would misread it.
     ids = torch.tensor([[7]])
     with pytest.raises(VlmpruneError, match="lacks columns"):
-        built(input_ids=ids, past_key_values=cache)
+        built(input_ids=ids, **{CACHE: cache})
 
 
 def test_layers_of_linear_attention_cannot_be_skipped(monkeypatch: pytest.MonkeyPatch) -> None:

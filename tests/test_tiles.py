@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hostnames import CACHE, cache_of
 from vlmprune import VisPruner, VlmpruneError
 from vlmprune.dispatch import attention_of
 from vlmprune.families import FAMILIES
@@ -336,7 +337,7 @@ def test_a_later_turn_equals_masking(name: str, again: bool) -> None:
         whole = torch.cat((one.sequences, behind), dim=1)
         more = prompt_of(name, whole)
         given = media.inputs if again else second
-        two = generate(built, more | given, past_key_values=one.past_key_values)
+        two = generate(built, more | given, **{CACHE: cache_of(one)})
         answer = torch.zeros(1, STEPS, dtype=torch.bool)
         dropped = torch.cat((dropped, answer, dropped_by(handle, behind)), dim=1)
     everything = more | media.inputs
@@ -346,7 +347,7 @@ def test_a_later_turn_equals_masking(name: str, again: bool) -> None:
             built, masked_inputs(prompt_of(name, ids) | first, dropped[:, : ids.shape[1]])
         )
         given = masked_inputs(more | second, dropped)
-        expected = generate(built, given, past_key_values=past.past_key_values)
+        expected = generate(built, given, **{CACHE: cache_of(past)})
     else:
         expected = generate(built, masked_inputs(everything, dropped))
     assert torch.equal(two.sequences, expected.sequences)
@@ -367,7 +368,7 @@ def test_a_later_turn_of_a_batch_must_not_bring_earlier_tiles() -> None:
         pixels = torch.cat((req.inputs["pixel_values"], torch.randn(2, 3, 48, 48)))
         given = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
         with pytest.raises(VlmpruneError, match="pass the new images alone"):
-            generate(built, given, past_key_values=one.past_key_values)
+            generate(built, given, **{CACHE: cache_of(one)})
 
 
 # What the families do with odd inputs.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from hostnames import CACHE
 from test_families import TOLERANCE, distance, dropped_columns, generate, masked
 from vlmprune import VisPruner, VlmpruneError
 from zoo import ZOO
@@ -168,12 +169,12 @@ def test_a_later_turn_brings_an_image_or_a_video(name: str, kind: Any, policy: A
     cache = DynamicCache(config=built.config.get_text_config())
     with VisPruner(keep=3, positions=policy)(built) as handle:
         # Random weights may well answer with a placeholder, which is nothing to continue from.
-        one = generate(built, first.inputs, past_key_values=cache, suppress_tokens=[IMAGE, VIDEO])
+        one = generate(built, first.inputs, **{CACHE: cache}, suppress_tokens=[IMAGE, VIDEO])
         reports = [handle.report]
         ids = torch.cat((one.sequences, later.inputs["input_ids"]), dim=1)
         mask = torch.ones_like(ids)
         turn = {**later.inputs, "input_ids": ids, "attention_mask": mask}
-        got = generate(built, turn, past_key_values=cache)
+        got = generate(built, turn, **{CACHE: cache})
         reports.append(handle.report)
     both = {"input_ids": ids, "attention_mask": mask, **joined(first.inputs, later.inputs)}
     assert all(reports)
@@ -213,11 +214,11 @@ def test_the_whole_conversations_pixels_may_come_again(name: str) -> None:
             first = generate(
                 built,
                 {"input_ids": early, **old},
-                past_key_values=cache,
+                **{CACHE: cache},
                 suppress_tokens=[IMAGE, VIDEO],
             )
             whole = torch.cat((first.sequences, ids[:, begins:]), dim=1)
-            results.append(generate(built, {"input_ids": whole, **again}, past_key_values=cache))
+            results.append(generate(built, {"input_ids": whole, **again}, **{CACHE: cache}))
             assert handle.report is not None and len(handle.report.kept) == 1
     assert torch.equal(results[0].sequences, results[1].sequences)
     assert distance(*results) == 0
@@ -229,7 +230,7 @@ def test_early_items_of_a_batch_cannot_be_told_apart() -> None:
     cache = DynamicCache(config=built.config.get_text_config())
     early = ZOO["video_llava"].request(built, [["video"], ["video"]])
     with VisPruner(keep=2)(built):
-        first = generate(built, early.inputs, past_key_values=cache, suppress_tokens=[IMAGE, VIDEO])
+        first = generate(built, early.inputs, **{CACHE: cache}, suppress_tokens=[IMAGE, VIDEO])
         turn = torch.cat((first.sequences, early.inputs["input_ids"]), dim=1)
         mask = torch.ones_like(turn)
         mask[:, : early.inputs["attention_mask"].shape[1]] = early.inputs["attention_mask"]
@@ -238,7 +239,7 @@ def test_early_items_of_a_batch_cannot_be_told_apart() -> None:
             generate(
                 built,
                 {"input_ids": turn, "attention_mask": mask, **pixels},
-                past_key_values=cache,
+                **{CACHE: cache},
             )
 
 

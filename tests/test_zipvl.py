@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, Qwen2Config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hostnames import CACHE, cache_of
 from masked import kept_columns
 from tiny import EOS, IMAGE, PAD, VOCABULARY, model, request
 from vlmprune import PLPHP, VisPruner, VlmpruneError, ZipVL, embedded
@@ -79,7 +81,7 @@ def reference(built: Any, keep: dict[int, Tensor]) -> Iterator[Calls]:
     ) -> tuple[Tensor, None]:
         index = layers.get(module)
         if index is None:
-            called = type(module).forward.__code__.co_names
+            called = inspect.unwrap(type(module).forward).__code__.co_names
             own = [n for n in called if n.endswith("eager_attention_forward")]
             function = plain or getattr(sys.modules[type(module).__module__], own[0])
             return function(module, query, key, value, attention_mask, **kwargs)
@@ -265,7 +267,7 @@ def test_plain_forward(side: str) -> None:
     real = req.inputs["attention_mask"].bool()
     with torch.no_grad(), ZipVL(TAU)(built) as handle:
         out = built(**req.inputs)
-    assert all(isinstance(layer, RaggedLayer) for layer in out.past_key_values.layers)
+    assert all(isinstance(layer, RaggedLayer) for layer in cache_of(out).layers)
     keep = stays(handle.report, req.inputs["input_ids"])
     with torch.no_grad(), reference(built, keep):
         expected = built(**req.inputs).logits
@@ -317,7 +319,7 @@ def test_second_turn_with_a_new_image(images: list[int]) -> None:
             "input_ids": torch.cat((turn.sequences, new), 1),
             "attention_mask": torch.cat((first, new_mask), 1),
             "pixel_values": two.inputs["pixel_values"],
-            "past_key_values": turn.past_key_values,
+            CACHE: cache_of(turn),
         }
 
     with ZipVL(TAU)(built) as handle:
@@ -349,10 +351,10 @@ def test_after_a_turn_without_an_image() -> None:
         ids = torch.cat((turn.sequences, req.inputs["input_ids"]), 1)
         mask = torch.cat((torch.ones_like(turn.sequences), req.inputs["attention_mask"]), 1)
         inputs = {**req.inputs, "input_ids": ids, "attention_mask": mask}
-        pruned = generate(built, {**inputs, "past_key_values": turn.past_key_values})
+        pruned = generate(built, {**inputs, CACHE: cache_of(turn)})
     turn = generate(built, text)
     with reference(built, stays(handle.report, ids)):
-        expected = generate(built, {**inputs, "past_key_values": turn.past_key_values})
+        expected = generate(built, {**inputs, CACHE: cache_of(turn)})
     assert distance(pruned, expected) < TOLERANCE
 
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from vlmprune.report import Report
     from vlmprune.reuse import Vision
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DART",

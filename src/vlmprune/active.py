@@ -55,17 +55,18 @@ class Pruned:
             start += count
         features = [self.features[i] for i in order]
         extra = [[layer[i] for i in order] for layer in self.extra]
-        return self.medium.form(self._made(features, extra))
+        return self.medium.form(self._made(features, extra, whole=True))
 
-    def _made(self, features: list[Tensor], extra: list[list[Tensor]]) -> Any:
-        # Fresh each time, because `generate` expands `pooler_output` in place; and without the
-        # encoder's own states, which nobody reads any more.
-        large = ("last_hidden_state", "hidden_states", "attentions", "pooler_output")
+    def _made(self, features: list[Tensor], extra: list[list[Tensor]], whole: bool = False) -> Any:
+        # Fresh each time, because `generate` expands what it is given in place: so without the
+        # encoder's own states there, while a forward hands them out to the user.
+        left = {"pooler_output"}
+        if not whole:
+            left |= {"last_hidden_state", "hidden_states", "attentions"}
         if self.output is None:
             made: Any = BaseModelOutputWithPooling()
         else:
-            small = {k: v for k, v in self.output.items() if k not in large}
-            made = type(self.output)(**small)
+            made = type(self.output)(**{k: v for k, v in self.output.items() if k not in left})
         # As an item, for a host may ask whether the output holds anything.
         made["pooler_output"] = features
         if extra:

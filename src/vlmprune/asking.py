@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlmprune.dispatch import attention_of, watching
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts.release import with_cache
 
 # Queries a chunk: the extra memory is heads · CHUNK · columns.
 CHUNK = 64
@@ -155,7 +156,7 @@ def glance(
     """
     watcher = _Glance(look, earlier)
     # The layer must not add to its cache yet.
-    alone = kwargs | {"past_key_values": None, "use_cache": False}
+    alone = with_cache(type(layer), kwargs, None) | {"use_cache": False}
     try:
         with watching(attention_of(layer), watcher):
             layer.forward(hidden.detach(), **alone)

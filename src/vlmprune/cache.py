@@ -277,7 +277,7 @@ def refusal(cache: Any, layers: Sequence[int]) -> str | None:
         return None
     odd = next((k.__name__ for k in kinds if k not in (DynamicLayer, RaggedLayer)), None)
     name = type(cache).__name__ + (f" of {odd}s" if odd else "")
-    return f"cannot cut a {name}; leave past_key_values out, or pass a DynamicCache."
+    return f"cannot cut a {name}; leave the cache out, or pass a DynamicCache."
 
 
 def adopt(cache: Any, layers: Sequence[int], count: int) -> None:

@@ -7,7 +7,6 @@ result put back into the form that the user would have got.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,12 +19,12 @@ from vlmprune import costs, families, reuse
 from vlmprune.active import Active, active
 from vlmprune.cache import adopt, attending, binding_of
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts.release import by_name, cache_given, cache_returned, recomputes, with_cache
 from vlmprune.refusals import (
     check_common,
     check_cutting,
     check_dropping,
     check_generate,
-    recomputes,
 )
 from vlmprune.request import handed, leave_deltas, mark, prepare, remember
 from vlmprune.skipping import Skipping, reported, skipping_layers
@@ -38,10 +37,9 @@ if TYPE_CHECKING:
 def generate(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`generate` with fewer visual tokens; returns what the host would have returned."""
     vision = _vision(handle, kwargs)
-    bound = inspect.signature(original).bind(*args, **kwargs).arguments
-    kwargs = {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
+    kwargs = by_name(original, *args, **kwargs)
     ids = kwargs.get("input_ids") if kwargs.get("inputs") is None else kwargs["inputs"]
-    cache = kwargs.get("past_key_values")
+    cache = cache_given(type(handle.model), kwargs)
     setting = _settings(handle.model, kwargs)
     if vision is None and not _brings_items(handle, kwargs) and mark(cache) is None:
         handle.report_nothing()
@@ -85,7 +83,7 @@ def generate(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs:
     prompt = ids.repeat_interleave(times, 0).to(sequences.device)
     sequences = torch.cat((prompt, sequences[:, given.shape[1] :]), dim=1)
     beams = (setting("num_beams") or 1) > 1
-    for holder in (cache, getattr(result, "past_key_values", None)):
+    for holder in (cache, cache_returned(result)):
         remember(holder, prepared.prefix.repeat(times), "it comes from a beam search" * beams)
     leave_deltas(handle, prepared.prefix, given_positions)
     if isinstance(result, Tensor):
@@ -107,9 +105,8 @@ def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: 
         with _inside_decoder(handle, state, kwargs):
             return original(*args, **kwargs)
     vision = _vision(handle, kwargs)
-    bound = inspect.signature(original).bind(*args, **kwargs).arguments
-    kwargs = {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
-    cache = kwargs.get("past_key_values")
+    kwargs = by_name(original, *args, **kwargs)
+    cache = cache_given(type(handle.model), kwargs)
     if vision is None and not _brings_items(handle, kwargs) and mark(cache) is None:
         return original(**kwargs)
     ids = kwargs.get("input_ids")
@@ -123,7 +120,8 @@ def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: 
     if handle.pruner.cuts and (caching or handle.pruner.probes is not None):
         check_cutting(handle, kwargs, lambda n: caching if n == "use_cache" else kwargs.get(n))
         if cache is None and (vision is not None or _brings_items(handle, kwargs)):
-            cache = kwargs["past_key_values"] = DynamicCache(config=handle.model.config)
+            cache = DynamicCache(config=handle.model.config)
+            kwargs = with_cache(type(handle.model), kwargs, cache)
     if handle.asks or handle.skips:
         check_dropping(handle, kwargs, kwargs.get)
     prepared = prepare(
@@ -154,7 +152,8 @@ def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: 
             result = original(**kwargs)
     finally:
         active.reset(token)
-    after = getattr(result, "past_key_values", None) or cache
+    returned = cache_returned(result)
+    after = cache if returned is None else returned
     leave_deltas(handle, prepared.prefix, given_positions)
     # Tokens without an image need no new record: the old one still says what was dropped.
     if prepared.state.items or mark(after) is None:
@@ -193,7 +192,7 @@ def features(
 @contextmanager
 def _inside_decoder(handle: Handle, state: Active, kwargs: dict[str, Any]) -> Iterator[None]:
     """Let a forward drop rows between layers, and cut or continue a cache."""
-    cache, dropping = kwargs.get("past_key_values"), state.dropping
+    cache, dropping = cache_given(type(handle.model), kwargs), state.dropping
     if dropping is not None and dropping.done and cache is not None:
         dropping = None
     wanted = kwargs.get("output_hidden_states")
@@ -285,7 +284,7 @@ def _inside(state: Active, kwargs: dict[str, Any]) -> dict[str, Any]:
     if positions is None:
         return kwargs
     if state.drift is not None and state.drift.ndim == 2:
-        cache = kwargs.get("past_key_values")
+        cache = cache_given(type(state.handle.model), kwargs)
         start = cache.get_seq_length() if cache is not None else 0
         kwargs = kwargs | {"position_ids": state.drifted(positions, start)}
     elif state.drift is not None:
@@ -297,7 +296,7 @@ def _inside(state: Active, kwargs: dict[str, Any]) -> dict[str, Any]:
         positions = torch.where(positions > last, positions + drift, positions)
         kwargs = kwargs | {"position_ids": positions}
     if state.gapped and kwargs.get("attention_mask") is None:
-        cache = kwargs.get("past_key_values")
+        cache = cache_given(type(state.handle.model), kwargs)
         if cache is None or cache.get_seq_length() == 0:
             # Without mask and cache, gaps in the positions would be read as packed sequences.
             kwargs = kwargs | {"attention_mask": torch.ones_like(kwargs["input_ids"])}

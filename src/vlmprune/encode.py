@@ -320,7 +320,8 @@ def _run(
     takes = inspect.signature(method).parameters
     # The pixels' name differs between releases, and some releases take the rest by **kwargs.
     pixels, *others = medium.inputs
-    known = {*takes, *others} - {"kwargs", pixels, next(iter(takes)), *medium.host_only}
+    rest = {name for name, one in takes.items() if one.kind is one.VAR_KEYWORD}
+    known = {*takes, *others} - {*rest, pixels, next(iter(takes)), *medium.host_only}
     arguments = {k: v for k, v in inputs.items() if k in known and v is not None}
     # What a release requires beside the pixels, its own forward fills in as None.
     for name, one in list(takes.items())[1:]:

@@ -21,7 +21,6 @@ It is defined so:
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from vlmprune import families
 from vlmprune.active import Pruned
 from vlmprune.errors import VlmpruneError
 from vlmprune.families.media import Medium
+from vlmprune.hosts.release import by_name
 from vlmprune.inputs import ALIGNED, Prompt, dropped_columns, shorten, spans
 from vlmprune.layout import Layout
 from vlmprune.report import Report
@@ -79,13 +79,11 @@ class Floor:
         """Let the model's encoder return the first features of each picture."""
         place, name = families.base(model), self.medium.method
         before, original = vars(place).get(name, _ABSENT), getattr(place, name)
-        signature = inspect.signature(original)
 
         # `wraps` keeps the signature, which Transformers inspects.
         @functools.wraps(original)
         def features(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs).arguments
-            given = {**bound.pop("kwargs", {}), **bound}
+            given = by_name(original, *args, **kwargs)
             given |= {key: value for key, value in self.encoded.items() if key in given}
             return self._cut(original(**given | {"return_dict": True}))
 

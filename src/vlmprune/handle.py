@@ -12,6 +12,7 @@ from torch import nn
 from vlmprune import calls, dispatch, families, followed, host, inside, skipping
 from vlmprune.active import made
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts import release
 from vlmprune.report import Report, make
 from vlmprune.reuse import Vision
 
@@ -43,10 +44,17 @@ class Handle:
     """
 
     def __init__(self, pruner: Pruner, model: nn.Module) -> None:
+        release.check_release()
         model = families.unwrapped(model)
         self.family = families.family_of(model)
+        release.check_class(model, self.family.fails)
         self.pruner = pruner
         self.model: Any = model
+        # What calls its cache by an unknown name is refused before any work.
+        release.cache_name(type(self.model))
+        if pruner.drops or pruner.routes:
+            for layer in families.decoder_layers(model):
+                release.cache_name(type(layer))
         inside.check(model, self.family, pruner)
         self.positions = families.resolve_positions(model, pruner.positions)
         self.cuttable = families.cuttable_layers(model) if pruner.cuts else []

@@ -25,6 +25,7 @@ from vlmprune.asking import Look, glance
 from vlmprune.dispatch import attention_of, watching
 from vlmprune.dropping import Dropping, Prompt, Timer
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts.release import cache_given
 from vlmprune.rows import Going
 from vlmprune.short import ShortLayer, short_layers, shorten_layer
 
@@ -75,7 +76,7 @@ class Pass:
             return None
         given: Tensor = args[0] if args else kwargs["hidden_states"]
         hidden = given
-        cache = kwargs.get("past_key_values")
+        cache = cache_given(type(layer), kwargs)
         start = int(cache.get_seq_length(index)) if cache is not None else 0
         if self.dropping is not None and self.prompt is None:
             self.prompt = Prompt(self.dropping, hidden.shape[0], hidden.shape[1], start)
@@ -87,7 +88,7 @@ class Pass:
         if ask is not None:
             hidden = self._drop(index, layer, ask, hidden, kwargs, start)
         self._watch(index, layer)
-        changed = self._arguments(index, args, kwargs, hidden, start, runs=True)
+        changed = self._arguments(index, layer, args, kwargs, hidden, start, runs=True)
         if changed is kwargs and hidden is given:
             return None
         if args:
@@ -137,8 +138,8 @@ class Pass:
             if ask.attention == "own":
                 rows, counted = prompt.asked(ask)
                 seen = Look(rows, counted, False)
-                given = self._arguments(index, (), kwargs, hidden, start, runs=False)
-                glance(layer, hidden, given, _keys(kwargs, index), seen)
+                given = self._arguments(index, layer, (), kwargs, hidden, start, runs=False)
+                glance(layer, hidden, given, _keys(layer, kwargs, index), seen)
             attention = None if seen is None else seen.attention
             if attention is not None:
                 attention = attention[:, -hidden.shape[1] :]
@@ -170,6 +171,7 @@ class Pass:
     def _arguments(
         self,
         index: int,
+        layer: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         hidden: Tensor,
@@ -180,13 +182,14 @@ class Pass:
 
         Args:
             index: of the layer.
+            layer: itself.
             args: what the host gives by place.
             kwargs: and by name.
             hidden: [B, R, D] the rows' states.
             start: columns that its cache has seen.
             runs: whether the layer is about to run, and its cache to grow.
         """
-        cache, going = kwargs.get("past_key_values"), self.going
+        cache, going = cache_given(type(layer), kwargs), self.going
         layers = getattr(cache, "layers", None) or ()
         held = layers[index] if index < len(layers) else None
         if not isinstance(held, ShortLayer) or held.held is None:
@@ -285,9 +288,9 @@ class Pass:
         return self.memo[key]
 
 
-def _keys(kwargs: dict[str, Any], index: int) -> Tensor | None:
+def _keys(layer: nn.Module, kwargs: dict[str, Any], index: int) -> Tensor | None:
     """Keys that a layer's cache holds."""
-    layers = getattr(kwargs.get("past_key_values"), "layers", None) or ()
+    layers = getattr(cache_given(type(layer), kwargs), "layers", None) or ()
     if index >= len(layers) or not layers[index].get_seq_length():
         return None
     keys: Tensor = layers[index].keys

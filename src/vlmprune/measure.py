@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmprune.hosts.release import cache_returned
+
 
 @dataclass(frozen=True)
 class Timed:
@@ -79,7 +81,7 @@ def timed(model: Any, inputs: Any, new_tokens: int, with_cache: bool = False) ->
         first_ms=watch.between(start, clock.first),
         decode_ms=watch.between(clock.first, clock.last),
         total_ms=watch.between(start, end),
-        cache=out.past_key_values if with_cache else None,
+        cache=cache_returned(out) if with_cache else None,
         prefill_ms=watch.between(*prefill) if len(prefill) == 2 else None,
     )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from vlmprune import short
 from vlmprune.cache import refusal
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts.release import cache_given, recomputes
 
 if TYPE_CHECKING:
     from vlmprune.handle import Handle
@@ -58,7 +59,7 @@ def check_cutting(handle: Handle, kwargs: dict[str, Any], setting: Callable[[str
     if setting("use_cache") is False:
         raise VlmpruneError(f"{method} cuts the KV cache and needs one; leave out use_cache=False.")
     _check_decoder(handle, setting, "cut")
-    cache = kwargs.get("past_key_values")
+    cache = cache_given(type(handle.model), kwargs)
     why = None if cache is None else refusal(cache, handle.cuttable)
     if why is not None:
         raise VlmpruneError(f"{method} {why}")
@@ -87,7 +88,7 @@ def check_dropping(handle: Handle, kwargs: dict[str, Any], setting: Callable[[st
             f"{config.floor_scale} on, which dropping tokens in its layers would change, and this "
             f"prompt has {columns}; shorten it, or prune before the language model."
         )
-    cache = kwargs.get("past_key_values")
+    cache = cache_given(type(handle.model), kwargs)
     layers = handle.skips or range(min(handle.asks), config.num_hidden_layers)
     why = None if cache is None else short.refusal(cache, layers)
     if why is not None:
@@ -124,14 +125,6 @@ def _check_decoder(handle: Handle, setting: Callable[[str], Any], does: str) -> 
             f"{method} does not work with a compiled model, whose graphs pass its cache by; use "
             "the model as it is, or prune before the language model alone."
         )
-
-
-def recomputes(model: Any) -> bool:
-    """Whether training recomputes activations, which goes without a cache."""
-    # The flag's name differs between releases.
-    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
-    name = next((n for n in names if hasattr(type(model), n)), "")
-    return bool(model.training and getattr(model, name, False))
 
 
 def is_compiled(handle: Handle) -> bool:

@@ -92,7 +92,7 @@ def prepare(
             or bool(((seen[:, :start] != expected) & (expected != UNKNOWN)).any())
         ):
             raise VlmpruneError(
-                "the ids do not begin with what past_key_values was filled with; pass the full "
+                "the ids do not begin with what the cache was filled with; pass the full "
                 "earlier sequence followed by new tokens, or a fresh cache."
             )
     else:
@@ -261,12 +261,12 @@ def _prefix(
             )
         if cached < known.prompt.ids.shape[1]:
             raise VlmpruneError(
-                "past_key_values was cropped into its pruned prompt, whose columns cannot be told "
+                "the cache was cropped into its pruned prompt, whose columns cannot be told "
                 "apart any more; crop later, or start with a fresh cache."
             )
         if known.full_ids.shape[0] != ids.shape[0]:
             raise VlmpruneError(
-                f"the ids have {ids.shape[0]} rows but past_key_values was filled with "
+                f"the ids have {ids.shape[0]} rows but the cache was filled with "
                 f"{known.full_ids.shape[0]}."
             )
         return known

@@ -223,6 +223,4 @@ def refusal(cache: Any, layers: Sequence[int]) -> str | None:
         return None
     odd = next((kind.__name__ for kind in kinds if kind not in known), None)
     name = type(cache).__name__ + (f" of {odd}s" if odd else "")
-    return (
-        f"cannot leave columns out of a {name}; leave past_key_values out, or pass a DynamicCache."
-    )
+    return f"cannot leave columns out of a {name}; leave the cache out, or pass a DynamicCache."

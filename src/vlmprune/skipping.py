@@ -22,6 +22,7 @@ from vlmprune import costs, families
 from vlmprune import rows as ops
 from vlmprune.dropping import Dropping, Prompt, Timer
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts.release import cache_given
 from vlmprune.layers import Pass, dropping_rows, hooked
 from vlmprune.report import Report, RowsReport
 from vlmprune.short import short_layers
@@ -110,7 +111,7 @@ class SkipPass(Pass):
         if threading.get_ident() != self.thread:
             return None
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        cache = kwargs.get("past_key_values")
+        cache = cache_given(type(layer), kwargs)
         start = int(cache.get_seq_length(index)) if cache is not None else 0
         if self.prompt is None:
             self.prompt = Prompt(self.skipping, hidden.shape[0], hidden.shape[1], start)
@@ -118,7 +119,7 @@ class SkipPass(Pass):
         rows = hidden
         if index in self.skipping.layers:
             rows = self._route(index, hidden)
-        changed = self._arguments(index, args, kwargs, rows, start, runs=True)
+        changed = self._arguments(index, layer, args, kwargs, rows, start, runs=True)
         if changed is kwargs and rows is hidden:
             return None
         if args:

@@ -51,6 +51,7 @@ from zoo.base import (
     one_each,
     ranges,
 )
+from zoo.mended import runs, with_image_outputs
 
 SIDE, PATCH = 48, 8  # a tile of 6 x 6 patches, 3 x 3 visual tokens once merged
 TOKENS = 9
@@ -141,7 +142,10 @@ def llama4(window: int = FAR) -> Any:
         eoi_token_index=END,
         tie_word_embeddings=False,
     )
-    return Llama4ForConditionalGeneration(config)
+    model = Llama4ForConditionalGeneration(config)
+    if runs(model):
+        return model
+    return with_image_outputs(Llama4ForConditionalGeneration)(config)
 
 
 def gemma3(window: int = FAR) -> Any:

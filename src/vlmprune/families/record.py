@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -27,6 +27,9 @@ class Family:
             mask, placeholders of each modality, inputs of each) → [3, B, L]. Their positions
             are always original.
         first: where positions of a plain forward begin (in `generate` the host adds it itself).
+        since: the first tested release of Transformers that has the class.
+        fails: releases (a version specifier) in which the class itself cannot run, pruned or not,
+            and why, as the end of a sentence.
     """
 
     name: str
@@ -37,3 +40,5 @@ class Family:
     score: str = "CLS attention; attention received where the tower has no CLS token"
     rope: Callable[..., Tensor] | None = None
     first: int = 0
+    since: str = "5.16"
+    fails: Mapping[str, str] = field(default_factory=dict)

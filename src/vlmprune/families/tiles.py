@@ -298,5 +298,9 @@ FAMILIES: dict[str, Family] = {
         positions="compact",
         media=(Llama4Images(),),
         note=f"{_TILE}; {_WINDOWS.format('attention chunks and temperature')}",
+        fails={
+            "==5.24.0": "its forward asks its language model for image_outputs, which that never "
+            "returns"
+        },
     ),
 }

@@ -25,7 +25,7 @@ from vlmprune.learned.lora import PREFIX, Lora
 from vlmprune.pruner import Pruner
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
     from vlmprune.handle import Handle
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlmprune.active import active
 from vlmprune.errors import VlmpruneError
-from vlmprune.refusals import recomputes
+from vlmprune.hosts.release import recomputes
 
 if TYPE_CHECKING:
     from vlmprune.handle import Handle

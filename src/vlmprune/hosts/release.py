@@ -1,0 +1,181 @@
+"""In what the releases of Transformers differ, asked of what is called and not of version numbers.
+
+Releases rename arguments without notice; whoever asks for a former name gets nothing and goes on
+with nothing. So a name is looked up here, in the signature of what it is handed to, and a name
+that is not there is an error.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vlmprune.errors import VlmpruneError
+
+# The releases on which the suite passes; pyproject.toml allows the same.
+TESTED = ">=5.16,<5.25"
+# The environment variable that lets an untested release be tried.
+UNTESTED = "VLMPRUNE_UNTESTED"
+
+# What the argument that holds the KV cache has been called, newest name first. A release takes
+# former names, too, and warns; names to come it does not know.
+_CACHE = ("cache", "past_key_values")
+
+
+def check_release() -> None:
+    """Refuse a release of Transformers that was not tested, unless the user wants to try it.
+
+    Raises:
+        VlmpruneError: it is none of those, and `VLMPRUNE_UNTESTED=1` is not set.
+    """
+    here = Version(transformers.__version__)
+    if SpecifierSet(TESTED).contains(here, prereleases=False) or os.environ.get(UNTESTED) == "1":
+        return
+    raise VlmpruneError(
+        f"this vlmprune was tested on transformers {TESTED}, not on {here}, where it might prune "
+        f"wrongly without a word; run pip install 'transformers{TESTED}', or set {UNTESTED}=1 to "
+        "try it all the same."
+    )
+
+
+def check_class(model: Any, fails: Mapping[str, str]) -> None:
+    """Refuse a class of Transformers that cannot run in this release, pruned or not.
+
+    Args:
+        model: the host. A subclass may have mended the fault, and is let through.
+        fails: the releases in which it cannot, and why, as a family's record has them.
+
+    Raises:
+        VlmpruneError: this is such a release.
+    """
+    cls, here = type(model), transformers.__version__
+    for releases, why in fails.items():
+        if Version(here) in SpecifierSet(releases) and cls is getattr(transformers, cls.__name__):
+            raise VlmpruneError(
+                f"{cls.__name__} cannot run in transformers {here}, with or without vlmprune: "
+                f"{why}; install another release of transformers{TESTED}."
+            )
+
+
+def by_name(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """A call's arguments, all of them by name.
+
+    Args:
+        function: what is called; bound, if a method. Releases differ in what they call the rest of
+            the keyword arguments, so that is found by its kind.
+        args: by place.
+        kwargs: by name.
+
+    Raises:
+        TypeError: the function does not take them.
+    """
+    signature = inspect.signature(function)
+    named: dict[str, Any] = {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        rest = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        named |= value if rest else {name: value}
+    return named
+
+
+def cache_name(cls: type) -> str:
+    """What the forward of a model, or of a decoder layer, calls the KV cache.
+
+    Raises:
+        VlmpruneError: it takes none by any name that was ever used.
+    """
+    return _cache_name(cls)
+
+
+# Decoder layers are asked at each step.
+@cache
+def _cache_name(cls: type) -> str:
+    takes = inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
+    for name in _CACHE:
+        if name in takes:
+            return name
+    raise VlmpruneError(
+        f"{cls.__name__} of transformers {transformers.__version__} takes a KV cache neither as "
+        f"{' nor as '.join(_CACHE)}, so it cannot be told what happens to it; install "
+        f"transformers{TESTED}, or tell vlmprune's developers."
+    )
+
+
+def cache_given(cls: type, arguments: Mapping[str, Any]) -> Any:
+    """The KV cache among a call's keyword arguments; None if it has none.
+
+    Args:
+        cls: of the model or the decoder layer that is called.
+        arguments: by name. A former name counts as well, since the host takes it, too.
+
+    Raises:
+        VlmpruneError: the cache comes under a name of later releases, which the host would ignore.
+    """
+    name = cache_name(cls)
+    if name in arguments:
+        return arguments[name]
+    found = next((other for other in _CACHE if arguments.get(other) is not None), None)
+    if found is None:
+        return None
+    if _CACHE.index(found) < _CACHE.index(name):
+        raise VlmpruneError(
+            f"{found} is called {name} in transformers {transformers.__version__}; pass the cache "
+            "under that name."
+        )
+    return arguments[found]
+
+
+def with_cache(cls: type, arguments: Mapping[str, Any], held: Any) -> dict[str, Any]:
+    """A call's keyword arguments with another KV cache, or None, instead of theirs."""
+    others = {key: value for key, value in arguments.items() if key not in _CACHE}
+    return others | {cache_name(cls): held}
+
+
+def cache_returned(output: Any) -> Any:
+    """The KV cache in what a model or `generate` returned, tuples included; None if none is."""
+    if isinstance(output, tuple):
+        return next((one for one in output if isinstance(one, Cache)), None)
+    # Asked for by a former name, an output warns.
+    names = {field.name for field in fields(output)} if is_dataclass(output) else set()
+    return next((getattr(output, name) for name in _CACHE if name in names), None)
+
+
+def recomputes(model: Any) -> bool:
+    """Whether a forward of the model now would recompute its activations, without a cache."""
+    # The flag was renamed.
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    name = next((n for n in names if hasattr(type(model), n)), "")
+    if not (model.training and getattr(model, name, False)):
+        return False
+    return torch.is_grad_enabled() or _recomputes_without_gradients()
+
+
+@cache
+def _recomputes_without_gradients() -> bool:
+    """Whether layers that were told to recompute do so where no gradient is wanted; tried once."""
+    asked = []
+
+    class Layer(GradientCheckpointingLayer):
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            return states
+
+    def recorded(forward: Callable[..., Any], *args: Any) -> Any:
+        asked.append(forward)
+        return forward(*args)
+
+    layer: Any = Layer()
+    layer.gradient_checkpointing = True
+    layer._gradient_checkpointing_func = recorded
+    with torch.no_grad():
+        layer.train()(torch.zeros(1))
+    return bool(asked)

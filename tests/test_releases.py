@@ -1,0 +1,370 @@
+"""What releases of Transformers differ in: bounds, names, classes that are absent or cannot run."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+from PIL import Image
+from torch import nn
+from transformers import DynamicCache
+
+from hostnames import CACHE, cache_of
+from tiny import model, request
+from vlmprune import PLPHP, FastV, VisPruner, VlmpruneError, embedded
+from vlmprune.cache import RaggedLayer
+from vlmprune.families import FAMILIES, decoder_layers
+from vlmprune.hosts import release
+from vlmprune.loading import Loaded, prepare
+from zoo import ZOO
+from zoo.mended import runs
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+LATER = CACHE == "cache"
+FORMER, OTHER = "past_key_values", "past_key_values" if LATER else "cache"
+HERE = Version(transformers.__version__)
+
+
+def bound(name: str) -> SpecifierSet:
+    """What the package asks of another."""
+    asked = [one for one in PROJECT["dependencies"] if re.match(rf"{name}\b", one)]
+    return SpecifierSet(asked[0].removeprefix(name))
+
+
+# --- Bounds
+
+
+def test_the_same_releases_are_named_everywhere() -> None:
+    assert SpecifierSet(release.TESTED) == bound("transformers")
+    major, low, beyond = re.fullmatch(r">=(\d+)\.(\d+),<\1\.(\d+)", release.TESTED).groups()
+    words = f"transformers {major}.{low} to {major}.{int(beyond) - 1}"
+    assert words in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    page = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
+    assert f"| Transformers | {major}.{low} to {major}.{int(beyond) - 1} |" in page
+
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    oldest = dict(re.findall(r"^OLDEST_(\w+) = (.*)$", makefile, re.M))
+    assert oldest["TRANSFORMERS"] == f"{major}.{low}.0"
+    lowest = {str(one) for one in bound("torch")}
+    assert {f">={oldest['TORCH'].removesuffix('.0')}"} == lowest
+    assert f"| torch | from {oldest['TORCH']} |" in page
+
+    python = PROJECT["requires-python"].removeprefix(">=")
+    assert f"| Python | from {python} |" in page
+    shell = (ROOT / "scripts" / "setup.sh").read_text(encoding="utf-8")
+    assert f"sys.version_info < ({python.replace('.', ', ')})" in shell
+    assert f"Python ≥ {python}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("here", ["5.15.1", "5.25.0", "6.0.0", "5.24.0.dev0", "5.25.0rc1"])
+def test_an_untested_release_is_refused(here: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = model()
+    monkeypatch.delenv(release.UNTESTED, raising=False)
+    monkeypatch.setattr(release.transformers, "__version__", here)
+    for pruner in (VisPruner(keep=4), PLPHP(), FastV(keep=4)):
+        with pytest.raises(VlmpruneError) as said:
+            pruner.attach(built)
+        sentence = str(said.value)
+        assert here in sentence and release.TESTED in sentence
+        assert "VLMPRUNE_UNTESTED=1" in sentence and "\n" not in sentence
+    assert "generate" not in vars(built) and "forward" not in vars(built)
+    # Only the value that the sentence names lets it through.
+    monkeypatch.setenv(release.UNTESTED, "0")
+    with pytest.raises(VlmpruneError, match="was tested on"):
+        VisPruner(keep=4).attach(built)
+    monkeypatch.setenv(release.UNTESTED, "1")
+    VisPruner(keep=4).attach(built).detach()
+
+
+@pytest.mark.parametrize("here", ["5.16.0", "5.19.0", "5.24.0", "5.24.3"])
+def test_a_tested_release_is_not_refused(here: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = model()
+    monkeypatch.delenv(release.UNTESTED, raising=False)
+    monkeypatch.setattr(release.transformers, "__version__", here)
+    VisPruner(keep=4).attach(built).detach()
+
+
+def test_public_modules_are_those_that_the_documents_use() -> None:
+    page = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
+    table = page[page.index("| module |") : page.index("Public, too:")]
+    public = set(re.findall(r"`(vlmprune[\w.]*)`", table))
+    for name in public:
+        __import__(name)
+    used = set()
+    for path in (*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"):
+        for block in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vlmprune"):
+                    own = [f"{node.module}.{one.name}" for one in node.names]
+                    modules = {one for one in own if one in sys.modules and one != node.module}
+                    used |= modules or {node.module}
+    assert used <= public and len(used) > 5
+
+
+# --- Names
+
+
+def test_no_other_file_knows_the_caches_name() -> None:
+    """Who asks for a name that a release does not have gets nothing, and no error."""
+    source = ROOT / "src" / "vlmprune"
+    own = source / "hosts" / "release.py"
+    known = [path for path in source.rglob("*.py") if FORMER in path.read_text(encoding="utf-8")]
+    assert known == [own]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ZOO)
+def test_names_of_every_family(name: str) -> None:
+    built = ZOO[name].make()
+    assert release.cache_name(type(built)) == CACHE
+    for layer in decoder_layers(built):
+        assert release.cache_name(type(layer)) == CACHE
+
+
+def test_a_name_that_nobody_knows_is_an_error() -> None:
+    class Layer(nn.Module):
+        def forward(self, hidden_states: Any, kv: Any = None, **kwargs: Any) -> Any:
+            return hidden_states
+
+    with pytest.raises(VlmpruneError, match=r"Layer of transformers .* takes a KV cache neither"):
+        release.cache_given(Layer, {"kv": 1})
+
+    built = model()
+    plain = type(built)
+    # The host's own class, with the argument renamed once more.
+    renamed = type(plain.__name__, (plain,), {"forward": Layer.forward})
+    built.__class__ = renamed
+    with pytest.raises(VlmpruneError, match=f"{plain.__name__} .* takes a KV cache neither"):
+        PLPHP().attach(built)
+    assert "generate" not in vars(built)
+
+
+def test_a_cache_under_either_name() -> None:
+    class Newer(nn.Module):
+        def forward(self, hidden: Any, cache: Any = None, **kwargs: Any) -> Any: ...
+
+    class Older(nn.Module):
+        def forward(self, hidden: Any, past_key_values: Any = None, **kwargs: Any) -> Any: ...
+
+    given = release.cache_given
+    assert given(Newer, {"cache": 1}) == given(Older, {FORMER: 1}) == 1
+    assert given(Newer, {}) is given(Newer, {"cache": None, FORMER: 2}) is None
+    # A former name is taken by the host; a later one is not, and would be lost.
+    assert given(Newer, {FORMER: 1}) == 1
+    with pytest.raises(VlmpruneError, match=r"^cache is called past_key_values in transformers"):
+        given(Older, {"cache": 1})
+    assert given(Older, {"cache": None}) is None
+    more = release.with_cache(Newer, {FORMER: 1, "use_cache": True}, 2)
+    assert more == {"cache": 2, "use_cache": True}
+    assert release.with_cache(Older, {FORMER: 1}, None) == {FORMER: None}
+
+
+def test_the_rest_of_the_arguments_may_have_any_name() -> None:
+    def forward(a: int, b: int = 0, *, c: int = 0, **lm_kwargs: int) -> None: ...
+
+    assert release.by_name(forward, 1, c=3, d=4, kwargs=5) == {"a": 1, "c": 3, "d": 4, "kwargs": 5}
+    with pytest.raises(TypeError, match="multiple values"):
+        release.by_name(forward, 1, a=2)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ZOO)
+def test_arguments_reach_the_host_whatever_it_calls_the_rest(name: str) -> None:
+    """Some classes of early releases have **lm_kwargs, in which all that is not named was lost."""
+    entry = ZOO[name]
+    built = entry.build()
+    req = entry.request(built, [["image"]])
+    with torch.no_grad(), VisPruner(keep=0.5)(built):
+        told = built(**req.inputs, output_hidden_states=True)
+        assert "hidden_states" in told and "hidden_states" not in built(**req.inputs)
+    kept = req.inputs["input_ids"].shape[1] - told.hidden_states[0].shape[1]
+    assert len(told.hidden_states) == len(decoder_layers(built)) + 1 and kept > 0
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("pruner", [VisPruner(keep=6, positions="original"), PLPHP(r=0.5)])
+def test_the_other_name_works_as_the_release_has_it(pruner: Any) -> None:
+    """Accepted with the release's own warning, or refused; never taken for no cache."""
+    built = model()
+    first = request(built, [1])
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
+    more = torch.randint(6, 60, (1, 4))
+
+    def turns(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        cache = DynamicCache(config=built.config)
+        with pruner(built), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            whole = built.generate(**first.inputs, **{name: cache}, **options)
+            ids = torch.cat((whole, more), dim=1)
+            again = built.generate(input_ids=ids, **{name: cache}, **options)
+            held = torch.cat((again, more[:, :1]), dim=1)
+            step = built(input_ids=held[:, cache_length(whole, again) :], **{name: cache}).logits
+        told = any("is deprecated" in str(one.message) for one in said)
+        assert told == (name != CACHE)
+        return again, step
+
+    def cache_length(whole: torch.Tensor, again: torch.Tensor) -> int:
+        return again.shape[1] - 1
+
+    expected = turns(CACHE)
+    if LATER:
+        assert all(map(torch.equal, turns(OTHER), expected))
+    else:
+        with pytest.raises(VlmpruneError, match=r"^cache is called past_key_values"):
+            turns(OTHER)
+    # The control: without its cache the turn goes otherwise.
+    with pruner(built), torch.no_grad():
+        alone = built(input_ids=more[:, :1]).logits
+    assert (alone - expected[1][:, -1:]).abs().max() > 1e-3
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
+def test_tuples_are_continued_like_outputs(name: str) -> None:
+    """`return_dict=False` hands the cache out by place."""
+    entry = ZOO[name]
+    built = entry.build()
+    req = entry.request(built, [["image"]])
+    token = torch.tensor([[70]])
+    with torch.no_grad():
+        plain = built(**req.inputs, return_dict=False)
+    with VisPruner(keep=0.5)(built), torch.no_grad():
+        output = built(**req.inputs)
+        parts = built(**req.inputs, return_dict=False)
+        assert torch.equal(parts[0], output.logits)
+        assert list(map(type, parts)) == list(map(type, plain))
+        cache = next((one for one in parts if isinstance(one, DynamicCache)), None)
+        if cache is None:
+            # Early releases leave the cache of some classes out of their tuples.
+            assert Version("5.18") > HERE and not any(
+                isinstance(one, DynamicCache) for one in plain
+            )
+            return
+        step = built(input_ids=token, **{CACHE: cache}).logits
+        assert torch.equal(step, built(input_ids=token, **{CACHE: cache_of(output)}).logits)
+    assert release.cache_returned(parts) is cache
+    assert release.cache_returned(output) is cache_of(output)
+    assert release.cache_returned((1, None)) is release.cache_returned(output.logits) is None
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("grad", [False, True])
+def test_recomputing_layers_have_a_cache_only_where_the_host_says(grad: bool) -> None:
+    """Some releases keep the cache where nothing is recomputed, for want of gradients."""
+    built = model().train()
+    inputs = request(built, [1]).inputs
+    # Renamed, with a warning.
+    newer = hasattr(built, "activation_checkpointing_enable")
+    getattr(built, f"{'activation' if newer else 'gradient'}_checkpointing_enable")()
+    with torch.set_grad_enabled(grad):
+        assert release.recomputes(built) == (cache_of(built(**inputs)) is None)
+        with PLPHP(r=0.3)(built) as handle:
+            cache = cache_of(built(**inputs))
+            # Where there is a cache it was cut; where there is none, nothing says so.
+            kinds = [isinstance(one, RaggedLayer) for one in getattr(cache, "layers", ())]
+            assert all(kinds) and bool(kinds) == bool(handle.report.layers)
+        assert bool(kinds) != release.recomputes(built)
+        if release.recomputes(built):
+            with FastV(keep=4)(built), pytest.raises(VlmpruneError, match="layers that run twice"):
+                built(**inputs)
+    assert release.recomputes(built.eval()) is False
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "llava_onevision"])
+def test_encoder_outputs_hold_what_the_hosts_do(name: str) -> None:
+    """From 5.24 on a forward hands out what its encoder made."""
+    entry = ZOO[name]
+    built = entry.build()
+    req = entry.request(built, [["image"]])
+    with torch.no_grad():
+        plain = built(**req.inputs)
+        with VisPruner(keep=0.5)(built) as handle:
+            pruned = built(**req.inputs)
+    assert ("image_outputs" in plain) == ("image_outputs" in pruned) == (Version("5.24") <= HERE)
+    if "image_outputs" not in plain:
+        return
+    mine, theirs = pruned.image_outputs, plain.image_outputs
+    assert mine.keys() == theirs.keys()
+    torch.testing.assert_close(mine.last_hidden_state, theirs.last_hidden_state)
+    kept, whole = (torch.cat(list(one.pooler_output)) for one in (mine, theirs))
+    assert torch.equal(kept, whole[handle.report.kept[0]]) and len(kept) < len(whole)
+
+
+# --- Classes
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_class_is_where_its_record_says(name: str) -> None:
+    """Absent from a release that should have it, a class fails; it is not passed over."""
+    family = FAMILIES[name]
+    since = Version(family.since)
+    assert since in SpecifierSet(release.TESTED)
+    assert hasattr(transformers, family.cls) == (since <= HERE), family.cls
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ZOO)
+def test_a_class_that_cannot_run_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fails by itself just where its record says so, and attaching names the reason."""
+    tested = ZOO[name].make()
+    plain = getattr(transformers, type(tested).__name__)(tested.config).eval()
+    records = [one for one in FAMILIES.values() if one.cls == type(plain).__name__]
+    said = {why for one in records for at, why in one.fails.items() if HERE in SpecifierSet(at)}
+    assert runs(plain) == (not said)
+    assert runs(tested)
+    if said:
+        with pytest.raises(VlmpruneError, match=re.escape(said.pop())):
+            VisPruner(keep=4).attach(plain)
+        assert "generate" not in vars(plain)
+    VisPruner(keep=4).attach(tested).detach()
+
+
+def test_a_record_may_say_that_a_class_cannot_run() -> None:
+    built = model()
+    here = transformers.__version__
+    with pytest.raises(VlmpruneError, match=rf"cannot run in transformers {here}.*: it is gone;"):
+        release.check_class(built, {f"=={here}": "it is gone"})
+    release.check_class(built, {"==4.0.0": "it is gone"})
+    # Somebody's subclass may have mended it.
+    built.__class__ = type(type(built).__name__, (type(built),), {})
+    release.check_class(built, {f"=={here}": "it is gone"})
+
+
+# --- What a newcomer sees first
+
+
+@pytest.mark.oracle
+def test_the_demo_answers_alike_with_and_without() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    scene, question, keep = (
+        re.search(rf"^{name} = (.*)$", makefile, re.M)[1] for name in ("SCENE", "QUESTION", "KEEP")
+    )
+    built, processor = embedded.load()
+    inputs = prepare(Loaded(built, processor), [Image.open(ROOT / scene)], question)
+
+    def answer() -> str:
+        ids = built.generate(**inputs, max_new_tokens=16, do_sample=False)
+        new = ids[0, inputs["input_ids"].shape[1] :]
+        return str(processor.decode(new, skip_special_tokens=True)).strip()
+
+    whole = answer()
+    with VisPruner(keep=int(keep))(built) as handle:
+        pruned = answer()
+    assert whole == pruned == "a banana."
+    assert handle.report.visual_tokens_after == int(keep) < handle.report.visual_tokens_before
+    # The control: what is kept matters to the answer.
+    with VisPruner(keep=1)(built):
+        assert answer() != whole

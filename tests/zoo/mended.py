@@ -1,0 +1,41 @@
+"""Classes of Transformers that cannot run in some release, without the fault.
+
+So what we do with them is tested on those releases, too; `tests/test_releases.py` holds that the
+classes themselves fail there, and that attaching to them is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+
+def runs(model: Any) -> bool:
+    """Whether a model answers at all."""
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.ones(1, 2, dtype=torch.long))
+    except AttributeError:
+        return False
+    return True
+
+
+def with_image_outputs(cls: type) -> type:
+    """A class of that name whose language model returns `image_outputs`, if only None."""
+    plain = cls.forward
+
+    def add(module: Any, args: Any, output: Any) -> None:
+        if not isinstance(output, tuple):
+            output.image_outputs = None
+
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hook = self.language_model.register_forward_hook(add)
+        try:
+            return plain(self, *args, **kwargs)
+        finally:
+            hook.remove()
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
