@@ -30,6 +30,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from vlmprune import retention
 from vlmprune.cache import RaggedLayer, adopt, attending
 from vlmprune.dispatch import attention_of
+from vlmprune.hosts.release import with_cache
 from vlmprune.ragged import Ragged
 
 # How a cache is cut, then how it is held.
@@ -201,9 +202,8 @@ class Decoder:
         """Logits [B, vocabulary] of one more token `ids` [B, 1]; its keys join the cache."""
         positions = torch.full_like(ids, position)
         with attending(cache, self.attention, None):
-            out = self.model(
-                input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True
-            )
+            given = with_cache(type(self.model), {"use_cache": True}, cache)
+            out = self.model(input_ids=ids, position_ids=positions, **given)
         return out.logits[:, -1]
 
     @contextmanager

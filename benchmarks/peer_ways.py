@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from decode import ratio, turns
 from selection import authors_choice, clear_inputs, common
 from vlmprune import PLPHP, VisPruner, select
+from vlmprune.hosts.release import cache_returned, with_cache
 from vlmprune.loading import attached
 from vlmprune.measure import stored_bytes, wait
 
@@ -238,12 +239,13 @@ def kvpress(job: Job) -> dict[str, Any]:
         return model(**job.inputs, use_cache=True, logits_to_keep=1, **more)
 
     def steps(out: Any) -> float:
-        token, cache = out.logits[:, -1:].argmax(dim=-1), out.past_key_values
+        token = out.logits[:, -1:].argmax(dim=-1)
+        held_by = with_cache(type(model), {}, cache_returned(out))
         # The first step is not timed: what was there before is not this turn's.
-        out, start = model(input_ids=token, past_key_values=cache), job.now()
+        out, start = model(input_ids=token, **held_by), job.now()
         for _ in range(job.new_tokens):
             token = out.logits[:, -1:].argmax(dim=-1)
-            out = model(input_ids=token, past_key_values=cache)
+            out = model(input_ids=token, **held_by)
         return (job.now() - start) / job.new_tokens
 
     def theirs() -> float:
@@ -259,7 +261,7 @@ def kvpress(job: Job) -> dict[str, Any]:
                     f"kvpress {version_of('kvpress')} does not run on Transformers "
                     f"{version_of('transformers')} ({type(error).__name__}: {error})."
                 ) from error
-            held[THEIRS] = stored_bytes(out.past_key_values)
+            held[THEIRS] = stored_bytes(cache_returned(out))
             masked = sum(len(layer.self_attn.masked_key_indices[0]) for layer in layers)
             attended[THEIRS] = attended[ALL] - masked
             return steps(out)
@@ -269,12 +271,13 @@ def kvpress(job: Job) -> dict[str, Any]:
             return theirs()
         with attached(ours if name == OURS else None, model) as handle:
             out = prefill()
-            held[name] = stored_bytes(out.past_key_values)
+            held[name] = stored_bytes(cache_returned(out))
             if handle is not None:
                 masks = [layer.mask for layer in handle.report.layers]
                 attended[OURS] = attended[ALL] - sum(int((~mask).sum()) for mask in masks)
             else:
-                attended[ALL] = len(layers) * length * out.past_key_values.layers[0].keys.shape[1]
+                heads = cache_returned(out).layers[0].keys.shape[1]
+                attended[ALL] = len(layers) * length * heads
             return steps(out)
 
     for name in (ALL, OURS, THEIRS):  # Theirs is given as many pairs as ours keeps.

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmprune import MoD, shapes
+from vlmprune.hosts.release import cache_returned, with_cache
 from vlmprune.measure import facts, stored_bytes, wait
 
 MIB = 2**20
@@ -64,11 +65,12 @@ def once(model: Any, inputs: Any, steps: int) -> tuple[float, float, Any]:
     spent: list[float] = []
     with stopwatch(model, spent):
         out = model(**inputs, use_cache=True, logits_to_keep=1)
-        cache, mask = out.past_key_values, inputs["attention_mask"]
+        cache, mask = cache_returned(out), inputs["attention_mask"]
         for _ in range(steps):
             token = out.logits[:, -1:].argmax(dim=-1)
             mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
-            out = model(input_ids=token, attention_mask=mask, past_key_values=cache)
+            given = with_cache(type(model), {"attention_mask": mask}, cache)
+            out = model(input_ids=token, **given)
     return spent[0], statistics.median(spent[1:]), cache
 
 

@@ -2,6 +2,7 @@
 
     python scripts/releases.py tested          # tests marked "oracle", on each allowed minor
     python scripts/releases.py tested 5.20     # on some
+    python scripts/releases.py whole [5.20 …]  # the whole suite there
     python scripts/releases.py newest          # the whole suite on what the index has beyond them
     python scripts/releases.py move            # the same, and allow that minor if it passes
 
@@ -28,6 +29,7 @@ PLACES = {
     "pyproject.toml": '"transformers>={major}.{lowest},<{major}.{beyond}"',
     "src/vlmprune/hosts/release.py": 'TESTED = ">={major}.{lowest},<{major}.{beyond}"',
     "README.md": "transformers {major}.{lowest} to {major}.{last}",
+    "docs/stability.md": "| Transformers | {major}.{lowest} to {major}.{last} |",
 }
 
 
@@ -71,8 +73,8 @@ def run(python: Path, *more: str, **settings: str) -> bool:
     return subprocess.run(command, cwd=ROOT, env=surroundings, check=False).returncode == 0
 
 
-def tested(some: list[str]) -> bool:
-    """The oracle on each minor that is allowed, or on some."""
+def tested(some: list[str], *more: str) -> bool:
+    """The tests on each minor that is allowed, or on some; `more` is for pytest."""
     major, lowest, beyond = allowed()
     every = [f"{major}.{minor}" for minor in range(lowest, beyond)]
     if set(some) - set(every):
@@ -83,7 +85,7 @@ def tested(some: list[str]) -> bool:
         python = environment(minor, f"transformers=={minor}.*")
         here = version(python)
         print(f"\ntransformers {here}", flush=True)
-        good = run(python, "-m", "oracle")
+        good = run(python, *more)
         passed &= good
         word = "passed" if good else "FAILED"
         said.append(f"transformers {here:8} {word} in {time.monotonic() - start:.0f} s")
@@ -132,6 +134,8 @@ def main(arguments: list[str]) -> bool:
     """What the command line asks for; whether it passed."""
     match arguments:
         case ["tested", *some]:
+            return tested(some, "-m", "oracle")
+        case ["whole", *some]:
             return tested(some)
         case ["newest"]:
             return newest(move=False)

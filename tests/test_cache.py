@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from hostnames import CACHE, cache_of
 from masked import kept_columns, masking
+from stock import CACHE, cache_of
 from tiny import IMAGE, model, request
 from vlmprune import PLPHP, VisPruner, VlmpruneError, cache
 from vlmprune.cache import Binding, RaggedLayer, binding_of, tail_mask

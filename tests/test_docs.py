@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hostnames import cache_of
+from stock import cache_of
 from tiny import IMAGE, model, request
 from vlmprune.methods import METHODS
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hostnames import cache_of
+from stock import cache_of
 from test_layers import DIFFERENT, TOLERANCE, deep, distance, generate
 from tiny import IMAGE, request
 from vlmprune import MoD, VlmpruneError, embedded, evaluate, layerwise

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from hostnames import CACHE, cache_of
 from masked import masking
+from stock import CACHE, cache_of, repeats_rows
 from test_families import columns_of, distance, dropped_columns, others
 from test_qwen import (
     DIFFERENT,
@@ -30,6 +30,8 @@ from vlmprune.views import EncoderView, Selection
 from zoo import ZOO, Request
 from zoo.base import IMAGE, VIDEO, VOCABULARY, WORDS
 
+pytestmark = pytest.mark.oracle
+
 _forget = pytest.fixture(autouse=True)(forget_positions)
 
 
@@ -41,6 +43,8 @@ BEAMS = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True}
 def test_beams_equal_masking(name: str, rows: Any) -> None:
     built = MODELS[name]
     req = ZOO[name].request(built, rows)
+    if not repeats_rows(built, req.inputs):
+        pytest.skip("this release mixes up the items of repeated rows, without a pruner")
     with VisPruner(keep=0.4)(built) as handle:
         pruned = generate(built, req.inputs, **BEAMS)
     report = handle.report
@@ -305,6 +309,8 @@ class _FirstFrames(Pruner):
 def test_beams_go_well_where_nothing_of_a_frame_is_left(name: str) -> None:
     built = MODELS[name]
     req = ZOO[name].request(built, [["video", "image", "video"], ["video"]])
+    if not repeats_rows(built, req.inputs):
+        pytest.skip("this release mixes up the items of repeated rows, without a pruner")
     with _FirstFrames()(built) as handle:
         pruned = generate(built, req.inputs, **BEAMS)
     expected = masked(built, req.inputs, dropped_columns(req, handle.report), **BEAMS)

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from hostnames import CACHE, cache_of
+from stock import CACHE, cache_of
 from test_families import KNOWN, distance, generate
 from tiny import model, request
 from vlmprune import PLPHP, Vision, VisPruner, VlmpruneError
+
+pytestmark = pytest.mark.oracle
 
 PIXELS = ("pixel_values", "pixel_values_videos")
 

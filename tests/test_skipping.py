@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hostnames import CACHE, cache_of
+from stock import CACHE, cache_of
 from test_families import ZOO
 from test_layers import DIFFERENT, TOLERANCE, deep, distance, generate
 from tiny import IMAGE, Request, request

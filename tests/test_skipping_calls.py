@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from hostnames import CACHE, cache_of
+from stock import CACHE, cache_of
 from test_layers import DIFFERENT, deep, distance, generate
 from test_skipping import Sieve
 from tiny import Request, request

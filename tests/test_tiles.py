@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hostnames import CACHE, cache_of
+from stock import CACHE, cache_of, repeats_rows
 from vlmprune import VisPruner, VlmpruneError
 from vlmprune.dispatch import attention_of
 from vlmprune.families import FAMILIES
@@ -25,7 +25,7 @@ from zoo import WINDOWED, ZOO, tiles
 from zoo.base import IMAGE, START, WORDS, Entry, loud, pad
 
 TOLERANCE, DIFFERENT = 1e-5, 1e-3
-NAMES = list(tiles.FAMILIES)
+NAMES = [name for name in tiles.FAMILIES if name in ZOO]
 STEPS = 5
 INTERNVL, AYA = ZOO["internvl"].make(), ZOO["aya_vision"].make()
 
@@ -283,9 +283,10 @@ def test_gaps_without_a_mask_are_no_packed_sequences(name: str) -> None:
 def test_beams_equal_masked_beams(name: str) -> None:
     entry = ZOO[name]
     built = entry.build()
-    if not newer(built) and name in ("internvl", "aya_vision", "llama4"):
-        pytest.skip("this release repeats tiles in the wrong order, with or without a pruner")
     req = entry.request(built, [["image"], ["image"]])
+    # Llama 4's host fails by itself; below its features are repeated for it.
+    if not (newer(built) if name == "llama4" else repeats_rows(built, req.inputs)):
+        pytest.skip("this release repeats tiles in the wrong order, with or without a pruner")
     settings = {"num_beams": 2, "num_return_sequences": 2, "output_scores": True}
     with VisPruner(keep=0.4, positions="original")(built) as handle:
         pruned = generate(built, req.inputs, **settings)
@@ -374,7 +375,7 @@ def test_a_later_turn_of_a_batch_must_not_bring_earlier_tiles() -> None:
 # What the families do with odd inputs.
 
 
-@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+@pytest.mark.parametrize("name", [name for name in ("idefics3", "smolvlm") if name in ZOO])
 def test_padding_inside_a_tile_gets_no_attention(name: str) -> None:
     entry = ZOO[name]
     built = entry.build()

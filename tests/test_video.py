@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from hostnames import CACHE
+from stock import CACHE, repeats_rows
 from test_families import TOLERANCE, distance, dropped_columns, generate, masked
 from vlmprune import VisPruner, VlmpruneError
 from zoo import ZOO
 from zoo.base import IMAGE, VIDEO, Request
 from zoo.llava import FRAMES
+
+pytestmark = pytest.mark.oracle
 
 VIDEOS = ["llava_onevision", "llava_next_video", "video_llava"]
 BUILT = {name: ZOO[name].build() for name in [*VIDEOS, "pixtral", "mistral3"]}
@@ -106,6 +108,8 @@ def test_image_and_video_in_one_prompt_of_a_chain(name: str) -> None:
 def test_beams(name: str) -> None:
     built = BUILT[name]
     req = ZOO[name].request(built, [["video"], ["video"]], text=[5, 8])
+    if not repeats_rows(built, req.inputs):
+        pytest.skip("this release mixes up the videos of repeated rows, without a pruner")
     more = {"num_beams": 2, "num_return_sequences": 2}
     with VisPruner(keep=3, positions="original")(built) as handle:
         got = built.generate(**req.inputs, **more, max_new_tokens=5, do_sample=False)
@@ -259,7 +263,7 @@ def test_the_former_name_of_pixels_is_refused_where_it_was_changed() -> None:
     built = BUILT["video_llava"]
     takes = inspect.signature(type(built).forward).parameters
     req = ZOO["video_llava"].request(built, [["image"]])
-    if "mm_encoder_outputs" not in takes:
+    if "pixel_values" not in takes:
         assert "pixel_values_images" in req.inputs
         return
     req.inputs["pixel_values_images"] = req.inputs.pop("pixel_values")

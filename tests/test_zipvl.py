@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import LlamaConfig, Qwen2Config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hostnames import CACHE, cache_of
 from masked import kept_columns
+from stock import CACHE, cache_of
 from tiny import EOS, IMAGE, PAD, VOCABULARY, model, request
 from vlmprune import PLPHP, VisPruner, VlmpruneError, ZipVL, embedded
 from vlmprune.cache import RaggedLayer

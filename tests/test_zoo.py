@@ -220,7 +220,7 @@ PROCESSORS: dict[str, tuple[Any, ...]] = {
 }
 
 
-@pytest.mark.parametrize("family", PROCESSORS)
+@pytest.mark.parametrize("family", [name for name in PROCESSORS if name in ZOO])
 def test_processors_make_the_same_inputs(family: str) -> None:
     entry = ZOO[family]
     made = entry.request(entry.build(), [["image"]] * 4).inputs

@@ -25,7 +25,7 @@ class Pruned:
 
     Attributes:
         medium: the modality.
-        output: what the host's own method returned, for its class and small fields; None where
+        output: what the host's own method returned, for its class and other fields; None where
             the features were stored.
         features: [k, D] kept visual tokens of each item, in the order of encoding.
         extra: the same for later layers, layer by layer.
@@ -33,6 +33,7 @@ class Pruned:
         flat: whether the host has the items of `extra` as one tensor a layer.
         order: for each item, which of its kept tokens in their order stands at each place; None
             as they lie in it.
+        cls: the class of outputs where the features were stored.
     """
 
     medium: Medium
@@ -42,6 +43,7 @@ class Pruned:
     rows: list[int]
     flat: bool = False
     order: list[Tensor] | None = None
+    cls: type = BaseModelOutputWithPooling
 
     def listed(self) -> Any:
         """The output with a list of items, which `generate` can repeat for beams."""
@@ -57,21 +59,38 @@ class Pruned:
         extra = [[layer[i] for i in order] for layer in self.extra]
         return self.medium.form(self._made(features, extra, whole=True))
 
+    def repeated(self, ahead: Any, times: int) -> Any:
+        """What `generate` made of `listed`, as the host's forward wants it.
+
+        Some releases repeat the items of a row one by one where they should repeat the rows.
+
+        Args:
+            ahead: of it, all items, or those of a chunk of the prompt.
+            times: how often each row stands in the batch.
+        """
+        held = ahead.pooler_output
+        whole = [len(one) for one in self.features] * times
+        if times > 1 and isinstance(held, list | tuple) and sum(map(len, held)) == sum(whole):
+            return self.formed(times)
+        return self.medium.form(ahead)
+
     def _made(self, features: list[Tensor], extra: list[list[Tensor]], whole: bool = False) -> Any:
         # Fresh each time, because `generate` expands what it is given in place: so without the
         # encoder's own states there, while a forward hands them out to the user.
-        left = {"pooler_output"}
-        if not whole:
-            left |= {"last_hidden_state", "hidden_states", "attentions"}
-        if self.output is None:
-            made: Any = BaseModelOutputWithPooling()
-        else:
-            made = type(self.output)(**{k: v for k, v in self.output.items() if k not in left})
-        # As an item, for a host may ask whether the output holds anything.
-        made["pooler_output"] = features
+        large = () if whole else ("last_hidden_state", "hidden_states", "attentions")
+        held = {} if self.output is None else dict(self.output.items())
+        fields = {name: value for name, value in held.items() if name not in large}
+        # Each in its place, for tuples are made of them in order; and as items, for a host may ask
+        # whether the output holds anything.
+        fields["pooler_output"] = features
         if extra:
             # As the host has them: older releases do not part the items.
-            made.deepstack_features = [torch.cat(e) for e in extra] if self.flat else extra
+            deep: Any = [torch.cat(e) for e in extra] if self.flat else extra
+            fields["deepstack_features"] = deep
+        cls: Any = self.cls if self.output is None else type(self.output)
+        made = cls()
+        for name, value in fields.items():
+            made[name] = value
         return made
 
 
@@ -109,6 +128,11 @@ class Active:
     columns: int = 0
     dropping: Dropping | None = None
     report: Report | None = None
+
+    @property
+    def times(self) -> int:
+        """How often each row of the request stands in the forward that is under way."""
+        return max(1, (self.running or self.batch) // self.batch)
 
     def drifted(self, positions: Tensor, start: int) -> Tensor:
         """[3 or 4, B, L] positions with those behind the prompt moved.

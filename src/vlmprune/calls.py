@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from vlmprune import costs, families, reuse
 from vlmprune.active import Active, active
 from vlmprune.cache import adopt, attending, binding_of
+from vlmprune.encode import STATES
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts.release import by_name, cache_given, cache_returned, recomputes, with_cache
 from vlmprune.refusals import (
@@ -44,7 +45,7 @@ def generate(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs:
     if vision is None and not _brings_items(handle, kwargs) and mark(cache) is None:
         handle.report_nothing()
         return original(**kwargs)
-    check_generate(handle.model, kwargs, ids, setting)
+    check_generate(kwargs, ids, setting)
     if handle.pruner.cuts:
         check_cutting(handle, kwargs, setting)
     if handle.asks or handle.skips:
@@ -56,7 +57,9 @@ def generate(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs:
         mask = _mask_of(ids, setting("pad_token_id"), setting("eos_token_id"))
     with torch.no_grad():
         positions = kwargs.get("position_ids")
-        prepared = prepare(handle, ids, mask, positions, cache, kwargs, False, vision=vision)
+        # `generate` hands nothing out of the encoder.
+        inputs = {name: value for name, value in kwargs.items() if name not in STATES}
+        prepared = prepare(handle, ids, mask, positions, cache, inputs, False, vision=vision)
     if not prepared.state.items:
         handle.report_nothing()
     given = prepared.prompt.ids
@@ -101,7 +104,9 @@ def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: 
         for medium in handle.family.media:
             ahead = (kwargs.get("mm_encoder_outputs") or {}).get(medium.kind)
             if ahead is not None and medium.method in state.pruned:
-                medium.form(ahead)
+                formed = state.pruned[medium.method].repeated(ahead, state.times)
+                outputs = {**kwargs["mm_encoder_outputs"], medium.kind: formed}
+                kwargs = kwargs | {"mm_encoder_outputs": outputs}
         with _inside_decoder(handle, state, kwargs):
             return original(*args, **kwargs)
     vision = _vision(handle, kwargs)
@@ -186,7 +191,7 @@ def features(
     if state.running is None:
         # `generate` encodes ahead, and repeats the items by itself.
         return pruned.listed()
-    return pruned.formed(max(1, state.running // state.batch))
+    return pruned.formed(state.times)
 
 
 @contextmanager
@@ -197,7 +202,10 @@ def _inside_decoder(handle: Handle, state: Active, kwargs: dict[str, Any]) -> It
         dropping = None
     wanted = kwargs.get("output_hidden_states")
     if wanted is None:
-        wanted = getattr(handle.model.config, "output_hidden_states", False)
+        # The host's decoder looks at its own config; others may look at the whole.
+        config = handle.model.config
+        both = (config, config.get_text_config(decoder=True))
+        wanted = any(getattr(one, "output_hidden_states", False) for one in both)
     with (
         skipping_layers(handle.model, dropping, cache, bool(wanted)),
         _cutting(handle, state, cache),
@@ -275,7 +283,7 @@ def _caches(model: Any, kwargs: dict[str, Any]) -> bool:
     wanted = kwargs.get("use_cache")
     if wanted is None:
         wanted = getattr(model.config.get_text_config(), "use_cache", True)
-    return bool(wanted) and not recomputes(model)
+    return bool(wanted) and not recomputes(model.get_decoder())
 
 
 def _inside(state: Active, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from vlmprune import short
 from vlmprune.cache import refusal
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts.release import cache_given, recomputes
+from vlmprune.hosts.release import cache_given, chunks_hold_images, recomputes
 
 if TYPE_CHECKING:
     from vlmprune.handle import Handle
@@ -35,18 +34,22 @@ def check_common(kwargs: dict[str, Any], ids: Tensor | None) -> None:
 
 
 def check_generate(
-    model: Any, kwargs: dict[str, Any], ids: Tensor | None, setting: Callable[[str], Any]
+    kwargs: dict[str, Any], ids: Tensor | None, setting: Callable[[str], Any]
 ) -> None:
     """Refuse what `generate` cannot do with fewer tokens."""
     check_common(kwargs, ids)
-    lookup = setting("prompt_lookup_num_tokens") or setting("assistant_early_exit")
-    if kwargs.get("assistant_model") is not None or lookup:
+    assisting = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+    if kwargs.get("assistant_model") is not None or any(setting(name) for name in assisting):
         raise VlmpruneError(
             "vlmprune does not support assisted decoding; leave out assistant_model, "
-            "prompt_lookup_num_tokens and assistant_early_exit."
+            f"{', '.join(assisting[:-1])} and {assisting[-1]}."
         )
-    takes = inspect.signature(type(model).forward).parameters
-    if setting("prefill_chunk_size") and "mm_encoder_outputs" not in takes:
+    if setting("guidance_scale") not in (None, 1):
+        raise VlmpruneError(
+            f"guidance_scale={setting('guidance_scale')} runs the model a second time on another "
+            "prompt within the call, which vlmprune does not support; leave it out."
+        )
+    if setting("prefill_chunk_size") and not chunks_hold_images():
         raise VlmpruneError(
             "this release of transformers loses images under prefill_chunk_size; leave it out, or "
             "upgrade transformers."
@@ -74,7 +77,7 @@ def check_dropping(handle: Handle, kwargs: dict[str, Any], setting: Callable[[st
         raise VlmpruneError(
             f"{method} chooses from the whole prompt; leave out prefill_chunk_size."
         )
-    if recomputes(model):
+    if recomputes(model.get_decoder()):
         raise VlmpruneError(
             f"{method} cannot drop tokens from layers that run twice; turn gradient checkpointing "
             "off."

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmprune.active import Pruned
 from vlmprune.encode import Item, Plan
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts.release import output_class
 from vlmprune.inputs import spans
 from vlmprune.layout import Layout
 
@@ -253,6 +255,7 @@ class Vision:
                 planned.rows(batch, number),
                 # Releases that encode within their forward do not part the items.
                 "mm_encoder_outputs" not in takes,
+                cls=output_class(handle.host.original(medium.method), BaseModelOutputWithPooling),
             )
         return out
 

@@ -214,7 +214,7 @@ def _two_towers(model: Any, rows: list[list[Modality]], generator: torch.Generat
     inputs = {}
     # The argument was renamed; the processor of each release fits its model.
     takes = inspect.signature(type(model).forward).parameters
-    name = "pixel_values" if "mm_encoder_outputs" in takes else "pixel_values_images"
+    name = "pixel_values" if "pixel_values" in takes else "pixel_values_images"
     if images:
         inputs[name] = noise(generator, images, 3, SIDE, SIDE)
     if videos:

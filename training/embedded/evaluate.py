@@ -30,6 +30,8 @@ from rich.progress import track
 from scenes import GRID, PATCHES, SIDE, scene
 from torch import Tensor
 
+from vlmprune.hosts.release import cache_returned, with_cache
+
 TOGETHER = 5
 """Scenes answered at once."""
 LONGEST = 40
@@ -100,8 +102,8 @@ def answers(model, processor, asked: list[tuple[Question, Tensor, Tensor]]) -> l
             input_ids=chosen[:, None],
             attention_mask=mask,
             position_ids=last,
-            past_key_values=out.past_key_values,
             use_cache=True,
+            **with_cache(type(model), {}, cache_returned(out)),
         )
     texts = tokenizer.batch_decode(torch.stack(written, 1), skip_special_tokens=True)
     return [text.strip() for text in texts]

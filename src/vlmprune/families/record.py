@@ -28,8 +28,8 @@ class Family:
             are always original.
         first: where positions of a plain forward begin (in `generate` the host adds it itself).
         since: the first tested release of Transformers that has the class.
-        fails: releases (a version specifier) in which the class itself cannot run, pruned or not,
-            and why, as the end of a sentence.
+        fails: releases (a version specifier) with a fault that keeps the class from being pruned,
+            and the fault, as the end of a sentence that ends in "where".
     """
 
     name: str

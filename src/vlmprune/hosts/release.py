@@ -12,14 +12,16 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
 
 from vlmprune.errors import VlmpruneError
 
@@ -28,9 +30,16 @@ TESTED = ">=5.16,<5.25"
 # The environment variable that lets an untested release be tried.
 UNTESTED = "VLMPRUNE_UNTESTED"
 
+# The releases whose `generate` keeps images where it reads a prompt in chunks; earlier ones lose
+# them without a word.
+_CHUNKS_HOLD_IMAGES = ">=5.23"
+
 # What the argument that holds the KV cache has been called, newest name first. A release takes
 # former names, too, and warns; names to come it does not know.
 _CACHE = ("cache", "past_key_values")
+# What it is called in models that have nothing but such states; `generate` takes it for a cache in
+# some releases, a forward ignores it.
+_STATES = "cache_params"
 
 
 def check_release() -> None:
@@ -49,12 +58,18 @@ def check_release() -> None:
     )
 
 
+def chunks_hold_images() -> bool:
+    """Whether `generate` with `prefill_chunk_size` sees the prompt's images in this release."""
+    here = Version(transformers.__version__)
+    return SpecifierSet(_CHUNKS_HOLD_IMAGES).contains(here, prereleases=True)
+
+
 def check_class(model: Any, fails: Mapping[str, str]) -> None:
-    """Refuse a class of Transformers that cannot run in this release, pruned or not.
+    """Refuse a class of Transformers that a fault of this release keeps from being pruned.
 
     Args:
         model: the host. A subclass may have mended the fault, and is let through.
-        fails: the releases in which it cannot, and why, as a family's record has them.
+        fails: the releases that have the fault, and what it is, as a family's record has them.
 
     Raises:
         VlmpruneError: this is such a release.
@@ -63,8 +78,8 @@ def check_class(model: Any, fails: Mapping[str, str]) -> None:
     for releases, why in fails.items():
         if Version(here) in SpecifierSet(releases) and cls is getattr(transformers, cls.__name__):
             raise VlmpruneError(
-                f"{cls.__name__} cannot run in transformers {here}, with or without vlmprune: "
-                f"{why}; install another release of transformers{TESTED}."
+                f"{cls.__name__} cannot be pruned in transformers {here}, where {why}; install "
+                f"another release of transformers{TESTED}."
             )
 
 
@@ -119,15 +134,16 @@ def cache_given(cls: type, arguments: Mapping[str, Any]) -> Any:
         arguments: by name. A former name counts as well, since the host takes it, too.
 
     Raises:
-        VlmpruneError: the cache comes under a name of later releases, which the host would ignore.
+        VlmpruneError: the cache comes under a name of later releases or of other models, which the
+            host might ignore.
     """
     name = cache_name(cls)
     if name in arguments:
         return arguments[name]
-    found = next((other for other in _CACHE if arguments.get(other) is not None), None)
+    found = next((one for one in (*_CACHE, _STATES) if arguments.get(one) is not None), None)
     if found is None:
         return None
-    if _CACHE.index(found) < _CACHE.index(name):
+    if found == _STATES or _CACHE.index(found) < _CACHE.index(name):
         raise VlmpruneError(
             f"{found} is called {name} in transformers {transformers.__version__}; pass the cache "
             "under that name."
@@ -150,14 +166,30 @@ def cache_returned(output: Any) -> Any:
     return next((getattr(output, name) for name in _CACHE if name in names), None)
 
 
-def recomputes(model: Any) -> bool:
-    """Whether a forward of the model now would recompute its activations, without a cache."""
-    # The flag was renamed.
-    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
-    name = next((n for n in names if hasattr(type(model), n)), "")
-    if not (model.training and getattr(model, name, False)):
-        return False
-    return torch.is_grad_enabled() or _recomputes_without_gradients()
+def output_class(function: Callable[..., Any], default: type) -> type:
+    """The class of outputs that a method of a model is annotated to return."""
+    said = inspect.signature(function).return_annotation
+    found = [one for one in (said, *get_args(said)) if isinstance(one, type)]
+    return next((one for one in found if issubclass(one, ModelOutput)), default)
+
+
+def hands_out_encoders(cls: type) -> bool:
+    """Whether the forward of a model returns what its encoders made, as later releases do."""
+    output = output_class(cls.forward, ModelOutput)  # type: ignore[attr-defined]
+    return is_dataclass(output) and "image_outputs" in {field.name for field in fields(output)}
+
+
+def recomputes(decoder: nn.Module) -> bool:
+    """Whether a forward of a language model now would recompute its activations, without a cache.
+
+    Args:
+        decoder: the language model. What its vision tower recomputes is no matter of caches.
+    """
+    told = any(
+        module.training and getattr(module, "gradient_checkpointing", False)
+        for module in decoder.modules()
+    )
+    return told and (torch.is_grad_enabled() or _recomputes_without_gradients())
 
 
 @cache

@@ -136,7 +136,7 @@ def _added(handle: Handle, down: Tensor, up: Tensor, scaling: float) -> Callable
         state = active.get()
         if state is None or state.handle is not handle:
             return None
-        if recomputes(handle.model):
+        if recomputes(handle.model.get_decoder()):
             raise VlmpruneError(
                 "a LoRA that is put on by hooks is not there when activations are recomputed; "
                 "train it by PEFT, or turn gradient checkpointing off."
