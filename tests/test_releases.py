@@ -25,7 +25,7 @@ from stock import CACHE, cache_of, repeated_alike, repeats_rows
 from tiny import model, request
 from vlmprune import PLPHP, FastV, VisPruner, VlmpruneError, embedded
 from vlmprune.cache import RaggedLayer
-from vlmprune.families import FAMILIES, decoder_layers
+from vlmprune.families import FAMILIES, decoder_layers, recomputes
 from vlmprune.hosts import release
 from vlmprune.loading import Loaded, prepare
 from zoo import EVERY, ZOO
@@ -302,18 +302,17 @@ def test_recomputing_layers_have_a_cache_only_where_the_host_says(grad: bool) ->
     newer = hasattr(built, "activation_checkpointing_enable")
     getattr(built, f"{'activation' if newer else 'gradient'}_checkpointing_enable")()
     with torch.set_grad_enabled(grad):
-        decoder = built.get_decoder()
-        assert release.recomputes(decoder) == (cache_of(built(**inputs)) is None)
+        assert recomputes(built) == (cache_of(built(**inputs)) is None)
         with PLPHP(r=0.3)(built) as handle:
             cache = cache_of(built(**inputs))
             # Where there is a cache it was cut; where there is none, nothing says so.
             kinds = [isinstance(one, RaggedLayer) for one in getattr(cache, "layers", ())]
             assert all(kinds) and bool(kinds) == bool(handle.report.layers)
-        assert bool(kinds) != release.recomputes(decoder)
-        if release.recomputes(decoder):
+        assert bool(kinds) != recomputes(built)
+        if recomputes(built):
             with FastV(keep=4)(built), pytest.raises(VlmpruneError, match="layers that run twice"):
                 built(**inputs)
-    assert release.recomputes(built.eval().get_decoder()) is False
+    assert recomputes(built.eval()) is False
 
 
 @pytest.mark.oracle

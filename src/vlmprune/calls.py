@@ -20,7 +20,7 @@ from vlmprune.active import Active, active
 from vlmprune.cache import adopt, attending, binding_of
 from vlmprune.encode import STATES
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts.release import by_name, cache_given, cache_returned, recomputes, with_cache
+from vlmprune.hosts.release import by_name, cache_given, cache_returned, with_cache
 from vlmprune.refusals import (
     check_common,
     check_cutting,
@@ -283,7 +283,7 @@ def _caches(model: Any, kwargs: dict[str, Any]) -> bool:
     wanted = kwargs.get("use_cache")
     if wanted is None:
         wanted = getattr(model.config.get_text_config(), "use_cache", True)
-    return bool(wanted) and not recomputes(model.get_decoder())
+    return bool(wanted) and not families.recomputes(model)
 
 
 def _inside(state: Active, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vlmprune import short
+from vlmprune import families, short
 from vlmprune.cache import refusal
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts.release import cache_given, chunks_hold_images, recomputes
+from vlmprune.hosts.release import cache_given, chunks_hold_images
 
 if TYPE_CHECKING:
     from vlmprune.handle import Handle
@@ -77,7 +77,7 @@ def check_dropping(handle: Handle, kwargs: dict[str, Any], setting: Callable[[st
         raise VlmpruneError(
             f"{method} chooses from the whole prompt; leave out prefill_chunk_size."
         )
-    if recomputes(model.get_decoder()):
+    if families.recomputes(model):
         raise VlmpruneError(
             f"{method} cannot drop tokens from layers that run twice; turn gradient checkpointing "
             "off."

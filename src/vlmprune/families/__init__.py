@@ -12,6 +12,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.families import generic, llava, pixtral, pooled, qwen, tiles, video
 from vlmprune.families.record import Family
 from vlmprune.families.towers import TOWERS
+from vlmprune.hosts import release
 
 Positions = Literal["auto", "compact", "original"]
 
@@ -66,6 +67,13 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     """The layers of the language model."""
     decoder = model.get_decoder()
     return getattr(decoder, "model", decoder).layers
+
+
+def recomputes(model: Any) -> bool:
+    """Whether the language model would recompute activations in a forward now, without a cache."""
+    decoder = model.get_decoder()
+    decoder = getattr(decoder, "model", decoder)
+    return release.recomputes((decoder, *decoder.layers))
 
 
 def layer_kinds(model: Any) -> list[str]:

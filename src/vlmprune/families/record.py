@@ -29,7 +29,7 @@ class Family:
         first: where positions of a plain forward begin (in `generate` the host adds it itself).
         since: the first tested release of Transformers that has the class.
         fails: releases (a version specifier) with a fault that keeps the class from being pruned,
-            and the fault, as the end of a sentence that ends in "where".
+            and the fault, as it goes on after "where".
     """
 
     name: str

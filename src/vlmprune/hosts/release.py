@@ -1,15 +1,16 @@
-"""In what the releases of Transformers differ, asked of what is called and not of version numbers.
+"""In what the releases of Transformers differ.
 
 Releases rename arguments without notice; whoever asks for a former name gets nothing and goes on
-with nothing. So a name is looked up here, in the signature of what it is handed to, and a name
-that is not there is an error.
+with nothing. So a name is looked up here, in the signature of what it is handed to and not by
+version number, and a name that is not there is an error. By version go the bound and faults of a
+release alone; `tests/test_releases.py` holds on every release that they are where we say.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, get_args
@@ -34,11 +35,11 @@ UNTESTED = "VLMPRUNE_UNTESTED"
 # them without a word.
 _CHUNKS_HOLD_IMAGES = ">=5.23"
 
-# What the argument that holds the KV cache has been called, newest name first. A release takes
-# former names, too, and warns; names to come it does not know.
+# What the argument that holds the KV cache has been called, newest name first. A release takes the
+# names before its own with a warning; later ones it may overlook.
 _CACHE = ("cache", "past_key_values")
-# What it is called in models that have nothing but such states; `generate` takes it for a cache in
-# some releases, a forward ignores it.
+# What models with recurrent states alone called it: from 5.24 on `generate` of all models takes it
+# for a cache, while their forward overlooks it.
 _STATES = "cache_params"
 
 
@@ -75,8 +76,9 @@ def check_class(model: Any, fails: Mapping[str, str]) -> None:
         VlmpruneError: this is such a release.
     """
     cls, here = type(model), transformers.__version__
+    stock = cls is getattr(transformers, cls.__name__, None)
     for releases, why in fails.items():
-        if Version(here) in SpecifierSet(releases) and cls is getattr(transformers, cls.__name__):
+        if stock and Version(here) in SpecifierSet(releases):
             raise VlmpruneError(
                 f"{cls.__name__} cannot be pruned in transformers {here}, where {why}; install "
                 f"another release of transformers{TESTED}."
@@ -179,16 +181,13 @@ def hands_out_encoders(cls: type) -> bool:
     return is_dataclass(output) and "image_outputs" in {field.name for field in fields(output)}
 
 
-def recomputes(decoder: nn.Module) -> bool:
-    """Whether a forward of a language model now would recompute its activations, without a cache.
+def recomputes(modules: Iterable[nn.Module]) -> bool:
+    """Whether a forward now would recompute what modules make, and go without a cache.
 
     Args:
-        decoder: the language model. What its vision tower recomputes is no matter of caches.
+        modules: a language model and its layers. What a vision tower recomputes is no matter.
     """
-    told = any(
-        module.training and getattr(module, "gradient_checkpointing", False)
-        for module in decoder.modules()
-    )
+    told = any(one.training and getattr(one, "gradient_checkpointing", False) for one in modules)
     return told and (torch.is_grad_enabled() or _recomputes_without_gradients())
 
 
