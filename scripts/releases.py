@@ -4,7 +4,7 @@
     python scripts/releases.py tested 5.20     # on some
     python scripts/releases.py whole [5.20 …]  # the whole suite there
     python scripts/releases.py newest          # the whole suite on what the index has beyond them
-    python scripts/releases.py move            # the same, and allow that minor if it passes
+    python scripts/releases.py move            # the same, and allow each minor that passes
 
 Run by the Python of an environment in which the package is installed with its extra "test". A
 release's environment holds Transformers, and what it needs in another version than that one has.
@@ -77,8 +77,9 @@ def tested(some: list[str], *more: str) -> bool:
     """The tests on each minor that is allowed, or on some; `more` is for pytest."""
     major, lowest, beyond = allowed()
     every = [f"{major}.{minor}" for minor in range(lowest, beyond)]
-    if set(some) - set(every):
-        sys.exit(f"{' '.join(some)}: allowed are {' '.join(every)}")
+    odd = [minor for minor in some if minor not in every]
+    if odd:
+        sys.exit(f"{' '.join(odd)}: allowed are {' '.join(every)}")
     said, passed = [], True
     for minor in some or every:
         start = time.monotonic()
@@ -94,28 +95,29 @@ def tested(some: list[str], *more: str) -> bool:
 
 
 def newest(move: bool) -> bool:
-    """The whole suite on the newest release, if it is beyond those that are allowed."""
+    """The whole suite on each minor beyond those that are allowed, up to the first that fails."""
     major, lowest, beyond = allowed()
-    python = environment("newest", "transformers")
-    here = version(python)
-    first, second = (int(part) for part in here.split(".")[:2])
-    if (first, second) < (major, beyond):
+    here = version(environment("newest", "transformers"))
+    first, last = (int(part) for part in here.split(".")[:2])
+    if (first, last) < (major, beyond):
         print(f"The index has nothing beyond transformers {here}, which is allowed.")
         return True
-    print(f"\ntransformers {here}, which is not allowed yet", flush=True)
-    if not run(python, VLMPRUNE_UNTESTED="1"):
-        return False
     if first != major:
-        print(f"It passes. Allow another major release than {major} by hand.")
-    elif move:
-        allow(major, lowest, beyond, second + 1)
-    else:
-        print("It passes. `make move-bound` allows it.")
+        sys.exit(f"The index has transformers {here}; another major release is allowed by hand.")
+    for minor in range(beyond, last + 1):
+        python = environment(f"{major}.{minor}", f"transformers=={major}.{minor}.*")
+        print(f"\ntransformers {version(python)}, which is not allowed yet", flush=True)
+        if not run(python, VLMPRUNE_UNTESTED="1"):
+            return False
+        if move:
+            allow(major, lowest, minor, minor + 1)
+        else:
+            print("It passes. `make move-bound` allows it.")
     return True
 
 
 def allow(major: int, lowest: int, before: int, after: int) -> None:
-    """Write another first minor that is not allowed wherever it stands."""
+    """Write another first minor that is not allowed, wherever it stands."""
     texts = {}
     for name, form in PLACES.items():
         old, new = (

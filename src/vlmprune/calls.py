@@ -18,13 +18,13 @@ from transformers import DynamicCache
 from vlmprune import costs, families, reuse
 from vlmprune.active import Active, active
 from vlmprune.cache import adopt, attending, binding_of
-from vlmprune.encode import STATES
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts.release import by_name, cache_given, cache_returned, with_cache
 from vlmprune.refusals import (
     check_common,
     check_cutting,
     check_dropping,
+    check_encoded,
     check_generate,
 )
 from vlmprune.request import handed, leave_deltas, mark, prepare, remember
@@ -42,14 +42,17 @@ def generate(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs:
     ids = kwargs.get("input_ids") if kwargs.get("inputs") is None else kwargs["inputs"]
     cache = cache_given(type(handle.model), kwargs)
     setting = _settings(handle.model, kwargs)
+    check_encoded(kwargs)
     if vision is None and not _brings_items(handle, kwargs) and mark(cache) is None:
         handle.report_nothing()
         return original(**kwargs)
-    check_generate(kwargs, ids, setting)
-    if handle.pruner.cuts:
-        check_cutting(handle, kwargs, setting)
-    if handle.asks or handle.skips:
-        check_dropping(handle, kwargs, setting)
+    # As the host's own `generate` runs, for what is recomputed depends on it.
+    with torch.no_grad():
+        check_generate(kwargs, ids, setting)
+        if handle.pruner.cuts:
+            check_cutting(handle, kwargs, setting)
+        if handle.asks or handle.skips:
+            check_dropping(handle, kwargs, setting)
 
     assert ids is not None
     mask = kwargs.get("attention_mask")
@@ -57,9 +60,7 @@ def generate(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs:
         mask = _mask_of(ids, setting("pad_token_id"), setting("eos_token_id"))
     with torch.no_grad():
         positions = kwargs.get("position_ids")
-        # `generate` hands nothing out of the encoder.
-        inputs = {name: value for name, value in kwargs.items() if name not in STATES}
-        prepared = prepare(handle, ids, mask, positions, cache, inputs, False, vision=vision)
+        prepared = prepare(handle, ids, mask, positions, cache, kwargs, False, vision=vision)
     if not prepared.state.items:
         handle.report_nothing()
     given = prepared.prompt.ids
@@ -112,6 +113,7 @@ def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: 
     vision = _vision(handle, kwargs)
     kwargs = by_name(original, *args, **kwargs)
     cache = cache_given(type(handle.model), kwargs)
+    check_encoded(kwargs)
     if vision is None and not _brings_items(handle, kwargs) and mark(cache) is None:
         return original(**kwargs)
     ids = kwargs.get("input_ids")

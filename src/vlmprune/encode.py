@@ -20,7 +20,6 @@ from vlmprune import semantic
 from vlmprune.active import active
 from vlmprune.errors import VlmpruneError
 from vlmprune.families.media import Medium
-from vlmprune.hosts.release import hands_out_encoders
 from vlmprune.inputs import Span, spans
 from vlmprune.inside import acting
 from vlmprune.layout import Layout
@@ -28,9 +27,6 @@ from vlmprune.merging import spread
 from vlmprune.reading import also, check_calls, wanted
 from vlmprune.taps import KeyTap, PatchTap, Score, Tap, passing, pooling, tapped
 from vlmprune.views import EncoderView, Inside, Reads
-
-# Arguments of a forward by which it hands out states, where it does those of its encoder as well.
-STATES = ("output_hidden_states", "output_attentions")
 
 
 @dataclass(frozen=True)
@@ -331,9 +327,6 @@ def _run(
     for name, one in list(takes.items())[1:]:
         if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD:
             arguments.setdefault(name, None)
-    if rest and hands_out_encoders(type(model)):
-        # What the caller wants to be handed out of the encoder, too.
-        arguments |= {name: inputs[name] for name in STATES if inputs.get(name)}
     with ExitStack() as stack:
         # The method may call another one of the host's, whose shadow must not give what an outer
         # call has pruned.

@@ -27,6 +27,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.families.media import Encoder, Inputs, Medium
 from vlmprune.families.record import Family
 from vlmprune.families.towers import Crops
+from vlmprune.hosts.release import recomputes
 from vlmprune.layout import Layout
 from vlmprune.taps import KeyTap, tapped
 from vlmprune.views import Inside
@@ -173,7 +174,7 @@ def _unfit_request(
     if not isinstance(chosen, int) and len(chosen) > 1:
         return f"vision_feature_layer={list(chosen)} takes features of several layers"
     layers: Any = medium.encoder(model, inputs).layers
-    if layers[0].training and getattr(layers[0], "gradient_checkpointing", False):
+    if recomputes(layers):
         return "gradient checkpointing runs its layers a second time, out of reach"
     name = attention_of(layers[0]).config._attn_implementation
     if name not in ("sdpa", "eager"):

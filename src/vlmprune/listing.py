@@ -128,6 +128,7 @@ def models() -> dict[str, Any]:
             "positions": family.positions,
             "proved": _proved([medium.kind for medium in family.media]),
             "note": family.note,
+            "refused": dict(family.fails),
         }
         for kind, family in FAMILIES.items()
     ]
@@ -175,9 +176,11 @@ def models_table(found: dict[str, Any]) -> Table:
     table.add_row("[dim not bold]family[/]", "[dim]class[/]", "[dim]positions[/]")
     for one in rows:
         table.add_row(one["name"], one["class"], one["positions"])
-        for part in ("score", "note"):
-            if part in one:
-                table.add_row(f"[dim not bold]  {part}[/]", f"[dim]{one[part]}[/]")
+        refused = [f"transformers {at}, where {why}" for at, why in one.get("refused", {}).items()]
+        parts = {"score": one.get("score"), "note": one.get("note"), "not on": "; ".join(refused)}
+        for part, words in parts.items():
+            if words:
+                table.add_row(f"[dim not bold]  {part}[/]", f"[dim]{words}[/]")
     table.add_row()
     table.add_row("proved on each", _proved(["image"]))
     table.add_row("", "[dim]videos too, and both in one prompt, where a family has them[/]")

@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from vlmprune.handle import Handle
 
 
+def check_encoded(kwargs: dict[str, Any]) -> None:
+    """Refuse images that were encoded before, which would go through whole."""
+    if kwargs.get("mm_encoder_outputs"):
+        raise VlmpruneError(
+            "mm_encoder_outputs cannot be pruned; pass pixel_values, or what `handle.encode` "
+            "returns as vision."
+        )
+
+
 def check_common(kwargs: dict[str, Any], ids: Tensor | None) -> None:
     """Refuse inputs that do not show where the images are."""
     if ids is None:
@@ -23,8 +32,6 @@ def check_common(kwargs: dict[str, Any], ids: Tensor | None) -> None:
             "inputs_embeds cannot be pruned, for they do not show where the images are; pass "
             "input_ids and pixel_values."
         )
-    if kwargs.get("mm_encoder_outputs"):
-        raise VlmpruneError("mm_encoder_outputs cannot be pruned; pass pixel_values.")
     mask = kwargs.get("attention_mask")
     if mask is not None and mask.ndim != 2:
         raise VlmpruneError(
@@ -51,8 +58,8 @@ def check_generate(
         )
     if setting("prefill_chunk_size") and not chunks_hold_images():
         raise VlmpruneError(
-            "this release of transformers loses images under prefill_chunk_size; leave it out, or "
-            "upgrade transformers."
+            "before 5.23 transformers loses images, and in some releases earlier turns, under "
+            "prefill_chunk_size; leave it out, or upgrade transformers."
         )
 
 

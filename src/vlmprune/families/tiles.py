@@ -303,7 +303,7 @@ FAMILIES: dict[str, Family] = {
         media=(Llama4Images(),),
         note=f"{_TILE}; {_WINDOWS.format('attention chunks and temperature')}",
         fails={
-            "==5.24.0": "it cannot run at all, for its forward asks its language model for "
+            "==5.24.0": "it cannot run at all: its forward asks its language model for "
             "image_outputs, which that never returns"
         },
     ),

@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 
 from vlmprune.errors import VlmpruneError
 
-# The releases on which the suite passes; pyproject.toml allows the same.
+# The releases on which `make test-releases` passes; pyproject.toml allows the same.
 TESTED = ">=5.16,<5.25"
 # The environment variable that lets an untested release be tried.
 UNTESTED = "VLMPRUNE_UNTESTED"
@@ -80,8 +80,8 @@ def check_class(model: Any, fails: Mapping[str, str]) -> None:
     for releases, why in fails.items():
         if stock and Version(here) in SpecifierSet(releases):
             raise VlmpruneError(
-                f"{cls.__name__} cannot be pruned in transformers {here}, where {why}; install "
-                f"another release of transformers{TESTED}."
+                f"{cls.__name__} cannot be pruned in transformers {here}, where {why}; install a "
+                f"release outside {releases}."
             )
 
 
@@ -173,12 +173,6 @@ def output_class(function: Callable[..., Any], default: type) -> type:
     said = inspect.signature(function).return_annotation
     found = [one for one in (said, *get_args(said)) if isinstance(one, type)]
     return next((one for one in found if issubclass(one, ModelOutput)), default)
-
-
-def hands_out_encoders(cls: type) -> bool:
-    """Whether the forward of a model returns what its encoders made, as later releases do."""
-    output = output_class(cls.forward, ModelOutput)  # type: ignore[attr-defined]
-    return is_dataclass(output) and "image_outputs" in {field.name for field in fields(output)}
 
 
 def recomputes(modules: Iterable[nn.Module]) -> bool:
