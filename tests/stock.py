@@ -37,7 +37,7 @@ def repeated_alike(built: Any, inputs: dict[str, Any]) -> bool:
 def repeats_rows(built: Any, inputs: dict[str, Any]) -> bool:
     """Whether `generate` gives repeated rows (beams, samples) the images of their own.
 
-    Several releases before 5.19 mix up those of rows with several images, or fail.
+    Several releases before 5.20 mix up those of rows with several images, or fail.
     """
     try:
         return repeated_alike(built, inputs)
