@@ -533,6 +533,19 @@ REFUSED: dict[str, Any] = {
 }
 
 
+def test_images_that_were_encoded_before_are_refused() -> None:
+    """Without pixels, too: they would go through whole."""
+    built = model()
+    inputs = request(built, [1]).inputs
+    pixels = inputs.pop("pixel_values")
+    with torch.no_grad():
+        given = {"mm_encoder_outputs": {"image": built.get_image_features(pixels)}}
+    with VisPruner(keep=4)(built):
+        for call in (built, built.generate):
+            with pytest.raises(VlmpruneError, match=r"^mm_encoder_outputs cannot be pruned"):
+                call(**inputs, **given)
+
+
 @pytest.mark.parametrize("words", REFUSED)
 def test_refusals_come_before_any_work(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     built = model()
