@@ -37,9 +37,12 @@ def repeated_alike(built: Any, inputs: dict[str, Any]) -> bool:
 def repeats_rows(built: Any, inputs: dict[str, Any]) -> bool:
     """Whether `generate` gives repeated rows (beams, samples) the images of their own.
 
-    Several releases before 5.20 mix up those of rows with several images, or fail.
+    Several releases before 5.20 mix up those of rows with several images, or fail; then there is no
+    stock answer to compare with, and a test may be skipped. From 5.20 on this is always so.
     """
     try:
-        return repeated_alike(built, inputs)
+        right = repeated_alike(built, inputs)
     except ValueError:
-        return False
+        right = False
+    assert right or Version(transformers.__version__) < Version("5.20")
+    return right
