@@ -208,6 +208,27 @@ def test_encoder_outputs_hold_what_the_hosts_do(name: str) -> None:
     assert torch.equal(kept, whole[numbers]) and len(kept) < len(whole)
 
 
+@pytest.mark.parametrize("name", [name for name in ZOO if "video" in ZOO[name].modalities])
+def test_encoder_outputs_of_videos_too(name: str) -> None:
+    entry = ZOO[name]
+    built = entry.build()
+    inputs = entry.request(built, [["video", "image"]]).inputs
+    with torch.no_grad():
+        plain = built(**inputs)
+        with VisPruner(keep=0.5)(built):
+            pruned = built(**inputs)
+    for field in ("image_outputs", "video_outputs"):
+        assert (field in plain) == (field in pruned) == (Version("5.24") <= HERE)
+        if field in plain:
+            mine, theirs = pruned[field], plain[field]
+            assert list(mine) == list(theirs)
+            torch.testing.assert_close(mine.last_hidden_state, theirs.last_hidden_state)
+            held, whole = (
+                sum(part.numel() for part in one.pooler_output) for one in (mine, theirs)
+            )
+            assert 0 < held < whole
+
+
 def test_chunks_hold_images_where_we_say_so() -> None:
     """Of the stock model: early releases read a prompt in chunks without its images."""
     built = model()
