@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from transformers import LlamaForCausalLM
 
 # What it calls a KV cache. Former names are taken with a warning, and warnings are errors here.
