@@ -45,6 +45,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/python scripts/door.py
 
 bench: $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/selection.py

@@ -33,8 +33,8 @@ from encoded_once import encoded_once
 from vlmprune import METHODS, embedded
 from vlmprune.evaluate import BATCH, evaluate, model_name
 from vlmprune.evaluation import UNPRUNED, Evaluation
+from vlmprune.io.models import Loaded, quiet
 from vlmprune.learned import Learned
-from vlmprune.loading import Loaded, quiet
 from vlmprune.methods.pyramiddrop import PyramidDrop
 from vlmprune.pruner import Pruner
 from vlmprune.tasks import Scenes

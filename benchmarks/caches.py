@@ -29,7 +29,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from vlmprune import retention
 from vlmprune.cache import RaggedLayer, adopt, attending
-from vlmprune.dispatch import attention_of
+from vlmprune.hosts.attention import attention_of
 from vlmprune.hosts.release import with_cache
 from vlmprune.ragged import Ragged
 

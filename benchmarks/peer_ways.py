@@ -19,7 +19,7 @@ from decode import ratio, turns
 from selection import authors_choice, clear_inputs, common
 from vlmprune import PLPHP, VisPruner, select
 from vlmprune.hosts.release import cache_returned, with_cache
-from vlmprune.loading import attached
+from vlmprune.io.models import attached
 from vlmprune.measure import stored_bytes, wait
 
 RATIO = 0.5  # VisPruner's share of tokens chosen by attention, the authors' default.

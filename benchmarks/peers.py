@@ -34,7 +34,7 @@ from rich.table import Table
 
 from peer_ways import RATIO, Job, SkippedError, authors, kvpress, openvino, version_of
 from vlmprune import VlmpruneError, shapes
-from vlmprune.loading import quiet
+from vlmprune.io.models import quiet
 from vlmprune.measure import facts
 
 PEERS: dict[str, Callable[[Job], dict[str, Any]]] = {

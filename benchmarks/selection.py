@@ -44,7 +44,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from peaks import peak_of, table
 from vlmprune import METHODS, select
-from vlmprune.dispatch import attention_of
+from vlmprune.hosts.attention import attention_of
 from vlmprune.learned import Learned
 from vlmprune.taps import Tap, tapped
 

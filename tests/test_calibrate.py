@@ -16,7 +16,7 @@ from test_plphp import text_config
 from tiny import model, request
 from vlmprune import PLPHP, VlmpruneError, calibrate, embedded, families
 from vlmprune.calibrate import Gammas
-from vlmprune.loading import Loaded
+from vlmprune.io.models import Loaded
 
 
 def gammas(values: Any, layers: tuple[int, ...] | None = None) -> Gammas:

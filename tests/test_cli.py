@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from commandline import COFFEE, QUESTION, call, config_of_embedded
-from vlmprune import PLPHP, VisPruner, costs, embedded, loading, spec
+from vlmprune import PLPHP, VisPruner, costs, embedded, spec
+from vlmprune.io import models
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_overlay_shows_what_was_kept(ran):
 
 
 def test_settings_reach_the_method(loaded, monkeypatch):
-    monkeypatch.setattr(loading, "load", lambda *_: loading.Loaded(*loaded))
+    monkeypatch.setattr(models, "load", lambda *_: models.Loaded(*loaded))
     result = call(
         *("run", COFFEE, QUESTION, "--keep", 0.125, "--important-ratio", 0.75, "--json"),
         *("--positions", "compact", "--budget", "image", "--repeat", 1, "--max-new-tokens", 2),
@@ -121,7 +122,7 @@ def test_settings_reach_the_method(loaded, monkeypatch):
 @pytest.fixture
 def short(loaded, monkeypatch):
     """`run` on the loaded model with short answers, as JSON unless told otherwise."""
-    monkeypatch.setattr(loading, "load", lambda *_: loading.Loaded(*loaded))
+    monkeypatch.setattr(models, "load", lambda *_: models.Loaded(*loaded))
 
     def ask(*words, form="--json", question=QUESTION):
         options = ("--repeat", 1, "--max-new-tokens", 2, "--device", "cpu")
@@ -192,7 +193,7 @@ def test_a_first_token_that_changes_is_told(short):
 
 
 def test_table_and_several_images(loaded, monkeypatch, tmp_path):
-    monkeypatch.setattr(loading, "load", lambda *_: loading.Loaded(*loaded))
+    monkeypatch.setattr(models, "load", lambda *_: models.Loaded(*loaded))
     grass = embedded.scenes() / "grass.jpg"
     result = call(
         *("run", COFFEE, grass, QUESTION, "--repeat", 1, "--max-new-tokens", 4),
@@ -276,7 +277,7 @@ def test_warnings_and_bars_come_back(ran):
     from transformers.utils import logging
 
     logging.set_verbosity_warning()
-    with loading.quiet():
+    with models.quiet():
         assert logging.get_verbosity() == logging.ERROR
         assert not logging.is_progress_bar_enabled()
     assert logging.get_verbosity() == logging.WARNING

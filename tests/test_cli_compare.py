@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from commandline import COFFEE, QUESTION, call, sentence
-from vlmprune import compare, embedded, loading, page, spec
+from vlmprune import compare, embedded, page, spec
+from vlmprune.io import models
 
 GRASS = str(embedded.scenes() / "grass.jpg")
 
@@ -27,7 +28,7 @@ def loaded() -> Any:
 @pytest.fixture
 def quick(loaded: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The model is there, one question is timed, and the work goes on in an empty folder."""
-    monkeypatch.setattr(loading, "load", lambda *_: loading.Loaded(*loaded))
+    monkeypatch.setattr(models, "load", lambda *_: models.Loaded(*loaded))
     monkeypatch.setattr(compare, "TIMED", 1)
     monkeypatch.chdir(tmp_path)
 
@@ -135,14 +136,14 @@ def test_mistakes_are_one_sentence_before_any_work(
     def load(*_: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(models, "load", load)
     monkeypatch.chdir(tmp_path)
     assert expected in sentence("compare", *words)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_of_somebody_elses_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the model was loaded"))
     monkeypatch.chdir(tmp_path)
     mine = tmp_path / "thesis.html"
     mine.write_text("<html></html>")

@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from commandline import COFFEE, QUESTION, call, sentence
-from vlmprune import embedded, kept_answers, loading, sources
+from vlmprune import embedded, kept_answers, sources
 from vlmprune import evaluate as evaluating
 from vlmprune.assessed import Assessed
 from vlmprune.cli import evaluating as evaluating_command
 from vlmprune.evaluation import Evaluation, Result
+from vlmprune.io import models
 from vlmprune.tasks import Scenes, find_task
 
 SPEC = ("--method", "vispruner:keep=64")
@@ -29,7 +30,7 @@ def loaded() -> Any:
 @pytest.fixture
 def quick(loaded: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The model is there, and the work goes on in an empty folder."""
-    monkeypatch.setattr(loading, "load", lambda *_: loading.Loaded(*loaded))
+    monkeypatch.setattr(models, "load", lambda *_: models.Loaded(*loaded))
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.chdir(tmp_path)
 
@@ -182,7 +183,7 @@ def test_a_narrow_terminal_breaks_before_the_intervals(
 def test_answers_are_kept_apart_by_what_they_depend_on(
     loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, both = sources.find_model(None), loading.Loaded(*loaded)
+    source, both = sources.find_model(None), models.Loaded(*loaded)
     (tmp_path / "coco_pope_random.json").write_text("{}\n")
     copy = find_task(f"pope:{tmp_path}")
     seen = {
@@ -224,14 +225,14 @@ def test_answers_are_kept_apart_by_what_they_depend_on(
 def test_mistakes_are_one_sentence_before_any_work(
     words: tuple[str, ...], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the model was loaded"))
     monkeypatch.chdir(tmp_path)
     assert expected in sentence("eval", *words)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_table_of_somebody_elses_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the model was loaded"))
     (tmp_path / "mine.md").write_text("# mine")
     said = sentence("eval", "--markdown", tmp_path / "mine.md")
     assert "is there already and not of `vlmprune eval`" in said

@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from commandline import COFFEE, QUESTION, call, sentence
-from vlmprune import embedded, loading
+from vlmprune import embedded
+from vlmprune.io import models
 from zoo import ZOO
 
 
@@ -17,7 +18,7 @@ def no_loading(monkeypatch):
     def load(*_):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(models, "load", load)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_interrupted_quietly(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, "load", interrupted)
+    monkeypatch.setattr(models, "load", interrupted)
     result = call("run", COFFEE, QUESTION)
     assert (result.exit_code, result.output) == (130, "")
 

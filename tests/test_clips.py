@@ -6,9 +6,9 @@ import pytest
 
 from vlmprune import UniformGrid, embedded
 from vlmprune.evaluate import evaluate
+from vlmprune.io.models import Loaded
+from vlmprune.io.processors import scaled
 from vlmprune.learned import MoD
-from vlmprune.loading import Loaded
-from vlmprune.scaling import scaled
 from vlmprune.tasks import Clips, find_task
 
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from tiny import model
-from vlmprune import compare, costs, embedded, evaluate, loading, page, sources, ways
+from vlmprune import compare, costs, embedded, evaluate, page, sources, ways
 from vlmprune.budgeted import Budgeted
 from vlmprune.compared import Result
 from vlmprune.errors import VlmpruneError
 from vlmprune.evaluation import Evaluation
 from vlmprune.evaluation import Result as Answered
+from vlmprune.io import models
 from vlmprune.learned import Learned
 from vlmprune.methods import METHODS, VisPruner
 from vlmprune.tasks import Folder
@@ -240,8 +241,8 @@ def test_shown_questions_are_about_different_pictures() -> None:
 
 
 @pytest.fixture(scope="module")
-def loaded() -> loading.Loaded:
-    return loading.Loaded(*embedded.load())
+def loaded() -> models.Loaded:
+    return models.Loaded(*embedded.load())
 
 
 @pytest.fixture
@@ -265,13 +266,13 @@ def one_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "TIMED", 1)
 
 
-def ask(loaded: loading.Loaded, task: Any, specs: list[str], **options: Any) -> Result:
+def ask(loaded: models.Loaded, task: Any, specs: list[str], **options: Any) -> Result:
     found = ways.ways_of(specs, [0.5])
     return compare.compare(loaded, sources.find_model(None), found, task, repeat=1, **options)
 
 
 def test_a_comparison_for_real(
-    loaded: loading.Loaded, task: Folder, methods: None, one_timed: None
+    loaded: models.Loaded, task: Folder, methods: None, one_timed: None
 ) -> None:
     told: list[tuple[int, int]] = []
     result = ask(
@@ -325,7 +326,7 @@ def test_a_comparison_for_real(
 
 
 def test_what_layers_keep_for_real(
-    loaded: loading.Loaded, task: Folder, one_timed: None, monkeypatch: pytest.MonkeyPatch
+    loaded: models.Loaded, task: Folder, one_timed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare, "MOST", 1)
     specs = ["fastv:layer=2", "plphp:r=0.25,dr=0,first_pruned_layer=1"]
@@ -342,7 +343,7 @@ def test_what_layers_keep_for_real(
 
 
 def test_a_comparison_goes_on(
-    loaded: loading.Loaded,
+    loaded: models.Loaded,
     task: Folder,
     one_timed: None,
     tmp_path: Path,
@@ -372,6 +373,6 @@ def test_a_comparison_goes_on(
             again()
 
 
-def test_nothing_can_be_compared(loaded: loading.Loaded, task: Folder, methods: None) -> None:
+def test_nothing_can_be_compared(loaded: models.Loaded, task: Folder, methods: None) -> None:
     with pytest.raises(VlmpruneError, match="no method could be compared; of refusing:keep=0"):
         ask(loaded, task, ["refusing"])

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.oracle
 @pytest.mark.parametrize(
     "more",
     [
-        {"num_beams": 3, "num_return_sequences": 2},
-        # A placeholder that was drawn would ask for features of its own.
+        # A placeholder that was chosen would ask for features of its own.
+        {"num_beams": 3, "num_return_sequences": 2, "suppress_tokens": [IMAGE]},
         {"do_sample": True, "num_return_sequences": 2, "suppress_tokens": [IMAGE]},
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +24,9 @@ import test_families
 from test_families import dropped_columns
 from vlmprune import VisPruner, VlmpruneError, costs
 from vlmprune.boxes import token_boxes
+from vlmprune.families import family_of
 from vlmprune.families.qwen import MEDIA
+from vlmprune.hosts import contract
 from vlmprune.pruner import Pruner
 from vlmprune.views import EncoderView, Selection
 from zoo import ZOO
@@ -79,10 +82,13 @@ class Watching(Pruner):
 
 
 def media_inputs(
-    modality: str, grids: list[tuple[int, int, int]], seed: int = 0
+    modality: str,
+    grids: list[tuple[int, int, int]],
+    seed: int = 0,
+    media: Sequence[Any] = MEDIA,
 ) -> tuple[Any, dict[str, Tensor]]:
     """A medium and inputs of items of these sizes in visual tokens."""
-    medium = MEDIA[modality == "video"]
+    medium = media[modality == "video"]
     sizes = torch.tensor([(t, 2 * h, 2 * w) for t, h, w in grids])
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(int(sizes.prod(1).sum()), 3 * 2 * 4 * 4, generator=generator)
@@ -102,7 +108,7 @@ requests = st.one_of(
 @given(requests, st.randoms(use_true_random=False))
 def test_a_patch_moves_the_token_that_it_scores(name: str, one: Any, random: Any) -> None:
     built = MODELS[name]
-    medium, inputs = media_inputs(*one)
+    medium, inputs = media_inputs(*one, media=family_of(built).media)
     layouts = medium.layouts(built, inputs, torch.zeros(1, 0, dtype=torch.bool))
     block = built.model.visual.blocks[-1]
     total = len(inputs[medium.inputs[0]])
@@ -204,7 +210,8 @@ def test_scores_are_the_attention_that_patches_receive(
         visual.merger.register_forward_pre_hook(lambda m, a: caught[-1].update(last=a[0].detach())),
     ]
     pruner = Watching()
-    with torch.no_grad(), pruner(built) as handle:
+    # The contract's own run of the tower aside.
+    with torch.no_grad(), contract.switched_off(), pruner(built) as handle:
         built(**req.inputs)
     for hook in handles:
         hook.remove()
@@ -252,7 +259,7 @@ def _received(attn: Any, seen: dict[str, Any], lengths: list[int]) -> Tensor:
     out = []
     query, key = turned(query), turned(key)
     for q, k in zip(query.split(lengths, dim=1), key.split(lengths, dim=1), strict=True):
-        weights = (q @ k.transpose(1, 2) / dim**0.5).softmax(dim=-1)
+        weights = (q @ k.transpose(1, 2) * attn.scaling).softmax(dim=-1)
         out.append(weights.mean(dim=(0, 1)))
     return torch.cat(out).detach()
 
@@ -372,6 +379,6 @@ def test_the_encoder_is_given_what_the_host_would_give_it(monkeypatch: pytest.Mo
         return own(*args, **kwargs)
 
     monkeypatch.setattr(built.model, "get_video_features", spy)
-    with VisPruner(keep=0.5)(built):
+    with contract.switched_off(), VisPruner(keep=0.5)(built):
         generate(built, req.inputs)
     assert given == [{"video_grid_thw", "return_dict"}]

@@ -21,7 +21,7 @@ from test_generic import request as unknown
 from tiny import model, request
 from vlmprune import METHODS, VlmpruneError, taps
 from vlmprune.budgeted import Budgeted
-from vlmprune.dispatch import attention_of
+from vlmprune.hosts.attention import attention_of
 from vlmprune.views import EncoderView, Reads, Selection
 from zoo import ZOO
 

@@ -23,7 +23,7 @@ from tiny import model
 from vlmprune import PLPHP, FastV, VisPruner, VlmpruneError, embedded
 from vlmprune.families import FAMILIES, decoder_layers
 from vlmprune.hosts import release
-from vlmprune.loading import Loaded, prepare
+from vlmprune.io.models import Loaded, prepare
 from zoo import EVERY, ZOO
 from zoo.mended import runs
 

@@ -106,7 +106,7 @@ def test_refusals() -> None:
 def test_layers_of_linear_attention_cannot_be_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     built = deep()
     kinds = ["full_attention", "linear_attention", "full_attention", "full_attention"] * 2
-    monkeypatch.setattr("vlmprune.families.layer_kinds", lambda model: kinds)
+    monkeypatch.setattr("vlmprune.hosts.config.layer_kinds", lambda config: kinds)
     with pytest.raises(VlmpruneError, match=r"decoder layer 1 of .* has linear attention"):
         Sieve().attach(built)
     Sieve(layers=(2, 3)).attach(built).detach()

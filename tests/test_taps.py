@@ -19,7 +19,7 @@ from transformers.models.clip import modeling_clip
 from transformers.models.dinov2 import modeling_dinov2
 
 from vlmprune import dispatch, taps
-from vlmprune.dispatch import attention_of
+from vlmprune.hosts.attention import attention_of, read
 from vlmprune.taps import Rows, Tap, tapped
 
 REGISTRIES = (modeling_clip.ALL_ATTENTION_FUNCTIONS, modeling_dinov2.ALL_ATTENTION_FUNCTIONS)
@@ -428,5 +428,5 @@ def test_images_in_one_masked_sequence_are_scored_apart() -> None:
     assert torch.allclose(found, torch.cat(alone, dim=1))
     tap = taps.Tap("received")
     ends = torch.tensor([0, 60, 200])
-    tap.see(nn.Identity(), query, key, None, {"scaling": 0.3, "cu_seq_lens_q": ends})
+    tap.see(read(nn.Identity(), query, key, 0.3, ends))
     assert torch.equal(torch.cat(tap.rows_seen, dim=1), torch.cat(alone, dim=1))

@@ -16,6 +16,7 @@ from transformers import modeling_utils
 from tiny import Request, dropped_columns, model, positions_of, request
 from vlmprune import PLPHP, ToMe, VisPruner, VlmpruneError, bipartite, dispatch, inside
 from zoo import ZOO
+from zoo.base import scale_of
 
 STEPS = 4
 TOLERANCE = 1e-5
@@ -164,7 +165,7 @@ def plain_tower(
                 .transpose(0, 1)
                 for short, long in (("q", "query"), ("k", "key"), ("v", "value"))
             )
-            logits = q @ k.transpose(1, 2) / k.shape[-1] ** 0.5
+            logits = q @ k.transpose(1, 2) * scale_of(attention)
             if weigh:
                 logits = logits + torch.tensor([log(len(group)) for group in groups])
             mixed = (logits.softmax(dim=-1) @ v).transpose(0, 1).flatten(1)
@@ -394,6 +395,7 @@ def test_a_method_behind_it_sees_each_patchs_share() -> None:
     with torch.no_grad():
         states, groups = plain_tower(built, req.inputs["pixel_values"], [5])
         layer = built.model.vision_tower.encoder.layers[1]
+        scale = scale_of(layer.self_attn)
         for crop, (tokens, members) in enumerate(zip(states, groups, strict=True)):
             # Duplicates of a merged token get what it gets, shared.
             given = layer.layer_norm1(tokens)
@@ -401,7 +403,7 @@ def test_a_method_behind_it_sees_each_patchs_share() -> None:
                 project(given).view(17, 4, 8).transpose(0, 1)
                 for project in (layer.self_attn.q_proj, layer.self_attn.k_proj)
             )
-            row = (q[:, :1] @ k.transpose(1, 2) / 8**0.5).softmax(dim=-1).mean(dim=0)[0, 1:]
+            row = (q[:, :1] @ k.transpose(1, 2) * scale).softmax(dim=-1).mean(dim=0)[0, 1:]
             assert float((view.attention[crop] - row).abs().max()) < TOLERANCE
             assert len(members) == 11
             kept = view.candidates[crop].nonzero()[:, 0]

@@ -13,7 +13,7 @@ from transformers import LlavaProcessor
 from training_data import SIDE, entries, listed, scenes, written
 from vlmprune import embedded
 from vlmprune.errors import VlmpruneError
-from vlmprune.scaling import scale
+from vlmprune.io.processors import scale
 from vlmprune.training.data import Turn, read
 from vlmprune.training.rows import IGNORE, Rows
 from vlmprune.training.samples import Samples, held_out

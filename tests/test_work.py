@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from commandline import COFFEE
-from vlmprune import VisPruner, bench, costs, embedded, loading, measure, shapes, work
+from vlmprune import VisPruner, bench, costs, embedded, measure, shapes, work
 from vlmprune.errors import VlmpruneError
+from vlmprune.io import models
 from vlmprune.plan import KNOWN
 
 CPU = torch.device("cpu")
@@ -145,22 +146,22 @@ def test_scenes_differ_from_row_to_row() -> None:
 
 def test_a_batch_answers_as_its_rows_do() -> None:
     """Prompts are padded on the left, or a batch would measure something else."""
-    loaded = loading.Loaded(*embedded.load())
+    loaded = models.Loaded(*embedded.load())
     pictures, _ = work._scenes(batch=2, images=1)
     questions = ["where is the cat?", "is there a cake on the table?"]
-    batch = loading.prepare_batch(loaded, pictures, questions)
+    batch = models.prepare_batch(loaded, pictures, questions)
     assert (batch["attention_mask"] == 0).any() and (batch["attention_mask"][:, -1] == 1).all()
     new = measure.timed(loaded.model, batch, 4).new
     for row, (one, question) in enumerate(zip(pictures, questions, strict=True)):
-        inputs = loading.prepare(loaded, one, question)
+        inputs = models.prepare(loaded, one, question)
         assert torch.equal(measure.timed(loaded.model, inputs, 4).new[0], new[row])
 
 
 def test_a_tokenizer_without_padding() -> None:
-    loaded = loading.Loaded(*embedded.load())
+    loaded = models.Loaded(*embedded.load())
     loaded.processor.tokenizer.pad_token = None
     pictures, questions = work._scenes(batch=2, images=1)
-    batch = loading.prepare_batch(loaded, pictures, ["cat?", questions[1]])
+    batch = models.prepare_batch(loaded, pictures, ["cat?", questions[1]])
     assert (batch["attention_mask"] == 0).any()
 
 

@@ -21,6 +21,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from zoo.base import unusual_scales
+
 IMAGE, PAD, EOS = 5, 0, 2
 SIDE, PATCH = 56, 14  # 4 x 4 = 16 patches a crop
 VOCABULARY = 64
@@ -79,7 +81,7 @@ def model(
     built.generation_config.pad_token_id = PAD
     # No end token: every run goes its full length and steps can be compared.
     built.generation_config.eos_token_id = None
-    return built.eval()
+    return unusual_scales(built.eval())
 
 
 @dataclass

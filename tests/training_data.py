@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune import embedded
+from vlmprune.io.models import Loaded
 from vlmprune.learned import QueCC
-from vlmprune.loading import Loaded
 from vlmprune.training.data import Entry, read
 from vlmprune.training.learner import Learner
 from vlmprune.training.rows import Rows

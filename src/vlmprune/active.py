@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmprune.families.media import Medium
+from vlmprune.hosts import outputs
+from vlmprune.hosts.contract import broken, checks
+from vlmprune.progress import Progress
 
 if TYPE_CHECKING:
     from vlmprune.dropping import Dropping
@@ -43,7 +45,7 @@ class Pruned:
     rows: list[int]
     flat: bool = False
     order: list[Tensor] | None = None
-    cls: type = BaseModelOutputWithPooling
+    cls: type = outputs.ENCODED
 
     def listed(self) -> Any:
         """The output with a list of items, which `generate` can repeat for beams."""
@@ -51,13 +53,22 @@ class Pruned:
 
     def formed(self, times: int) -> Any:
         """The output as the host's forward wants it, each row's items `times` times."""
-        order, start = [], 0
-        for count in self.rows:
-            order += list(range(start, start + count)) * times
-            start += count
+        order = self._repeated_items(times)
         features = [self.features[i] for i in order]
         extra = [[layer[i] for i in order] for layer in self.extra]
         return self.medium.form(self._made(features, extra, whole=True))
+
+    def rows_of(self, times: int) -> Tensor:
+        """[n, D] the visual tokens of all rows of a batch, each row `times` times."""
+        return torch.cat([self.features[i] for i in self._repeated_items(times)])
+
+    def _repeated_items(self, times: int) -> list[int]:
+        """Numbers of the items, each row's `times` times."""
+        order, start = list[int](), 0
+        for count in self.rows:
+            order += list(range(start, start + count)) * times
+            start += count
+        return order
 
     def repeated(self, ahead: Any, times: int) -> Any:
         """What `generate` made of `listed`, as the host's forward wants it.
@@ -68,30 +79,16 @@ class Pruned:
             ahead: of it, all items, or those of a chunk of the prompt.
             times: how often each row stands in the batch.
         """
-        held = ahead.pooler_output
+        held = outputs.tokens_of(ahead)
         whole = [len(one) for one in self.features] * times
         if times > 1 and isinstance(held, list | tuple) and sum(map(len, held)) == sum(whole):
             return self.formed(times)
         return self.medium.form(ahead)
 
     def _made(self, features: list[Tensor], extra: list[list[Tensor]], whole: bool = False) -> Any:
-        # Fresh each time, because `generate` expands what it is given in place: so without the
-        # encoder's own states there, while a forward hands them out to the user.
-        large = () if whole else ("last_hidden_state", "hidden_states", "attentions")
-        held = {} if self.output is None else dict(self.output.items())
-        fields = {name: value for name, value in held.items() if name not in large}
-        # Each in its place, for tuples are made of them in order; and as items, for a host may ask
-        # whether the output holds anything.
-        fields["pooler_output"] = features
-        if extra:
-            # As the host has them: older releases do not part the items.
-            deep: Any = [torch.cat(e) for e in extra] if self.flat else extra
-            fields["deepstack_features"] = deep
-        cls: Any = self.cls if self.output is None else type(self.output)
-        made = cls()
-        for name, value in fields.items():
-            made[name] = value
-        return made
+        # As the host has them: older releases do not part the items.
+        deep: list[Any] = [torch.cat(e) for e in extra] if self.flat else extra
+        return outputs.encoded(self.output, self.cls, features, deep, whole)
 
 
 @dataclass
@@ -113,6 +110,7 @@ class Active:
         columns: of the prompt, those of the cache included.
         dropping: what is to be dropped between decoder layers; None for nothing.
         report: of the call so far; the handle's may be another thread's by now.
+        progress: how far it has come at the host.
     """
 
     handle: Handle
@@ -128,11 +126,29 @@ class Active:
     columns: int = 0
     dropping: Dropping | None = None
     report: Report | None = None
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def times(self) -> int:
         """How often each row of the request stands in the forward that is under way."""
         return max(1, (self.running or self.batch) // self.batch)
+
+    def check_end(self, model: Any, columns: int) -> None:
+        """Refuse an answer whose prompt was not cut, or was not gone on from, as is due.
+
+        Args:
+            model: the host.
+            columns: of the prompt and the answer, less the last, which no step has read.
+
+        Raises:
+            ContractError: it was not.
+        """
+        if not self.progress.begun:
+            return
+        unfinished = [one for one in (self.retaining, self.dropping) if one and not one.done]
+        if unfinished and checks():
+            raise broken(model, "its forward never read the whole prompt into its cache")
+        self.progress.check_end(model, columns)
 
     def drifted(self, positions: Tensor, start: int) -> Tensor:
         """[3 or 4, B, L] positions with those behind the prompt moved.

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts.decoder import RotaryCall
 
 
 class Angles:
     """The calls of a decoder's rotary modules in one forward, so that they can be made again."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Any, nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[RotaryCall] = []
 
-    def note(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def note(self, call: RotaryCall) -> None:
         """Remember a call."""
-        self.calls.append((output, module, args, kwargs))
+        self.calls.append(call)
 
-    def _call(self, angles: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-        for output, module, args, kwargs in self.calls:
-            if output is angles:
-                return module, args, kwargs
+    def _call(self, angles: Any) -> RotaryCall:
+        for call in self.calls:
+            if call.output is angles:
+                return call
         raise VlmpruneError(
             "the model does not make its rotary angles by a module of its decoder, so tokens "
             "cannot be renumbered inside it; use positions='original'."
@@ -30,17 +31,11 @@ class Angles:
 
     def positions(self, angles: Any) -> Tensor:
         """The [B or 1, L] positions that angles were made for."""
-        _, args, kwargs = self._call(angles)
-        return kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+        return self._call(angles).positions
 
     def made(self, angles: Any, positions: Tensor) -> Any:
         """Angles of the same kind for other positions [B, R]."""
-        module, args, kwargs = self._call(angles)
-        if "position_ids" in kwargs:
-            kwargs = kwargs | {"position_ids": positions}
-        else:
-            args = (args[0], positions, *args[2:])
-        return module.forward(*args, **kwargs)
+        return self._call(angles).again(positions)
 
 
 class Same:

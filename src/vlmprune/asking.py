@@ -8,14 +8,16 @@ has run, its own forward is begun and broken off where it would attend.
 from __future__ import annotations
 
 import threading
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from vlmprune.dispatch import attention_of, watching
+from vlmprune.dispatch import watching
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts.release import with_cache
+from vlmprune.hosts import contract
+from vlmprune.hosts.attention import AttentionCall, attention_of
+from vlmprune.hosts.decoder import LayerCall
 
 # Queries a chunk: the extra memory is heads · CHUNK · columns.
 CHUNK = 64
@@ -81,38 +83,43 @@ class Look:
     Attributes:
         attention: [B, C] as `asked_attention` computes it; None unless asked for.
         keys: [B, H', R, D] keys of the rows; None unless asked for.
+        called: whether the layer attended.
     """
+
+    causal, whole = True, True
 
     def __init__(self, asked: Tensor | None, counted: Tensor | None, keys: bool) -> None:
         self.asked, self.counted, self.wants_keys = asked, counted, keys
         self.attention: Tensor | None = None
         self.keys: Tensor | None = None
+        self.called = False
         self.thread = threading.get_ident()
 
     @torch.no_grad()
-    def see(
-        self, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
-    ) -> None:
+    def see(self, call: AttentionCall) -> None:
         """Take what was asked for out of one attention call."""
         if threading.get_ident() != self.thread:
             return
+        if self.called and contract.checks():
+            raise contract.broken(call.module, "it attends more than once a layer")
+        self.called = True
         if self.wants_keys:
-            self.keys = key[:, :, -query.shape[2] :].detach()
+            self.keys = call.key[:, :, -call.query.shape[2] :].detach()
         if self.asked is not None and self.counted is not None:
-            if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+            if call.foreign is not None:
                 raise VlmpruneError(
-                    f"the attention of {type(module).__name__} has sinks or biases, which a "
-                    "method that drops rows does not know; prune before the language model."
+                    f"the attention of {type(call.module).__name__} has sinks or biases "
+                    f"({call.foreign}), which a method that drops rows does not know; prune before "
+                    "the language model."
                 )
-            scaling = kwargs.get("scaling")
             self.attention = asked_attention(
-                query.detach(),
-                key.detach(),
-                query.shape[-1] ** -0.5 if scaling is None else scaling,
-                mask,
+                call.query.detach(),
+                call.key.detach(),
+                call.scale,
+                call.mask,
                 self.asked,
                 self.counted,
-                kwargs.get("softcap"),
+                call.softcap,
             )
 
 
@@ -123,31 +130,29 @@ class _SeenError(Exception):
 class _Glance:
     """Hands an attention call, with earlier keys in front, to a look, and breaks it off."""
 
+    causal = True
+
     def __init__(self, look: Look, earlier: Tensor | None) -> None:
         self.look, self.earlier = look, earlier
+        self.whole = earlier is None
 
-    def see(
-        self, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
-    ) -> None:
+    def see(self, call: AttentionCall) -> None:
         """Look and raise."""
         if threading.get_ident() != self.look.thread:
             return
         if self.earlier is not None:
-            key = torch.cat((self.earlier.to(key.device), key), dim=2)
-        self.look.see(module, query, key, mask, kwargs)
+            call = replace(call, key=torch.cat((self.earlier.to(call.key.device), call.key), dim=2))
+        self.look.see(call)
         raise _SeenError
 
 
 @torch.no_grad()
-def glance(
-    layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], earlier: Tensor | None, look: Look
-) -> None:
+def glance(layer: nn.Module, call: LayerCall, earlier: Tensor | None, look: Look) -> None:
     """Let `look` see how a layer would attend, without running it.
 
     Args:
         layer: a decoder layer.
-        hidden: [B, R, D] its input.
-        kwargs: its other arguments.
+        call: what it would be given.
         earlier: [B, H', P, D] keys of columns before, which its cache holds.
         look: sees the call.
 
@@ -156,10 +161,10 @@ def glance(
     """
     watcher = _Glance(look, earlier)
     # The layer must not add to its cache yet.
-    alone = with_cache(type(layer), kwargs, None) | {"use_cache": False}
+    args, kwargs = call.with_hidden(call.hidden.detach()).without_cache().unbuilt()
     try:
         with watching(attention_of(layer), watcher):
-            layer.forward(hidden.detach(), **alone)
+            layer.forward(*args, **kwargs)
     except _SeenError:
         return
     raise VlmpruneError(

@@ -18,7 +18,8 @@ from vlmprune.benched import ALL_TOKENS, Figures, Result, Spread
 from vlmprune.errors import VlmpruneError
 from vlmprune.floor import Floor, counts_of, floor_of
 from vlmprune.handle import Handle
-from vlmprune.loading import attached, enough_memory
+from vlmprune.hosts import processed
+from vlmprune.io.models import attached, enough_memory
 from vlmprune.measure import Timed, peak_bytes, stored_bytes, timed, wait
 from vlmprune.pruner import Pruner
 from vlmprune.report import Report
@@ -120,7 +121,7 @@ def compare(
                         way.selecting.append(1000 * handle.report.seconds_selecting)
 
     made = {name: _figures(name, way, ways, work) for name, way in ways.items()}
-    rows, prompt = work.inputs["input_ids"].shape
+    rows, prompt = processed.ids_of(work.inputs).shape
     return Result(
         model=work.label,
         dtype=str(work.model.dtype).removeprefix("torch."),

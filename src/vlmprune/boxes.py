@@ -6,7 +6,6 @@ An image processor resizes, pads, crops and tiles; each of these steps moves an 
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.families import FAMILIES
+from vlmprune.io import processors
+from vlmprune.io.processors import Size, Steps
 from vlmprune.layout import Layout
-
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def token_boxes(
     overlay = _overlay(family)
     if overlay in ("own", "square", "canvas"):
         patch_size = None
-    views = _views(image_processor, (seen[0], seen[1]), overlay, layout.crops)
+    views = _views(Steps(image_processor), (seen[0], seen[1]), overlay, layout.crops)
     if len(views) != layout.crops:
         raise VlmpruneError(
             f"the image has {layout.crops} crops but its processor's settings make {len(views)}; "
@@ -108,45 +107,38 @@ def _overlay(family: str) -> str:
     raise VlmpruneError(f"family {family!r} is not known; use one of {', '.join(FAMILIES)}.")
 
 
-def _views(processor: Any, size: Size, overlay: str, crops: int) -> list[_View]:
+def _views(steps: Steps, size: Size, overlay: str, crops: int) -> list[_View]:
     """The crops of an image of (height, width) `size`, in order."""
     whole = (_Axis(size[0]), _Axis(size[1]))
     if overlay == "own":
         return [whole]
-    if overlay == "square" and getattr(processor, "do_pan_and_scan", False):
+    if overlay == "square" and steps.pans:
         raise VlmpruneError(
             "with do_pan_and_scan a picture goes in as several, whose places on it are not told; "
             "switch that off."
         )
     if overlay == "canvas" and crops > 1:
-        return _canvas(processor, size)
+        return _canvas(steps, size)
     # LLaVA-OneVision does not tile an image that shares its prompt with others.
     if overlay == "tiles" and crops > 1:
-        return [_then(view, _fit(processor, _lengths(view))) for view in _tiles(processor, size)]
-    if getattr(processor, "do_pad", False) and hasattr(processor, "pad_to_square"):
+        return [_then(view, _fit(steps, _lengths(view))) for view in _tiles(steps, size)]
+    if steps.pads_to_square:
         side = max(size)
         whole = (_padded(size[0], side), _padded(size[1], side))
-    return [_then(whole, _fit(processor, _lengths(whole)))]
+    return [_then(whole, _fit(steps, _lengths(whole)))]
 
 
-def _tiles(processor: Any, size: Size) -> list[_View]:
+def _tiles(steps: Steps, size: Size) -> list[_View]:
     """What an any-resolution processor cuts an image into, the view of the whole first."""
-    import numpy as np
-    from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
-    from transformers.image_utils import ChannelDimension
-
-    pinpoints = [list(pair) for pair in processor.image_grid_pinpoints]
-    target = select_best_resolution(size, pinpoints)
-    # Only the shape of this picture is looked at; it takes no memory.
-    shape_only = np.broadcast_to(np.zeros((), dtype=np.uint8), (3, *size))
-    fitted = get_patch_output_size(shape_only, target, ChannelDimension.FIRST)
+    target = processors.best_resolution(size, steps.pinpoints)
+    fitted = processors.fitted_size(size, target)
     padded = [
         _resized(size[axis], fitted[axis]).then(_padded(fitted[axis], target[axis]))
         for axis in (0, 1)
     ]
-    edge = _entry(processor.size, "shortest_edge")
-    base = (_entry(processor.size, "height") or edge, _entry(processor.size, "width") or edge)
-    tile = _entry(processor.crop_size, "height") or base[0]
+    edge = steps.size_entry("shortest_edge")
+    base = (steps.size_entry("height") or edge, steps.size_entry("width") or edge)
+    tile = steps.crop_entry("height") or base[0]
     views = [(_resized(size[0], base[0]), _resized(size[1], base[1]))]
     for top in range(0, target[0], tile):
         for left in range(0, target[1], tile):
@@ -156,16 +148,10 @@ def _tiles(processor: Any, size: Size) -> list[_View]:
     return views
 
 
-def _canvas(processor: Any, size: Size) -> list[_View]:
+def _canvas(steps: Steps, size: Size) -> list[_View]:
     """What InternVL's processor cuts an image into: stretched tiles, the view of the whole last."""
-    side = _entry(processor.size, "height"), _entry(processor.size, "width")
-    for kind in type(processor).__mro__:
-        chosen = getattr(sys.modules[kind.__module__], "get_optimal_tiled_canvas", None)
-        if chosen is not None:
-            break
-    else:
-        raise VlmpruneError(f"how {type(processor).__name__} cuts an image is not known.")
-    columns, rows = chosen(size, side, processor.min_patches, processor.max_patches)
+    side = steps.size_entry("height"), steps.size_entry("width")
+    columns, rows = steps.canvas(size, side, *steps.patches)
     target = (rows * side[0], columns * side[1])
     whole = (_resized(size[0], target[0]), _resized(size[1], target[1]))
     views = [
@@ -176,24 +162,24 @@ def _canvas(processor: Any, size: Size) -> list[_View]:
     return [*views, (_resized(size[0], side[0]), _resized(size[1], side[1]))]
 
 
-def _fit(processor: Any, size: Size) -> _View:
+def _fit(steps: Steps, size: Size) -> _View:
     """Resize and centre crop, as every processor here does with a picture or a tile."""
-    target = _resize_target(processor.size, size) if processor.do_resize else size
+    target = _resize_target(steps, size) if steps.resizes else size
     resized = (_resized(size[0], target[0]), _resized(size[1], target[1]))
-    if not getattr(processor, "do_center_crop", False):
+    crop = steps.crop
+    if crop is None:
         return resized
-    crop = (_entry(processor.crop_size, "height"), _entry(processor.crop_size, "width"))
     return _then(resized, (_cropped(target[0], crop[0]), _cropped(target[1], crop[1])))
 
 
-def _resize_target(setting: Any, size: Size) -> Size:
-    height, width = _entry(setting, "height"), _entry(setting, "width")
+def _resize_target(steps: Steps, size: Size) -> Size:
+    height, width = steps.size_entry("height"), steps.size_entry("width")
     if height and width:
         return height, width
-    edge = _entry(setting, "shortest_edge")
-    if not edge or _entry(setting, "longest_edge"):
+    edge = steps.size_entry("shortest_edge")
+    if not edge or steps.size_entry("longest_edge"):
         raise VlmpruneError(
-            f"an image processor that resizes to {setting} is not supported; use one with "
+            f"an image processor that resizes to {steps.size} is not supported; use one with "
             "height and width, or with shortest_edge."
         )
     # Rounded down, as transformers does for every side but the shortest.
@@ -220,8 +206,3 @@ def _then(view: _View, after: _View) -> _View:
 
 def _lengths(view: _View) -> Size:
     return view[0].length, view[1].length
-
-
-def _entry(setting: Any, name: str) -> Any:
-    value = setting.get(name) if isinstance(setting, dict) else getattr(setting, name, None)
-    return None if value is None else int(value)

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
+from torch import Tensor
 
 from vlmprune import among, ragged
 from vlmprune.dispatch import GUEST, dispatching
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts import caches, contract
+from vlmprune.hosts.attention import AttentionCall
+from vlmprune.hosts.caches import DynamicLayer
 from vlmprune.ragged import Ragged
 
 # A tail grows by a share of its length at a time, so that growing costs little on the whole and
@@ -54,6 +56,21 @@ class Binding:
         self.open = False
         self.cutter: Cutter | None = None
         self.waiting: Guest | None = None
+        # The attention module of a decoder layer, for error sentences.
+        self.attention: Any = None
+
+    def check_attended(self) -> None:
+        """Refuse to go on where the layer before did not attend to its keys as their guest.
+
+        Raises:
+            ContractError: a layer's keys were left waiting.
+        """
+        if self.waiting is not None and contract.checks():
+            raise contract.broken(
+                self.attention,
+                f"decoder layer {self.waiting.layer.index} does not attend through the attention "
+                "registry to the keys that its cache returns",
+            )
 
 
 @dataclass
@@ -72,39 +89,29 @@ class Guest:
     keys: Tensor
     values: Tensor
 
-    def attend(
-        self,
-        function: Callable[..., Any],
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, function: Callable[..., Any], call: AttentionCall) -> Any:
         """Attend to the layer, then cut it if the prompt is complete."""
         binding = self.layer.binding
         binding.waiting = None
-        scale = kwargs.get("scaling")
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        _check_call(kwargs)
+        _check_call(call)
         cutter = binding.cutter
-        asked = (self, query, attention_mask, scale)
-        chosen = None if cutter is None else cutter.attended(*asked)
+        scale = call.scale
+        chosen = None if cutter is None else cutter.attended(self, call.query, call.mask, scale)
+        own = replace(call, key=self.keys, value=self.values)
+        result: Any
         if chosen is not None:
             # Positions of all rows would not fit, and gaps in them look like packed sequences.
-            kwargs.pop("position_ids", None)
-            plain = partial(_plain, function, module, kwargs)
-            tensors = query, self.keys, self.values, _known(attention_mask), chosen
-            result = among.attend(plain, *tensors, self.prefix, scale, _flash(module)), None
+            plain = partial(_plain, function, own.without_positions())
+            tensors = call.query, self.keys, self.values, _known(call.mask), chosen
+            result = among.attend(plain, *tensors, self.prefix, scale, call.flash), None
         elif self.prefix is None:
-            result = function(module, query, self.keys, self.values, attention_mask, **kwargs)
+            result = contract.run(function, own, causal=True)
         else:
-            mask = tail_mask(attention_mask, query, key.shape[2])
-            out = ragged.attend(query, self.prefix, self.keys, self.values, mask, scale)
+            mask = tail_mask(call.mask, call.query, call.key.shape[2])
+            out = ragged.attend(call.query, self.prefix, self.keys, self.values, mask, scale)
             result = out.transpose(1, 2).contiguous(), None
         if cutter is not None and cutter.due(self.layer.get_seq_length()):
-            cutter.cut(self, query, scale)
+            cutter.cut(self, call.query, scale)
         return result
 
 
@@ -149,6 +156,7 @@ class RaggedLayer(DynamicLayer):
                 "this cache was cut, and the model alone cannot attend to heads of unequal length; "
                 "continue it with the pruner attached, or start with a fresh cache."
             )
+        binding.check_attended()
         guest = binding.waiting = Guest(self, self.prefix, keys, values)
         # Not the layer's own tensor, which must not refer back to the layer.
         shown = keys.view_as(keys)
@@ -271,11 +279,10 @@ class RaggedLayer(DynamicLayer):
 
 def refusal(cache: Any, layers: Sequence[int]) -> str | None:
     """Why a cache cannot be cut at those decoder layers; None if it can."""
-    held = getattr(cache, "layers", None)
-    kinds = [] if held is None else [type(held[i]) for i in layers if i < len(held)]
-    if held is not None and all(kind in (DynamicLayer, RaggedLayer) for kind in kinds):
+    kinds, known = caches.kinds(cache, layers), (DynamicLayer, RaggedLayer)
+    if caches.has_layers(cache) and all(kind in known for kind in kinds):
         return None
-    odd = next((k.__name__ for k in kinds if k not in (DynamicLayer, RaggedLayer)), None)
+    odd = next((k.__name__ for k in kinds if k not in known), None)
     name = type(cache).__name__ + (f" of {odd}s" if odd else "")
     return f"cannot cut a {name}; leave the cache out, or pass a DynamicCache."
 
@@ -288,20 +295,18 @@ def adopt(cache: Any, layers: Sequence[int], count: int) -> None:
         layers: the decoder layers whose cache may be cut.
         count: number of all decoder layers.
     """
-    if cache.layer_class_to_replicate is not None:
-        while len(cache.layers) < count:
-            cache.layers.append(cache.layer_class_to_replicate())
-    binding = binding_of(cache) or Binding()
+    caches.fill(cache, count)
+    binding, held = binding_of(cache) or Binding(), caches.layers_of(cache)
     for index in layers:
-        old = cache.layers[index]
-        if type(old) is DynamicLayer:
-            new = cache.layers[index] = RaggedLayer(binding, index)
-            vars(new).update(vars(old))
+        if index < len(held) and type(held[index]) is DynamicLayer:
+            new = RaggedLayer(binding, index)
+            vars(new).update(caches.held_of(held[index]))
+            caches.replace_layer(cache, index, new)
 
 
 def binding_of(cache: Any) -> Binding | None:
     """The binding of a cache that has ragged layers; None for any other."""
-    for layer in getattr(cache, "layers", None) or ():
+    for layer in caches.layers_of(cache):
         if isinstance(layer, RaggedLayer):
             return layer.binding
     return None
@@ -317,23 +322,19 @@ def attending(cache: Any, attention: Any, cutter: Cutter | None) -> Iterator[Non
         cutter: decides the cut of the prompt that the forward brings; None for none.
 
     Raises:
-        VlmpruneError: the model's attention did not attend through Transformers' registry.
+        ContractError: a layer did not attend through Transformers' registry.
     """
     binding = binding_of(cache)
     if binding is None:
         yield
         return
-    binding.open, binding.cutter = True, cutter
+    binding.open, binding.cutter, binding.attention = True, cutter, attention
     try:
         with dispatching(attention):
             yield
-        if binding.waiting is not None:
-            raise VlmpruneError(
-                f"{type(attention).__name__} does not attend through Transformers' attention "
-                "registry, so a cut cache would be misread; prune before the language model."
-            )
+        binding.check_attended()
     finally:
-        binding.open, binding.cutter, binding.waiting = False, None, None
+        binding.open, binding.cutter, binding.waiting, binding.attention = False, None, None, None
 
 
 def tail_mask(mask: Any, query: Tensor, tail: int) -> Tensor | None:
@@ -374,22 +375,25 @@ def _known(mask: Any) -> Tensor | None:
     )
 
 
-def _plain(function: Callable[..., Any], module: Any, kwargs: dict[str, Any], *call: Any) -> Any:
-    return function(module, *call, **kwargs)[0]
+def _plain(
+    function: Callable[..., Any],
+    call: AttentionCall,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+) -> Any:
+    few = replace(call, query=query, key=key, value=value, mask=mask)
+    return contract.run(function, few, causal=True)[0]
 
 
-def _flash(module: Any) -> bool:
-    return "flash" in (module.config._attn_implementation or "")
-
-
-def _check_call(kwargs: dict[str, Any]) -> None:
+def _check_call(call: AttentionCall) -> None:
     """Refuse what changes attention in a way that the ragged part does not know."""
-    for name in ("softcap", "s_aux", "position_bias", "sliding_window"):
-        if kwargs.get(name) is not None:
-            raise VlmpruneError(
-                f"attention with {name} cannot be used with a cut cache; prune before the language "
-                "model instead."
-            )
+    if call.uneven is not None:
+        raise VlmpruneError(
+            f"attention with {call.uneven} cannot be used with a cut cache; prune before the "
+            "language model instead."
+        )
 
 
 def _with_room(old: Tensor, states: Tensor, room: int) -> Tensor:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from vlmprune import families
 from vlmprune.errors import VlmpruneError
-from vlmprune.loading import Loaded, prepare_batch
+from vlmprune.hosts import release
+from vlmprune.io.models import Loaded, prepare_batch
 from vlmprune.methods import PLPHP
 
 BINS = 20
@@ -186,8 +187,6 @@ def document(
         beta_quantile: of γ, that beta is; None where it was set otherwise.
         alpha_quantile: likewise.
     """
-    import transformers
-
     import vlmprune
 
     marks = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
@@ -214,7 +213,7 @@ def document(
         "versions": {
             "vlmprune": vlmprune.__version__,
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "transformers": release.version(),
         },
     }
 

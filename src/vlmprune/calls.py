@@ -6,20 +6,19 @@ result put back into the form that the user would have got.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from vlmprune import costs, families, reuse
+from vlmprune import costs, progress, reuse
 from vlmprune.active import Active, active
 from vlmprune.cache import adopt, attending, binding_of
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts.release import by_name, cache_given, cache_returned, with_cache
+from vlmprune.hosts import caches, contract, decoder, outputs, release
+from vlmprune.hosts.requests import ModelCall, PlainSettings, Settings, model_call
 from vlmprune.refusals import (
     check_common,
     check_cutting,
@@ -37,130 +36,147 @@ if TYPE_CHECKING:
 
 def generate(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`generate` with fewer visual tokens; returns what the host would have returned."""
-    vision = _vision(handle, kwargs)
-    kwargs = by_name(original, *args, **kwargs)
-    ids = kwargs.get("input_ids") if kwargs.get("inputs") is None else kwargs["inputs"]
-    cache = cache_given(type(handle.model), kwargs)
-    setting = _settings(handle.model, kwargs)
-    check_encoded(kwargs)
-    if vision is None and not _brings_items(handle, kwargs) and mark(cache) is None:
+    with _kept_or_given_back(handle):
+        return _generate(handle, original, args, kwargs)
+
+
+def _generate(
+    handle: Handle, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    call, given = model_call(handle.model, original, args, kwargs)
+    vision = _vision(handle, given)
+    ids, cache, setting = call.prompt, call.cache, Settings(call)
+    check_encoded(call)
+    if vision is None and not _brings_items(handle, call) and mark(cache) is None:
         handle.report_nothing()
-        return original(**kwargs)
+        return call.run(original)
     # As the host's own `generate` runs, for what is recomputed depends on it.
     with torch.no_grad():
-        check_generate(kwargs, ids, setting)
+        check_generate(call, ids, setting)
         if handle.pruner.cuts:
-            check_cutting(handle, kwargs, setting)
+            check_cutting(handle, call, setting)
         if handle.asks or handle.skips:
-            check_dropping(handle, kwargs, setting)
+            check_dropping(handle, call, setting)
 
     assert ids is not None
-    mask = kwargs.get("attention_mask")
-    if mask is None:
-        mask = _mask_of(ids, setting("pad_token_id"), setting("eos_token_id"))
+    mask = _mask_of(ids, setting) if call.mask is None else call.mask
+    given_positions = call.positions
     with torch.no_grad():
-        positions = kwargs.get("position_ids")
-        prepared = prepare(handle, ids, mask, positions, cache, kwargs, False, vision=vision)
+        prepared = prepare(handle, ids, mask, given_positions, cache, call, False, vision=vision)
     if not prepared.state.items:
         handle.report_nothing()
-    given = prepared.prompt.ids
-    changed = _shorter_limits(handle.model, kwargs, mask.shape[1] - given.shape[1])
+    left = prepared.prompt.ids
+    limits = setting.shorter(mask.shape[1] - left.shape[1])
     if ids.shape[1] < mask.shape[1]:
         # Ids that came without the columns of the cache go on without them.
-        given = given[:, prepared.known[1] :]
-    changed |= {"attention_mask": prepared.prompt.mask, "position_ids": handed(prepared.prompt)}
-    changed |= prepared.prompt.aligned
-    if kwargs.get("streamer") is not None:
-        changed["streamer"] = _FullPrompt(kwargs["streamer"], ids)
-    old = {"inputs", "input_ids"} | {n for medium in handle.family.media for n in medium.inputs}
-    given_positions = kwargs.get("position_ids")
-    kwargs = {k: v for k, v in kwargs.items() if k not in old} | prepared.pixels | changed
+        left = left[:, prepared.known[1] :]
+    short = call.without(n for medium in handle.family.media for n in medium.inputs)
+    short = short.with_prompt(left).also(prepared.pixels | limits | prepared.prompt.aligned)
+    short = short.with_(mask=prepared.prompt.mask, positions=handed(prepared.prompt))
+    if call.streamer is not None:
+        short = short.with_(streamer=_FullPrompt(call.streamer, ids))
 
     token = active.set(prepared.state)
     try:
-        result = original(inputs=given, **kwargs)
+        result = short.run(original)
     finally:
         active.reset(token)
 
-    sequences = result if isinstance(result, Tensor) else result.sequences
+    sequences = outputs.sequences_of(result)
+    new = sequences.shape[1] - left.shape[1]
+    prepared.state.check_end(handle.model, prepared.prompt.ids.shape[1] + new - 1)
     times = sequences.shape[0] // ids.shape[0]
     prompt = ids.repeat_interleave(times, 0).to(sequences.device)
-    sequences = torch.cat((prompt, sequences[:, given.shape[1] :]), dim=1)
-    beams = (setting("num_beams") or 1) > 1
-    for holder in (cache, cache_returned(result)):
-        remember(holder, prepared.prefix.repeat(times), "it comes from a beam search" * beams)
+    sequences = torch.cat((prompt, sequences[:, left.shape[1] :]), dim=1)
+    for holder in (cache, prepared.state.progress.cache, release.cache_returned(result)):
+        searched = "it comes from a beam search" * (setting.beams > 1)
+        remember(holder, prepared.prefix.repeat(times), searched)
     leave_deltas(handle, prepared.prefix, given_positions)
-    if isinstance(result, Tensor):
-        return sequences
-    result.sequences = sequences
-    return result
+    return outputs.with_sequences(result, sequences)
 
 
 def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A plain forward with fewer visual tokens; logits are those of the shorter sequence."""
     state = active.get()
-    if state is not None and state.handle is handle:
-        kwargs = _inside(state, kwargs)
-        state.running = kwargs["input_ids"].shape[0]
-        for medium in handle.family.media:
-            ahead = (kwargs.get("mm_encoder_outputs") or {}).get(medium.kind)
-            if ahead is not None and medium.method in state.pruned:
-                formed = state.pruned[medium.method].repeated(ahead, state.times)
-                outputs = {**kwargs["mm_encoder_outputs"], medium.kind: formed}
-                kwargs = kwargs | {"mm_encoder_outputs": outputs}
-        with _inside_decoder(handle, state, kwargs):
-            return original(*args, **kwargs)
-    vision = _vision(handle, kwargs)
-    kwargs = by_name(original, *args, **kwargs)
-    cache = cache_given(type(handle.model), kwargs)
-    check_encoded(kwargs)
-    if vision is None and not _brings_items(handle, kwargs) and mark(cache) is None:
-        return original(**kwargs)
-    ids = kwargs.get("input_ids")
-    check_common(kwargs, ids)
-    if isinstance(kwargs.get("logits_to_keep"), Tensor):
+    with _kept_or_given_back(handle):
+        if state is not None and state.handle is handle:
+            return _step(handle, state, original, args, kwargs)
+        return _forward(handle, original, args, kwargs)
+
+
+def _step(
+    handle: Handle,
+    state: Active,
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """A forward that a pruned `generate` makes."""
+    given = release.by_name(original, *args, **kwargs) if args else kwargs
+    call = _inside(state, ModelCall(handle.model, given))
+    ids = call.ids
+    if ids is None:
+        raise contract.broken(handle.model, "a forward within generate is given no input_ids")
+    state.running = ids.shape[0]
+    ahead: dict[str, Any] = {
+        medium.kind: state.pruned[medium.method].repeated(call.encoded[medium.kind], state.times)
+        for medium in handle.family.media
+        if medium.kind in call.encoded and medium.method in state.pruned
+    }
+    if ahead:
+        call = call.with_encoded(ahead)
+        taken = [m.method for m in handle.family.media if m.kind in ahead]
+        state.progress.taken.update(taken)
+    with _inside_decoder(handle, state, call):
+        return call.run(original)
+
+
+def _forward(
+    handle: Handle, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    call, given = model_call(handle.model, original, args, kwargs)
+    vision = _vision(handle, given)
+    cache, ids = call.cache, call.ids
+    check_encoded(call)
+    brings = vision is not None or _brings_items(handle, call)
+    if not brings and mark(cache) is None:
+        return call.run(original)
+    check_common(call, ids)
+    if call.picks_logits:
         raise VlmpruneError(
             "logits_to_keep as a tensor counts columns that pruning removes; pass an int."
         )
     assert ids is not None
-    caching = _caches(handle.model, kwargs)
+    caching, settings = _caches(call), PlainSettings(call)
     if handle.pruner.cuts and (caching or handle.pruner.probes is not None):
-        check_cutting(handle, kwargs, lambda n: caching if n == "use_cache" else kwargs.get(n))
-        if cache is None and (vision is not None or _brings_items(handle, kwargs)):
-            cache = DynamicCache(config=handle.model.config)
-            kwargs = with_cache(type(handle.model), kwargs, cache)
+        check_cutting(handle, call, settings)
+        if cache is None and brings:
+            cache = caches.new_cache(handle.model)
+            call = call.with_cache(cache)
     if handle.asks or handle.skips:
-        check_dropping(handle, kwargs, kwargs.get)
-    prepared = prepare(
-        handle,
-        ids,
-        kwargs.get("attention_mask"),
-        kwargs.get("position_ids"),
-        cache,
-        kwargs,
-        True,
-        caching,
-        vision,
-    )
-    given_positions = kwargs.get("position_ids")
+        check_dropping(handle, call, settings)
+    given_positions = call.positions
+    prepared = prepare(handle, ids, call.mask, given_positions, cache, call, True, caching, vision)
     new = slice(prepared.known[1], None)
-    old = {name for medium in handle.family.media for name in medium.inputs}
-    kwargs = {k: v for k, v in kwargs.items() if k not in old}
-    kwargs |= prepared.pixels | {
-        "input_ids": prepared.prompt.ids[:, new],
-        "attention_mask": prepared.prompt.mask,
-        "position_ids": handed(prepared.prompt, new) + handle.family.first,
-        **prepared.prompt.aligned,
-    }
+    short = call.without(name for medium in handle.family.media for name in medium.inputs)
+    short = short.also(prepared.pixels).also(prepared.prompt.aligned)
+    short = short.with_(
+        ids=prepared.prompt.ids[:, new],
+        mask=prepared.prompt.mask,
+        positions=handed(prepared.prompt, new) + handle.family.first,
+    )
     prepared.state.running = prepared.prompt.ids.shape[0]
     token = active.set(prepared.state)
     try:
-        with _inside_decoder(handle, prepared.state, kwargs):
-            result = original(**kwargs)
+        with _inside_decoder(handle, prepared.state, short):
+            result = short.run(original)
     finally:
         active.reset(token)
-    returned = cache_returned(result)
-    after = cache if returned is None else returned
+    returned = release.cache_returned(result)
+    filled = prepared.state.progress.cache
+    after = next((one for one in (returned, cache, filled) if one is not None), None)
+    if after is None and caching and contract.checks():
+        raise contract.broken(result, "it holds no KV cache where one was filled")
     leave_deltas(handle, prepared.prefix, given_positions)
     # Tokens without an image need no new record: the old one still says what was dropped.
     if prepared.state.items or mark(after) is None:
@@ -171,14 +187,15 @@ def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: 
 def encode(handle: Handle, inputs: dict[str, Any]) -> Vision:
     """The images and videos of a request after pruning, for later requests."""
     reuse.check(handle)
-    check_common(inputs, inputs.get("input_ids"))
-    if not _brings_items(handle, inputs):
+    call = ModelCall(handle.model, inputs)
+    check_common(call, call.ids)
+    if not _brings_items(handle, call):
         raise VlmpruneError(
             "there is no image or video to encode; pass all that the model's processor returns."
         )
-    mask = inputs.get("attention_mask")
-    ids = inputs["input_ids"]
-    prepared = prepare(handle, ids, mask, None, None, inputs, False, False)
+    assert call.ids is not None
+    with _kept_or_given_back(handle):
+        prepared = prepare(handle, call.ids, call.mask, None, None, call, False, False)
     return prepared.vision()
 
 
@@ -190,6 +207,7 @@ def features(
     if state is None or state.handle is not handle or name not in state.pruned:
         return original(*args, **kwargs)
     pruned = state.pruned[name]
+    state.progress.taken.add(name)
     if state.running is None:
         # `generate` encodes ahead, and repeats the items by itself.
         return pruned.listed()
@@ -197,19 +215,25 @@ def features(
 
 
 @contextmanager
-def _inside_decoder(handle: Handle, state: Active, kwargs: dict[str, Any]) -> Iterator[None]:
+def _kept_or_given_back(handle: Handle) -> Iterator[None]:
+    """Prove the contract inside the block; where it does not hold, give the model back."""
+    try:
+        with contract.proving(handle.ledger):
+            yield
+    except contract.ContractError:
+        handle.detach()
+        raise
+
+
+@contextmanager
+def _inside_decoder(handle: Handle, state: Active, call: ModelCall) -> Iterator[None]:
     """Let a forward drop rows between layers, and cut or continue a cache."""
-    cache, dropping = cache_given(type(handle.model), kwargs), state.dropping
+    cache, dropping = call.cache, state.dropping
     if dropping is not None and dropping.done and cache is not None:
         dropping = None
-    wanted = kwargs.get("output_hidden_states")
-    if wanted is None:
-        # The host's decoder looks at its own config; others may look at the whole.
-        config = handle.model.config
-        both = (config, config.get_text_config(decoder=True))
-        wanted = any(getattr(one, "output_hidden_states", False) for one in both)
     with (
-        skipping_layers(handle.model, dropping, cache, bool(wanted)),
+        progress.following(handle, state, call),
+        skipping_layers(handle.model, dropping, cache, call.states_wanted),
         _cutting(handle, state, cache),
     ):
         yield
@@ -244,13 +268,15 @@ def _cutting(handle: Handle, state: Active, cache: Any) -> Iterator[None]:
     if retaining is not None and retaining.done:
         retaining = None
     if retaining is not None and cache is not None:
-        adopt(cache, handle.cuttable, len(families.decoder_layers(handle.model)))
+        adopt(cache, handle.cuttable, len(decoder.decoder_layers(handle.model)))
     if binding_of(cache) is None:
         yield
-        return
-    with attending(cache, handle.attention, retaining):
-        yield
-    if retaining is not None and cache is not None and retaining.due(cache.get_seq_length()):
+    else:
+        with attending(cache, handle.attention, retaining):
+            yield
+    # A forward with its prompt in parts is done when the last has come.
+    if retaining is not None and (cache is None or retaining.due(caches.length_of(cache))):
+        retaining.check_cut(handle.model, handle.cuttable)
         retaining.done = True
         if state.report is not None:
             cached = costs.kv_layers(handle.model.config)
@@ -259,97 +285,59 @@ def _cutting(handle: Handle, state: Active, cache: Any) -> Iterator[None]:
             )
 
 
-def _vision(handle: Handle, kwargs: dict[str, Any]) -> Vision | None:
-    """Take the argument that is ours out of a call's."""
-    vision = kwargs.pop("vision", None)
+def _vision(handle: Handle, vision: Any) -> Vision | None:
+    """The argument that is ours, once it is sure that it fits."""
     if vision is None:
         return None
     reuse.check(handle, vision)
-    return vision.to(handle.model.device)
+    found: Vision = vision.to(handle.model.device)
+    return found
 
 
-def _brings_items(handle: Handle, kwargs: dict[str, Any]) -> bool:
+def _brings_items(handle: Handle, call: ModelCall) -> bool:
     """Whether a call comes with images or videos."""
     for medium in handle.family.media:
         for name in medium.replaced:
-            if kwargs.get(name) is not None:
+            if call.brings(name):
                 raise VlmpruneError(
                     f"{name} is called {medium.inputs[0]} in this release of transformers; pass "
                     "it under that name."
                 )
-    return any(kwargs.get(medium.inputs[0]) is not None for medium in handle.family.media)
+    return any(call.brings(medium.inputs[0]) for medium in handle.family.media)
 
 
-def _caches(model: Any, kwargs: dict[str, Any]) -> bool:
+def _caches(call: ModelCall) -> bool:
     """Whether a plain forward fills a cache."""
-    wanted = kwargs.get("use_cache")
-    if wanted is None:
-        wanted = getattr(model.config.get_text_config(), "use_cache", True)
-    return bool(wanted) and not families.recomputes(model)
+    return call.caches and not decoder.recomputes(call.model)
 
 
-def _inside(state: Active, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _inside(state: Active, call: ModelCall) -> ModelCall:
     """Mend what `generate` hands to the model: later positions, and gaps without a mask."""
-    positions = kwargs.get("position_ids")
+    positions, ids = call.positions, call.ids
     if positions is None:
-        return kwargs
+        return call
+    seen = caches.length_of(call.cache)
     if state.drift is not None and state.drift.ndim == 2:
-        cache = cache_given(type(state.handle.model), kwargs)
-        start = cache.get_seq_length() if cache is not None else 0
-        kwargs = kwargs | {"position_ids": state.drifted(positions, start)}
+        call = call.with_(positions=state.drifted(positions, seen))
     elif state.drift is not None:
         times = positions.shape[-2] // state.drift.shape[0]
         last, drift = (
             t.repeat_interleave(times, 0)[:, None].to(positions.device)
             for t in (state.last, state.drift)
         )
-        positions = torch.where(positions > last, positions + drift, positions)
-        kwargs = kwargs | {"position_ids": positions}
-    if state.gapped and kwargs.get("attention_mask") is None:
-        cache = cache_given(type(state.handle.model), kwargs)
-        if cache is None or cache.get_seq_length() == 0:
-            # Without mask and cache, gaps in the positions would be read as packed sequences.
-            kwargs = kwargs | {"attention_mask": torch.ones_like(kwargs["input_ids"])}
-    return kwargs
+        moved = torch.where(positions > last, positions + drift, positions)
+        call = call.with_(positions=moved)
+    if state.gapped and call.mask is None and not seen and ids is not None:
+        # Without mask and cache, gaps in the positions would be read as packed sequences.
+        call = call.with_(mask=torch.ones_like(ids))
+    return call
 
 
-def _settings(model: Any, kwargs: dict[str, Any]) -> Callable[[str], Any]:
-    """Look a generation setting up as `generate` does: argument, given config, model's config."""
-    given = kwargs.get("generation_config")
-
-    def setting(name: str) -> Any:
-        for source in (kwargs.get(name), getattr(given, name, None)):
-            if source is not None:
-                return source
-        return getattr(model.generation_config, name, None)
-
-    return setting
-
-
-def _mask_of(ids: Tensor, pad: Any, eos: Any) -> Tensor:
+def _mask_of(ids: Tensor, setting: Settings) -> Tensor:
     """The mask that `generate` infers: padding counts as such if its id is not an end token."""
-    ends = eos if isinstance(eos, list | tuple) else [eos]
-    pad = pad[0] if isinstance(pad, list | tuple) else pad
-    if pad is None or pad in ends:
+    if setting.pad is None or setting.pad in setting.ends:
         return torch.ones_like(ids)
-    return (ids != pad).long()
-
-
-def _shorter_limits(model: Any, kwargs: dict[str, Any], removed: int) -> dict[str, Any]:
-    """Length limits that count the prompt, less the columns that went."""
-    changed: dict[str, Any] = {}
-    setting = _settings(model, kwargs)
-    for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        value = setting(name)
-        if not value or setting(instead) is not None or removed == 0:
-            continue
-        config = changed.get("generation_config", kwargs.get("generation_config"))
-        if kwargs.get(name) is None and config is not None:
-            changed["generation_config"] = config = copy.deepcopy(config)
-            setattr(config, name, max(0, value - removed))
-        else:
-            changed[name] = max(0, value - removed)
-    return changed
+    return (ids != setting.pad).long()
 
 
 class _FullPrompt:

@@ -141,7 +141,7 @@ class Chain(Pruner):
         """Check the first stage; the later ones see what it leaves."""
         self.stages[0].check_request(candidates, images, videos)
         for stage in self.stages[1:]:
-            check_budget(getattr(stage, "budget", "crop"), videos)
+            check_budget(stage.unit, videos)
 
     def reads(self, depth: int, feature: int) -> Reads:
         """All that any stage wants to see.

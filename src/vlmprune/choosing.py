@@ -15,6 +15,7 @@ from vlmprune import inside, merging, questions, relevance, semantic
 from vlmprune.active import Pruned
 from vlmprune.cache import RaggedLayer
 from vlmprune.encode import Encoded, Plan, encode
+from vlmprune.hosts import caches, config, outputs
 from vlmprune.inputs import Prompt
 from vlmprune.report import make
 from vlmprune.retaining import Retaining, row_lengths
@@ -98,8 +99,8 @@ def choose(
         features = left([tokens[i] for i in own])
         extra = [left(layer) for layer in media[number].extra(output, layouts)]
         rows = planned.rows(batch, number)
-        deep = getattr(output, "deepstack_features", None) or [None]
-        flat = isinstance(deep[0], Tensor)
+        deep = outputs.deep_of(output, config.deepstack_layers(handle.model.config))
+        flat = bool(deep) and isinstance(deep[0], Tensor)
         own_order = None if order is None else [order[i] for i in own]
         pruned[media[number].method] = Pruned(
             media[number], output, features, extra, rows, flat, own_order
@@ -267,13 +268,12 @@ def check_prompt(
         items: of each row.
         cache: the cache to continue, or None.
     """
-    config = handle.model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    sizes = handle.model.config
+    heads, head_dim = config.kv_heads(sizes), config.head_dim(sizes)
     stays = prompt.mask != 0
     stays[:, stays.shape[1] - visual.shape[1] :] &= ~visual
     held = [stays.sum(dim=1) * heads]
-    for layer in getattr(cache, "layers", ()):
+    for layer in caches.layers_of(cache):
         if isinstance(layer, RaggedLayer) and layer.prefix is not None:
             # Of an earlier turn, what the layer holds counts, not what it has seen.
             tail = stays[:, layer.start :].sum(dim=1) * heads

@@ -16,10 +16,10 @@ from vlmprune import bench, costs, evaluate, kept_answers, layerwise, running, s
 from vlmprune.compared import ALL_TOKENS, Answer, Interval, Result, Row, Shown, Skipped
 from vlmprune.errors import VlmpruneError
 from vlmprune.evaluation import Evaluation, Mean
-from vlmprune.loading import Loaded, attached, prepare_texts
+from vlmprune.io.models import Loaded, attached, prepare_texts
+from vlmprune.io.processors import scaled
 from vlmprune.page import MOST, SIDE
 from vlmprune.pruner import Pruner
-from vlmprune.scaling import scaled
 from vlmprune.tasks import Sample, Task
 from vlmprune.ways import Way
 from vlmprune.work import Work

@@ -11,10 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-# Towers that put no CLS token in front of their patches.
-_WITHOUT_CLS = ("siglip", "pixtral", "idefics3", "smolvlm", "qwen")
-# Towers whose feed-forward has a gate, and so three matrices.
-_GATED = ("pixtral", "qwen2_5_vl")
+from vlmprune.hosts import config as configs
+from vlmprune.hosts import sizes
 
 
 def prefill_flops(config: Any, visual_tokens: int) -> float:
@@ -37,8 +35,7 @@ def prefill_flops(config: Any, visual_tokens: int) -> float:
     Raises:
         ValueError: a negative count, or a config that lacks a field.
     """
-    layers = _field(_text(config), "num_hidden_layers")
-    return float(layers * _layer_flops(config, visual_tokens))
+    return float(sizes.decoder_depth(config) * _layer_flops(config, visual_tokens))
 
 
 def layered_flops(config: Any, visual_tokens: Sequence[int]) -> float:
@@ -57,9 +54,8 @@ def layered_flops(config: Any, visual_tokens: Sequence[int]) -> float:
 def _layer_flops(config: Any, visual_tokens: int) -> int:
     """FLOPs of one decoder layer on so many visual tokens."""
     n = _count("visual_tokens", visual_tokens)
-    text = _text(config)
-    d, m = _field(text, "hidden_size"), _field(text, "intermediate_size")
-    q, kv = _attention_widths(text)
+    d, m = sizes.decoder_width(config), sizes.decoder_inner(config)
+    q, kv = _attention_widths(config)
     return int(2 * (2 * n * d * q + 2 * n * d * kv + 2 * n * n * q + 3 * n * d * m))
 
 
@@ -91,9 +87,8 @@ def kv_bytes(config: Any, tokens: int, bytes_per_value: int = 2) -> int:
     n = _count("tokens", tokens)
     if bytes_per_value < 1:
         raise ValueError(f"bytes_per_value={bytes_per_value} must be 1 or more.")
-    text = _text(config)
-    _, kv = _attention_widths(text)
-    return int(2 * kv_layers(text) * kv * bytes_per_value * n)
+    _, kv = _attention_widths(config)
+    return int(2 * kv_layers(config) * kv * bytes_per_value * n)
 
 
 def kv_layers(config: Any) -> int:
@@ -107,11 +102,10 @@ def kv_layers(config: Any) -> int:
 
 def caching_layers(config: Any) -> list[bool]:
     """For each decoder layer whether it caches keys and values."""
-    text = _text(config)
-    kinds = getattr(text, "layer_types", None)
-    if kinds is None:
-        return [True] * int(_field(text, "num_hidden_layers"))
-    return [kind not in ("linear_attention", "conv", "mamba", "moe", "mlp") for kind in kinds]
+    caching = configs.caching_layers(config)
+    if caching is None:
+        return [True] * sizes.decoder_depth(config)
+    return caching
 
 
 def encoder_flops(
@@ -145,28 +139,24 @@ def encoder_flops(
         ValueError: a negative count, both `patches` and `pixels`, or a config that lacks a field.
     """
     count = _count("crops", crops)
-    tower = _vision(config)
     if patches is None:
-        patches = patch_count(tower, pixels)
+        patches = patch_count(config, pixels)
     elif pixels is not None:
         raise ValueError("give patches or pixels, not both.")
-    n = _count("patches", patches) + _prefix_tokens(tower)
-    # Qwen2-VL's tower calls the language model's width its hidden size, and towers of that line
-    # the number of their layers their depth.
-    d = _optional(tower, "embed_dim", None) or _field(tower, "hidden_size")
-    layers = _optional(tower, "depth", None) or _field(tower, "num_hidden_layers")
-    linear = layers * (4 * n * d * d + n * d * _feed_forward_width(tower, d))
-    whole = getattr(tower, "fullatt_block_indexes", None)
+    n = _count("patches", patches) + sizes.extra_tokens(config)
+    d, layers = sizes.width(config), sizes.depth(config)
+    feed_forward = sizes.feed_forward(config)
+    linear = layers * (4 * n * d * d + n * d * feed_forward)
+    whole = sizes.whole_layers(config)
     seen = layers * n
     if whole is not None:
-        window = (_field(tower, "window_size") // _field(tower, "patch_size")) ** 2
         wide = len([number for number in whole if number < layers])
-        seen = wide * n + (layers - wide) * min(n, window)
+        seen = wide * n + (layers - wide) * min(n, sizes.window_patches(config))
     saved, left = 0, n
     for merge in merges:
         saved += 4 * (n - left) * d * d + 2 * (n * n - left * left) * d
         left -= merge
-        saved += (n - left) * d * _feed_forward_width(tower, d)
+        saved += (n - left) * d * feed_forward
     return float(2 * count * (linear + 2 * n * seen * d - saved))
 
 
@@ -185,10 +175,9 @@ def beside_flops(config: Any, crops: int, patches: int, tokens: int, layers: int
     Returns:
         FLOPs (not TFLOPs), as a float.
     """
-    tower = _vision(config)
-    seen = patches + _prefix_tokens(tower) + tokens
-    d = _field(tower, "hidden_size")
-    each = 4 * d * d + d * _feed_forward_width(tower, d) + 2 * seen * d
+    seen = patches + sizes.extra_tokens(config) + tokens
+    d = sizes.width(config)
+    each = 4 * d * d + d * sizes.feed_forward(config) + 2 * seen * d
     return float(2 * crops * layers * tokens * each)
 
 
@@ -205,33 +194,10 @@ def patch_count(config: Any, pixels: int | Sequence[int] | None = None) -> int:
     Raises:
         ValueError: a size that is not one or two positive numbers, or a config that lacks a field.
     """
-    tower = _vision(config)
-    size = _field(tower, "image_size") if pixels is None else pixels
+    size = sizes.image_size(config) if pixels is None else pixels
     height, width = _sides("pixels" if pixels is not None else "image_size", size)
-    patch_height, patch_width = _sides("patch_size", _field(tower, "patch_size"))
+    patch_height, patch_width = _sides("patch_size", sizes.patch_size(config))
     return (height // patch_height) * (width // patch_width)
-
-
-def _text(config: Any) -> Any:
-    return _optional(config, "text_config", config)
-
-
-def _vision(config: Any) -> Any:
-    return _optional(config, "vision_config", config)
-
-
-def _optional(config: Any, name: str, default: Any) -> Any:
-    value = getattr(config, name, None)
-    return default if value is None else value
-
-
-def _field(config: Any, name: str) -> Any:
-    value = getattr(config, name, None)
-    if value is None:
-        raise ValueError(
-            f"{type(config).__name__} has no field {name!r}, which the cost formula needs."
-        )
-    return value
 
 
 def _count(name: str, value: int) -> int:
@@ -247,32 +213,8 @@ def _sides(name: str, size: int | Sequence[int]) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _attention_widths(text: Any) -> tuple[int, int]:
+def _attention_widths(config: Any) -> tuple[int, int]:
     """Widths of all query heads and of all KV heads together."""
-    heads = _field(text, "num_attention_heads")
-    kv_heads = _optional(text, "num_key_value_heads", heads)
-    head_dim = getattr(text, "head_dim", None)
-    if head_dim is None:
-        head_dim = _field(text, "hidden_size") // heads
-    return heads * head_dim, kv_heads * head_dim
-
-
-def _prefix_tokens(tower: Any) -> int:
-    registers: int = _optional(tower, "num_register_tokens", 0)
-    has_cls = not str(getattr(tower, "model_type", "")).startswith(_WITHOUT_CLS)
-    return registers + int(has_cls)
-
-
-def _feed_forward_width(tower: Any, hidden_size: int) -> int:
-    """Widths of all feed-forward matrices of a layer, added up."""
-    m = getattr(tower, "intermediate_size", None)
-    if m is None:
-        if getattr(tower, "mlp_ratio", None) is None:
-            _field(tower, "intermediate_size")
-        m = int(hidden_size * tower.mlp_ratio)
-    if str(getattr(tower, "model_type", "")).startswith(_GATED):
-        return int(3 * m)
-    if getattr(tower, "use_swiglu_ffn", False):
-        # DINOv2's own rounding of the gated width, of which there are three matrices.
-        return 3 * ((int(m * 2 / 3) + 7) // 8 * 8)
-    return int(2 * m)
+    heads = sizes.query_heads(config)
+    head_dim = configs.head_dim(config)
+    return heads * head_dim, configs.kv_heads(config) * head_dim

@@ -8,92 +8,90 @@ guest. All other calls, of other models and threads too, go to the plain functio
 
 from __future__ import annotations
 
-import inspect
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+from vlmprune.hosts import contract
+from vlmprune.hosts.attention import AttentionCall, Registered, called
 
 # The attribute under which keys carry their guest.
 GUEST = "vlmprune_guest"
 
 
 class Watcher(Protocol):
-    """Sees the attention calls of a module."""
+    """Sees the attention calls of a module.
 
-    def see(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        attention_mask: Any,
-        kwargs: dict[str, Any],
-    ) -> None:
+    Attributes:
+        causal: whether it reads a call as causal that brings no mask of four dimensions.
+        whole: whether the call brings all keys that its mask is about.
+    """
+
+    causal: bool
+    whole: bool
+
+    def see(self, call: AttentionCall) -> None:
         """Take note of one call."""
 
 
 class Guest(Protocol):
     """Computes the attention calls whose keys carry it."""
 
-    def attend(
-        self,
-        function: Callable[..., Any],
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, function: Callable[..., Any], call: AttentionCall) -> Any:
         """The call's result, by the plain `function` or otherwise."""
 
 
-# A call's queries and mask → the mask that it gets instead.
-Masks = Callable[[Tensor, Any], Any]
+# A call → what is made of it before anybody sees it.
+Change = Callable[[AttentionCall], AttentionCall]
+
+
+def guest_of(key: Tensor) -> Guest | None:
+    """The guest that keys carry, if they do."""
+    return vars(key).get(GUEST)
 
 
 class _Dispatcher:
     """Stands in for one registered attention function while at least one user needs it."""
 
-    def __init__(self, interface: Any, name: str) -> None:
-        self.interface, self.name = interface, name
+    def __init__(self, registered: Registered) -> None:
+        self.registered = registered
         self.users = 0
         self.watchers: dict[nn.Module, list[Watcher]] = {}
-        self.masks: dict[nn.Module, list[Masks]] = {}
-        self.local = name in interface._local_mapping
-        self.original = interface.get(name)
+        self.changes: dict[nn.Module, list[Change]] = {}
 
-    def __call__(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        # A copy, as other threads may add or remove theirs meanwhile.
-        for masked in tuple(self.masks.get(module, ())):
-            attention_mask = masked(query, attention_mask)
-        for watcher in tuple(self.watchers.get(module, ())):
-            watcher.see(module, query, key, attention_mask, kwargs)
-        function = self.original or _eager(module)
-        guest: Guest | None = getattr(key, GUEST, None)
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        function = self.registered.function(module)
+        try:
+            call = called(module, *args, **kwargs)
+        except TypeError as error:
+            if self._concerns(module, (*args, *kwargs.values())):
+                raise contract.broken(
+                    module, f"it calls its attention function otherwise ({error})"
+                ) from error
+            return function(module, *args, **kwargs)
+        # Copies, as other threads may add or remove theirs meanwhile.
+        watchers = tuple(self.watchers.get(module, ()))
+        for change in tuple(self.changes.get(module, ())):
+            call = change(call)
+        result = None
+        for causal in {one.causal for one in watchers if one.whole}:
+            if contract.due(call, causal):
+                result = contract.run(function, call, causal)
+        for watcher in watchers:
+            watcher.see(call)
+        guest = guest_of(call.key)
         if guest is not None:
-            return guest.attend(function, module, query, key, value, attention_mask, **kwargs)
-        return function(module, query, key, value, attention_mask, **kwargs)
+            return guest.attend(function, call)
+        return call.run(function) if result is None else result
 
-    def install(self) -> None:
-        self.interface[self.name] = self
-
-    def remove(self) -> None:
-        if self.local:
-            self.interface[self.name] = self.original
-        else:
-            del self.interface[self.name]
+    def _concerns(self, module: nn.Module, given: Iterable[Any]) -> bool:
+        """Whether somebody is to see a module's call, or to compute it."""
+        if module in self.watchers or module in self.changes:
+            return True
+        return any(isinstance(one, Tensor) and guest_of(one) is not None for one in given)
 
 
 _lock = threading.RLock()
@@ -122,11 +120,11 @@ def watching(module: Any, watcher: Watcher) -> Iterator[None]:
 
 
 @contextmanager
-def masking(module: Any, masked: Masks) -> Iterator[None]:
-    """Let `masked` give the attention calls of `module` their mask inside the block."""
+def changing(module: Any, change: Change) -> Iterator[None]:
+    """Let `change` make other attention calls of those of `module` inside the block."""
     dispatcher = _acquire(module)
     try:
-        with _among(dispatcher.masks, module, masked):
+        with _among(dispatcher.changes, module, change):
             yield
     finally:
         _release(dispatcher)
@@ -145,32 +143,13 @@ def _among(users: dict[nn.Module, list[Any]], module: nn.Module, user: Any) -> I
                 del users[module]
 
 
-def attention_of(layer: nn.Module) -> Any:
-    """The one module of a layer whose code calls Transformers' attention registry.
-
-    Raises:
-        LookupError: there is none.
-    """
-    for module in layer.modules():
-        source = sys.modules.get(type(module).__module__)
-        has_registry = hasattr(source, "ALL_ATTENTION_FUNCTIONS")
-        if has_registry and hasattr(module, "config"):
-            if hasattr(module, "is_causal"):
-                return module
-            # Llama 4's vision attention has no such attribute, but its code names the registry.
-            if "ALL_ATTENTION_FUNCTIONS" in _names(type(module)):
-                return module
-    raise LookupError(f"{type(layer).__name__} has no attention that can be tapped")
-
-
 def _acquire(module: Any) -> _Dispatcher:
-    interface = sys.modules[type(module).__module__].ALL_ATTENTION_FUNCTIONS
-    name = module.config._attn_implementation
     with _lock:
-        dispatcher = _dispatchers.get((id(interface), name))
+        registered = Registered(module)
+        dispatcher = _dispatchers.get(registered.key)
         if dispatcher is None:
-            dispatcher = _dispatchers[id(interface), name] = _Dispatcher(interface, name)
-            dispatcher.install()
+            dispatcher = _dispatchers[registered.key] = _Dispatcher(registered)
+            registered.install(dispatcher)
         dispatcher.users += 1
         return dispatcher
 
@@ -179,23 +158,5 @@ def _release(dispatcher: _Dispatcher) -> None:
     with _lock:
         dispatcher.users -= 1
         if not dispatcher.users:
-            dispatcher.remove()
-            del _dispatchers[id(dispatcher.interface), dispatcher.name]
-
-
-def _eager(module: nn.Module) -> Callable[..., Any]:
-    """Eager attention is not registered: each modeling file has its own function, or several."""
-    for cls in type(module).__mro__:
-        own = [name for name in _names(cls) if name.endswith("eager_attention_forward")]
-        for name in (*own, "eager_attention_forward"):
-            function = getattr(sys.modules[cls.__module__], name, None)
-            if function is not None:
-                return function
-    raise LookupError(f"{type(module).__name__} has no eager attention function")
-
-
-def _names(cls: type) -> tuple[str, ...]:
-    """Names that the code of a class's own forward uses."""
-    forward = vars(cls).get("forward")
-    code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None
-    return getattr(code, "co_names", ())
+            dispatcher.registered.remove()
+            del _dispatchers[dispatcher.registered.key]

@@ -6,20 +6,22 @@ hook on the projector reads the features that the model selected.
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlmprune import semantic
+from vlmprune import encoder_check, semantic
 from vlmprune.active import active
+from vlmprune.encoder_check import Encoding
 from vlmprune.errors import VlmpruneError
 from vlmprune.families.media import Medium
+from vlmprune.hosts import contract
+from vlmprune.hosts.encoders import encoder_call, first_of
 from vlmprune.inputs import Span, spans
 from vlmprune.inside import acting
 from vlmprune.layout import Layout
@@ -219,9 +221,10 @@ def encode(
             continue
         given = inputs[number]
         acts = inside[number] if inside else None
-        seen = (run or _run)(model, medium, originals(medium.method), given, score, reads, acts)
-        outputs[number] = seen.output
         layouts = [planned.items[i].layout for i in own]
+        method = originals(medium.method)
+        seen = (run or _run)(model, medium, method, given, score, reads, acts, layouts)
+        outputs[number] = seen.output
         rows, cells = medium.cells(model, given, layouts, seen.attention, seen.features)
         _deal(scores, own, layouts, rows)
         _deal(features, own, layouts, cells)
@@ -306,6 +309,7 @@ def _run(
     score: Score,
     reads: Reads,
     inside: Inside | None,
+    layouts: Sequence[Layout],
 ) -> Seen:
     """One call of the host's own method, and what was seen of it."""
     scored = medium.scored(model, inputs)
@@ -317,58 +321,68 @@ def _run(
         )
     tap = Tap(scored.rows)
     features: list[Tensor] = []
-    takes = inspect.signature(method).parameters
-    # The pixels' name differs between releases, and some releases take the rest by **kwargs.
-    pixels, *others = medium.inputs
-    rest = {name for name, one in takes.items() if one.kind is one.VAR_KEYWORD}
-    known = {*takes, *others} - {*rest, pixels, next(iter(takes)), *medium.host_only}
-    arguments = {k: v for k, v in inputs.items() if k in known and v is not None}
-    # What a release requires beside the pixels, its own forward fills in as None.
-    for name, one in list(takes.items())[1:]:
-        if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD:
-            arguments.setdefault(name, None)
+    call = encoder_call(method, inputs, medium.inputs, medium.host_only)
+    tower, layer = medium.encoder(model, inputs), None if head is not None else scored
+    proves = (inside is None or not inside.acts) and encoder_check.due(model, medium, tower, layer)
     with ExitStack() as stack:
-        # The method may call another one of the host's, whose shadow must not give what an outer
-        # call has pruned.
-        stack.callback(active.reset, active.set(None))
+        stack.enter_context(_own_methods())
         run = stack.enter_context(acting(model, medium, inputs, inside))
         stack.enter_context(tapped(scored.layer, tap) if head is None else pooling(head, tap))
         taps: dict[str | int, Tap] = {}
         states: dict[int, list[Tensor]] = {}
         if reads.layers or reads.patches is not None or reads.keys is not None or reads.states:
-            encoder = medium.encoder(model, inputs)
-            for layer in reads.states:
-                states[layer] = stack.enter_context(passing(encoder.layers[layer]))
-            for layer in reads.layers:
-                same = head is None and encoder.layers[layer] is scored.layer
-                taps[layer] = tap if same and scored.rows == encoder.rows else Tap(encoder.rows)
-                if taps[layer] is not tap:
-                    stack.enter_context(tapped(encoder.layers[layer], taps[layer]))
+            for number in reads.states:
+                states[number] = stack.enter_context(passing(tower.layers[number]))
+            for number in reads.layers:
+                same = head is None and tower.layers[number] is scored.layer
+                taps[number] = tap if same and scored.rows == tower.rows else Tap(tower.rows)
+                if taps[number] is not tap:
+                    stack.enter_context(tapped(tower.layers[number], taps[number]))
             if reads.patches is not None:
-                taps["patches"] = PatchTap(encoder.cls)
-                stack.enter_context(tapped(encoder.layers[reads.patches], taps["patches"]))
+                taps["patches"] = PatchTap(tower.cls)
+                stack.enter_context(tapped(tower.layers[reads.patches], taps["patches"]))
             if reads.keys is not None:
                 taps["keys"] = KeyTap()
-                stack.enter_context(tapped(encoder.layers[reads.keys], taps["keys"]))
+                stack.enter_context(tapped(tower.layers[reads.keys], taps["keys"]))
+        left = stack.enter_context(passing(scored.layer)) if proves else None
         patches = None
         if reads.semantic is not None:
-            patches = stack.enter_context(semantic.recorded(medium.encoder(model, inputs)))
+            patches = stack.enter_context(semantic.recorded(tower))
             # Only what the method's own tokens go through is trained.
             stack.enter_context(torch.no_grad())
         thread = threading.get_ident()
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if threading.get_ident() == thread:
-                first = args[0] if args else next(iter(kwargs.values()))
-                features.append(first)
+                features.append(first_of(args, kwargs))
 
         hook = medium.projector(model).register_forward_pre_hook(keep, with_kwargs=True)
         stack.callback(hook.remove)
-        output = method(inputs[pixels], **arguments, return_dict=True)
+        output = call.run()
+    _check_seen(model, tap, taps, features, bool(states))
     words = scored.words if head is None else "attention of the tower's pooling head"
     rows = {name: one.rows_seen for name, one in taps.items()}
+    output = medium.completed(model, output)
+    if left and tap.rows_seen:
+        again = Encoding(
+            model,
+            medium,
+            tower,
+            layer,
+            inputs,
+            layouts,
+            tap.rows_seen,
+            features,
+            left,
+            output,
+            call.run,
+        )
+        with _own_methods():
+            encoder_check.check(again)
+    if tap.rows_seen and contract.checks():
+        medium.check_seen(model, inputs, layouts, tap.rows_seen)
     return Seen(
-        medium.completed(model, output),
+        output,
         run.words(words),
         run.spread(scored.layer if head is None else None, tap.rows_seen or _none(states)),
         features,
@@ -379,6 +393,44 @@ def _run(
         run.shared,
         [] if patches is None or reads.semantic is None else patches.run(reads.semantic),
     )
+
+
+@contextmanager
+def _own_methods() -> Iterator[None]:
+    """Outside of any pruned call inside the block.
+
+    A method of the host's may call another, whose shadow must not give what an outer call has
+    pruned.
+    """
+    token = active.set(None)
+    try:
+        yield
+    finally:
+        active.reset(token)
+
+
+def _check_seen(
+    model: nn.Module,
+    tap: Tap,
+    taps: Mapping[str | int, Tap],
+    features: Sequence[Tensor],
+    states: bool,
+) -> None:
+    """Refuse a tower that passed by what was to look at it.
+
+    Raises:
+        ContractError: a tap, or the projector, saw nothing.
+    """
+    blind = [name for name, one in taps.items() if not one.rows_seen]
+    if (not tap.rows_seen and not states) or blind:
+        where = "a layer" if not blind else f"layer {blind[0]}"
+        raise contract.broken(
+            model, f"{where} of its vision encoder ran without the attention that was to be seen"
+        )
+    if not features:
+        raise contract.broken(
+            model, "its projector ran without the features of its vision encoder being seen"
+        )
 
 
 def _none(states: Mapping[int, list[Tensor]]) -> list[Tensor]:

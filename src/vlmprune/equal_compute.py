@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from vlmprune import costs
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts import config as configs
+from vlmprune.hosts import sizes
 from vlmprune.plan import KNOWN, MIB, TERA, Decoder, architecture
 
 if TYPE_CHECKING:
@@ -173,12 +175,10 @@ def _most(config: Any, flops: float, text: int) -> int | None:
 
 def _parameters(config: Any) -> int:
     """Weights of the decoder layers' matrices."""
-    text = getattr(config, "text_config", None) or config
-    d, heads = text.hidden_size, text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or d // heads
-    kv = getattr(text, "num_key_value_heads", None) or heads
+    d, heads = sizes.decoder_width(config), sizes.query_heads(config)
+    head_dim, kv = configs.head_dim(config), configs.kv_heads(config)
     attention = 2 * d * heads * head_dim + 2 * d * kv * head_dim
-    return int(text.num_hidden_layers * (attention + 3 * d * text.intermediate_size))
+    return int(sizes.decoder_depth(config) * (attention + 3 * d * sizes.decoder_inner(config)))
 
 
 def _decoder(name: str) -> Any:

@@ -19,11 +19,12 @@ import torch
 from vlmprune import families, spec
 from vlmprune.evaluation import UNPRUNED, Evaluation, Mean, Result
 from vlmprune.handle import Handle
-from vlmprune.loading import Loaded, enough_memory, prepare_texts
+from vlmprune.hosts import processed
+from vlmprune.io.models import Loaded, enough_memory, prepare_texts
+from vlmprune.io.processors import scaled
 from vlmprune.pruner import Pruner
 from vlmprune.report import Report, RowsReport
 from vlmprune.reuse import Vision
-from vlmprune.scaling import scaled
 from vlmprune.sources import at_least_one
 from vlmprune.storing import Store
 from vlmprune.tasks import Sample, Task
@@ -191,7 +192,7 @@ class _Runner:
                 given.pop(medium.inputs[0], None)
         limit = max(self.task.max_new_tokens(one) for one in samples)
         out = model.generate(**given, max_new_tokens=limit, do_sample=False, num_beams=1)
-        new = out[:, inputs["input_ids"].shape[1] :]
+        new = out[:, processed.ids_of(inputs).shape[1] :]
         answers = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
         report = self.handle.report
         assert report is not None

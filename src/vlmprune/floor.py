@@ -33,13 +33,12 @@ from vlmprune import families
 from vlmprune.active import Pruned
 from vlmprune.errors import VlmpruneError
 from vlmprune.families.media import Medium
+from vlmprune.hosts import config, outputs, processed
 from vlmprune.hosts.release import by_name
 from vlmprune.inputs import ALIGNED, Prompt, dropped_columns, shorten, spans
 from vlmprune.layout import Layout
 from vlmprune.report import Report
 
-# Of a family that places tokens by them: frames, rows and columns of each picture, in patches.
-_GRID = "image_grid_thw"
 _ABSENT = object()
 
 
@@ -97,7 +96,7 @@ class Floor:
                 vars(place)[name] = before
 
     def _cut(self, output: Any) -> Any:
-        deep = getattr(output, "deepstack_features", None) or [None]
+        deep = outputs.deep_of(output) or [None]
         return Pruned(
             self.medium,
             output,
@@ -151,13 +150,11 @@ def floor_of(model: Any, inputs: Mapping[str, Any], counts: Sequence[int]) -> Fl
     others = [one for one in family.media if one is not medium]
     if any(inputs.get(one.inputs[0]) is not None for one in others):
         raise VlmpruneError("the floor is defined for images alone, and this request holds videos.")
-    if family.rope is not None and _GRID not in medium.inputs:
+    if family.rope is not None and not medium.resizable:
         raise VlmpruneError(f"{family.name} has no floor: its positions follow from the pixels.")
-    ids = inputs["input_ids"]
-    mask = inputs.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else mask
-    visual = (ids == getattr(model.config, medium.token)) & (mask != 0)
-    given = {name: inputs[name] for name in medium.inputs if inputs.get(name) is not None}
+    ids, mask = processed.ids_of(inputs), processed.mask_of(inputs)
+    visual = (ids == config.placeholder(model.config, medium.token)) & (mask != 0)
+    given = processed.present(inputs, medium.inputs)
     layouts = medium.layouts(model, given, visual)
     lengths = [len(one.labels) for one in layouts]
     if len(counts) != len(lengths) or any(
@@ -171,16 +168,12 @@ def floor_of(model: Any, inputs: Mapping[str, Any], counts: Sequence[int]) -> Fl
     kept = [torch.arange(whole) < n for n, whole in zip(counts, lengths, strict=True)]
     dropped = dropped_columns(ids, places, kept)
     positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    aligned = {name: inputs[name] for name in ALIGNED if inputs.get(name) is not None}
-    pad = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
+    aligned = processed.present(inputs, ALIGNED)
+    pad = config.pad_id(model.config)
     short, _ = shorten(Prompt(ids, mask, positions, aligned), dropped, "compact", pad)
-    made = dict(inputs) | {"input_ids": short.ids, "attention_mask": short.mask, **short.aligned}
-    encoded = {}
-    if _GRID in medium.inputs:
-        side = model.config.vision_config.spatial_merge_size
-        encoded = {_GRID: inputs[_GRID]}
-        cells = [(1, side, side * n) for n in counts]
-        made[_GRID] = torch.tensor(cells).to(inputs[_GRID])
+    placed = medium.resized(model, inputs, counts)
+    made = {**processed.with_prompt(inputs, short.ids, short.mask), **short.aligned, **placed}
+    encoded = processed.present(inputs, placed)
     rows = [0] * len(ids)
     for place in places:
         rows[place.row] += 1

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlmprune import families
-from vlmprune.dispatch import attention_of
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts import config, decoder
+from vlmprune.hosts.attention import attention_of
 
 if TYPE_CHECKING:
     from vlmprune.pruner import Pruner
@@ -30,20 +31,19 @@ def asked(model: Any, pruner: Pruner) -> Mapping[int, Ask]:
     Raises:
         VlmpruneError: it cannot; one sentence says why.
     """
-    decoder = families.decoder_layers(model)
-    asks = pruner.dropper.asks(len(decoder))
+    layers = decoder.decoder_layers(model)
+    asks = pruner.dropper.asks(len(layers))
     name = type(model).__name__
     for index in asks:
-        if not 0 < index < len(decoder):
+        if not 0 < index < len(layers):
             raise VlmpruneError(
                 f"{pruner!r} would drop tokens before decoder layer {index}, and {name} has "
-                f"layers 1 to {len(decoder) - 1} to drop before."
+                f"layers 1 to {len(layers) - 1} to drop before."
             )
     if not asks:
         return asks
-    kinds = families.layer_kinds(model)[min(asks) :]
-    known = ("full_attention", "sliding_attention", "chunked_attention")
-    odd = next((kind for kind in kinds if kind not in known), None)
+    kinds = config.layer_kinds(model.config)[min(asks) :]
+    odd = next((kind for kind in kinds if kind not in decoder.ATTENDING), None)
     if odd is not None:
         raise VlmpruneError(
             f"{name} has layers of {odd.replace('_', ' ')}, behind which {pruner!r} cannot drop "
@@ -52,18 +52,18 @@ def asked(model: Any, pruner: Pruner) -> Mapping[int, Ask]:
     try:
         for index, ask in asks.items():
             if ask.attention == "own":
-                attention_of(decoder[index])
+                attention_of(layers[index])
             if ask.attention == "previous" or ask.keys:
-                attention_of(decoder[index - 1])
+                attention_of(layers[index - 1])
     except LookupError as error:
         raise VlmpruneError(f"{error}; prune before the language model.") from error
-    if not families.takes_angles(decoder[min(asks)]):
+    if not decoder.takes_angles(layers[min(asks)]):
         raise VlmpruneError(
             f"the decoder layers of {name} do not take rotary angles from outside, so {pruner!r} "
             "cannot give them those of the tokens that go on; prune before the language model."
         )
     compact = resolve_positions(model, pruner) == "compact"
-    if compact and not families.rotary_modules(model):
+    if compact and not decoder.rotary_modules(model):
         raise VlmpruneError(
             f"{name} has no module that makes rotary angles, so tokens cannot be renumbered "
             "inside it; use positions='original'."

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from vlmprune import calls, dispatch, families, followed, host, inside, skipping
+from vlmprune import calls, families, followed, host, inside, skipping
 from vlmprune.active import made
+from vlmprune.cache import RaggedLayer
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts import release
+from vlmprune.hosts import attention, caches, config, contract, decoder, release, requests
 from vlmprune.report import Report, make
 from vlmprune.reuse import Vision
+from vlmprune.short import ShortLayer
 
 if TYPE_CHECKING:
     from vlmprune.pruner import Pruner
@@ -41,6 +43,7 @@ class Handle:
         skips: decoder layers that visual tokens may skip.
         inside: the position policy of layers that lack tokens.
         latest: holds the report of the last call.
+        ledger: what its first calls proved of the contract with Transformers.
     """
 
     def __init__(self, pruner: Pruner, model: nn.Module) -> None:
@@ -50,14 +53,12 @@ class Handle:
         release.check_class(model, self.family.fails)
         self.pruner = pruner
         self.model: Any = model
-        # What calls its cache by an unknown name is refused before any work.
-        release.cache_name(type(self.model))
-        if pruner.drops or pruner.routes:
-            for layer in families.decoder_layers(model):
-                release.cache_name(type(layer))
+        self.ledger = contract.Ledger()
+        if contract.checks():
+            self._check_contract()
         inside.check(model, self.family, pruner)
         self.positions = families.resolve_positions(model, pruner.positions)
-        self.cuttable = families.cuttable_layers(model) if pruner.cuts else []
+        self.cuttable = decoder.full_attention_layers(model) if pruner.cuts else []
         if pruner.cuts:
             self._check_decoder()
         self.asks = followed.asked(model, pruner) if pruner.drops else {}
@@ -66,10 +67,8 @@ class Handle:
         if pruner.drops:
             self._check_schedule()
         self.latest = Latest()
-        config: Any = model.config
-        self.tokens: list[int] = [getattr(config, m.token) for m in self.family.media]
-        pad = getattr(config.get_text_config(), "pad_token_id", None)
-        self.pad_id: int = pad if isinstance(pad, int) and pad >= 0 else 0
+        self.tokens = [config.placeholder(self.model.config, m.token) for m in self.family.media]
+        self.pad_id = config.pad_id(self.model.config)
         self._leave = pruner.joined(self)
         self.host = host.join(model, self)
 
@@ -83,6 +82,28 @@ class Handle:
         self.latest.report = report
         made.set(report)
 
+    def _check_contract(self) -> None:
+        """Refuse what the release does otherwise, by signatures alone."""
+        model, pruner = self.model, self.pruner
+        requests.check_model(model, [medium.inputs[0] for medium in self.family.media])
+        if self.family.rope is not None:
+            requests.deltas_of(model)
+        if pruner.shortens and pruner.attends:
+            for medium in self.family.media:
+                layers = {type(one): one for one in medium.encoder(model, {}).layers}
+                for layer in layers.values():
+                    attention.check_tappable(layer, "use a method that does not look at attention")
+        if pruner.drops or pruner.routes:
+            decoder.check_layers(model)
+            caches.check_layers(caches.DynamicLayer, ShortLayer)
+        if pruner.cuts:
+            caches.check_layers(caches.DynamicLayer, RaggedLayer)
+            for index in decoder.full_attention_layers(model)[:1]:
+                layer = decoder.decoder_layers(model)[index]
+                attention.check_tappable(layer, "prune before the language model")
+        if pruner.drops or pruner.routes or pruner.cuts:
+            caches.check_made(model)
+
     def _check_decoder(self) -> None:
         here = families.architecture(self.model)
         asked = self.pruner.calibrated_on
@@ -91,8 +112,7 @@ class Handle:
                 f"the thresholds were calibrated on another model ({asked}) than this ({here}); "
                 "run `vlmprune calibrate` on it, or give alpha and beta yourself."
             )
-        text = self.model.config.get_text_config(decoder=True)
-        if getattr(text, "attn_logit_softcapping", None) is not None:
+        if config.is_capped(self.model.config):
             raise VlmpruneError(
                 f"{type(self.model).__name__} has a language model whose attention is capped "
                 f"(attn_logit_softcapping), which {self.pruner!r} cannot cut; prune before the "
@@ -115,8 +135,8 @@ class Handle:
     @cached_property
     def attention(self) -> Any:
         """The attention module of a decoder layer with full attention."""
-        decoder = families.decoder_layers(self.model)
-        return dispatch.attention_of(decoder[families.cuttable_layers(self.model)[0]])
+        layers = decoder.decoder_layers(self.model)
+        return attention.attention_of(layers[decoder.full_attention_layers(self.model)[0]])
 
     def detach(self) -> None:
         """Give the model back exactly as it was. May be called again."""

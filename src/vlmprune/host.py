@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from vlmprune import calls, families
+from vlmprune.hosts.requests import FORWARD, GENERATE, base_of
 
 if TYPE_CHECKING:
     from vlmprune.handle import Handle
@@ -30,11 +31,11 @@ class Host:
     def __init__(self, model: nn.Module) -> None:
         self.handles: list[Handle] = []
         self._places: dict[str, nn.Module] = {
-            "generate": model,
-            "forward": model,
+            GENERATE: model,
+            FORWARD: model,
         }
         for medium in families.family_of(model).media:
-            self._places[medium.method] = families.base(model)
+            self._places[medium.method] = base_of(model)
         self._originals: dict[str, Callable[..., Any]] = {}
         self._before: dict[str, Any] = {}
 
@@ -68,17 +69,17 @@ class Host:
         originals = self._originals
 
         # `wraps` keeps the signatures, which Transformers inspects.
-        @functools.wraps(originals["generate"])
+        @functools.wraps(originals[GENERATE])
         def generate(*args: Any, **kwargs: Any) -> Any:
-            return calls.generate(self.handles[-1], originals["generate"], *args, **kwargs)
+            return calls.generate(self.handles[-1], originals[GENERATE], *args, **kwargs)
 
-        @functools.wraps(originals["forward"])
+        @functools.wraps(originals[FORWARD])
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return calls.forward(self.handles[-1], originals["forward"], *args, **kwargs)
+            return calls.forward(self.handles[-1], originals[FORWARD], *args, **kwargs)
 
-        for function in (generate, forward):
-            vars(self._places[function.__name__])[function.__name__] = function
-        for name in self._places.keys() - {"generate", "forward"}:
+        for name, function in ((GENERATE, generate), (FORWARD, forward)):
+            vars(self._places[name])[name] = function
+        for name in self._places.keys() - {GENERATE, FORWARD}:
             vars(self._places[name])[name] = self._features(name)
 
     def _features(self, name: str) -> Callable[..., Any]:

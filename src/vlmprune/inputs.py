@@ -7,7 +7,7 @@ keep mask, so that cache lengths and mask growth come out right by themselves. F
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import VlmpruneError
-
-# Inputs that have one entry a column, and what a column of padding holds in them.
-ALIGNED: Mapping[str, int] = {"token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100}
+from vlmprune.hosts.requests import ALIGNED
 
 
 @dataclass(frozen=True)

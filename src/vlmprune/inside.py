@@ -11,9 +11,8 @@ each was, and the mean over the members, by size, is the merged token plus its M
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,28 +21,21 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune import bipartite, costs, shrink
-from vlmprune.dispatch import attention_of, masking
+from vlmprune.dispatch import changing
 from vlmprune.errors import VlmpruneError
 from vlmprune.families.media import Encoder, Inputs, Medium
 from vlmprune.families.record import Family
 from vlmprune.families.towers import Crops
+from vlmprune.hosts import attention, decoder, outputs, towers
+from vlmprune.hosts.attention import AttentionCall
 from vlmprune.hosts.release import recomputes
+from vlmprune.hosts.towers import TowerCall
 from vlmprune.layout import Layout
 from vlmprune.taps import KeyTap, tapped
 from vlmprune.views import Inside
 
 if TYPE_CHECKING:
     from vlmprune.pruner import Pruner
-
-# Encoder layers that are followed: their norm between attention and MLP, and the MLP.
-PARTS: Mapping[str, tuple[str, str]] = {
-    "CLIPEncoderLayer": ("layer_norm2", "mlp"),
-    "SiglipEncoderLayer": ("layer_norm2", "mlp"),
-    "Dinov2Layer": ("norm2", "mlp"),
-}
-
-# Towers that scale their positions to the pixels without being told to.
-_SCALING = ("dinov2",)
 
 
 def check(model: Any, family: Family, pruner: Pruner) -> None:
@@ -147,13 +139,13 @@ def _unfit(model: Any, medium: Medium, pruner: Pruner) -> str | None:
         encoder = medium.encoder(model, {})
         if encoder.cls == -1:
             return f"{type(model).__name__} puts its CLS token last"
-        kinds = {type(layer).__name__ for layer in encoder.layers}
-        if kinds - PARTS.keys():
-            known = ", ".join(PARTS)
-            return f"{', '.join(sorted(kinds))} is not among the layers that it knows ({known})"
+        odd = towers.unknown_layers(encoder.layers)
+        if odd:
+            known = ", ".join(towers.PARTS)
+            return f"{', '.join(sorted(odd))} is not among the layers that it knows ({known})"
         return None
     tower = _tower(model, medium)
-    if tower is None or not _scales(tower):
+    if tower is None or not towers.scales(tower):
         name = type(model).__name__ if tower is None else type(tower).__name__
         return f"{name} cannot scale its positions to a smaller picture"
     return None
@@ -169,14 +161,13 @@ def _unfit_request(
         return f"{type(model).__name__} makes one visual token of several patches there"
     if pruner.acts != "merging":
         return None
-    chosen: Any = inputs.get("vision_feature_layer")
-    chosen = getattr(model.config, "vision_feature_layer", -1) if chosen is None else chosen
+    chosen = medium.chosen_layers(model, inputs)
     if not isinstance(chosen, int) and len(chosen) > 1:
         return f"vision_feature_layer={list(chosen)} takes features of several layers"
     layers: Any = medium.encoder(model, inputs).layers
     if recomputes(layers):
         return "gradient checkpointing runs its layers a second time, out of reach"
-    name = attention_of(layers[0]).config._attn_implementation
+    name = attention.implementation(attention.attention_of(layers[0]))
     if name not in ("sdpa", "eager"):
         return (
             f"{name} cannot weigh merged tokens by size, which attn_implementation='sdpa' and "
@@ -190,14 +181,6 @@ def _tower(model: Any, medium: Crops) -> nn.Module | None:
         return medium.tower(model)
     except AttributeError:
         return None
-
-
-def _scales(tower: Any) -> bool:
-    if not isinstance(getattr(tower.config, "patch_size", None), int):
-        return False
-    if getattr(tower.config, "model_type", "") in _SCALING:
-        return True
-    return "interpolate_pos_encoding" in inspect.signature(type(tower).forward).parameters
 
 
 class Run:
@@ -268,7 +251,7 @@ class _Merging(Run):
     def _hook(
         self, layer: nn.Module, merge: int, first: bool, last: bool, stack: ExitStack
     ) -> None:
-        norm, mlp = (layer.get_submodule(name) for name in PARTS[type(layer).__name__])
+        norm, mlp = towers.parts_of(layer)
         tap = KeyTap()
         begun = self.begun[layer] = []
 
@@ -276,23 +259,25 @@ class _Merging(Run):
             if not self.here:
                 return
             if first:
-                tokens = (args[0] if args else kwargs["hidden_states"])[..., 0]
+                tokens = decoder.layer_call(layer, args, kwargs).hidden[..., 0]
                 self.size = torch.ones_like(tokens, dtype=torch.float32)
                 every = torch.arange(tokens.shape[1], device=tokens.device)
                 self.places = every.expand(tokens.shape)
             begun.append((self.places, self.size))
 
-        def weigh(query: Tensor, mask: Any) -> Any:
+        def weigh(call: AttentionCall) -> AttentionCall:
             if not self.here:
-                return mask
-            if mask is not None:
+                return call
+            if call.mask is not None:
                 raise VlmpruneError(
                     f"{type(layer).__name__} masks its tokens, which vlmprune cannot merge then; "
                     "pass what the model's own processor returns."
                 )
             # The tower may lie on several devices.
-            self.places, self.size = self.places.to(query.device), self.size.to(query.device)
-            return None if first else self.size.log().to(query.dtype)[:, None, None]
+            device, dtype = call.query.device, call.query.dtype
+            self.places, self.size = self.places.to(device), self.size.to(device)
+            weights = None if first else self.size.log().to(dtype)[:, None, None]
+            return replace(call, mask=weights)
 
         def merged(_: nn.Module, args: tuple[Tensor, ...]) -> Any:
             if not self.here:
@@ -308,14 +293,14 @@ class _Merging(Run):
         def end(_: nn.Module, __: Any, output: Any) -> Any:
             if not self.here:
                 return None
-            states = output[0] if isinstance(output, tuple) else output
+            states = decoder.states_of(output)
             if merge:
                 states = self._mean(states)
                 self.places = self.into.gather(1, self.places)
             if last:
                 states = _taken(states, self.places)
                 self.shared += list(self.places[:, self.cls :] - self.cls)
-            return (states, *output[1:]) if isinstance(output, tuple) else states
+            return decoder.with_states(output, states)
 
         hooks = [layer.register_forward_pre_hook(begin, with_kwargs=True)]
         # Before the host's own hooks, which record the states.
@@ -326,7 +311,7 @@ class _Merging(Run):
             hooks.append(mlp.register_forward_hook(back))
         for hook in hooks:
             stack.callback(hook.remove)
-        stack.enter_context(masking(attention_of(layer), weigh))
+        stack.enter_context(changing(attention.attention_of(layer), weigh))
 
     def _mean(self, states: Tensor) -> Tensor:
         """[B, T, C] states by the layer's own merge, in float32."""
@@ -359,29 +344,27 @@ class _Scaling(Run):
         self.index = torch.cat((torch.arange(prefix), cells + prefix))
         if cls == -1:
             self.index = torch.cat((cells, torch.tensor([small[0] * small[1]])))
-        size = [n * tower.config.patch_size for n in small]
-        told = getattr(tower.config, "model_type", "") not in _SCALING
+        size = [n * towers.patch_size(tower) for n in small]
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if not self.here:
                 return None
-            pixels = args[0] if args else kwargs["pixel_values"]
+            call = TowerCall(tower, args, kwargs)
+            pixels = call.pixels
             self.shared += [cells.to(pixels.device)] * len(pixels)
             few = nn.functional.interpolate(
                 pixels.float(), size=size, mode="bilinear", antialias=True
             ).to(pixels.dtype)
-            if told:
-                kwargs = kwargs | {"interpolate_pos_encoding": True}
-            return ((few, *args[1:]), kwargs) if args else (args, kwargs | {"pixel_values": few})
+            return call.scaled(few)
 
         def after(_: nn.Module, __: Any, output: Any) -> None:
             if not self.here:
                 return
-            states = output.hidden_states or ()
+            states = outputs.states_of(output)
             full = tuple(None if one is None else _put(one, self.index) for one in states)
             if full:
-                output.hidden_states = full
-            output.last_hidden_state = _put(output.last_hidden_state, self.index)
+                outputs.set_states(output, full)
+            outputs.set_last(output, _put(outputs.last_of(output), self.index))
 
         stack.callback(tower.register_forward_pre_hook(before, with_kwargs=True).remove)
         stack.callback(tower.register_forward_hook(after).remove)

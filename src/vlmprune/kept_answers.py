@@ -12,7 +12,7 @@ from PIL import Image
 
 import vlmprune
 from vlmprune import evaluate
-from vlmprune.loading import Loaded
+from vlmprune.io.models import Loaded
 from vlmprune.pruner import Pruner
 from vlmprune.sources import Source
 from vlmprune.tasks import Task

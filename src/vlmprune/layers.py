@@ -18,22 +18,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vlmprune import families
 from vlmprune import rows as ops
 from vlmprune.angles import Angles, Same
 from vlmprune.asking import Look, glance
-from vlmprune.dispatch import attention_of, watching
+from vlmprune.dispatch import watching
 from vlmprune.dropping import Dropping, Prompt, Timer
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts.release import cache_given
+from vlmprune.hosts import attention, caches, config, decoder
+from vlmprune.hosts.contract import Reached, broken
+from vlmprune.hosts.decoder import LayerCall, RotaryCall
 from vlmprune.rows import Going
 from vlmprune.short import ShortLayer, short_layers, shorten_layer
 
 if TYPE_CHECKING:
     from vlmprune.views import Ask
-
-# What decoder layers are given that has an entry a column, and that this module knows to gather.
-KNOWN = {"attention_mask", "position_embeddings", "position_ids"}
 
 
 class Pass:
@@ -56,28 +54,28 @@ class Pass:
         self.thread = threading.get_ident()
         self.prompt: Prompt | None = None
         self.look: Look | None = None
+        # What looks at the layer that runs.
+        self.watched: Look | None = None
         self.watches = ExitStack()
         # States of all rows, once any were dropped: those that were as they left.
         self.full: Tensor | None = None
         # Whether the host has all rows in their places.
         self.spread = False
         self.memo: dict[Any, Any] = {}
+        self.reached = Reached()
 
     @property
     def going(self) -> Going | None:
         """The rows that reach the present layer; None while all do."""
         return None if self.prompt is None else self.prompt.going
 
-    def before(
-        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """What a layer gets instead of what the host gives it."""
+    def before(self, index: int, layer: nn.Module, call: LayerCall) -> LayerCall | None:
+        """What a layer gets instead of what the host gives it; None for the same."""
         if threading.get_ident() != self.thread:
             return None
-        given: Tensor = args[0] if args else kwargs["hidden_states"]
-        hidden = given
-        cache = cache_given(type(layer), kwargs)
-        start = int(cache.get_seq_length(index)) if cache is not None else 0
+        self.reached.note(index, layer)
+        given = hidden = call.hidden
+        start = caches.length_of(call.cache, index)
         if self.dropping is not None and self.prompt is None:
             self.prompt = Prompt(self.dropping, hidden.shape[0], hidden.shape[1], start)
             self._rate(hidden)
@@ -86,27 +84,32 @@ class Pass:
             hidden = ops.gather_rows(hidden, self.going.source)
         ask = None if self.dropping is None else self.dropping.asks.get(index)
         if ask is not None:
-            hidden = self._drop(index, layer, ask, hidden, kwargs, start)
+            hidden = self._drop(index, layer, ask, call.with_hidden(hidden), start)
         self._watch(index, layer)
-        changed = self._arguments(index, layer, args, kwargs, hidden, start, runs=True)
-        if changed is kwargs and hidden is given:
-            return None
-        if args:
-            return (hidden, *args[1:]), changed
-        return args, changed | {"hidden_states": hidden}
+        changed = self._arguments(index, call, hidden, start, runs=True)
+        return None if changed is call and hidden is given else changed.with_hidden(hidden)
 
-    def after(self, index: int, output: Any) -> Any:
-        """What the host gets of a layer."""
+    def after(self, index: int, layer: nn.Module, output: Any) -> Any:
+        """What the host gets of a layer.
+
+        Raises:
+            ContractError: its attention was to be seen, and was not.
+        """
         if threading.get_ident() != self.thread:
             return None
         self.watches.close()
-        if self.going is None or output is None or not (index == self.last or self.whole(index)):
+        watched, self.watched = self.watched, None
+        # Where the layer failed, its error is on its way.
+        if output is None:
+            return None
+        if watched is not None and not watched.called:
+            raise broken(layer, "it does not attend through the attention registry")
+        if self.going is None or not (index == self.last or self.whole(index)):
             return None
         assert self.full is not None
-        hidden = output[0] if isinstance(output, tuple) else output
-        full = self.full = self.going.scatter(self.full, hidden)
+        full = self.full = self.going.scatter(self.full, decoder.states_of(output))
         self.spread = True
-        return (full, *output[1:]) if isinstance(output, tuple) else full
+        return decoder.with_states(output, full)
 
     def close(self) -> None:
         """Stop watching."""
@@ -125,21 +128,22 @@ class Pass:
         index: int,
         layer: nn.Module,
         ask: Ask,
-        hidden: Tensor,
-        kwargs: dict[str, Any],
+        call: LayerCall,
         start: int,
     ) -> Tensor:
         """The states of the rows that go on into a layer."""
         assert self.dropping is not None and self.prompt is not None
-        prompt, look, before = self.prompt, self.look, self.going
+        prompt, look, before, hidden = self.prompt, self.look, self.going, call.hidden
         self.look = None
+        if look is None and (ask.attention == "previous" or ask.keys):
+            raise broken(layer, f"decoder layer {index - 1} did not run before layer {index}")
         with Timer(self.dropping, hidden):
             seen = look
             if ask.attention == "own":
                 rows, counted = prompt.asked(ask)
                 seen = Look(rows, counted, False)
-                given = self._arguments(index, layer, (), kwargs, hidden, start, runs=False)
-                glance(layer, hidden, given, _keys(layer, kwargs, index), seen)
+                given = self._arguments(index, call, hidden, start, runs=False)
+                glance(layer, given, caches.stored_keys(call.cache, index), seen)
             attention = None if seen is None else seen.attention
             if attention is not None:
                 attention = attention[:, -hidden.shape[1] :]
@@ -166,40 +170,32 @@ class Pass:
         assert self.prompt is not None
         rows, counted = self.prompt.asked(ask) if previous else (None, None)
         self.look = Look(rows, counted, ask.keys)
-        self.watches.enter_context(watching(attention_of(layer), self.look))
+        self.watched = self.look
+        self.watches.enter_context(watching(attention.attention_of(layer), self.look))
 
     def _arguments(
-        self,
-        index: int,
-        layer: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        hidden: Tensor,
-        start: int,
-        runs: bool,
-    ) -> dict[str, Any]:
-        """A layer's keyword arguments for the rows that reach it.
+        self, index: int, call: LayerCall, hidden: Tensor, start: int, runs: bool
+    ) -> LayerCall:
+        """A layer's call for the rows that reach it.
 
         Args:
             index: of the layer.
-            layer: itself.
-            args: what the host gives by place.
-            kwargs: and by name.
+            call: as the host makes it.
             hidden: [B, R, D] the rows' states.
             start: columns that its cache has seen.
             runs: whether the layer is about to run, and its cache to grow.
         """
-        cache, going = cache_given(type(layer), kwargs), self.going
-        layers = getattr(cache, "layers", None) or ()
+        cache, going = call.cache, self.going
+        layers = caches.layers_of(cache)
         held = layers[index] if index < len(layers) else None
         if not isinstance(held, ShortLayer) or held.held is None:
             held = None
         if going is None and held is None:
-            return kwargs
+            return call
         device, batch = hidden.device, hidden.shape[0]
         length = hidden.shape[1] if going is None or self.prompt is None else self.prompt.length
         if going is not None:
-            _check_arguments(args, kwargs, length)
+            _check_arguments(call, length)
             if held is None and cache is not None:
                 held = shorten_layer(cache, index, batch, device)
                 # One tensor for all layers, so that they share what is made of it.
@@ -208,17 +204,17 @@ class Pass:
         else:
             rows = torch.arange(length, device=device).expand(batch, -1)
             real = None
-        out = dict(kwargs)
-        mask = kwargs.get("attention_mask")
+        out, mask = call, call.mask
         padded = real is not None or (held is not None and held.padded)
         columns = None
         if going is not None or mask is not None or padded:
             columns = self._columns(held, rows, real, start)
-            out["attention_mask"] = self._once(
+            made = self._once(
                 ("mask", Same(mask), Same(columns)),
                 lambda: ops.rows_mask(mask, rows, columns, start, length, real, padded, self.flash),
             )
-        shift = self._place(out, held)
+            out = out.with_mask(made)
+        out, shift = self._place(out, held)
         if held is not None and runs:
             held.shift = shift
             if going is None:
@@ -240,19 +236,18 @@ class Pass:
             return self._once(("columns", Same(self.going)), made)
         return self._once(("columns", Same(self.going), Same(held.held), held.tail), made)
 
-    def _place(self, out: dict[str, Any], held: ShortLayer | None) -> Tensor | None:
-        """Put in the rotary angles of the rows; returns the layer's shift from now on."""
+    def _place(self, call: LayerCall, held: ShortLayer | None) -> tuple[LayerCall, Tensor | None]:
+        """Put in the rotary angles of the rows; returns the layer's shift from now on, too."""
         shift = None if held is None else held.shift
-        angles: Any = out.get("position_embeddings")
-        going = self.going
+        angles, going = call.angles, self.going
         compact = self.dropping is not None and self.dropping.positions == "compact"
         if going is None and shift is None:
-            return None
-        if going is not None and isinstance(out.get("position_ids"), Tensor):
+            return call, None
+        ids = call.positions
+        if going is not None and ids is not None:
             # Only flash attention reads them, and would take gaps for packed sequences.
-            ids = out["position_ids"]
             at = torch.arange(going.source.shape[1], device=ids.device)
-            out["position_ids"] = at.expand(*ids.shape[:-1], -1)
+            call = call.with_positions(at.expand(*ids.shape[:-1], -1))
         if going is not None and not compact and shift is None:
             source = going.source
 
@@ -262,8 +257,7 @@ class Pass:
                 parts: tuple[Tensor, ...] = angles
                 return tuple(ops.gather_angles(part, source) for part in parts)
 
-            out["position_embeddings"] = self._once(("angles", Same(angles)), gathered)
-            return None
+            return call.with_angles(self._once(("angles", Same(angles)), gathered)), None
 
         def moved() -> tuple[Any, Tensor | None]:
             positions = self.angles.positions(angles)
@@ -278,8 +272,8 @@ class Pass:
             return self.angles.made(angles, positions), later
 
         key = ("moved", Same(angles), None if shift is None else Same(shift))
-        out["position_embeddings"], later = self._once(key, moved)
-        return later
+        made, later = self._once(key, moved)
+        return call.with_angles(made), later
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What several layers need alike, made once."""
@@ -288,26 +282,14 @@ class Pass:
         return self.memo[key]
 
 
-def _keys(layer: nn.Module, kwargs: dict[str, Any], index: int) -> Tensor | None:
-    """Keys that a layer's cache holds."""
-    layers = getattr(cache_given(type(layer), kwargs), "layers", None) or ()
-    if index >= len(layers) or not layers[index].get_seq_length():
-        return None
-    keys: Tensor = layers[index].keys
-    return keys
-
-
-def _check_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], length: int) -> None:
+def _check_arguments(call: LayerCall, length: int) -> None:
     """Refuse arguments that have an entry a column and that nobody here knows to gather."""
-    named = {f"argument {i + 1}": value for i, value in enumerate(args[1:], 1)} | kwargs
-    for name, value in named.items():
-        if name in KNOWN or not isinstance(value, Tensor) or value.ndim < 2:
-            continue
-        if name != "hidden_states" and value.shape[1] == length:
-            raise VlmpruneError(
-                f"the decoder layers take {name} of each token, of which tokens cannot be "
-                "dropped; prune before the language model."
-            )
+    name = call.unfollowed(length)
+    if name is not None:
+        raise VlmpruneError(
+            f"the decoder layers take {name} of each token, of which tokens cannot be "
+            "dropped; prune before the language model."
+        )
 
 
 @contextmanager
@@ -326,10 +308,9 @@ def dropping_rows(
     if dropping is None and not any(one.held is not None for one in short.values()):
         yield
         return
-    layers = families.decoder_layers(model)
-    last, deep = len(layers) - 1, families.deepstack_layers(model)
-    kind = model.config.get_text_config(decoder=True)._attn_implementation or ""
-    run = Pass(dropping, last, lambda index: wanted or index < deep, "flash" in kind)
+    last, deep = len(decoder.decoder_layers(model)) - 1, config.deepstack_layers(model.config)
+    flash = "flash" in config.attention_implementation(config.of_text(model.config))
+    run = Pass(dropping, last, lambda index: wanted or index < deep, flash)
     first = min(short, default=last)
     if dropping is not None:
         raters = any(ask.queries == "raters" for ask in dropping.asks.values())
@@ -356,25 +337,28 @@ def hooked(
         behind: whether it wants to see their output too.
         turned: whether it wants to know how rotary angles were made.
     """
-    layers = families.decoder_layers(model)
+    layers, indices = decoder.decoder_layers(model), [*indices]
 
     # A hook that another thread removes may be run once more by this one, without keywords.
     def before(index: int) -> Callable[..., Any]:
         def run_before(layer: nn.Module, args: Any, kwargs: Any = None) -> Any:
-            return None if kwargs is None else run.before(index, layer, args, kwargs)
+            if kwargs is None:
+                return None
+            changed = run.before(index, layer, decoder.layer_call(layer, args, kwargs))
+            return None if changed is None else changed.unbuilt()
 
         return run_before
 
     def after(index: int) -> Callable[..., Any]:
-        return lambda layer, args, output: run.after(index, output)
+        return lambda layer, args, output: run.after(index, layer, output)
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         if output is not None and threading.get_ident() == run.thread:
-            run.angles.note(module, args, kwargs, output)
+            run.angles.note(RotaryCall(module, args, kwargs, output))
 
     hooks = [
         module.register_forward_hook(note, with_kwargs=True)
-        for module in (families.rotary_modules(model) if turned else ())
+        for module in (decoder.rotary_modules(model) if turned else ())
     ]
     for index in indices:
         hooks.append(layers[index].register_forward_pre_hook(before(index), with_kwargs=True))
@@ -389,3 +373,4 @@ def hooked(
         run.close()
         for hook in hooks:
             hook.remove()
+    run.reached.check(model, indices, "ran around the hooks that drop tokens there")

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from vlmprune.hosts import processed, release
+from vlmprune.hosts.measured import prefill_module, stored_bytes
 from vlmprune.hosts.release import cache_returned
+
+__all__ = ["Stopwatch", "Timed", "facts", "peak_bytes", "stored_bytes", "timed", "wait"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def timed(model: Any, inputs: Any, new_tokens: int, with_cache: bool = False) ->
         wait(model.device)
     ids = out.sequences if with_cache else out
     return Timed(
-        new=ids[:, inputs["input_ids"].shape[1] :],
+        new=ids[:, processed.ids_of(inputs).shape[1] :],
         first_ms=watch.between(start, clock.first),
         decode_ms=watch.between(clock.first, clock.last),
         total_ms=watch.between(start, end),
@@ -134,9 +138,8 @@ class _Clock:
 def _prefill(model: Any, watch: Stopwatch) -> Iterator[list[Any]]:
     """Marks around the first call of the language model, in every way that is compared alike."""
     marks: list[Any] = []
-    get = getattr(model, "get_decoder", None)
-    decoder = None if get is None else get()
-    if not isinstance(decoder, nn.Module):
+    decoder = prefill_module(model)
+    if decoder is None:
         yield marks
         return
 
@@ -188,26 +191,6 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
     return peak
 
 
-def stored_bytes(cache: Any) -> int:
-    """Bytes of all keys and values that a cache holds, of visual tokens and of all others.
-
-    A layer that has a method `nbytes` is asked; of any other the tensors are added up.
-    """
-    return sum(_layer_bytes(layer) for layer in _layers(cache))
-
-
-def _layers(cache: Any) -> Iterable[Any]:
-    return getattr(cache, "layers", None) or ()
-
-
-def _layer_bytes(layer: Any) -> int:
-    own = getattr(layer, "nbytes", None)
-    if callable(own):
-        return int(own())
-    held = (getattr(layer, name, None) for name in ("keys", "values"))
-    return sum(tensor.nbytes for tensor in held if isinstance(tensor, Tensor))
-
-
 def wait(device: torch.device) -> None:
     """Let a GPU finish what it was given."""
     if device.type == "cuda":
@@ -218,15 +201,13 @@ def wait(device: torch.device) -> None:
 
 def facts(device: torch.device) -> dict[str, Any]:
     """What figures depend on besides the work: versions, the device's name, threads."""
-    import transformers
-
     from vlmprune import __version__
 
     return {
         "versions": {
             "vlmprune": __version__,
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "transformers": release.version(),
             "python": platform.python_version(),
         },
         "device_name": _device_name(device),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vlmprune import costs
 from vlmprune.budget import Budget, resolve_keep
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts.config import required
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,6 +60,8 @@ KNOWN: dict[str, Any] = {
 
 # Crops of one image, by model type; any-resolution models at their largest: a base view and 2 x 2.
 CROPS = {"llava": 1, "vipllava": 1, "llava_next": 5}
+# Of those the types whose config says which of the tower's tokens are passed on.
+_SELECTING = ("llava", "llava_next")
 
 # `image_seq_length` that the LLaVA config classes have when nobody sets it.
 _DEFAULT_SEQUENCE = 576
@@ -250,17 +253,20 @@ def _architecture(model: str) -> tuple[Any, int, int]:
             f"cannot be counted yet; use a config of type {', '.join(CROPS)}, or one of "
             f"{', '.join(KNOWN)}."
         )
-    # "full" hands the CLS token on to the decoder as one more visual token.
-    cls_token = int(getattr(config, "vision_feature_select_strategy", "default") == "full")
+    # "full" hands the CLS token on to the decoder as one more visual token; ViP-LLaVA, whose config
+    # has no such field, never does.
+    cls_token = 0
+    if config.model_type in _SELECTING:
+        cls_token = int(required(config, "vision_feature_select_strategy") == "full")
     patches = _local_patches(folder, config, cls_token)
     return config, patches + cls_token, patches
 
 
 def _local_config(folder: Path) -> Any:
-    from transformers import AutoConfig
+    from vlmprune.hosts import pretrained
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return pretrained.config_of(folder, local=True)
     # A broken config fails in many ways, none of which the caller could treat apart.
     except Exception as error:
         reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
@@ -283,7 +289,7 @@ def _local_patches(folder: Path, config: Any, cls_token: int) -> int:
             size = content.get(key)
             if isinstance(size, dict) and "height" in size and "width" in size:
                 return costs.patch_count(config, (size["height"], size["width"]))
-    stated = getattr(config, "image_seq_length", _DEFAULT_SEQUENCE)
+    stated = required(config, "image_seq_length")
     if stated == _DEFAULT_SEQUENCE:
         return costs.patch_count(config)
     return int(stated) - cls_token

@@ -171,9 +171,8 @@ class Pruner:
         """
         nothing = torch.empty(0)
         view = EncoderView(nothing, nothing, candidates, images)
-        budget: Budget = getattr(self, "budget", "crop")
-        check_budget(budget, videos)
-        self.check(view.counts(budget))
+        check_budget(self.unit, videos)
+        self.check(view.counts(self.unit))
 
     def check_prompt(self, others: int, images: int, heads: int, token_bytes: int) -> None:
         """Refuse a prompt whose cache the settings cannot hold, before it is run.
@@ -230,6 +229,12 @@ class Pruner:
         from vlmprune.chain import Chain, stages_of
 
         return Chain((*stages_of(self), *stages_of(other)))
+
+    @property
+    def unit(self) -> Budget:
+        """What the method's setting `budget` counts by; crops where it has none."""
+        found: Budget = getattr(self, "budget", "crop")
+        return found
 
     @property
     def report(self) -> Report | None:

@@ -8,7 +8,7 @@ visual token and without anything dropped.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 from vlmprune.active import Active, active
 from vlmprune.encode import Plan
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts import config
+from vlmprune.hosts.decoder import states_alone
 from vlmprune.relevance import Question
 
 if TYPE_CHECKING:
@@ -74,27 +76,19 @@ def states(handle: Handle, question: Question, planned: Plan) -> Tensor:
         planned: the geometry of its items.
     """
     model = handle.model
-    bos = getattr(model.config.get_text_config(decoder=True), "bos_token_id", None)
+    bos = config.bos_id(model.config)
     rows = sorted({item.span.row for item in planned.items})
     found = {row: of_row(question, row, bos) for row in rows}
     lengths: dict[int, list[int]] = defaultdict(list)
     for row, ids in found.items():
         lengths[len(ids)].append(row)
-    decoder: Any = model.get_decoder()
-    decoder = getattr(decoder, "model", decoder)
     last: dict[int, Tensor] = {}
     # A call of this attachment, of which nothing is cut or dropped.
     token = active.set(Active(handle, {}, torch.zeros(0), None, False))
     try:
         for own in lengths.values():
             ids = torch.stack([found[row] for row in own])
-            output = decoder(
-                inputs_embeds=model.get_input_embeddings()(ids),
-                attention_mask=torch.ones_like(ids),
-                use_cache=False,
-                return_dict=True,
-            )
-            last |= dict(zip(own, output.last_hidden_state[:, -1], strict=True))
+            last |= dict(zip(own, states_alone(model, ids)[:, -1], strict=True))
     finally:
         active.reset(token)
     crops = [item.span.row for item in planned.items for _ in range(item.layout.crops)]

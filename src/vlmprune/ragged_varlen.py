@@ -36,7 +36,7 @@ def _has_varlen() -> bool:
     except ImportError:
         return False
     known = inspect.signature(varlen_attn).parameters
-    return hasattr(AuxRequest, "lse") and {"enable_gqa", "return_aux", "scale"} <= set(known)
+    return "lse" in dir(AuxRequest) and {"enable_gqa", "return_aux", "scale"} <= set(known)
 
 
 def attend(rows: Tensor, prefix: Ragged, scaling: float, count: int) -> Pair:

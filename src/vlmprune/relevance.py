@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from vlmprune.encode import Item, Plan
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts import clip, pretrained, processed
 from vlmprune.views import EncoderView
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ class Dual:
         As CDPruner's release cuts it: the ids of the whole, every `length` of them a piece, the
         last one filled up with zeros that its mask hides.
         """
-        ids = torch.tensor([self.tokenizer(text)["input_ids"]], device=device)
+        ids = torch.tensor([processed.ids_of(self.tokenizer(text))], device=device)
         missing = -ids.shape[1] % self.length if ids.shape[1] > self.length else 0
         mask = nn.functional.pad(torch.ones_like(ids), (0, missing))
         ids = nn.functional.pad(ids, (0, missing))
@@ -204,12 +206,10 @@ def _own(handle: Handle) -> Dual | None:
 
     One that does not say where it came from has no tokenizer, and does not count.
     """
-    parts = ("text_model", "text_projection", "visual_projection", "vision_model")
-    for module in handle.model.modules():
-        if all(hasattr(module, part) for part in parts):
-            name = getattr(module.config, "name_or_path", "")
-            if name:
-                return _parts(module, _pretrained("AutoTokenizer", name))
+    for module in clip.within(handle.model):
+        name = pretrained.source_of(module.config)
+        if name:
+            return _parts(module, _pretrained("AutoTokenizer", name))
     return None
 
 
@@ -220,43 +220,31 @@ def _load(source: str, model: Any) -> Dual:
         VlmpruneError: it cannot be loaded, or is no CLIP model.
     """
     config = _pretrained("AutoConfig", source)
-    if config.model_type != "clip":
+    if not clip.is_clip(config):
         raise VlmpruneError(
             f"relevance={source!r} is a model of type {config.model_type!r}; give the folder or id "
             "of a CLIP model."
         )
-    clip = _pretrained("CLIPModel", source, use_safetensors=True)
-    # Its layers see no image here.
-    clip.vision_model.encoder = nn.Identity()
-    return _parts(clip.eval().to(model.device), _pretrained("AutoTokenizer", source))
+    towers = clip.without_vision(_pretrained("CLIPModel", source, use_safetensors=True))
+    return _parts(towers.eval().to(model.device), _pretrained("AutoTokenizer", source))
 
 
-def _parts(clip: Any, tokenizer: Any) -> Dual:
+def _parts(towers: Any, tokenizer: Any) -> Dual:
     """What compares, of a model with both towers."""
-    projection = clip.visual_projection.weight
-    norm = clip.vision_model.post_layernorm
-
-    @torch.no_grad()
-    def words(ids: Tensor, mask: Tensor) -> Tensor:
-        place = clip.text_projection.weight.device
-        pooled = clip.text_model(input_ids=ids.to(place), attention_mask=mask.to(place))
-        embedded: Tensor = clip.text_projection(pooled.pooler_output)
-        return embedded
-
-    @torch.no_grad()
-    def image(features: Tensor) -> Tensor:
-        embedded: Tensor = clip.visual_projection(norm(features.to(projection)))
-        return embedded
-
-    length = clip.config.text_config.max_position_embeddings
-    return Dual(words, image, projection.shape[1], length, tokenizer)
+    return Dual(
+        partial(clip.embedded_words, towers),
+        partial(clip.embedded_image, towers),
+        clip.width_of(towers),
+        clip.longest_of(towers),
+        tokenizer,
+    )
 
 
 def _tokenizer(handle: Handle) -> Any:
     """The tokenizer of the model, which turns its ids back into text."""
     kept = _loaded.setdefault(handle, {})
     if "" not in kept:
-        name = getattr(handle.model, "name_or_path", "")
+        name = pretrained.source_of(handle.model)
         if not name:
             raise VlmpruneError(
                 f"{type(handle.model).__name__} does not say where it was loaded from, so its ids "
@@ -272,10 +260,8 @@ def _pretrained(kind: str, source: str, **options: Any) -> Any:
     Raises:
         VlmpruneError: it cannot be loaded.
     """
-    import transformers
-
     try:
-        return getattr(transformers, kind).from_pretrained(source, **options)
+        return pretrained.load(kind, source, **options)
     except (OSError, ValueError, ImportError) as error:
         raise VlmpruneError(
             f"{source!r} cannot be loaded as {kind} ({str(error).splitlines()[0]}); give a folder "

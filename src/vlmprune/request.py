@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,10 @@ from vlmprune.choosing import check_prompt, choose, retaining
 from vlmprune.dropping import Dropping
 from vlmprune.encode import Plan, plan
 from vlmprune.errors import VlmpruneError
-from vlmprune.inputs import ALIGNED, Prefix, Prompt, dropped_columns, join, latest, shorten
+from vlmprune.hosts import caches, config, requests
+from vlmprune.hosts.requests import ALIGNED, LABELS, ModelCall
+from vlmprune.inputs import Prefix, Prompt, dropped_columns, join, latest, shorten
+from vlmprune.progress import Progress
 from vlmprune.relevance import Question
 from vlmprune.reuse import Vision, gather
 from vlmprune.skipping import Skipping, frames_of
@@ -55,7 +58,7 @@ def prepare(
     mask: Tensor | None,
     given_positions: Tensor | None,
     cache: Any,
-    inputs: Mapping[str, Any],
+    call: ModelCall,
     plain: bool,
     caching: bool = True,
     vision: Vision | None = None,
@@ -68,12 +71,12 @@ def prepare(
         mask: [B, L] mask over all columns, or None for ones.
         given_positions: the user's own positions of the columns in `ids`, or None.
         cache: the cache to continue, or None.
-        inputs: all inputs of the call.
+        call: the call itself.
         plain: whether positions count columns (a plain forward) or real tokens (`generate`).
         caching: whether the call fills a cache.
         vision: new images and videos as they were encoded before, instead of pixels.
     """
-    cached = cache.get_seq_length() if cache is not None else 0
+    cached, inputs = caches.length_of(cache), call.given
     # Ids may come with or without the columns that the cache holds.
     whole = not (plain and cached > 0) and (mask is None or mask.shape[1] == ids.shape[1])
     prefix = _prefix(handle, cache, cached, ids, whole, mask)
@@ -113,7 +116,7 @@ def prepare(
             "leave those images out of the prompt."
         )
     if vision is None:
-        brought = _new_items(handle, inputs, prefix.items, visual)
+        brought = _new_items(handle, call, prefix.items, visual)
         planned = plan(handle.model, handle.family.media, brought, visual)
     else:
         brought, planned = vision.brought(handle, inputs, visual)
@@ -135,7 +138,7 @@ def prepare(
     aligned = {
         name: inputs[name][:, -ids.shape[1] :]
         for name in ALIGNED
-        if isinstance(inputs.get(name), Tensor)
+        if name in inputs and isinstance(inputs[name], Tensor)
     }
     new = Prompt(ids, new_mask, positions, aligned)
     already = join(prefix.prompt, between)
@@ -146,8 +149,7 @@ def prepare(
         any_visual = torch.stack(visual).any(dim=0)
         rows = planned.rows(ids.shape[0])
         check_prompt(handle, join(already, new), any_visual, rows, cache)
-    labels = aligned.get("labels")
-    answers = None if labels is None else labels != ALIGNED["labels"]
+    answers = None if LABELS not in aligned else aligned[LABELS] != ALIGNED[LABELS]
     question = Question(ids, new_mask != 0, torch.stack(visual).any(dim=0), answers)
     kept, pruned = choose(handle, brought, planned, ids.shape[0], vision, question)
     dropped = dropped_columns(ids, [item.span for item in planned.items], kept)
@@ -162,10 +164,11 @@ def prepare(
             before = prompt.ids.shape[1] - values.shape[1]
             prompt.aligned[name] = nn.functional.pad(values, (before, 0), value=ALIGNED[name])
     last = latest(prompt)
-    drift = following - last - 1
+    drift, due = following - last - 1, following
     if rope:
         # The host counts on from the last column, in each of the three by itself.
         drift = new.positions[..., -1] - short.positions[..., -1]
+        due = new.positions[..., -1] + 1
     shift = prefix.shift
     if handle.positions == "compact":
         shift = shift + dropped.sum(dim=1)
@@ -195,6 +198,11 @@ def prepare(
             columns=prompt.ids.shape[1],
             dropping=inside,
             report=made.get() if planned.items else None,
+            progress=Progress(
+                handed(prompt, slice(cached, None)) + handle.family.first,
+                due + handle.family.first,
+                prompt.ids.shape[1],
+            ),
         ),
         lambda: gather(handle, planned, brought, kept, pruned),
     )
@@ -224,12 +232,12 @@ def _three(positions: Tensor, rope: bool) -> Tensor:
 
 def mark(cache: Any) -> Prefix | None:
     """What a cache was filled with under a pruner, if it was."""
-    return getattr(cache, MARK, None)
+    return None if cache is None else vars(cache).get(MARK)
 
 
 def remember(cache: Any, prefix: Prefix, refusal: str = "") -> None:
     """Put on a cache what it was filled with, or why it cannot be continued."""
-    if cache is not None and hasattr(cache, "get_seq_length"):
+    if caches.is_cache(cache):
         setattr(cache, MARK, replace(prefix, refusal=refusal or prefix.refusal))
 
 
@@ -241,7 +249,7 @@ def leave_deltas(handle: Handle, prefix: Prefix, positions: Any) -> None:
     """
     if handle.family.rope is not None and positions is None:
         ahead = prefix.next_position - (prefix.prompt.mask != 0).sum(dim=1)
-        handle.model.base_model.rope_deltas = ahead[:, None]
+        requests.set_deltas(handle.model, ahead[:, None])
 
 
 def _known(ids: Tensor, pad_id: int) -> Tensor:
@@ -278,7 +286,7 @@ def _prefix(
     following = real.sum(dim=1)
     if rope and cached:
         # Of a cache that the host filled by itself it remembers how far positions are from columns.
-        ahead = getattr(handle.model.base_model, "rope_deltas", None)
+        ahead = requests.deltas_of(handle.model)
         if ahead is not None and rows % len(ahead) == 0:
             ahead = ahead.to(device).repeat_interleave(rows // len(ahead), dim=0)
             positions, following = positions + ahead, following + ahead[:, 0]
@@ -288,14 +296,14 @@ def _prefix(
 
 
 def _new_items(
-    handle: Handle, inputs: Mapping[str, Any], known: tuple[int, ...], visual: list[Tensor]
+    handle: Handle, call: ModelCall, known: tuple[int, ...], visual: list[Tensor]
 ) -> list[dict[str, Any]]:
     """For each modality the inputs without items that a cache holds already; {} if none is new."""
     out: list[dict[str, Any]] = []
     for medium, before, columns in zip(handle.family.media, known, visual, strict=True):
-        pixels = inputs.get(medium.inputs[0])
-        if pixels is None or not bool(columns.any()):
-            if pixels is not None and before == 0:
+        brought = call.brings(medium.inputs[0])
+        if not brought or not bool(columns.any()):
+            if brought and before == 0:
                 raise VlmpruneError(
                     f"{medium.inputs[0]} came without {medium.kind} placeholders in the ids; pass "
                     "ids and pixels from one call of the model's own processor."
@@ -303,7 +311,7 @@ def _new_items(
             out.append({})
             continue
         # A processor that is given the whole conversation brings the earlier items again.
-        out.append(dict(medium.new(handle.model, inputs, before, columns)))
+        out.append(dict(medium.new(handle.model, call.given, before, columns)))
     return out
 
 
@@ -379,7 +387,7 @@ def _pixels(
 
 
 def _check_flash(handle: Handle, ids: Tensor) -> None:
-    kind = handle.model.config.get_text_config()._attn_implementation or ""
+    kind = config.attention_implementation(config.of_text(handle.model.config))
     gaps = handle.positions == "original" and handle.family.rope is None
     if "flash" in kind and gaps and ids.shape[0] == 1:
         raise VlmpruneError(

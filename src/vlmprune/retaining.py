@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vlmprune import costs, ragged
 from vlmprune.cache import Guest
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts.contract import Reached
 from vlmprune.ragged import Ragged
 from vlmprune.report import LayerReport
 from vlmprune.views import LayerView, Probes, Retention
@@ -92,6 +93,22 @@ class Retaining:
         ]
         self.probes = None if method.probes is None else drawn(self.mask, method.probes)
         self._choice: Choice | None = None
+        # Layers that were cut, or asked and left whole.
+        self.reached = Reached()
+
+    def check_cut(self, model: Any, due: Sequence[int]) -> None:
+        """Refuse a prompt of which a layer's cache was not cut.
+
+        Args:
+            model: the host.
+            due: the decoder layers that were to be cut.
+
+        Raises:
+            ContractError: one was not.
+        """
+        self.reached.check(
+            model, due, "kept the whole prompt, for it is not in the cache that was to be cut"
+        )
 
     def due(self, length: int) -> bool:
         """Whether a layer of that many columns has seen the whole prompt."""
@@ -131,6 +148,7 @@ class Retaining:
     def cut(self, guest: Guest, query: Tensor, scale: float) -> None:
         """Cut the layer to what the method keeps."""
         layer = guest.layer
+        self.reached.note(layer.index, layer)
         begin = _now(query)
         times = query.shape[0] // self.mask.shape[0]
         dense = layer.nbytes()

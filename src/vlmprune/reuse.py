@@ -6,7 +6,6 @@ were kept, and where they lay.
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmprune.active import Pruned
 from vlmprune.encode import Item, Plan
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts.release import output_class
+from vlmprune.hosts import outputs, requests
 from vlmprune.inputs import spans
 from vlmprune.layout import Layout
 
@@ -241,7 +239,6 @@ class Vision:
     def pruned(self, handle: Handle, planned: Plan, batch: int) -> dict[str, Pruned]:
         """Encoder outputs of a request that brings these items."""
         out = {}
-        takes = inspect.signature(type(handle.model).forward).parameters
         for number, medium in enumerate(handle.family.media):
             own = [item for item in self.items if item.kind == medium.kind]
             if not own:
@@ -254,8 +251,8 @@ class Vision:
                 [[item.extra[i] for item in own] for i in range(depth)],
                 planned.rows(batch, number),
                 # Releases that encode within their forward do not part the items.
-                "mm_encoder_outputs" not in takes,
-                cls=output_class(handle.host.original(medium.method), BaseModelOutputWithPooling),
+                not requests.encodes_ahead(handle.model),
+                cls=outputs.output_class(handle.host.original(medium.method)),
             )
         return out
 
@@ -288,7 +285,7 @@ def gather(
         others = {
             name: given[name]
             for name in medium.inputs[1:]
-            if isinstance(given.get(name), Tensor) and len(given[name]) == len(own)
+            if name in given and isinstance(given[name], Tensor) and len(given[name]) == len(own)
         }
         for at, i in enumerate(own):
             one = planned.items[i].layout

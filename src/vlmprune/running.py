@@ -14,7 +14,9 @@ from PIL import Image
 from vlmprune import overlay
 from vlmprune.boxes import token_boxes
 from vlmprune.families import family_of
-from vlmprune.loading import Loaded, attached, enough_memory
+from vlmprune.hosts import processed
+from vlmprune.hosts import sizes as tower_sizes
+from vlmprune.io.models import Loaded, attached, enough_memory
 from vlmprune.measure import timed, wait
 from vlmprune.pruner import Pruner
 from vlmprune.report import Report
@@ -133,7 +135,7 @@ def answer_twice(
     at_least_one(max_new_tokens=max_new_tokens, repeat=repeat)
     check_decode(decode_tokens)
     model, device = loaded.model, loaded.model.device
-    prompt = inputs["input_ids"].shape[1]
+    prompt = processed.ids_of(inputs).shape[1]
 
     def call(limit: int) -> torch.Tensor:
         out = model.generate(**inputs, max_new_tokens=limit, do_sample=False, num_beams=1)
@@ -207,7 +209,7 @@ def draw(
     loaded: Loaded, inputs: Any, images: Sequence[Image.Image], report: Report, **form: Any
 ) -> list[Image.Image]:
     """For each image a picture of what was kept; `form` goes to `overlay.draw`."""
-    sizes = inputs.get("image_sizes")
+    sizes = processed.sizes_of(inputs)
     pictures = []
     for number, (image, layout) in enumerate(zip(images, report.layouts, strict=True)):
         boxes = token_boxes(
@@ -216,7 +218,7 @@ def draw(
             loaded.processor.image_processor,
             family_of(loaded.model).name,
             None if sizes is None else sizes[number].tolist(),
-            loaded.model.config.vision_config.patch_size,
+            tower_sizes.patch_size(loaded.model.config),
         )
         names = _roles(report, number)
         crops = _panels(layout.crop) if layout.crops > 1 else None

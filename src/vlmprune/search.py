@@ -233,7 +233,7 @@ class Search:
 
         # Later releases are told of each trial's excess by itself.
         old: dict[str, Any] = {}
-        if not hasattr(optuna.Trial, "set_constraint"):
+        if "set_constraint" not in dir(optuna.Trial):
             old = {"constraints_func": _excess}
         study.sampler = optuna.samplers.TPESampler(
             seed=self.seed + number, n_startup_trials=STARTUP, **old
@@ -252,7 +252,7 @@ class Search:
             ("excess", loss - room),
         ):
             trial.set_user_attr(name, value)
-        if hasattr(trial, "set_constraint"):
+        if "set_constraint" in dir(trial):
             trial.set_constraint("loss", loss - room)
         study.tell(trial, found.cost)
 
@@ -311,9 +311,9 @@ def document(found: Found, method: str, about: Mapping[str, Any]) -> dict[str, A
         about: what the search depended on.
     """
     import torch
-    import transformers
 
     import vlmprune
+    from vlmprune.hosts import release
 
     return {
         "format": "vlmprune search 1",
@@ -326,7 +326,7 @@ def document(found: Found, method: str, about: Mapping[str, Any]) -> dict[str, A
         "versions": {
             "vlmprune": vlmprune.__version__,
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "transformers": release.version(),
         },
     }
 

@@ -16,7 +16,7 @@ from vlmprune.calibrate import check_target
 from vlmprune.errors import VlmpruneError
 from vlmprune.evaluate import evaluate, model_name
 from vlmprune.evaluation import Evaluation, Mean
-from vlmprune.loading import Loaded
+from vlmprune.io.models import Loaded
 from vlmprune.pruner import Pruner
 from vlmprune.reuse import Vision
 from vlmprune.spaces import Space, space_of

@@ -12,25 +12,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vlmprune import costs
-from vlmprune.dispatch import GUEST, attention_of, watching
+from vlmprune.dispatch import GUEST, watching
 from vlmprune.errors import VlmpruneError
 from vlmprune.families.media import Encoder, Inputs, Medium
 from vlmprune.families.towers import Crops
+from vlmprune.hosts import sizes, towers
+from vlmprune.hosts.attention import AttentionCall, attention_of
+from vlmprune.hosts.decoder import LayerCall, layer_call, states_of
+from vlmprune.hosts.release import computed_once
 from vlmprune.layout import Layout
 
 if TYPE_CHECKING:
     from vlmprune.pruner import Pruner
-
-# Encoder layers that may be run on other tokens than patches: nothing in them depends on a token's
-# place, which rotary embeddings and windows would.
-LAYERS = frozenset({"CLIPEncoderLayer", "SiglipEncoderLayer", "Dinov2Layer"})
 
 
 def unfit(model: Any, medium: Medium) -> str | None:
@@ -38,10 +38,10 @@ def unfit(model: Any, medium: Medium) -> str | None:
     name = type(model).__name__
     if not isinstance(medium, Crops):
         return f"{name} encodes images at their own resolution"
-    kinds = {type(layer).__name__ for layer in medium.encoder(model, {}).layers}
-    if kinds - LAYERS:
-        known = ", ".join(sorted(LAYERS))
-        return f"{', '.join(sorted(kinds - LAYERS))} is not among the layers it knows ({known})"
+    odd = towers.unknown_layers(medium.encoder(model, {}).layers)
+    if odd:
+        known = ", ".join(sorted(towers.PARTS))
+        return f"{', '.join(sorted(odd))} is not among the layers it knows ({known})"
     return None
 
 
@@ -65,9 +65,8 @@ def check(
     if why is None:
         assert isinstance(medium, Crops)
         grid = medium.patch_grid(model, inputs) if layouts else ()
-        chosen: Any = inputs.get("vision_feature_layer")
-        chosen = getattr(model.config, "vision_feature_layer", -1) if chosen is None else chosen
-        wide = model.config.vision_config.hidden_size
+        chosen = medium.chosen_layers(model, inputs)
+        wide = sizes.width(model.config)
         if any(one.grid != grid or one.blended for one in layouts):
             why = f"{type(model).__name__} makes one visual token of several patches there"
         elif not isinstance(chosen, int) and len(chosen) > 1:
@@ -116,20 +115,20 @@ class _Call:
     """One call of a layer on patches.
 
     Attributes:
-        args: what it was given behind the hidden states.
-        kwargs: likewise, by name.
+        layer: what it was given.
         keys: [B, H, N, D] of its attention.
         values: likewise.
     """
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    layer: LayerCall
     keys: Tensor = field(default_factory=lambda: torch.empty(0))
     values: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class _Layer:
-    """A layer whose calls on patches are recorded; guest of its attention's keys meanwhile."""
+    """A layer whose calls on patches are recorded, with what its attention is given."""
+
+    causal, whole = False, True
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer, self.attention = layer, attention_of(layer)
@@ -139,69 +138,48 @@ class _Layer:
     def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call of the layer begins (a hook)."""
         if threading.get_ident() == self.thread:
-            rest = {name: one for name, one in kwargs.items() if name != "hidden_states"}
-            self.calls.append(_Call(args[1:], rest))
+            self.calls.append(_Call(layer_call(self.layer, args, kwargs)))
 
-    def see(self, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: Any) -> None:
-        """Follow the call to its values, which watchers do not see."""
+    def see(self, call: AttentionCall) -> None:
+        """Follow the call to its values."""
         if threading.get_ident() != self.thread:
             return
-        if mask is not None:
+        if call.mask is not None:
             raise VlmpruneError(
                 f"{type(self.layer).__name__} masks its patches, which vlmprune does not follow; "
                 "pass what the model's own processor returns."
             )
-        setattr(key, GUEST, self)
-
-    def attend(
-        self,
-        function: Callable[..., Any],
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The plain result; keys and values are constants to what is done with them later."""
-        self.calls[-1].keys, self.calls[-1].values = key.detach(), value.detach()
-        return function(module, query, key, value, attention_mask, **kwargs)
+        self.calls[-1].keys, self.calls[-1].values = call.key.detach(), call.value.detach()
 
     def run(self, number: int, states: Tensor) -> Tensor:
         """The layer on other tokens [B, M, C], which see the patches of a recorded call."""
         call = self.calls[number]
         lending = _Lending(call.keys, call.values)
         with watching(self.attention, lending), _as_is(self.layer):
-            out = self.layer(states.to(call.keys.device), *call.args, **call.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+            args, kwargs = call.layer.with_hidden(states.to(call.keys.device)).unbuilt()
+            out = self.layer(*args, **kwargs)
+        return states_of(out)
 
 
 class _Lending:
     """Puts a call's keys and values in front of those that other tokens bring."""
 
+    causal, whole = False, True
+
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
         self.thread = threading.get_ident()
 
-    def see(self, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: Any) -> None:
+    def see(self, call: AttentionCall) -> None:
         """Become the call's guest, in the own thread alone."""
         if threading.get_ident() == self.thread:
-            setattr(key, GUEST, self)
+            setattr(call.key, GUEST, self)
 
-    def attend(
-        self,
-        function: Callable[..., Any],
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any = None,
-        **kwargs: Any,
-    ) -> Any:
+    def attend(self, function: Callable[..., Any], call: AttentionCall) -> Any:
         """Attention to all patches and to the tokens themselves."""
-        keys = torch.cat((self.keys.to(key), key), dim=2)
-        values = torch.cat((self.values.to(value), value), dim=2)
-        return function(module, query, keys, values, None, **kwargs)
+        keys = torch.cat((self.keys.to(call.key), call.key), dim=2)
+        values = torch.cat((self.values.to(call.value), call.value), dim=2)
+        return replace(call, key=keys, value=values, mask=None).run(function)
 
 
 @contextmanager
@@ -211,18 +189,14 @@ def _as_is(layer: Any) -> Iterator[None]:
     That would run the layer a second time, when no patches are lent to it.
     """
     trained = [one for one in layer.parameters() if one.requires_grad and one.is_leaf]
-    again = getattr(layer, "gradient_checkpointing", False)
     for one in trained:
         one.requires_grad_(False)
-    if again:
-        layer.gradient_checkpointing = False
     try:
-        yield
+        with computed_once(layer):
+            yield
     finally:
         for one in trained:
             one.requires_grad_(True)
-        if again:
-            layer.gradient_checkpointing = True
 
 
 class Patches:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vlmprune import costs, plan
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts import sizes
 
 # A decoder and a tower that a CPU runs in seconds; 576 visual tokens an image, as LLaVA-1.5 has.
 _SMALL: dict[str, Any] = {
@@ -99,7 +100,7 @@ def config_of(name: str, layers: int | None = None, tower_layers: int | None = N
     Raises:
         VlmpruneError: there is no such shape, or it has fewer layers.
     """
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
+    from vlmprune.hosts import pretrained
 
     if name not in NAMES:
         raise VlmpruneError(f"shape {name!r} is unknown; use one of {', '.join(NAMES)}.")
@@ -111,26 +112,24 @@ def config_of(name: str, layers: int | None = None, tower_layers: int | None = N
     _fewer(name, text, "num_hidden_layers", layers, 1)
     # The model takes the output of the layer before the last.
     _fewer(name, tower, "num_hidden_layers", tower_layers, 2)
-    classes = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
-    return classes[shape["model_type"]](
-        text_config=LlamaConfig(
-            vocab_size=_NARROW_VOCABULARY if name in _OWN else _LLAVA_VOCABULARY,
-            max_position_embeddings=2**17,
-            pad_token_id=_PAD,
-            bos_token_id=_BOS,
-            eos_token_id=None,
+    return pretrained.llava_config(
+        shape["model_type"],
+        {
+            "vocab_size": _NARROW_VOCABULARY if name in _OWN else _LLAVA_VOCABULARY,
+            "max_position_embeddings": 2**17,
+            "pad_token_id": _PAD,
+            "bos_token_id": _BOS,
+            "eos_token_id": None,
             **text,
-        ),
-        vision_config=CLIPVisionConfig(
-            num_attention_heads=tower["hidden_size"] // _TOWER_HEAD, **tower
-        ),
+        },
+        {"num_attention_heads": tower["hidden_size"] // _TOWER_HEAD, **tower},
         image_token_index=_IMAGE,
         tie_word_embeddings=False,
     )
 
 
 def _qwen(name: str, layers: int | None, tower_layers: int | None) -> Any:
-    from transformers import Qwen2_5_VLConfig
+    from vlmprune.hosts import pretrained
 
     text, tower = (dict(_QWEN[name][part]) for part in ("text_config", "vision_config"))
     _fewer(name, text, "num_hidden_layers", layers, 1)
@@ -138,7 +137,7 @@ def _qwen(name: str, layers: int | None, tower_layers: int | None) -> Any:
     whole = [n for n in tower["fullatt_block_indexes"] if n < tower["depth"]]
     tower["fullatt_block_indexes"] = whole or [tower["depth"] - 1]
     half = text["hidden_size"] // text["num_attention_heads"] // 2
-    return Qwen2_5_VLConfig(
+    return pretrained.qwen_config(
         text_config={
             "vocab_size": _QWEN_VOCABULARY if name == "qwen2.5-vl-7b" else _NARROW_VOCABULARY,
             "max_position_embeddings": 2**17,
@@ -174,10 +173,7 @@ def _fewer(name: str, part: dict[str, Any], key: str, layers: int | None, least:
 
 def depths(config: Any) -> tuple[int, int]:
     """Layers of the language model and of the vision tower."""
-    tower = config.vision_config
-    return config.text_config.num_hidden_layers, getattr(tower, "depth", None) or (
-        tower.num_hidden_layers
-    )
+    return config.text_config.num_hidden_layers, sizes.depth(config)
 
 
 def any_size(config: Any) -> bool:
@@ -228,10 +224,10 @@ def images_for(config: Any, visual_tokens: int) -> int:
 
 def parameters(config: Any) -> int:
     """How many weights the model has; none is made."""
-    from transformers import AutoModelForImageTextToText
+    from vlmprune.hosts import pretrained
 
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+        model = pretrained.model_of(config)
     return sum(weight.numel() for weight in model.parameters())
 
 
@@ -297,13 +293,13 @@ def build(config: Any, device: torch.device, dtype: torch.dtype, seed: int = 0) 
         dtype: of the weights.
         seed: of the weights; the same ones each time, and the caller's random state is kept.
     """
-    from transformers import AutoModelForImageTextToText
+    from vlmprune.hosts import pretrained
 
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
         with device:
-            model: Any = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+            model: Any = pretrained.model_of(config, dtype=dtype)
         with torch.no_grad():
             for weight in model.parameters():
                 if weight.ndim > 1:
@@ -355,14 +351,14 @@ def prompt(
         tower = config.vision_config
         rows, columns = (n * tower.spatial_merge_size for n in grid_of(visual_tokens))
         values = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
-        inputs["pixel_values"] = torch.randn(count * rows * columns, values, generator=generator)
+        pixels = torch.randn(count * rows * columns, values, generator=generator)
         inputs["image_grid_thw"] = torch.tensor([[1, rows, columns]] * count)
         inputs["mm_token_type_ids"] = (ids == config.image_token_id).long()
     else:
         side = config.vision_config.image_size
         crops = () if config.model_type == "llava" else (crops_of(config),)
-        inputs["pixel_values"] = torch.randn(count, *crops, 3, side, side, generator=generator)
+        pixels = torch.randn(count, *crops, 3, side, side, generator=generator)
         if crops:
             inputs["image_sizes"] = torch.full((count, 2), _GRID * side)
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    inputs["pixel_values"] = pixels.to(model.dtype)
     return {name: values.to(model.device) for name, values in inputs.items()}

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts import caches, contract
+from vlmprune.hosts.caches import DynamicLayer, DynamicSlidingWindowLayer
 
 
 class ShortLayer(DynamicLayer):
@@ -51,11 +52,9 @@ class ShortLayer(DynamicLayer):
     def adopt(cls, old: DynamicLayer, rows: int, device: torch.device) -> ShortLayer:
         """A layer that holds what `old` holds."""
         new = cls()
-        kept = ("keys", "values", "is_initialized", "dtype", "device")
-        vars(new).update({name: value for name, value in vars(old).items() if name in kept})
-        if isinstance(old, DynamicSlidingWindowLayer):
-            new.window = old.sliding_window
-            new.is_sliding = True
+        vars(new).update(caches.held_of(old))
+        new.window = caches.window_of(old)
+        new.is_sliding = new.window is not None
         new.start = old.get_seq_length()
         stored = new.stored
         columns = torch.arange(new.start - stored, new.start, device=device)
@@ -194,12 +193,16 @@ class ShortLayer(DynamicLayer):
 
 def shorten_layer(cache: Any, index: int, rows: int, device: torch.device) -> ShortLayer:
     """The layer `index` of a dynamic cache, made one that may lack columns."""
-    if cache.layer_class_to_replicate is not None:
-        while len(cache.layers) <= index:
-            cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[index]
+    caches.fill(cache, index + 1)
+    held = caches.layers_of(cache)
+    if index >= len(held):
+        raise contract.broken(cache, f"it has {len(held)} layers where number {index} is due")
+    layer = held[index]
     if not isinstance(layer, ShortLayer):
-        layer = cache.layers[index] = ShortLayer.adopt(layer, rows, device)
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise contract.broken(cache, f"it holds {type(layer).__name__}s, not DynamicLayers")
+        layer = ShortLayer.adopt(layer, rows, device)
+        caches.replace_layer(cache, index, layer)
     elif layer.held is None:
         # It was reset.
         layer.start = layer.stored
@@ -209,17 +212,16 @@ def shorten_layer(cache: Any, index: int, rows: int, device: torch.device) -> Sh
 
 def short_layers(cache: Any) -> Iterator[tuple[int, ShortLayer]]:
     """The layers of a cache that lack columns, with their numbers."""
-    for index, layer in enumerate(getattr(cache, "layers", None) or ()):
+    for index, layer in enumerate(caches.layers_of(cache)):
         if isinstance(layer, ShortLayer):
             yield index, layer
 
 
 def refusal(cache: Any, layers: Sequence[int]) -> str | None:
     """Why a cache cannot lack columns at those decoder layers; None if it can."""
-    held = getattr(cache, "layers", None)
-    kinds = [] if held is None else [type(held[i]) for i in layers if i < len(held)]
+    kinds = caches.kinds(cache, layers)
     known = (DynamicLayer, DynamicSlidingWindowLayer, ShortLayer)
-    if held is not None and all(kind in known for kind in kinds):
+    if caches.has_layers(cache) and all(kind in known for kind in kinds):
         return None
     odd = next((kind.__name__ for kind in kinds if kind not in known), None)
     name = type(cache).__name__ + (f" of {odd}s" if odd else "")

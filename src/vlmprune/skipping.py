@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vlmprune import costs, families
+from vlmprune import costs
 from vlmprune import rows as ops
 from vlmprune.dropping import Dropping, Prompt, Timer
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts.release import cache_given
+from vlmprune.hosts import caches, config, decoder
+from vlmprune.hosts.decoder import LayerCall
 from vlmprune.layers import Pass, dropping_rows, hooked
 from vlmprune.report import Report, RowsReport
 from vlmprune.short import short_layers
@@ -53,25 +54,24 @@ def skipped(model: Any, pruner: Pruner) -> tuple[int, ...]:
     Raises:
         VlmpruneError: it cannot; one sentence says why.
     """
-    decoder = families.decoder_layers(model)
-    found = tuple(pruner.dropper.skips(len(decoder)))
+    layers = decoder.decoder_layers(model)
+    found = tuple(pruner.dropper.skips(len(layers)))
     name = type(model).__name__
     for index in found:
-        if not 0 < index < len(decoder):
+        if not 0 < index < len(layers):
             raise VlmpruneError(
                 f"{pruner!r} would let tokens skip decoder layer {index}, and {name} has layers 1 "
-                f"to {len(decoder) - 1} that can be skipped."
+                f"to {len(layers) - 1} that can be skipped."
             )
-    kinds = families.layer_kinds(model)
-    known = ("full_attention", "sliding_attention", "chunked_attention")
+    kinds = config.layer_kinds(model.config)
     for index in found:
-        if kinds[index] not in known:
+        if kinds[index] not in decoder.ATTENDING:
             raise VlmpruneError(
                 f"decoder layer {index} of {name} has {kinds[index].replace('_', ' ')}, whose "
                 f"state every token passes through, so {pruner!r} cannot let tokens skip it; prune "
                 "before the language model."
             )
-        if not families.takes_angles(decoder[index]):
+        if not decoder.takes_angles(layers[index]):
             raise VlmpruneError(
                 f"the decoder layers of {name} do not take rotary angles from outside, so "
                 f"{pruner!r} cannot give them those of the tokens that they work on; prune before "
@@ -104,29 +104,23 @@ class SkipPass(Pass):
         self.given: Tensor | None = None
         self.weight: Tensor | None = None
 
-    def before(
-        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """What a layer gets instead of what the host gives it."""
+    def before(self, index: int, layer: nn.Module, call: LayerCall) -> LayerCall | None:
+        """What a layer gets instead of what the host gives it; None for the same."""
         if threading.get_ident() != self.thread:
             return None
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        cache = cache_given(type(layer), kwargs)
-        start = int(cache.get_seq_length(index)) if cache is not None else 0
+        self.reached.note(index, layer)
+        hidden = call.hidden
+        start = caches.length_of(call.cache, index)
         if self.prompt is None:
             self.prompt = Prompt(self.skipping, hidden.shape[0], hidden.shape[1], start)
             self.frames = Frames(self.skipping, self.prompt)
         rows = hidden
         if index in self.skipping.layers:
             rows = self._route(index, hidden)
-        changed = self._arguments(index, layer, args, kwargs, rows, start, runs=True)
-        if changed is kwargs and rows is hidden:
-            return None
-        if args:
-            return (rows, *args[1:]), changed
-        return args, changed | {"hidden_states": rows}
+        changed = self._arguments(index, call, rows, start, runs=True)
+        return None if changed is call and rows is hidden else changed.with_hidden(rows)
 
-    def after(self, index: int, output: Any) -> Any:
+    def after(self, index: int, layer: nn.Module, output: Any) -> Any:
         """What the host gets of a layer."""
         if threading.get_ident() != self.thread or self.given is None or self.prompt is None:
             return None
@@ -136,13 +130,13 @@ class SkipPass(Pass):
         # Where the layer failed, its error is on its way.
         if output is None or (going is None and weight is None):
             return None
-        made = output[0] if isinstance(output, tuple) else output
+        made = decoder.states_of(output)
         if weight is not None:
             made = _weighted(given, made, weight)
         if going is not None:
             assert full is not None
             made = going.scatter(full, made)
-        return (made, *output[1:]) if isinstance(output, tuple) else made
+        return decoder.with_states(output, made)
 
     def _route(self, index: int, hidden: Tensor) -> Tensor:
         """The states of the rows that a layer works on."""
@@ -238,8 +232,8 @@ def skipping_layers(
         with dropping_rows(model, dropping, cache, wanted):
             yield
         return
-    kind = model.config.get_text_config(decoder=True)._attn_implementation or ""
-    run = SkipPass(dropping, len(families.decoder_layers(model)) - 1, "flash" in kind)
+    flash = "flash" in config.attention_implementation(config.of_text(model.config))
+    run = SkipPass(dropping, len(decoder.decoder_layers(model)) - 1, flash)
     indices = sorted({*dropping.layers, *dict(short_layers(cache))})
     with hooked(model, run, indices, True, True):
         yield
@@ -269,14 +263,14 @@ def reported(
     each = costs.kv_bytes(config, 1, torch.finfo(dtype).bits // 8) // max(1, sum(cached))
     rows = [row for row, line in enumerate(skipping.lengths) for _ in line]
     layers, counts = list[RowsReport](), list[list[int]]()
-    for index, caches in enumerate(cached):
+    for index, holds in enumerate(cached):
         reached = stages.get(index, whole)
         sums = [0] * len(skipping.lengths)
         for row, mask in zip(rows, reached, strict=True):
             sums[row] += int(mask.sum())
         counts.append(sums)
         numbers = [mask.nonzero()[:, 0] for mask in reached]
-        layers.append(RowsReport(index, numbers, caches * each * sum(sums)))
+        layers.append(RowsReport(index, numbers, holds * each * sum(sums)))
     flops = sum(costs.layered_flops(config, one) for one in zip(*counts, strict=True))
     # For pictures, where no stage before has its own: what any of the skipped layers worked on.
     worked = [torch.zeros_like(mask) for mask in whole]

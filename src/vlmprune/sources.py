@@ -16,6 +16,7 @@ from vlmprune import embedded, plan, spec
 from vlmprune.budget import Budget
 from vlmprune.errors import VlmpruneError
 from vlmprune.families import FAMILIES, TOWERS, generic, towers
+from vlmprune.hosts import config as fields
 from vlmprune.pruner import Pruner
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -81,10 +82,10 @@ def _local_config(folder: Path) -> dict[str, Any]:
 
 
 def _hub_config(name: str) -> dict[str, Any]:
-    from transformers import AutoConfig
+    from vlmprune.hosts import pretrained
 
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
+        return pretrained.config_of(name, local=False).to_dict()
     # Network, cache and config fail in many ways, none of which the user could treat apart.
     except Exception as error:
         raise VlmpruneError(
@@ -94,8 +95,7 @@ def _hub_config(name: str) -> dict[str, Any]:
 
 
 def _supported(config: dict[str, Any]) -> str:
-    kind = config.get("model_type")
-    classes = [str(name) for name in config.get("architectures") or []]
+    kind, tower, classes = fields.described(config)
     if kind not in FAMILIES and any(name.endswith(generic.SUFFIX) for name in classes):
         # Whether its layout can be followed is seen when the pruner attaches.
         return str(kind)
@@ -104,7 +104,6 @@ def _supported(config: dict[str, Any]) -> str:
         raise VlmpruneError(
             f"vlmprune does not support models of type {kind!r} yet; supported: {known}."
         )
-    tower = (config.get("vision_config") or {}).get("model_type")
     family = FAMILIES.get(f"{kind}:{tower}") or FAMILIES[str(kind)]
     if tower is not None and tower not in TOWERS and any(map(towers.is_open, family.media)):
         raise VlmpruneError(
@@ -249,8 +248,8 @@ def check_budget(source: Source, pruner: Pruner) -> None:
 def budget_of(pruner: Pruner) -> tuple[int | float | None, Budget]:
     """`keep` and `budget` of the method that sees all visual tokens; keep is None without one."""
     # Of several methods that choose, that is the first.
-    stage: Any = next((one for one in spec.stages(pruner) if hasattr(one, "keep")), None)
-    return getattr(stage, "keep", None), getattr(stage, "budget", "crop")
+    stage: Any = next((one for one in spec.stages(pruner) if "keep" in dir(one)), None)
+    return (None, "crop") if stage is None else (stage.keep, stage.unit)
 
 
 def at_least_one(**counts: int) -> None:

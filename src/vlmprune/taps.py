@@ -15,7 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vlmprune.dispatch import attention_of, watching
+from vlmprune.dispatch import watching
+from vlmprune.hosts import contract
+from vlmprune.hosts.attention import AttentionCall, attention_of
+from vlmprune.hosts.decoder import states_of
+from vlmprune.hosts.encoders import first_of
+from vlmprune.hosts.towers import pooled_attention
 
 Rows = Literal["cls", "last", "received"]
 
@@ -149,9 +154,14 @@ class Tap:
     meanwhile is not recorded.
     """
 
+    # A tower's tokens see one another unless a mask hides them.
+    causal, whole = False, True
+
     def __init__(self, rows: Rows) -> None:
         self.rows: Rows = rows
         self.rows_seen: list[Tensor] = []
+        # How many queries were seen in the layer's present run.
+        self.tokens = 0
         self.thread = threading.get_ident()
 
     @property
@@ -159,29 +169,21 @@ class Tap:
         """Whether the running thread is the tap's own."""
         return threading.get_ident() == self.thread
 
-    def see(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        attention_mask: Any,
-        kwargs: dict[str, Any],
-    ) -> None:
+    def see(self, call: AttentionCall) -> None:
         """Take the rows out of one attention call of the tap's own thread."""
         if not self.here:
             return
-        scaling = kwargs.get("scaling")
-        if scaling is None:
-            scaling = query.shape[-1] ** -0.5
-        mask = attention_mask if isinstance(attention_mask, Tensor) else None
-        ends = kwargs.get("cu_seq_lens_q")
+        mask = call.mask if isinstance(call.mask, Tensor) else None
+        ends = call.ends
+        self.tokens += call.query.shape[0] * call.query.shape[2]
         if ends is None:
-            self.rows_seen.append(self.look(query, key, scaling, mask))
+            self.rows_seen.append(self.look(call.query, call.key, call.scale, mask))
             return
         # Flash attention gets several images packed into one sequence.
         lengths = (ends[1:] - ends[:-1]).tolist()
-        for q, k in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), strict=True):
-            self.rows_seen.append(self.look(q, k, scaling, None))
+        parts = (call.query.split(lengths, dim=2), call.key.split(lengths, dim=2))
+        for query, key in zip(*parts, strict=True):
+            self.rows_seen.append(self.look(query, key, call.scale, None))
 
     def look(self, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
         """What is recorded of one call."""
@@ -222,21 +224,30 @@ def tapped(layer: nn.Module, tap: Tap) -> Iterator[None]:
         LookupError: the layer holds no attention that goes through Transformers' registry.
     """
     module = attention_of(layer)
-    entered: list[AbstractContextManager[None]] = []
+    entered, due = list[AbstractContextManager[None]](), list[int]()
 
     # Other threads run these hooks too, and must not take the dispatcher away from this one.
-    def before(*_: Any) -> None:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if tap.here:
+            tap.tokens = 0
+            due.append(first_of(args, kwargs)[..., 0].numel())
             watch = watching(module, tap)
             watch.__enter__()
             entered.append(watch)
 
-    def after(*_: Any) -> None:
+    def after(module: nn.Module, _: Any, output: Any = None) -> None:
         if tap.here and entered:
             entered.pop().__exit__(None, None, None)
+            wanted = due.pop()
+            # Where it failed, its error is on its way.
+            if output is not None and tap.tokens != wanted and contract.checks():
+                raise contract.broken(
+                    module,
+                    f"{tap.tokens} of its {wanted} tokens attend through the attention registry",
+                )
 
     handles = [
-        module.register_forward_pre_hook(before),
+        module.register_forward_pre_hook(before, with_kwargs=True),
         module.register_forward_hook(after, always_call=True),
     ]
     try:
@@ -256,7 +267,7 @@ def passing(layer: nn.Module) -> Iterator[list[Tensor]]:
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if threading.get_ident() == thread:
-            states = output if isinstance(output, Tensor) else output[0]
+            states = states_of(output)
             # A tower that packs all images into one sequence has no batch.
             seen.append(states if states.ndim == 3 else states[None])
 
@@ -272,18 +283,13 @@ def pooling(head: Any, tap: Tap) -> Iterator[None]:
     """Record with `tap` what the query of a pooling head attends to, averaged over heads.
 
     Args:
-        head: a module with `probe` [1, 1, C] and `attention`, a `nn.MultiheadAttention`, that is
-            called with hidden states [B, N, C]; SigLIP's `MultiheadAttentionPoolingHead`.
+        head: as `hosts.towers.pooling_head` finds it, called with hidden states [B, N, C].
         tap: gets [B, N] float32 a call.
     """
 
     def look(_: nn.Module, args: tuple[Any, ...]) -> None:
         if tap.here:
-            hidden = args[0].detach()
-            probe = head.probe.detach().expand(len(hidden), -1, -1)
-            with torch.no_grad():
-                weights = head.attention(probe, hidden, hidden, need_weights=True)[1]
-            tap.rows_seen.append(weights[:, 0].float())
+            tap.rows_seen.append(pooled_attention(head, args[0]))
 
     hook = head.register_forward_pre_hook(look)
     try:

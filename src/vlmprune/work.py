@@ -13,7 +13,7 @@ from PIL import Image
 from vlmprune import embedded, shapes, sources
 from vlmprune.budget import resolve_keep
 from vlmprune.errors import VlmpruneError
-from vlmprune.loading import enough_memory, load, prepare_batch
+from vlmprune.io.models import enough_memory, load, prepare_batch
 from vlmprune.pruner import Pruner
 
 # What is asked about pictures that were given; the packaged scenes bring their own questions.

@@ -109,7 +109,7 @@ class Entry:
     def build(self, attention: str = "sdpa", seed: int = 0) -> Any:
         """A model with scaled-up random weights."""
         torch.manual_seed(seed)
-        model = loud(self.make())
+        model = unusual_scales(loud(self.make()))
         decoder = self.decoder_attention or attention
         model.set_attn_implementation(
             {"": attention, "vision_config": attention, "text_config": decoder}
@@ -166,6 +166,40 @@ def loud(model: Any) -> Any:
     # No end token: every run goes its full length and steps can be compared.
     model.generation_config.eos_token_id = None
     return model.eval()
+
+
+# Factors of the usual scale, in turn.
+UNUSUAL = (0.6, 1.7)
+
+
+def unusual_scales(model: Any) -> Any:
+    """Give attention scales that are not head_dim^-0.5, so that a misread one shows.
+
+    Models that hand none to the attention function (Llama 4's tower) keep theirs.
+    """
+    decoder = model.get_decoder()
+    inside, changed = set(decoder.modules()), {True: 0, False: 0}
+    scaled = [one for one in model.modules() if type(one).__name__.endswith("Attention")]
+    for number, module in enumerate(scaled):
+        for name in ("scaling", "scale"):
+            usual = getattr(module, name, None)
+            if isinstance(usual, float):
+                setattr(module, name, usual * UNUSUAL[number % len(UNUSUAL)])
+                changed[module in inside] += 1
+    assert all(changed.values()), f"no scale was found in {type(model).__name__}"
+    return model
+
+
+def scale_of(attention: Any) -> float:
+    """The factor of the dot products that an attention module hands over."""
+    named = [
+        getattr(one, name)
+        for one in attention.modules()
+        for name in ("scaling", "scale")
+        if isinstance(getattr(one, name, None), float)
+    ]
+    (scale,) = set(named)
+    return float(scale)
 
 
 def pad(prompts: list[list[int]], side: str) -> tuple[Tensor, Tensor]:

@@ -111,10 +111,12 @@ def bench(
     _check_together(shape, model, images, visual_tokens, layers or tower_layers)
     with progress("Starting…") as say:
         from vlmprune import bench as benching
-        from vlmprune import benchpage, benchplot, loading, measure, sources, work
+        from vlmprune import benchpage, benchplot, measure, sources, work
         from vlmprune.cli.benchtables import print_results
+        from vlmprune.hosts.config import attention_implementation, of_text
+        from vlmprune.io import models
 
-        with loading.quiet():
+        with models.quiet():
             pruners = work.parse_methods(method or [f"vispruner:keep={sources.KEEP}"])
             batches, wanted = batch or [1], visual_tokens or []
             for number in batches:
@@ -158,7 +160,7 @@ def bench(
                 results.append(
                     benching.compare(one, pruners, new_tokens, repeat, say, floor, memory)
                 )
-                content["attention"] = one.model.config.get_text_config()._attn_implementation
+                content["attention"] = attention_implementation(of_text(one.model.config))
                 content["runs"].append(results[-1].as_dict())
                 if target is not None:
                     # A run that is stopped keeps what it has.

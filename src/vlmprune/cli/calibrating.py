@@ -58,10 +58,11 @@ def calibrate(
     """Find PLPHP's thresholds for a model: its vision attention over your pictures."""
     with progress("Starting…") as say:
         from vlmprune import calibrate as calibrating
-        from vlmprune import loading, sources
+        from vlmprune import sources
+        from vlmprune.io import models
         from vlmprune.methods import PLPHP
 
-        with loading.quiet():
+        with models.quiet():
             probe = PLPHP(window=window)
             sources.at_least_one(batch=batch)
             calibrating.check_quantiles(beta_quantile, alpha_quantile)
@@ -73,7 +74,7 @@ def calibrate(
             source = sources.find_model(model)
             files = _files(images or [], model)
             say(f"Loading {source.label}…")
-            loaded = loading.load(source, place, kind)
+            loaded = models.load(source, place, kind)
             asked = question or _questions(model)
             opened = (sources.open_images([file])[0] for file in files)
             total = len(files) * len(asked)

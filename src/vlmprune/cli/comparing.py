@@ -105,9 +105,10 @@ def compare(
     with bar() as tell:
         tell("Starting…", 0, 1)
         from vlmprune import compare as comparing
-        from vlmprune import loading, measure, page, pareto, sources, tasks, ways
+        from vlmprune import measure, page, pareto, sources, tasks, ways
+        from vlmprune.io import models
 
-        with loading.quiet():
+        with models.quiet():
             specs = [one for text in methods or [METHODS] for one in ways.split(text)]
             found = ways.ways_of(specs, ways.keeps_of(keep or KEEPS), keep is not None)
             sources.at_least_one(batch=batch, repeat=repeat)
@@ -148,7 +149,7 @@ def compare(
             for path in targets.values():
                 page.check_free(path)
             tell(f"Loading {source.label}…", 0, 1)
-            loaded = loading.load(source, place, kind)
+            loaded = models.load(source, place, kind)
             count = show if show is not None else None if pictures else comparing.SHOWN
             result = comparing.compare(
                 *(loaded, source, found, asked, limit, batch, repeat, count),

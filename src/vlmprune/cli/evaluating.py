@@ -78,10 +78,11 @@ def evaluate(
     """
     with bar() as tell:
         tell("Starting…", 0, 1)
-        from vlmprune import assessed, kept_answers, loading, page, sources, spec, tasks
+        from vlmprune import assessed, kept_answers, page, sources, spec, tasks
         from vlmprune import evaluate as evaluating
+        from vlmprune.io import models
 
-        with loading.quiet():
+        with models.quiet():
             settings = {"keep": None if keep is None else keep_of(keep), "budget": budget}
             stages = spec.read(method)
             pruner = sources.make_pruner(method, settings)
@@ -103,7 +104,7 @@ def evaluate(
             source = sources.find_model(model)
             sources.check_budget(source, pruner)
             tell(f"Loading {source.label}…", 0, 1)
-            loaded = loading.load(source, place, kind)
+            loaded = models.load(source, place, kind)
             if target is None:
                 marked = kept_answers.digest(loaded, source, chosen)
                 folder = Path(FOLDER) / f"{kept_answers.plain(chosen.label)[-40:]}-{marked}"

@@ -61,9 +61,10 @@ def run(
     """Answer a question about pictures, with and without pruning."""
     _check_question(question)
     with progress("Starting…") as say:
-        from vlmprune import loading, running, sources, spec
+        from vlmprune import running, sources, spec
+        from vlmprune.io import models
 
-        with loading.quiet():
+        with models.quiet():
             pruner = sources.make_pruner(
                 method,
                 {
@@ -82,8 +83,8 @@ def run(
             sources.check_budget(source, pruner)
             targets = sources.overlay_paths(save_overlay, images) if save_overlay else []
             say(f"Loading {source.label}…")
-            loaded = loading.load(source, place, kind)
-            inputs = loading.prepare(loaded, pictures, question)
+            loaded = models.load(source, place, kind)
+            inputs = models.prepare(loaded, pictures, question)
             outcome = running.answer_twice(
                 loaded, pruner, inputs, max_new_tokens, repeat, decode_tokens, say
             )

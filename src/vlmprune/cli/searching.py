@@ -72,11 +72,12 @@ def search(
     A search that was stopped goes on where it was when it is asked for again.
     """
     with progress("Starting…") as say:
-        from vlmprune import loading, needed, searching, sources, spaces, tasks, tradeoff
+        from vlmprune import needed, searching, sources, spaces, tasks, tradeoff
         from vlmprune import search as outcomes
         from vlmprune.calibrate import check_target, save
+        from vlmprune.io import models
 
-        with loading.quiet():
+        with models.quiet():
             needed.module("optuna", "search")
             sources.at_least_one(batch=batch)
             if limit is not None:
@@ -102,7 +103,7 @@ def search(
             if restart:
                 asked.journal.unlink(missing_ok=True)
             say(f"Loading {source.label}…")
-            loaded = loading.load(source, place, kind)
+            loaded = models.load(source, place, kind)
             outcome = searching.run(loaded, asked, chosen, say)
             save(outcome.content, asked.out)
             words = searching.COSTS[cost][1]

@@ -126,7 +126,8 @@ def train(
         tell("Starting…", 0, 1)
         import torch
 
-        from vlmprune import loading, sources, tasks
+        from vlmprune import sources, tasks
+        from vlmprune.io import models
         from vlmprune.training import data as reading
         from vlmprune.training import start
 
@@ -159,7 +160,7 @@ def train(
             held_out,
         )
         cls = start.check(wanted)
-        with loading.quiet():
+        with models.quiet():
             from vlmprune.training.trainer import Settings
 
             entries = reading.read(data, images)
@@ -168,7 +169,7 @@ def train(
             kind = sources.choose_dtype(dtype, place)
             source = sources.find_model(model)
             tell(f"Loading {source.label}…", 0, 1)
-            loaded = loading.load(source, place, kind)
+            loaded = models.load(source, place, kind)
             settings = Settings(
                 steps,
                 batch,
@@ -197,7 +198,7 @@ def train(
             run = start.build(
                 loaded, cls, wanted, entries, chosen, limit, settings, folder, about, tell
             )
-            with loading.enough_memory(place):
+            with models.enough_memory(place):
                 state = run.train(resume, tell)
             # The LoRA leaves the model in the end.
             trained = run.learner.trained() | run.learner.lora()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from vlmprune.hosts.pretrained import LlavaForConditionalGeneration, LlavaProcessor
 
 __all__ = ["clips", "held_out", "load", "path", "scenes"]
 
@@ -56,12 +56,9 @@ def load(
     Returns:
         The model, in eval mode, and its processor.
     """
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from vlmprune.hosts import pretrained
 
-    model = LlavaForConditionalGeneration.from_pretrained(
-        path(), dtype=dtype, attn_implementation=attn_implementation, local_files_only=True
-    )
-    processor = LlavaProcessor.from_pretrained(path(), local_files_only=True)
+    model, processor = pretrained.llava(path(), dtype, attn_implementation)
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
     return model.eval(), processor

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
-
-from torch import nn
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.families import generic, llava, pixtral, pooled, qwen, tiles, video
 from vlmprune.families.record import Family
 from vlmprune.families.towers import TOWERS
-from vlmprune.hosts import release
+from vlmprune.hosts import config, contract, parts, sizes
+from vlmprune.hosts.decoder import decoder_layers, recomputes, rotary_modules, takes_angles
 
 Positions = Literal["auto", "compact", "original"]
 
-__all__ = ["FAMILIES", "TOWERS", "Family", "Positions", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "TOWERS",
+    "Family",
+    "Positions",
+    "check_host",
+    "decoder_layers",
+    "family_of",
+    "recomputes",
+    "rotary_modules",
+    "takes_angles",
+]
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -35,16 +44,34 @@ def family_of(model: Any) -> Family:
     Raises:
         VlmpruneError: the model cannot be followed; one sentence says why.
     """
-    config: Any = getattr(model, "config", None)
-    kind = getattr(config, "model_type", "")
-    tower = getattr(getattr(config, "vision_config", None), "model_type", "")
+    said = config.of_model(model)
+    kind, tower = config.model_type(said), config.tower_type(said)
     # A family may have a record of its own for one of its towers.
     family = FAMILIES.get(f"{kind}:{tower}") or FAMILIES.get(kind)
     if family is None or type(model).__name__ != family.cls:
         return generic.family(model)
+    check_host(model, family)
     for medium in family.media:
         medium.check(model)
     return family
+
+
+def check_host(model: Any, family: Family) -> None:
+    """Refuse a host that lacks a field, module, function or argument of its family's record.
+
+    Args:
+        model: the host.
+        family: its record.
+
+    Raises:
+        VlmpruneError: one sentence names the release, the class and what is missing.
+    """
+    if not contract.checks():
+        return
+    config.check_text(model.config)
+    for medium in family.media:
+        parts.check(model, medium.required())
+        parts.attribute(base(model), medium.method)
 
 
 def unwrapped(model: Any) -> Any:
@@ -63,51 +90,14 @@ def base(model: Any) -> Any:
     return model.base_model
 
 
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The layers of the language model."""
-    decoder = model.get_decoder()
-    return getattr(decoder, "model", decoder).layers
-
-
-def recomputes(model: Any) -> bool:
-    """Whether the language model would recompute activations in a forward now, without a cache."""
-    decoder = model.get_decoder()
-    decoder = getattr(decoder, "model", decoder)
-    return release.recomputes((decoder, *decoder.layers))
-
-
 def layer_kinds(model: Any) -> list[str]:
     """How each decoder layer attends, in Transformers' words ("full_attention", …)."""
-    config = model.config.get_text_config(decoder=True)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return list(kinds)
-    for name, kind in (
-        ("sliding_window", "sliding_attention"),
-        ("attention_chunk_size", "chunked_attention"),
-    ):
-        if getattr(config, name, None) is not None:
-            return [kind] * config.num_hidden_layers
-    return ["full_attention"] * config.num_hidden_layers
+    return config.layer_kinds(model.config)
 
 
 def deepstack_layers(model: Any) -> int:
     """Number of first decoder layers behind which the host adds features to visual tokens."""
-    vision = getattr(model.config, "vision_config", None)
-    return len(getattr(vision, "deepstack_visual_indexes", None) or ())
-
-
-def rotary_modules(model: Any) -> list[nn.Module]:
-    """The modules of the language model that make rotary angles for all layers."""
-    decoder = model.get_decoder()
-    decoder = getattr(decoder, "model", decoder)
-    own = [child for name, child in decoder.named_children() if name != "layers"]
-    return [child for child in own if "rotary" in type(child).__name__.lower()]
-
-
-def takes_angles(layer: nn.Module) -> bool:
-    """Whether a decoder layer takes rotary angles from outside."""
-    return "position_embeddings" in inspect.signature(layer.forward).parameters
+    return config.deepstack_layers(model.config)
 
 
 def cuttable_layers(model: Any) -> list[int]:
@@ -120,12 +110,10 @@ def cuttable_layers(model: Any) -> list[int]:
 
 def architecture(model: Any) -> str:
     """What a calibration holds for: the type and size of the language model, in words."""
-    config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    of = sizes.decoder(model.config)
     return (
-        f"{model.config.model_type} with {config.num_hidden_layers} layers, hidden size "
-        f"{config.hidden_size}, {config.num_attention_heads} query and {heads} KV heads, "
-        f"vocabulary {config.vocab_size}"
+        f"{config.model_type(model.config)} with {of.layers} layers, hidden size {of.width}, "
+        f"{of.heads} query and {of.kv_heads} KV heads, vocabulary {of.vocabulary}"
     )
 
 
@@ -149,8 +137,7 @@ def resolve_positions(model: Any, positions: Positions) -> Literal["compact", "o
 
 def advised_positions(model: Any) -> Literal["compact", "original"] | None:
     """What a model's config advises, if it does."""
-    advice = getattr(model.config, "vlmprune", None) or {}
-    advised = advice.get("positions") if isinstance(advice, Mapping) else None
+    advised = config.advice(model.config).get("positions")
     if advised == "compact" or advised == "original":
         return advised
     return None

@@ -9,7 +9,6 @@ together tell any two tokens apart, with respect to what the tower's layers hand
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,11 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune import layout
-from vlmprune.dispatch import attention_of
 from vlmprune.errors import VlmpruneError
+from vlmprune.families.llava import LAYER
 from vlmprune.families.media import Encoder, Inputs, Scored, blocks, four_dimensional
 from vlmprune.families.record import Family
 from vlmprune.families.towers import Crops
+from vlmprune.hosts import config, outputs, packing, sizes
+from vlmprune.hosts.attention import attention_of
+from vlmprune.hosts.parts import Parts
 from vlmprune.layout import Layout
 from vlmprune.taps import Rows, Tap, tapped
 
@@ -74,6 +76,16 @@ class Generic(Crops):
     def has_cls(self, model: Any) -> bool:
         """Whether the tower has a CLS token."""
         return bool(self.found.cls)
+
+    def required(self) -> Parts:
+        """What the self-check looked at needs no other look."""
+        return Parts()
+
+    def chosen_layers(self, model: Any, inputs: Inputs) -> int | list[int]:
+        """What the request or the config says, where such a config has the usual entry."""
+        asked: Any = inputs.get(LAYER)
+        asked = getattr(model.config, LAYER, -1) if asked is None else asked
+        return asked if isinstance(asked, int) else list(asked)
 
     def projector(self, model: Any) -> nn.Module:
         """The module that was found to be given the features."""
@@ -136,10 +148,7 @@ def family(model: Any) -> Family:
     Raises:
         VlmpruneError: one sentence says why the model cannot be followed.
     """
-    try:
-        key = (type(model), model.config.to_json_string())
-    except (AttributeError, TypeError):
-        key = (type(model), "")
+    key = (type(model), config.json_of(config.of_model(model)) or "")
     if key not in _found:
         try:
             _found[key] = _record(model)
@@ -172,18 +181,17 @@ def _record(model: Any) -> Family:
 def _self_check(model: Any) -> Found:
     """Find out how a model encodes images, by one run of its tower on a random image."""
     _check_class(model)
-    base, vision = model.base_model, model.config.vision_config
-    sides, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    base = model.base_model
+    sides, patch = sizes.fixed_sides(model.config)
     sides = [sides, sides] if isinstance(sides, int) else sides
     patch = patch if isinstance(patch, int) or not patch else patch[0]
     if not sides or not patch or any(side % patch for side in sides):
         raise _UnfitError("its vision config gives no image size in whole patches")
     height, width = sides
-    names, lists = _lists(model, getattr(vision, "num_hidden_layers", 0))
+    names, lists = _lists(model, sizes.layer_count(model.config))
     weight = next(lists[0].parameters())
     generator = torch.Generator().manual_seed(0)
-    channels = getattr(vision, "num_channels", 3)
-    pixels = torch.randn(1, channels, height, width, generator=generator)
+    pixels = torch.randn(1, sizes.channels(model.config), height, width, generator=generator)
     seen = _Seen()
     with ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
         stack.enter_context(_evaluating(model))
@@ -197,7 +205,7 @@ def _self_check(model: Any) -> Found:
             stack.callback(hook.remove)
         try:
             output = base.get_image_features(pixels.to(weight.device, weight.dtype))
-            tokens = output.pooler_output
+            tokens = outputs.tokens_of(output)
         # A host that wants something else fails in its own way.
         except Exception as error:
             raise _UnfitError(
@@ -205,7 +213,7 @@ def _self_check(model: Any) -> Found:
             ) from error
         if not isinstance(tokens, Tensor) or tokens.ndim != 3 or len(tokens) != 1:
             raise _UnfitError("its get_image_features does not return [images, tokens, width]")
-        if getattr(output, "deepstack_features", None):
+        if outputs.deep_of(output):
             raise _UnfitError("later layers of its language model are given features, too")
         tower, number, rows = seen.used(lists, tokens)
         grid = (height // patch, width // patch)
@@ -221,39 +229,37 @@ def _self_check(model: Any) -> Found:
 
 def _check_class(model: Any) -> None:
     """Refuse what the check below could not find wrong."""
-    config = getattr(model, "config", None)
+    said = config.of_model(model)
     base: Any = getattr(model, "base_model", None)
-    if not type(model).__name__.endswith(SUFFIX) or config is None:
+    if not type(model).__name__.endswith(SUFFIX) or said is None:
         raise _UnfitError(f"its class is no …{SUFFIX}")
     if not callable(getattr(base, "get_image_features", None)):
         raise _UnfitError("it has no get_image_features")
-    if next(iter(inspect.signature(base.get_image_features).parameters)) != "pixel_values":
+    if packing.first_argument(base.get_image_features) != "pixel_values":
         raise _UnfitError("its get_image_features does not begin with pixel_values")
-    if not isinstance(getattr(config, "image_token_id", None), int):
+    if not config.has_placeholder(said, Generic.token):
         raise _UnfitError("its config has no image_token_id")
-    if getattr(config, "vision_config", None) is None:
+    if not config.has_vision(said):
         raise _UnfitError("its config has no vision_config")
-    if getattr(config, "is_encoder_decoder", False):
+    if config.has_encoder(said):
         raise _UnfitError("its language model has an encoder of its own")
     if hasattr(base, "get_rope_index"):
         raise _UnfitError("its visual tokens have three positions each")
-    kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
-    if kinds - _ATTENTION:
-        raise _UnfitError(
-            f"its language model has layers of {' and '.join(sorted(kinds - _ATTENTION))}"
-        )
+    others = config.listed_kinds(said) - _ATTENTION
+    if others:
+        raise _UnfitError(f"its language model has layers of {' and '.join(sorted(others))}")
 
 
 def _lists(model: Any, depth: int) -> tuple[list[str], list[nn.ModuleList]]:
     """Lists of layers that may be the tower: of its depth, and not of the decoder."""
     try:
-        decoder = set(model.get_decoder().modules())
+        own = set(model.get_decoder().modules())
     except AttributeError as error:
         raise _UnfitError("its language model is not found") from error
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and module not in decoder
+        if isinstance(module, nn.ModuleList) and len(module) == depth and module not in own
     ]
     if not found or not depth:
         raise _UnfitError("its vision tower is no list of layers")
@@ -369,7 +375,7 @@ def _check_tap(base: Any, layer: nn.Module, pixels: Tensor, length: int, alone: 
         raise _UnfitError("its vision tower's attention cannot be read") from error
     tap = Tap("received")
     with tapped(layer, tap), torch.no_grad():
-        both = base.get_image_features(torch.cat((pixels, pixels.flip(-1)))).pooler_output
+        both = outputs.tokens_of(base.get_image_features(torch.cat((pixels, pixels.flip(-1)))))
     if [tuple(rows.shape) for rows in tap.rows_seen] != [(2, length)]:
         raise _UnfitError("its vision tower does not attend to all patches of an image at once")
     tolerance = 100 * torch.finfo(alone.dtype).eps * float(alone.abs().max())

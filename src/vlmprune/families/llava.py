@@ -12,13 +12,28 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.families.media import Inputs, four_dimensional, needs
 from vlmprune.families.record import Family
 from vlmprune.families.towers import Crops
+from vlmprune.hosts import packing
+from vlmprune.hosts.config import required
+from vlmprune.hosts.parts import Parts
 from vlmprune.layout import NO_PATCH, Layout
+
+# The config's entry that says which hidden state of the tower becomes features, and the one that
+# says whether its first token is dropped.
+LAYER = "vision_feature_layer"
+_SELECTS = "vision_feature_select_strategy"
+# The config's entry that names what is between the projector's two linear layers.
+ACTIVATION = "projector_hidden_act"
+SELECTS = Parts(fields=(_SELECTS,))
+
+
+def strategy_of(model: Any, inputs: Inputs) -> str:
+    """Which tokens of the tower are features: "default" drops the first, "full" drops none."""
+    return str(inputs.get(_SELECTS) or required(model.config, _SELECTS))
 
 
 def keeps_cls(model: Any, inputs: Inputs, has_cls: bool) -> bool:
     """Whether the CLS token itself is passed on as a visual token ("full" selection)."""
-    strategy = inputs.get("vision_feature_select_strategy")
-    strategy = strategy or model.config.vision_feature_select_strategy
+    strategy = strategy_of(model, inputs)
     if strategy == "default" and not has_cls:
         raise VlmpruneError(
             "vision_feature_select_strategy='default' drops the first patch of a tower without a "
@@ -27,11 +42,21 @@ def keeps_cls(model: Any, inputs: Inputs, has_cls: bool) -> bool:
     return strategy == "full" and has_cls
 
 
+# An image is cut by the host's own rule, and encoded with its size.
+TILES = packing.CROPS | Parts(
+    fields=("image_grid_pinpoints", "vision_config.image_size"),
+    functions={"model.get_image_features": ("pixel_values", "image_sizes")},
+)
+
+
 class LlavaImages(Crops):
     """One crop an image."""
 
     overlay = "whole"
     cellwise = True
+    layer_field = LAYER
+    activation_field = ACTIVATION
+    parts = Crops.parts | SELECTS
 
     def layouts(self, model: Any, inputs: Inputs, visual: Tensor) -> list[Layout]:
         """Every patch in order; before them the CLS token, if the model passes it on."""
@@ -50,15 +75,30 @@ class LlavaNextImages(Crops):
     inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
     overlay = "tiles"
     cellwise = True
+    layer_field = LAYER
+    activation_field = ACTIVATION
+    parts = (
+        Crops.parts
+        | SELECTS
+        | TILES
+        | Parts(
+            functions={
+                "model.pack_image_features": (
+                    "image_features",
+                    "image_sizes",
+                    "vision_feature_select_strategy",
+                    "image_newline",
+                ),
+            }
+        )
+    )
 
     def crops(self, model: Any, inputs: Inputs) -> list[int]:
         """Crops of each image."""
-        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
         sizes = needs(inputs, "image_sizes", "pixel_values")
         config = model.config
         side = config.vision_config.image_size
-        return [image_size_to_num_patches(s, config.image_grid_pinpoints, side) for s in sizes]
+        return [packing.crops_of(one, config.image_grid_pinpoints, side) for one in sizes]
 
     def layouts(self, model: Any, inputs: Inputs, visual: Tensor) -> list[Layout]:
         """Label maps through `pack_image_features`."""
@@ -73,10 +113,11 @@ class LlavaNextImages(Crops):
     def pack(self, model: Any, inputs: Inputs, maps: list[Tensor]) -> list[Tensor]:
         """The host's own packing of maps [crops, patches, 1]."""
         newline = torch.tensor([float(NO_PATCH)], device=maps[0].device)
-        strategy = inputs.get("vision_feature_select_strategy")
-        strategy = strategy or model.config.vision_feature_select_strategy
         packed, _ = model.model.pack_image_features(
-            maps, inputs["image_sizes"], strategy, image_newline=newline
+            image_features=maps,
+            image_sizes=inputs["image_sizes"],
+            vision_feature_select_strategy=strategy_of(model, inputs),
+            image_newline=newline,
         )
         return list(packed)
 

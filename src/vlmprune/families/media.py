@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts import config, outputs
+from vlmprune.hosts.parts import Parts
 from vlmprune.layout import Layout
 from vlmprune.taps import Rows
 
@@ -74,6 +76,17 @@ class Medium:
             "square" where it is resized to one crop, "own" where it keeps its resolution; empty
             where it cannot be drawn.
         cellwise: whether the projector takes each cell's features by themselves.
+        resizable: whether inputs that are no pixels tell the host how many tokens an item has.
+        layer_field: the config's entry that says which hidden state becomes features, -2 being
+            the output of the layer before the last; empty where the config has none, and the
+            host takes the last.
+        activation_field: the config's entry that names the activation of a projector of two linear
+            layers; empty where the projector is made otherwise.
+        parts: what else of the host is relied on here, and must be there at attach.
+        unlocal: why a visual token is not made of its own cell alone, so that it cannot be proved
+            which cell that is; empty where it is.
+        entering: whether the encoder's visual tokens enter the language model as they are; if not,
+            it cannot be proved that they stand in their places.
     """
 
     kind: ClassVar[Literal["image", "video"]] = "image"
@@ -85,6 +98,17 @@ class Medium:
     replaced: ClassVar[tuple[str, ...]] = ()
     overlay: ClassVar[Literal["whole", "tiles", "square", "canvas", "own", ""]] = ""
     cellwise: ClassVar[bool] = False
+    resizable: ClassVar[bool] = False
+    layer_field: ClassVar[str] = ""
+    activation_field: ClassVar[str] = ""
+    parts: ClassVar[Parts] = Parts()
+    unlocal: ClassVar[str] = ""
+    entering: ClassVar[bool] = True
+
+    def required(self) -> Parts:
+        """All that must be there at attach: `parts`, and what each medium needs."""
+        named = (self.token, self.layer_field, self.activation_field)
+        return Parts(fields=tuple(filter(None, named))) | self.parts
 
     def check(self, model: Any) -> None:
         """Refuse, at attach, a model of the family that cannot be followed.
@@ -106,6 +130,23 @@ class Medium:
             VlmpruneError: the inputs are not what the family's processor makes.
         """
         raise NotImplementedError
+
+    def chosen_layers(self, model: Any, inputs: Inputs) -> int | list[int]:
+        """Which hidden states become features: what the request says, else the config.
+
+        Raises:
+            VlmpruneError: the config has no such entry, although the family's configs have.
+        """
+        asked: Any = inputs.get("vision_feature_layer")
+        if asked is None:
+            asked = config.required(model.config, self.layer_field) if self.layer_field else -1
+        return asked if isinstance(asked, int) else list(asked)
+
+    def activation(self, model: Any) -> str | None:
+        """The projector's activation, by Transformers' name; None where the config has none."""
+        if not self.activation_field:
+            return None
+        return str(config.required(model.config, self.activation_field))
 
     def patches(self, model: Any, inputs: Inputs, layouts: Sequence[Layout]) -> list[int]:
         """Patches of each crop that the tower encodes, padding included, for the FLOPs."""
@@ -154,6 +195,16 @@ class Medium:
         """
         return {}
 
+    def resized(self, model: Any, inputs: Inputs, counts: Sequence[int]) -> dict[str, Any]:
+        """Inputs by which the host places tokens, for a prompt with so many tokens an item.
+
+        Args:
+            model: the host.
+            inputs: the request's inputs.
+            counts: one an item.
+        """
+        return {}
+
     def blank(self, inputs: Inputs, items: int) -> Tensor:
         """Something that stands for the pixels of items whose features are known already.
 
@@ -164,6 +215,21 @@ class Medium:
     def scored(self, model: Any, inputs: Inputs) -> Scored:
         """Where to read the attention."""
         raise NotImplementedError
+
+    def check_seen(
+        self, model: Any, inputs: Inputs, layouts: Sequence[Layout], attention: Sequence[Tensor]
+    ) -> None:
+        """Refuse attention that was read of other sequences than whole crops, where that is known.
+
+        Args:
+            model: the host.
+            inputs: the request's inputs.
+            layouts: one an item.
+            attention: what the tap saw, call by call, each [B, L].
+
+        Raises:
+            ContractError: it was.
+        """
 
     def encoder(self, model: Any, inputs: Inputs) -> Encoder:
         """The tower's layers."""
@@ -217,21 +283,21 @@ class Medium:
 
     def split(self, output: Any, layouts: Sequence[Layout]) -> list[Tensor]:
         """The encoder output's visual tokens [n, D], item by item."""
-        tokens = output.pooler_output
+        tokens = outputs.tokens_of(output)
         if isinstance(tokens, Tensor):
             tokens = tokens.flatten(0, -2).split([len(one.labels) for one in layouts])
         return list(tokens)
 
     def form(self, output: Any) -> Any:
         """An output whose `pooler_output` is a list of items, as the host's forward wants it."""
-        if self.stacked and isinstance(output.pooler_output, list | tuple):
-            output.pooler_output = torch.cat(list(output.pooler_output))[None]
+        tokens = outputs.tokens_of(output)
+        if self.stacked and isinstance(tokens, list | tuple):
+            outputs.set_tokens(output, torch.cat(list(tokens))[None])
         return output
 
     def extra(self, output: Any, layouts: Sequence[Layout]) -> list[list[Tensor]]:
         """Further features with one row a visual token, for later layers; item by item."""
-        deep = getattr(output, "deepstack_features", None) or []
-        return [list(layer) for layer in deep]
+        return [list(layer) for layer in outputs.deep_of(output)]
 
 
 def pooled(values: Tensor, members: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlmprune import layout
 from vlmprune.errors import VlmpruneError
-from vlmprune.families.llava import keeps_cls
+from vlmprune.families.llava import LAYER, SELECTS, keeps_cls
 from vlmprune.families.media import (
     Encoder,
     Inputs,
@@ -25,7 +25,8 @@ from vlmprune.families.media import (
     pooled,
 )
 from vlmprune.families.record import Family
-from vlmprune.families.towers import feature_layer, layers_of
+from vlmprune.families.towers import PROJECTOR, SIZES, TOWER, feature_layer, layers_of
+from vlmprune.hosts.parts import Parts
 from vlmprune.layout import Layout
 
 
@@ -35,17 +36,22 @@ class PixtralImages(Medium):
     inputs = ("pixel_values", "image_sizes")
     overlay = "own"
     cellwise = True
+    layer_field = LAYER
+    parts = SIZES | TOWER | PROJECTOR | SELECTS
 
     def check(self, model: Any) -> None:
         """Refuse another tower, and a config that drops the first patch."""
+        self.check_tower(model)
+        keeps_cls(model, {}, False)
+
+    def check_tower(self, model: Any) -> None:
+        """Refuse another tower."""
         kind = model.config.vision_config.model_type
         if kind != "pixtral":
             raise VlmpruneError(
                 f"vlmprune does not support the vision tower {kind!r} in {type(model).__name__} "
                 "yet; supported there: pixtral."
             )
-        if hasattr(model.config, "vision_feature_select_strategy"):
-            keeps_cls(model, {}, False)
 
     def merge(self, model: Any) -> int:
         """Side of the square of patches that makes one visual token."""
@@ -92,9 +98,8 @@ class PixtralImages(Medium):
         """In each layer an image sees itself."""
         depth = model.config.vision_config.num_hidden_layers
         layers = tuple(layers_of(model.model.vision_tower, depth))
-        chosen: Any = inputs.get("vision_feature_layer")
-        chosen = getattr(model.config, "vision_feature_layer", -1) if chosen is None else chosen
-        return Encoder(layers, feature_layer(depth, chosen), None, frozenset(range(depth)))
+        feature = feature_layer(depth, self.chosen_layers(model, inputs))
+        return Encoder(layers, feature, None, frozenset(range(depth)))
 
     def projector(self, model: Any) -> nn.Module:
         """The module that merges patches and takes them to the language model's width."""
@@ -127,6 +132,19 @@ class MistralImages(PixtralImages):
     """Squares of patches merged into one visual token."""
 
     cellwise = False
+    parts = (
+        SIZES
+        | TOWER
+        | PROJECTOR
+        | Parts(
+            fields=("spatial_merge_size",),
+            functions={"model.get_image_features": ("pixel_values", "image_sizes")},
+        )
+    )
+
+    def check(self, model: Any) -> None:
+        """Refuse another tower; whether to drop the first patch is nothing its config says."""
+        self.check_tower(model)
 
     def merge(self, model: Any) -> int:
         """Side of the square."""

@@ -11,6 +11,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.families.media import Inputs, blocks, four_dimensional
 from vlmprune.families.record import Family
 from vlmprune.families.towers import Crops
+from vlmprune.hosts.parts import Parts
 from vlmprune.layout import Layout
 
 
@@ -19,6 +20,7 @@ class Squares(Crops):
 
     stacked = True
     overlay = "square"
+    # Their configs name no hidden state, and their hosts take the last.
     cellwise = True
 
     def check(self, model: Any) -> None:
@@ -43,6 +45,12 @@ class Gemma3Images(Squares):
     """Patches averaged in squares before the projector."""
 
     cellwise = False
+    parts = Squares.parts | Parts(
+        attributes=(
+            "model.multi_modal_projector.kernel_size",
+            "model.multi_modal_projector.avg_pool",
+        )
+    )
 
     def merge(self, model: Any) -> int:
         """Side of the square that is averaged."""

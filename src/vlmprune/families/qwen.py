@@ -13,6 +13,10 @@ from vlmprune import layout
 from vlmprune.errors import VlmpruneError
 from vlmprune.families.media import Encoder, Inputs, Medium, Scored, needs
 from vlmprune.families.record import Family
+from vlmprune.hosts import outputs, packing
+from vlmprune.hosts.config import required
+from vlmprune.hosts.contract import broken
+from vlmprune.hosts.parts import Parts
 from vlmprune.layout import Layout
 
 
@@ -21,16 +25,33 @@ class QwenImages(Medium):
 
     The pixels are patches [Σ t·h·w, values] in the order (time, group, patch of the group), and a
     grid of (t, h, w) patches for each image says where it ends. A group of patches is merged into
-    one visual token, so that tokens lie time by time and row by row.
+    one visual token, so that tokens lie time by time and row by row. In the towers of Qwen2-VL and
+    Qwen3-VL, whose configs have neither of the fields of windows, each block sees whole images.
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
     # The processor stretches a picture to a whole number of groups.
     overlay = "own"
+    resizable = True
+    parts = Parts(
+        fields=("vision_config.spatial_merge_size", "vision_config.depth"),
+        attributes=("model.visual.blocks", "model.visual.merger"),
+        functions={
+            "model.get_image_features": ("pixel_values", "image_grid_thw"),
+            "model.get_video_features": ("pixel_values_videos", "video_grid_thw"),
+            "model.get_rope_index": (
+                "input_ids",
+                "mm_token_type_ids",
+                "image_grid_thw",
+                "video_grid_thw",
+                "attention_mask",
+            ),
+        },
+    )
 
-    def check(self, model: Any) -> None:
-        """Refuse a tower without a block that sees a whole image."""
-        _scored_block(model)
+    def whole(self, model: Any) -> list[int]:
+        """Numbers of the blocks in which a patch sees its whole image."""
+        return list(range(int(model.config.vision_config.depth)))
 
     def grids(self, model: Any, inputs: Inputs) -> list[tuple[int, int, int]]:
         """(frames, rows, columns) of each item, in visual tokens.
@@ -66,13 +87,18 @@ class QwenImages(Medium):
         rest = {name: inputs[name][known:] for name in self.inputs[1:] if name in inputs}
         return {pixels: inputs[pixels][int(inputs[grid][:known].prod(dim=1).sum()) :], **rest}
 
+    def resized(self, model: Any, inputs: Inputs, counts: Sequence[int]) -> dict[str, Any]:
+        """Grids of items one row of tokens high."""
+        side, grid = model.config.vision_config.spatial_merge_size, self.inputs[1]
+        return {grid: torch.tensor([(1, side, side * n) for n in counts]).to(inputs[grid])}
+
     def blank(self, inputs: Inputs, items: int) -> Tensor:
         """As many patches as the grids ask for, with nothing in them."""
         return torch.zeros(int(inputs[self.inputs[1]].prod(dim=1).sum()), 0)
 
     def scored(self, model: Any, inputs: Inputs) -> Scored:
         """What patches receive in the last block in which each sees its whole image."""
-        number = _scored_block(model)
+        number = max(self.whole(model))
         side = model.config.vision_config.spatial_merge_size
         return Scored(
             model.model.visual.blocks[number],
@@ -81,14 +107,20 @@ class QwenImages(Medium):
             f"{number}, mean of each {side} x {side} group",
         )
 
+    def check_seen(
+        self, model: Any, inputs: Inputs, layouts: Sequence[Layout], attention: Sequence[Tensor]
+    ) -> None:
+        """Each sequence is a whole frame, and no window of one."""
+        found = [call.shape[1] for call in attention for _ in range(call.shape[0])]
+        if found != self.patches(model, inputs, layouts):
+            raise broken(
+                model, "the block that is scored does not attend to whole images, one by one"
+            )
+
     def encoder(self, model: Any, inputs: Inputs) -> Encoder:
-        """The tower's blocks, of which some see windows alone."""
+        """The tower's blocks, of which some may see windows alone."""
         blocks = tuple(model.model.visual.blocks)
-        whole = getattr(model.config.vision_config, "fullatt_block_indexes", None)
-        numbers = frozenset(range(len(blocks)))
-        return Encoder(
-            blocks, len(blocks) - 1, None, numbers if whole is None else numbers & set(whole)
-        )
+        return Encoder(blocks, len(blocks) - 1, None, frozenset(self.whole(model)))
 
     def projector(self, model: Any) -> nn.Module:
         """The last merger; the other ones of Qwen3-VL merge earlier blocks' features."""
@@ -119,27 +151,15 @@ class QwenImages(Medium):
 
     def order(self, model: Any, inputs: Inputs) -> Tensor:
         """[n] int64; the place in the tower of each visual token's group."""
-        grid = inputs[self.inputs[1]]
-        vision = model.config.vision_config
-        if getattr(vision, "window_size", None) is None:
-            return torch.arange(int(grid.prod(dim=1).sum()) // vision.spatial_merge_size**2)
-        from transformers.vision_utils import get_vision_window_index
-
-        # The tower brings groups into the order of its windows, and its output back.
-        windows, _ = get_vision_window_index(
-            grid,
-            spatial_merge_size=vision.spatial_merge_size,
-            window_size=vision.window_size,
-            patch_size=vision.patch_size,
-        )
-        return windows.argsort()
+        group = model.config.vision_config.spatial_merge_size**2
+        return torch.arange(int(inputs[self.inputs[1]].prod(dim=1).sum()) // group)
 
     def extra(self, output: Any, layouts: Sequence[Layout]) -> list[list[Tensor]]:
         """Qwen3-VL's deepstack features, layer by layer; older releases do not part the items."""
         lengths = [len(one.labels) for one in layouts]
         return [
             list(layer.split(lengths) if isinstance(layer, Tensor) else layer)
-            for layer in getattr(output, "deepstack_features", None) or []
+            for layer in outputs.deep_of(output)
         ]
 
 
@@ -170,23 +190,83 @@ class QwenVideos(QwenImages):
         return {pixels: inputs[pixels][: int(sizes.prod(dim=1).sum())], grid: sizes}
 
 
-def _scored_block(model: Any) -> int:
-    """Number of the last block of the tower with attention over whole images.
+class _Windows(QwenImages):
+    """In Qwen2.5-VL's tower, most blocks of which see windows alone."""
 
-    Raises:
-        VlmpruneError: all blocks see windows alone.
-    """
-    vision = model.config.vision_config
-    whole = getattr(vision, "fullatt_block_indexes", None)
-    if whole is None:
-        return int(vision.depth) - 1
-    found = [number for number in whole if number < vision.depth]
-    if not found:
-        raise VlmpruneError(
-            "every block of this model's vision tower sees windows alone (fullatt_block_indexes "
-            "names none), so no attention tells which parts of an image matter."
+    parts = (
+        QwenImages.parts
+        | packing.WINDOWS
+        | Parts(
+            fields=(
+                "vision_config.fullatt_block_indexes",
+                "vision_config.window_size",
+                "vision_config.patch_size",
+            ),
+            functions={
+                "model.get_rope_index": (
+                    *QwenImages.parts.functions["model.get_rope_index"],
+                    "second_per_grid_ts",
+                ),
+            },
         )
-    return max(found)
+    )
+
+    def check(self, model: Any) -> None:
+        """Refuse a tower without a block that sees a whole image."""
+        self.whole(model)
+
+    def whole(self, model: Any) -> list[int]:
+        """Numbers of the blocks in which a patch sees its whole image.
+
+        Raises:
+            VlmpruneError: all blocks see windows alone.
+        """
+        vision = model.config.vision_config
+        whole = required(vision, "fullatt_block_indexes")
+        found = [number for number in whole if number < vision.depth]
+        if not found:
+            raise VlmpruneError(
+                "every block of this model's vision tower sees windows alone "
+                "(fullatt_block_indexes names none), so no attention tells which parts of an "
+                "image matter."
+            )
+        return found
+
+    def order(self, model: Any, inputs: Inputs) -> Tensor:
+        """[n] int64; the place in the tower of each visual token's group.
+
+        The tower brings groups into the order of its windows, and its output back.
+        """
+        vision = model.config.vision_config
+        return packing.windows_of(
+            inputs[self.inputs[1]],
+            vision.spatial_merge_size,
+            required(vision, "window_size"),
+            vision.patch_size,
+        ).argsort()
+
+
+class _WindowedImages(_Windows):
+    """Images in that tower."""
+
+
+class _WindowedVideos(_Windows, QwenVideos):
+    """Videos in that tower."""
+
+
+_DEEP = Parts(fields=("vision_config.deepstack_visual_indexes",))
+
+
+class _DeepImages(QwenImages):
+    """Images of Qwen3-VL, which hands features of earlier blocks to decoder layers."""
+
+    parts = QwenImages.parts | _DEEP
+
+
+class _DeepVideos(QwenVideos):
+    """Videos of Qwen3-VL, likewise."""
+
+    parts = QwenVideos.parts | _DEEP
 
 
 def rope(
@@ -213,7 +293,7 @@ def rope(
     # The host's rule fails on a row of padding alone, whose positions nobody reads.
     mask = mask.masked_fill((mask == 0).all(dim=1, keepdim=True), 1)
     positions, _ = model.model.get_rope_index(
-        ids, mm_token_type_ids=kinds, attention_mask=mask, **grids
+        input_ids=ids, mm_token_type_ids=kinds, attention_mask=mask, **grids
     )
     return positions
 
@@ -221,9 +301,11 @@ def rope(
 MEDIA = (QwenImages(), QwenVideos())
 
 
-def _family(name: str, cls: str, note: str, where: str = "layer") -> Family:
+def _family(
+    name: str, cls: str, note: str, media: tuple[Medium, ...] = MEDIA, where: str = "layer"
+) -> Family:
     score = f"attention received in the last {where}, averaged over the patches that a token merges"
-    return Family(name, cls, "original", MEDIA, note, score, rope)
+    return Family(name, cls, "original", media, note, score, rope)
 
 
 FAMILIES: dict[str, Family] = {
@@ -237,11 +319,13 @@ FAMILIES: dict[str, Family] = {
         "Qwen2.5-VL",
         "Qwen2_5_VLForConditionalGeneration",
         "as Qwen2-VL; windows put back in order",
+        (_WindowedImages(), _WindowedVideos()),
         "full-attention layer",
     ),
     "qwen3_vl": _family(
         "Qwen3-VL",
         "Qwen3VLForConditionalGeneration",
         "as Qwen2-VL; deepstack features pruned alike",
+        (_DeepImages(), _DeepVideos()),
     ),
 }

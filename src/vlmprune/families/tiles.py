@@ -6,7 +6,6 @@ nothing in them says where an image begins; only the placeholders do.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +14,12 @@ from torch import Tensor, nn
 
 from vlmprune import layout
 from vlmprune.errors import VlmpruneError
+from vlmprune.families.llava import ACTIVATION, LAYER, SELECTS, strategy_of
 from vlmprune.families.media import Inputs, four_dimensional
 from vlmprune.families.record import Family
-from vlmprune.families.towers import Crops
+from vlmprune.families.towers import SIZES, Crops
+from vlmprune.hosts import outputs, packing
+from vlmprune.hosts.parts import Parts
 from vlmprune.layout import Layout
 
 
@@ -37,7 +39,7 @@ class Tiles(Crops):
 
     def check(self, model: Any) -> None:
         """Refuse another kind of tower, and one whose CLS token would be passed on."""
-        chosen = getattr(model.config, "vision_feature_select_strategy", "full")
+        chosen = strategy_of(model, {})
         if (chosen == "default") != self.has_cls(model):
             raise VlmpruneError(
                 f"vision_feature_select_strategy={chosen!r} does not fit the vision tower "
@@ -118,7 +120,7 @@ class Tiles(Crops):
 
     def split(self, output: Any, layouts: Sequence[Layout]) -> list[Tensor]:
         """Visual tokens [n, D], item by item, whatever the host returns them in."""
-        tokens = output.pooler_output
+        tokens = outputs.tokens_of(output)
         if not isinstance(tokens, Tensor):
             tokens = torch.cat([part.flatten(0, -2) for part in tokens])
         return list(tokens.flatten(0, -2).split([len(one.labels) for one in layouts]))
@@ -130,6 +132,16 @@ class InternVLImages(Tiles):
     overlay = "canvas"
     # It merges before the projector.
     cellwise = True
+    layer_field = LAYER
+    activation_field = ACTIVATION
+    parts = (
+        Tiles.parts
+        | SELECTS
+        | Parts(
+            fields=("downsample_ratio",),
+            functions={"model.pixel_shuffle": ("vision_features", "scale_factor")},
+        )
+    )
 
     def has_cls(self, model: Any) -> bool:
         """InternVL's own tower has one."""
@@ -138,8 +150,9 @@ class InternVLImages(Tiles):
     def shuffle(self, model: Any, maps: Tensor) -> Tensor:
         """`pixel_shuffle` of the model."""
         side = int(maps.shape[1] ** 0.5)
-        ratio = model.config.downsample_ratio
-        return model.model.pixel_shuffle(maps.view(1, side, side, 1), scale_factor=ratio)
+        return model.model.pixel_shuffle(
+            vision_features=maps.view(1, side, side, 1), scale_factor=model.config.downsample_ratio
+        )
 
     def grouped(self, lengths: list[int], each: int) -> list[int]:
         """One image a run; the view of the whole comes last."""
@@ -149,15 +162,30 @@ class InternVLImages(Tiles):
 class AyaImages(Tiles):
     """SigLIP; `pixel_shuffle` of the projector."""
 
+    layer_field = LAYER
+    parts = (
+        Tiles.parts
+        | SELECTS
+        | Parts(functions={"model.multi_modal_projector.pixel_shuffle": ("image_features",)})
+    )
+
     def shuffle(self, model: Any, maps: Tensor) -> Tensor:
         """`pixel_shuffle` of the projector."""
-        return model.model.multi_modal_projector.pixel_shuffle(maps)
+        return model.model.multi_modal_projector.pixel_shuffle(image_features=maps)
 
 
 class Idefics3Images(Tiles):
     """Tiles by row of the batch, padded with empty ones."""
 
     inputs = ("pixel_values", "pixel_attention_mask")
+    # Its config names no hidden state, and its host takes the last.
+    parts = SIZES | Parts(
+        attributes=("model.vision_model", "model.connector.scale_factor"),
+        functions={
+            "model.connector.pixel_shuffle": ("x", "scale_factor"),
+            "model.get_image_features": ("pixel_values", "pixel_attention_mask"),
+        },
+    )
 
     def check(self, model: Any) -> None:
         """Always its own tower."""
@@ -177,7 +205,7 @@ class Idefics3Images(Tiles):
     def shuffle(self, model: Any, maps: Tensor) -> Tensor:
         """`pixel_shuffle` of the connector."""
         connector = model.model.connector
-        return connector.pixel_shuffle(maps, connector.scale_factor)
+        return connector.pixel_shuffle(x=maps, scale_factor=connector.scale_factor)
 
     def real(self, inputs: Inputs) -> Tensor:
         """[rows, tiles] bool; a tile of zeros is padding, as the host has it.
@@ -207,12 +235,28 @@ class Idefics3Images(Tiles):
     def form(self, output: Any) -> Any:
         """One tensor; SmolVLM of early releases counts blocks along dimension 0."""
         formed = super().form(output)
-        formed.pooler_output = formed.pooler_output.transpose(0, 1)
+        outputs.set_tokens(formed, outputs.tokens_of(formed).transpose(0, 1))
         return formed
 
 
 class Llama4Images(Tiles):
     """The CLS token comes last; the projector runs in the host's forward."""
+
+    entering = False
+
+    # Its config names no hidden state, and its host takes the last.
+    parts = (
+        SIZES
+        | packing.LLAMA4
+        | Parts(
+            fields=("vision_config.pixel_shuffle_ratio",),
+            attributes=(
+                "vision_model.model",
+                "vision_model.vision_adapter",
+                "multi_modal_projector",
+            ),
+        )
+    )
 
     def check(self, model: Any) -> None:
         """Always its own tower."""
@@ -233,12 +277,11 @@ class Llama4Images(Tiles):
 
     def shuffle(self, model: Any, maps: Tensor) -> Tensor:
         """`pixel_shuffle` of the tower."""
-        code: Any = sys.modules[type(model).__module__]
-        return code.pixel_shuffle(maps, model.config.vision_config.pixel_shuffle_ratio)
+        return packing.llama4_shuffle(maps, model.config.vision_config.pixel_shuffle_ratio)
 
     def split(self, output: Any, layouts: Sequence[Layout]) -> list[Tensor]:
         """Visual tokens before the projector."""
-        tokens = output.last_hidden_state.flatten(0, -2)
+        tokens = outputs.last_of(output).flatten(0, -2)
         return list(tokens.split([len(one.labels) for one in layouts]))
 
     def projected(self, model: Any, output: Any, layouts: Sequence[Layout]) -> list[Tensor]:
@@ -247,8 +290,8 @@ class Llama4Images(Tiles):
 
     def form(self, output: Any) -> Any:
         """The host's forward reads `last_hidden_state`."""
-        output.last_hidden_state = torch.cat(list(output.pooler_output))[None]
-        output.pooler_output = None
+        outputs.set_last(output, torch.cat(list(outputs.tokens_of(output)))[None])
+        outputs.set_tokens(output, None)
         return output
 
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.families.media import Encoder, Inputs, Medium, Scored, blocks, pooled
+from vlmprune.hosts import towers
+from vlmprune.hosts.parts import Parts
 from vlmprune.layout import Layout
 from vlmprune.taps import Rows
 
@@ -18,6 +20,17 @@ TOWERS: Mapping[str, bool] = {
     "dinov2": True,
     "siglip_vision_model": False,
 }
+
+# What the config of every such tower says, and where most hosts hold one and their projector.
+SIZES = Parts(
+    fields=(
+        "vision_config.model_type",
+        "vision_config.patch_size",
+        "vision_config.num_hidden_layers",
+    )
+)
+TOWER = Parts(attributes=("model.vision_tower",))
+PROJECTOR = Parts(attributes=("model.multi_modal_projector",))
 
 
 def layers_of(tower: nn.Module, depth: int) -> nn.ModuleList:
@@ -55,6 +68,7 @@ class Crops(Medium):
     """
 
     cls_last: ClassVar[bool] = False
+    parts = SIZES | TOWER | PROJECTOR
 
     def check(self, model: Any) -> None:
         """Refuse a tower of another kind."""
@@ -70,10 +84,7 @@ class Crops(Medium):
 
     def pooling_head(self, model: Any) -> nn.Module | None:
         """SigLIP's head, in checkpoints that have one (`vision_use_head`)."""
-        for module in self.tower(model).modules():
-            if type(module).__name__.endswith("MultiheadAttentionPoolingHead"):
-                return module
-        return None
+        return towers.pooling_head(self.tower(model))
 
     def has_cls(self, model: Any) -> bool:
         """Whether the tower puts a CLS token first."""
@@ -88,9 +99,7 @@ class Crops(Medium):
     def feature_layer(self, model: Any, inputs: Inputs) -> int:
         """0-based layer whose output the model takes as features."""
         depth = model.config.vision_config.num_hidden_layers
-        chosen: Any = inputs.get("vision_feature_layer")
-        chosen = getattr(model.config, "vision_feature_layer", -1) if chosen is None else chosen
-        return feature_layer(depth, chosen)
+        return feature_layer(depth, self.chosen_layers(model, inputs))
 
     def patch_grid(self, model: Any, inputs: Inputs) -> tuple[int, int]:
         """(rows, columns) of patches in a crop, from the pixels that came."""

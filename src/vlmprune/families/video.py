@@ -6,9 +6,7 @@ way before (LLaVA-NeXT-Video) or after (LLaVA-OneVision) the projector.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -17,28 +15,44 @@ from torch import Tensor, nn
 
 from vlmprune import layout
 from vlmprune.errors import VlmpruneError
-from vlmprune.families.llava import LlavaImages, LlavaNextImages, keeps_cls
+from vlmprune.families.llava import LAYER, SELECTS, TILES, LlavaImages, LlavaNextImages, keeps_cls
 from vlmprune.families.media import Inputs
 from vlmprune.families.record import Family
-from vlmprune.families.towers import Crops
+from vlmprune.families.towers import PROJECTOR, SIZES, Crops
+from vlmprune.hosts import outputs, packing
+from vlmprune.hosts.parts import Parts
 from vlmprune.layout import NO_PATCH, Layout
 
 # As a limit for images that are never scaled down: more patches than any image has.
 _ENDLESS = f"anyres_max_{10**9}"
 
 
-@cache
-def _takes(cls: str, name: str) -> bool:
-    """Whether this release's forward of a class takes an argument."""
-    import transformers
-
-    return name in inspect.signature(getattr(transformers, cls).forward).parameters
-
-
 class OneVisionImages(LlavaNextImages):
     """Any resolution, scaled down where large; one crop where a row holds several images."""
 
     inputs = ("pixel_values", "image_sizes", "batch_num_images")
+    parts = (
+        Crops.parts
+        | SELECTS
+        | TILES
+        | Parts(
+            fields=("vision_aspect_ratio",),
+            functions={
+                "model.get_image_features": (
+                    "pixel_values",
+                    "image_sizes",
+                    "vision_aspect_ratio",
+                    "batch_num_images",
+                ),
+                "model.pack_image_features": (
+                    "image_features",
+                    "image_sizes",
+                    "image_newline",
+                    "vision_aspect_ratio",
+                ),
+            },
+        )
+    )
 
     def check(self, model: Any) -> None:
         """Refuse a model that passes CLS tokens on, which the host's packing cannot."""
@@ -85,7 +99,10 @@ class OneVisionImages(LlavaNextImages):
         newline = torch.full((maps[0].shape[-1],), float(NO_PATCH), device=maps[0].device)
         ratio = inputs.get("vision_aspect_ratio") or model.config.vision_aspect_ratio
         packed, _ = model.model.pack_image_features(
-            maps, inputs["image_sizes"], image_newline=newline, vision_aspect_ratio=ratio
+            image_features=maps,
+            image_sizes=inputs["image_sizes"],
+            image_newline=newline,
+            vision_aspect_ratio=ratio,
         )
         return list(packed)
 
@@ -137,6 +154,8 @@ class Frames(Crops):
     method = "get_video_features"
     inputs = ("pixel_values_videos",)
     stacked = True
+    layer_field = LAYER
+    parts = Crops.parts | Parts(functions={"model.get_video_features": ()})
 
     def frames(self, inputs: Inputs) -> tuple[int, int]:
         """(videos, frames of each).
@@ -172,11 +191,17 @@ class Frames(Crops):
 class OneVisionVideos(Frames):
     """Frames scaled to half by the host's own pooling; a newline ends each video."""
 
+    parts = Frames.parts | Parts(
+        attributes=("model.image_newline",),
+        functions={"model.apply_pooling": ("image_features",)},
+    )
+
     def cell_grid(self, model: Any, inputs: Inputs) -> tuple[int, int]:
         """What the host's pooling leaves of a frame, a square."""
         rows, columns = self.patch_grid(model, inputs)
         pixels = inputs["pixel_values_videos"]
-        cells = model.model.apply_pooling(torch.zeros(1, rows * columns, 1, device=pixels.device))
+        blank = torch.zeros(1, rows * columns, 1, device=pixels.device)
+        cells = model.model.apply_pooling(image_features=blank)
         side = round(cells.shape[1] ** 0.5)
         return side, side
 
@@ -196,15 +221,16 @@ class OneVisionVideos(Frames):
         scores, given = super().cells(model, inputs, layouts, attention, features)
         pool = model.model.apply_pooling
         rows = torch.stack(scores)
-        few = pool(rows.view(*rows.shape[:2], -1))
-        return list(few.view(*few.shape[:2], *rows.shape[2:])), list(pool(torch.stack(given)))
+        few = pool(image_features=rows.view(*rows.shape[:2], -1))
+        cells = pool(image_features=torch.stack(given))
+        return list(few.view(*few.shape[:2], *rows.shape[2:])), list(cells)
 
     def completed(self, model: Any, output: Any) -> Any:
         """With the newline of each video, which early releases add in their forward."""
         if not self._newline_included():
-            tokens = output.pooler_output
+            tokens = outputs.tokens_of(output)
             newline = model.model.image_newline.to(tokens).expand(len(tokens), 1, -1)
-            output.pooler_output = torch.cat((tokens, newline), dim=1)
+            outputs.set_tokens(output, torch.cat((tokens, newline), dim=1))
         return output
 
     def form(self, output: Any) -> Any:
@@ -212,12 +238,12 @@ class OneVisionVideos(Frames):
         formed = super().form(output)
         if not self._newline_included():
             # Their forward adds one at the end of each video, and takes this for a single one.
-            formed.pooler_output = formed.pooler_output[:, :-1]
+            outputs.set_tokens(formed, outputs.tokens_of(formed)[:, :-1])
         return formed
 
     @staticmethod
     def _newline_included() -> bool:
-        return _takes("LlavaOnevisionForConditionalGeneration", "mm_encoder_outputs")
+        return packing.takes("LlavaOnevisionForConditionalGeneration", "mm_encoder_outputs")
 
 
 class NextVideos(Frames):
@@ -225,6 +251,7 @@ class NextVideos(Frames):
 
     stacked = False
     cellwise = True
+    parts = Frames.parts | SELECTS | Parts(fields=("spatial_pool_stride",))
 
     def check(self, model: Any) -> None:
         """Refuse a model that passes CLS tokens on, which the host's pooling cannot."""
@@ -241,13 +268,14 @@ class NextVideos(Frames):
 
     def split(self, output: Any, layouts: Sequence[Layout]) -> list[Tensor]:
         """Visual tokens [n, D], video by video; early releases keep frames apart."""
-        return [tokens.reshape(-1, tokens.shape[-1]) for tokens in output.pooler_output]
+        return [tokens.reshape(-1, tokens.shape[-1]) for tokens in outputs.tokens_of(output)]
 
 
 class VideoLlavaImages(LlavaImages):
     """One crop an image, in a tower of its own."""
 
     stacked = True
+    parts = SIZES | PROJECTOR | SELECTS | Parts(attributes=("model.image_tower",))
 
     @property
     def inputs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -261,7 +289,7 @@ class VideoLlavaImages(LlavaImages):
 
     @staticmethod
     def _renamed() -> bool:
-        return _takes("VideoLlavaForConditionalGeneration", "pixel_values")
+        return packing.takes("VideoLlavaForConditionalGeneration", "pixel_values")
 
     def tower(self, model: Any) -> nn.Module:
         """The encoder of images."""
@@ -272,6 +300,11 @@ class VideoLlavaVideos(Frames):
     """Frames with their CLS tokens, which belong to no cell."""
 
     cellwise = True
+    parts = (
+        SIZES
+        | PROJECTOR
+        | Parts(attributes=("model.video_tower",), functions={"model.get_video_features": ()})
+    )
 
     def tower(self, model: Any) -> nn.Module:
         """The encoder of frames."""

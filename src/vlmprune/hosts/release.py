@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import transformers
@@ -23,7 +24,6 @@ from packaging.version import Version
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
 
 from vlmprune.errors import VlmpruneError
 
@@ -42,6 +42,13 @@ _CACHE = ("cache", "past_key_values")
 # What models with recurrent states alone called it: from 5.24 on `generate` of all models takes it
 # for a cache, while their forward overlooks it.
 _STATES = "cache_params"
+# What a layer, or a model, is told to make its activations once more in the backward pass.
+_RECOMPUTES = "gradient_checkpointing"
+
+
+def version() -> str:
+    """The release of Transformers that is installed."""
+    return transformers.__version__
 
 
 def check_release() -> None:
@@ -169,20 +176,13 @@ def cache_returned(output: Any) -> Any:
     return next((getattr(output, name) for name in _CACHE if name in names), None)
 
 
-def output_class(function: Callable[..., Any], default: type) -> type:
-    """The class of outputs that a method of a model is annotated to return."""
-    said = inspect.signature(function).return_annotation
-    found = [one for one in (said, *get_args(said)) if isinstance(one, type)]
-    return next((one for one in found if issubclass(one, ModelOutput)), default)
-
-
 def recomputes(modules: Iterable[nn.Module]) -> bool:
     """Whether a forward now would recompute what modules make, and go without a cache.
 
     Args:
         modules: a language model and its layers. What a vision tower recomputes is no matter.
     """
-    told = any(one.training and getattr(one, "gradient_checkpointing", False) for one in modules)
+    told = any(one.training and getattr(one, _RECOMPUTES, False) for one in modules)
     return told and (torch.is_grad_enabled() or _recomputes_without_gradients())
 
 
@@ -205,3 +205,16 @@ def _recomputes_without_gradients() -> bool:
     with torch.no_grad():
         layer.train()(torch.zeros(1))
     return bool(asked)
+
+
+@contextmanager
+def computed_once(layer: Any) -> Iterator[None]:
+    """With a layer that does not recompute inside the block, whatever it was told."""
+    again = getattr(layer, _RECOMPUTES, False)
+    if again:
+        setattr(layer, _RECOMPUTES, False)
+    try:
+        yield
+    finally:
+        if again:
+            setattr(layer, _RECOMPUTES, True)

@@ -14,7 +14,8 @@ from vlmprune import sources
 from vlmprune.errors import VlmpruneError
 from vlmprune.handle import Handle
 from vlmprune.integrations.arguments import Arguments
-from vlmprune.loading import Loaded, enough_memory, load, prepare_texts, prompt_of
+from vlmprune.io.models import Loaded, enough_memory, load, prepare_texts, prompt_of
+from vlmprune.io.processors import has_template
 
 SAMPLING = ("temperature", "top_p", "top_k")
 """Settings of `generate` that matter only where answers are drawn at random."""
@@ -164,7 +165,7 @@ class Answerer:
                 f"a request's text holds {mark!r}, which stands for a picture to this model; use a "
                 "task that gives its pictures apart from the text."
             )
-        if getattr(processor, "chat_template", None):
+        if has_template(processor):
             text: str = processor.apply_chat_template(one.messages, add_generation_prompt=True)
             return text
         if len(one.messages) != 1:

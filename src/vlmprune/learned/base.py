@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vlmprune import families
 from vlmprune.errors import VlmpruneError
 from vlmprune.families import Positions
+from vlmprune.hosts import sizes
 from vlmprune.learned.lora import PREFIX, Lora
 from vlmprune.pruner import Pruner
 
@@ -124,12 +125,7 @@ class Learned(Pruner):
     @classmethod
     def architecture_of(cls, model: Any) -> str:
         """What weights are for: the language model and the vision tower, in words."""
-        vision = getattr(model.config, "vision_config", None)
-        depth = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", "?")
-        return (
-            f"{families.architecture(model)}; vision tower {getattr(vision, 'model_type', '?')} "
-            f"with {depth} layers, hidden size {getattr(vision, 'hidden_size', '?')}"
-        )
+        return f"{families.architecture(model)}; {sizes.words(model.config)}"
 
     # What there is then.
 

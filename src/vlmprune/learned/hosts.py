@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vlmprune import families
 from vlmprune.errors import VlmpruneError
 from vlmprune.families.towers import Crops
+from vlmprune.hosts import pretrained, sizes
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def widths(model: Any, who: str) -> Widths:
         )
     first, second, activation = _layers(model, medium, who)
     encoder = medium.encoder(model, {})
-    tower = model.config.vision_config.hidden_size
+    tower = sizes.width(model.config)
     return Widths(
         first.in_features,
         second.out_features,
@@ -77,12 +78,10 @@ class Projector(nn.Module):
     """Two linear layers with an activation between them, as the LLaVA families have."""
 
     def __init__(self, sizes: Mapping[str, Any]) -> None:
-        from transformers.activations import ACT2FN
-
         super().__init__()
         wide, bias = sizes["language"], sizes["bias"]
         self.linear_1 = nn.Linear(sizes["features"], wide, bias=bias)
-        self.act = ACT2FN[sizes["activation"]]
+        self.act = pretrained.activation(sizes["activation"])
         self.linear_2 = nn.Linear(wide, wide, bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -109,7 +108,7 @@ def _layers(model: Any, medium: Any, who: str) -> tuple[nn.Linear, nn.Linear, st
     projector = medium.projector(model)
     found = [one for one in projector.modules() if isinstance(one, nn.Linear)]
     held = sum(len(list(one.parameters())) for one in found)
-    name = getattr(model.config, "projector_hidden_act", None)
+    name = medium.activation(model)
     plain = len(found) == 2 and held == len(list(projector.parameters()))
     if not plain or found[0].out_features != found[1].in_features or not isinstance(name, str):
         raise VlmpruneError(

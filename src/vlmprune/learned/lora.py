@@ -70,6 +70,7 @@ class Lora:
         from peft import get_peft_model_state_dict
 
         config = peft_model.peft_config[adapter]
+        settings = config.to_dict()
         plain = {
             "bias": "none",
             "use_dora": False,
@@ -79,7 +80,7 @@ class Lora:
             "fan_in_fan_out": False,
         }
         for name, value in plain.items():
-            given = getattr(config, name, value)
+            given = settings.get(name, value)
             if given != value and given:
                 raise VlmpruneError(
                     f"the LoRA has {name}={given!r}, which a hook cannot do; train it with "

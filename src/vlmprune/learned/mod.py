@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vlmprune import families
 from vlmprune.budget import check_keep
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts import sizes
 from vlmprune.layered import check_layers
 from vlmprune.learned.base import Learned
 from vlmprune.learned.routing import routed
@@ -85,7 +86,7 @@ class MoD(Learned):
         return {
             "keep": keep,
             "layers": list(range(first, depth, every)),
-            "language": model.config.get_text_config(decoder=True).hidden_size,
+            "language": sizes.decoder_width(model.config),
         }
 
     @classmethod

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from vlmprune import families, semantic
 from vlmprune.errors import VlmpruneError
 from vlmprune.families.towers import Crops
+from vlmprune.hosts import sizes
+from vlmprune.hosts.decoder import layer_call
 from vlmprune.learned.base import Learned
 from vlmprune.learned.grouping import assigned, gumbel, means
 from vlmprune.learned.hosts import Projector, widths
@@ -197,10 +199,7 @@ def homes(kept: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 def _grid(model: Any) -> tuple[int, int]:
     """(rows, columns) of patches at the size that the tower's config names."""
-    vision = model.config.vision_config
-    sides = vision.image_size
-    height, width = (sides, sides) if isinstance(sides, int) else sides
-    return height // vision.patch_size, width // vision.patch_size
+    return sizes.grid(model.config)
 
 
 @torch.no_grad()
@@ -212,15 +211,15 @@ def blank_cells(model: Any, count: int) -> Tensor:
     medium = families.family_of(model).media[0]
     assert isinstance(medium, Crops)
     encoder, (rows, columns) = medium.encoder(model, {}), _grid(model)
-    patch = model.config.vision_config.patch_size
+    patch = sizes.patch_size(model.config)
     seen: list[Tensor] = []
 
     def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(args[0] if args else kwargs["hidden_states"])
+        seen.append(layer_call(encoder.layers[0], args, kwargs).hidden)
 
     hook = encoder.layers[0].register_forward_pre_hook(look, with_kwargs=True)
     try:
-        channels = getattr(model.config.vision_config, "num_channels", 3)
+        channels = sizes.channels(model.config)
         pixels = torch.zeros(1, channels, rows * patch, columns * patch)
         medium.tower(model)(pixels.to(model.device, model.dtype))
     finally:

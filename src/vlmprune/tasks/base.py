@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from PIL import Image
 
-from vlmprune.loading import prompt_of
+from vlmprune.io.models import prompt_of
 from vlmprune.sources import open_images
 
 if TYPE_CHECKING:

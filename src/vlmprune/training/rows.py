@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.loading import prompt_of
+from vlmprune.io.models import prompt_of
+from vlmprune.io.processors import has_template, image_mark
 from vlmprune.sources import open_images
 from vlmprune.training.data import Entry, Turn
 
@@ -38,7 +39,7 @@ class Rows:
     _known: dict[tuple[int, int], tuple[Tensor, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        token = getattr(self.processor, "image_token", None) or "<image>"
+        token = image_mark(self.processor)
         self.mark: int = self.processor.tokenizer.convert_tokens_to_ids(token)
 
     def prompt(self, entry: Entry, turn: Turn) -> str:
@@ -48,7 +49,7 @@ class Rows:
     def answer(self, entry: Entry, turn: Turn) -> str:
         """The answer's text with what ends it."""
         processor, end = self.processor, self.processor.tokenizer.eos_token or ""
-        if not getattr(processor, "chat_template", None):
+        if not has_template(processor):
             return f" {turn.answer}{end}"
         content = [{"type": "image"} for _ in entry.images]
         content.append({"type": "text", "text": turn.question})

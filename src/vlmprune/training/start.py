@@ -13,8 +13,9 @@ from torch import nn
 
 from vlmprune import needed
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts.config import longest_prompt
+from vlmprune.io.models import Loaded
 from vlmprune.learned import Learned
-from vlmprune.loading import Loaded
 from vlmprune.methods import METHODS
 from vlmprune.tasks import Task
 from vlmprune.training.data import Entry
@@ -116,7 +117,7 @@ def build(
         VlmpruneError: the method does not work on the model, there are too few entries, or the
             encoder's states cannot be kept.
     """
-    from vlmprune.scaling import scale
+    from vlmprune.io.processors import scale
     from vlmprune.training.learner import Learner
     from vlmprune.training.rows import Rows
     from vlmprune.training.states import States
@@ -131,7 +132,7 @@ def build(
             f"the data has {len(entries)} entries, of which --held-out {wanted.held_out} leaves "
             "none to train on; give more, or hold fewer out."
         )
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = longest_prompt(model.config)
     if wanted.side is not None:
         scale(loaded.processor, wanted.side)
     rows = Rows(loaded.processor, longest)

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from vlmprune import evaluate as evaluating
 from vlmprune.errors import VlmpruneError
-from vlmprune.loading import Loaded
+from vlmprune.io.models import Loaded
 from vlmprune.tasks import Task
 from vlmprune.training import curve
 from vlmprune.training.data import Entry

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.attention.mm_encoder_attention import MMEncoderA
 
 from vlmprune.encode import Seen
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts.attention import read
 from vlmprune.integrations.vllm.host import Absent, Host, Served
 from vlmprune.layout import Layout
 from vlmprune.taps import KeyTap, PatchTap, Tap, tapped
@@ -128,7 +129,7 @@ def recorded(layer: nn.Module, tap: Tap, lengths: Sequence[int] | None = None) -
         key = heads(given["key"], attention.num_kv_heads, attention.head_size)
         # Some kernels want other numbers than those of tokens.
         ends = given.get("cu_seqlens") if told is None else told
-        tap.see(attention, query, key, None, {"scaling": attention.scale, "cu_seq_lens_q": ends})
+        tap.see(read(attention, query, key, attention.scale, ends))
 
     hook = attention.register_forward_pre_hook(look, with_kwargs=True)
     try:

@@ -1,0 +1,262 @@
+"""Attention in Transformers: which module calls it, by which function, and with which arguments.
+
+A modeling file looks its attention function up in a registry and calls it with queries, keys,
+values, a mask and further arguments by name. `AttentionCall` is such a call taken apart; nobody
+else reads those names. What they mean is not believed for long: `hosts.contract` compares a row of
+the host's own result with what is read here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlmprune.errors import VlmpruneError
+from vlmprune.hosts.release import version
+
+# A modeling file's registry of attention functions, and its own function where none is registered.
+_REGISTRY, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
+# What an attention module has that calls them, beside a config.
+_CAUSAL = "is_causal"
+
+# Arguments of an attention call, the tensors in their order.
+_TENSORS = ("query", "key", "value", "attention_mask")
+_SCALE, _SOFTCAP, _DROPOUT, _POSITIONS = "scaling", "softcap", "dropout", "position_ids"
+_WINDOW = "sliding_window"
+# Ends of the sequences that flash attention gets packed into one.
+_ENDS = "cu_seq_lens_q"
+# What changes scores in a way that no method here follows.
+_FOREIGN = ("s_aux", "position_bias")
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of the attention function.
+
+    Attributes:
+        module: the attention module that makes it.
+        query: [B, H, Q, D], after rotary embedding and norms.
+        key: [B, H', C, D], H' a divisor of H; the last Q keys are those of the queries.
+        value: [B, H', C, Dv].
+        mask: None, [B, C] of which 0 is padding, or [B or 1, 1 or H, Q, C], bool or additive;
+            other kinds (flex attention's) are not read.
+        others: the host's further arguments, which are handed on and read here alone.
+        placed: how many of queries, keys, values and mask the host gives by place; it may give the
+            others by name.
+        masked: whether the host gives a mask at all, None included.
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Any
+    others: dict[str, Any] = field(default_factory=dict)
+    placed: int = len(_TENSORS)
+    masked: bool = True
+
+    @property
+    def scale(self) -> float:
+        """Factor of the dot products; the attention functions' own default where none is given."""
+        given = self.others.get(_SCALE)
+        return float(self.query.shape[-1] ** -0.5 if given is None else given)
+
+    @property
+    def softcap(self) -> float | None:
+        """Cap of the scores, where the model has one."""
+        return self.others.get(_SOFTCAP)
+
+    @property
+    def ends(self) -> Tensor | None:
+        """[n + 1] where the sequences begin that are packed into this one; None where none are."""
+        return self.others.get(_ENDS)
+
+    @property
+    def drops(self) -> bool:
+        """Whether weights are dropped at random, so that no call is like another."""
+        return bool(self.others.get(_DROPOUT))
+
+    @property
+    def foreign(self) -> str | None:
+        """The argument that changes scores in a way that no method here follows; None if none."""
+        return next((name for name in _FOREIGN if self.others.get(name) is not None), None)
+
+    @property
+    def shaped(self) -> bool:
+        """Whether queries, keys and values are [batch, heads, tokens, width] that fit together."""
+        query, key, value = self.query, self.key, self.value
+        if not query.ndim == key.ndim == value.ndim == 4:
+            return False
+        same = query.shape[0] == key.shape[0] and query.shape[3] == key.shape[3]
+        return same and key.shape[:3] == value.shape[:3] and query.shape[1] % key.shape[1] == 0
+
+    @property
+    def uneven(self) -> str | None:
+        """Likewise, of what attention to heads of unequal length does not follow either."""
+        more = (_SOFTCAP, _WINDOW)
+        return self.foreign or next((n for n in more if self.others.get(n) is not None), None)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The further arguments that are there."""
+        return frozenset(name for name, one in self.others.items() if one is not None)
+
+    @property
+    def function_name(self) -> str:
+        """The name of the attention function."""
+        return implementation(self.module)
+
+    @property
+    def flash(self) -> bool:
+        """Whether the function takes masks of padding alone, being causal by itself."""
+        return "flash" in self.function_name
+
+    def sampled(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> AttentionCall:
+        """The call on other tensors, each query with a line of the mask."""
+        return replace(self.without_positions(), query=query, key=key, value=value, mask=mask)
+
+    def without_positions(self) -> AttentionCall:
+        """The call for other rows, whose positions would look like packed sequences."""
+        return replace(self, others={k: v for k, v in self.others.items() if k != _POSITIONS})
+
+    def run(self, function: Callable[..., Any]) -> Any:
+        """The result of an attention function, ([B, Q, H, Dv], weights or None)."""
+        tensors = [self.query, self.key, self.value]
+        if self.masked or self.mask is not None:
+            tensors.append(self.mask)
+        named = dict(zip(_TENSORS[self.placed :], tensors[self.placed :], strict=False))
+        return function(self.module, *tensors[: self.placed], **named, **self.others)
+
+
+def called(module: nn.Module, *args: Any, **kwargs: Any) -> AttentionCall:
+    """Take a call apart, as a modeling file makes it.
+
+    Raises:
+        TypeError: it is no call on queries, keys and values.
+    """
+    if len(args) > len(_TENSORS):
+        raise TypeError(f"{len(args)} arguments come by place")
+    tensors = dict(zip(_TENSORS, args, strict=False))
+    tensors |= {name: kwargs.pop(name) for name in _TENSORS[len(args) :] if name in kwargs}
+    missing = [name for name in _TENSORS[:3] if not isinstance(tensors.get(name), Tensor)]
+    if missing:
+        raise TypeError(f"no {missing[0]} comes")
+    query, key, value, mask = (tensors.get(name) for name in _TENSORS)
+    assert query is not None and key is not None and value is not None
+    masked = len(tensors) == len(_TENSORS)
+    return AttentionCall(module, query, key, value, mask, kwargs, len(args), masked)
+
+
+def read(
+    module: nn.Module, query: Tensor, key: Tensor, scale: float, ends: Tensor | None
+) -> AttentionCall:
+    """What is looked at of the attention of another library, which has no call of this kind."""
+    return AttentionCall(module, query, key, key, None, {_SCALE: scale, _ENDS: ends})
+
+
+def implementation(module: Any) -> str:
+    """The name of the attention function that a module's config asks for."""
+    return module.config._attn_implementation or ""
+
+
+def attention_of(layer: nn.Module) -> Any:
+    """The one module of a layer whose code calls Transformers' attention registry.
+
+    Raises:
+        LookupError: there is none.
+    """
+    for module in layer.modules():
+        source = sys.modules.get(type(module).__module__)
+        if not hasattr(source, _REGISTRY) or not hasattr(module, "config"):
+            continue
+        # Llama 4's vision attention does not say whether it is causal, but names the registry.
+        if hasattr(module, _CAUSAL) or _REGISTRY in _names(type(module)):
+            return module
+    raise LookupError(f"{type(layer).__name__} has no attention that can be tapped")
+
+
+def check_tappable(layer: nn.Module, instead: str) -> None:
+    """Refuse a layer whose attention calls cannot be followed, without any tensor work.
+
+    Args:
+        layer: an encoder or decoder layer.
+        instead: what to do where they cannot.
+
+    Raises:
+        VlmpruneError: it has no attention module, or the registry is not what it was.
+    """
+    try:
+        module = attention_of(layer)
+    except LookupError as error:
+        raise VlmpruneError(f"{error} in transformers {version()}; {instead}.") from error
+    Registered(module)
+
+
+class Registered:
+    """The attention function that a module calls, and what is put in its place for a while.
+
+    Raises:
+        VlmpruneError: the registry or the function is not found.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.interface: Any = getattr(sys.modules[type(module).__module__], _REGISTRY)
+        self.name = implementation(module)
+        own = getattr(self.interface, "_local_mapping", None)
+        if own is None:
+            raise VlmpruneError(
+                f"the attention registry of {type(module).__name__} in transformers {version()} "
+                "has no entries of its own, so attention cannot be seen; install a tested release."
+            )
+        # What a modeling file registers for itself goes before what is registered for all.
+        self.local = self.name in own
+        self.original = self.interface.get(self.name)
+        if self.original is None:
+            _eager(module)
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """The same for all modules that share the entry."""
+        return id(self.interface), self.name
+
+    def function(self, module: nn.Module) -> Callable[..., Any]:
+        """The plain function."""
+        return self.original or _eager(module)
+
+    def install(self, other: Callable[..., Any]) -> None:
+        """Put another function in its place."""
+        self.interface[self.name] = other
+
+    def remove(self) -> None:
+        """Give the entry back as it was."""
+        if self.local:
+            self.interface[self.name] = self.original
+        else:
+            del self.interface[self.name]
+
+
+def _eager(module: nn.Module) -> Callable[..., Any]:
+    """Eager attention is not registered: each modeling file has its own function, or several."""
+    for cls in type(module).__mro__:
+        own = [name for name in _names(cls) if name.endswith(_EAGER)]
+        for name in (*own, _EAGER):
+            function = getattr(sys.modules[cls.__module__], name, None)
+            if function is not None:
+                return function
+    raise VlmpruneError(
+        f"the attention function of {type(module).__name__} in transformers {version()} is not "
+        "registered and not found, so its attention cannot be seen; load the model with "
+        "attn_implementation='sdpa'."
+    )
+
+
+def _names(cls: type) -> tuple[str, ...]:
+    """Names that the code of a class's own forward uses."""
+    forward = vars(cls).get("forward")
+    code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None
+    return getattr(code, "co_names", ())

@@ -1,0 +1,177 @@
+"""KV caches of Transformers: the layers that our own ones replace, and how they lie in a cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache as once
+from typing import Any
+
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from vlmprune.errors import VlmpruneError
+from vlmprune.hosts import release
+
+__all__ = ["DynamicLayer", "DynamicSlidingWindowLayer"]
+
+_LENGTH, _LAYERS, _REPLICATED = "get_seq_length", "layers", "layer_class_to_replicate"
+
+# Everything that the layers do which ours take the place of. What a later release adds could read
+# keys and values behind our back, and what it drops or renames would never be called.
+_METHODS = {
+    "lazy_initialization": ("key_states", "value_states"),
+    "update": ("key_states", "value_states"),
+    "get_mask_sizes": ("query_length",),
+    "get_seq_length": (),
+    "get_max_length": (),
+    "offload": (),
+    "prefetch": (),
+    "reset": (),
+    "reorder_cache": ("beam_idx",),
+    "crop": ("tokens_to_remove",),
+    "batch_repeat_interleave": ("repeats",),
+    "batch_select_indices": ("indices",),
+}
+# Earlier releases called some of them otherwise, took a length for what is to be cropped, or had
+# methods of which nothing is left.
+_FORMER = {"get_max_cache_shape", "get_max_length"}
+_FORMER_ARGUMENTS = {"crop": ("max_length",)}
+_KEPT = ("keys", "values", "is_initialized", "dtype", "device")
+
+
+def new_cache(model: Any) -> Any:
+    """The empty cache that the host would make for a forward of its own."""
+    return DynamicCache(config=model.config)
+
+
+def is_cache(given: Any) -> bool:
+    """Whether something is a KV cache, with a length."""
+    return hasattr(given, _LENGTH)
+
+
+def length_of(cache: Any, index: int | None = None) -> int:
+    """Columns that a cache, or one layer of it, has seen; 0 without one."""
+    if cache is None:
+        return 0
+    return int(cache.get_seq_length() if index is None else cache.get_seq_length(index))
+
+
+def layers_of(cache: Any) -> Sequence[Any]:
+    """The layers of a cache; none of what has none."""
+    return getattr(cache, _LAYERS, None) or ()
+
+
+def has_layers(cache: Any) -> bool:
+    """Whether a cache is made of layers at all."""
+    return getattr(cache, _LAYERS, None) is not None
+
+
+def replace_layer(cache: Any, index: int, layer: Any) -> None:
+    """Put a layer in the place of another."""
+    cache.layers[index] = layer
+
+
+def fill(cache: Any, count: int) -> None:
+    """Make the layers that a cache would make as they are needed, up to `count`."""
+    kind = getattr(cache, _REPLICATED, None)
+    if kind is not None:
+        while len(cache.layers) < count:
+            cache.layers.append(kind())
+
+
+def kinds(cache: Any, indices: Sequence[int]) -> list[type]:
+    """Classes of the layers at some places, those that are not there yet left out."""
+    held = layers_of(cache)
+    return [type(held[i]) for i in indices if i < len(held)]
+
+
+def alike(cache: Any, other: Any) -> bool:
+    """Whether two caches are made of the same kinds of layers."""
+    ours, theirs = ([type(layer) for layer in layers_of(one)] for one in (cache, other))
+    return ours == theirs
+
+
+def held_of(layer: Any) -> dict[str, Any]:
+    """What a dynamic layer holds, for a layer of ours that takes its place."""
+    return {name: value for name, value in vars(layer).items() if name in _KEPT}
+
+
+def window_of(layer: Any) -> int | None:
+    """How many columns a layer with a sliding window looks back; None without one."""
+    return layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+
+
+def stored_keys(cache: Any, index: int) -> Any:
+    """Keys [B, H, T, D] that a layer holds; None where it holds none."""
+    held = layers_of(cache)
+    if index >= len(held) or not held[index].get_seq_length():
+        return None
+    return held[index].keys
+
+
+def check_layers(replaced: type, ours: type) -> None:
+    """Refuse a release whose cache layers do other things than ours take the place of.
+
+    Args:
+        replaced: the class of Transformers.
+        ours: the class that takes its place.
+
+    Raises:
+        VlmpruneError: one sentence says what is there, or is not.
+    """
+    fact = _difference(replaced, ours)
+    if fact is not None:
+        raise VlmpruneError(
+            f"{replaced.__name__} of transformers {release.version()} {fact}, which "
+            f"{ours.__name__} of vlmprune does not know; install transformers{release.TESTED}."
+        )
+
+
+def check_made(model: Any) -> None:
+    """Refuse a release whose dynamic cache is not made of dynamic layers.
+
+    Raises:
+        VlmpruneError: one sentence says what it is made of.
+    """
+    # The model's config is left out, by which layers with a window would make tensors.
+    kind = getattr(DynamicCache(), _REPLICATED, None)
+    if kind is not DynamicLayer:
+        made = kind.__name__ if isinstance(kind, type) else kind
+        raise VlmpruneError(
+            f"the KV cache of {type(model).__name__} in transformers {release.version()} is made "
+            f"of {made}, not of DynamicLayer, and cannot be cut; prune before the language model."
+        )
+
+
+@once
+def _difference(replaced: type, ours: type) -> str | None:
+    if not issubclass(ours, replaced):
+        return "is another class than it was"
+    there = {
+        name: one
+        for name, one in inspect.getmembers(replaced, callable)
+        if not name.startswith("_") and not isinstance(one, type)
+    }
+    missing = sorted(_METHODS.keys() - there.keys() - _FORMER)
+    if missing:
+        return f"has no {missing[0]}"
+    new = sorted(there.keys() - _METHODS.keys() - _FORMER)
+    if new:
+        return f"has a method {new[0]}"
+    for name, wanted in _METHODS.items():
+        if name not in there:
+            continue
+        takes = _arguments(there[name])
+        if takes not in (wanted, _FORMER_ARGUMENTS.get(name, wanted)):
+            return f"takes {', '.join(takes) or 'nothing'} in {name}"
+    layer: Any = replaced()
+    gone = [name for name in ("keys", "values", "is_initialized") if name not in vars(layer)]
+    return f"has no {gone[0]}" if gone else None
+
+
+def _arguments(method: Callable[..., Any]) -> tuple[str, ...]:
+    """Names that must be given, without the layer itself."""
+    takes = list(inspect.signature(method).parameters.values())[1:]
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return tuple(one.name for one in takes if one.kind not in kinds)

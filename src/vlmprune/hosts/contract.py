@@ -1,0 +1,310 @@
+"""The contract with Transformers: what must hold for a pruned call to be right, and is checked.
+
+At attach signatures alone are looked at (`requests.check_model`, `decoder.check_layers`,
+`caches.check_layers` and a family's own record). What they cannot tell is told by the host's own
+numbers at an attachment's first calls, once a configuration: a row of each attention that is read
+(`run`), a cell of the encoder (`vlmprune.encoder_check`), the position that is due. After each
+call it is asked what costs next to nothing: whether all that was due was reached.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmprune.errors import VlmpruneError
+from vlmprune.hosts import release
+from vlmprune.hosts.attention import AttentionCall
+
+# Of float32, what a sum over many keys may be off by, as a share of the largest value: 21 classes
+# were at most 5e-7 off, and 0.38 with the scale hidden.
+_EXACT = 1e-5
+# A scale that is wrong by these factors or more is told in any type.
+_FACTORS = (1.3, 1 / 1.3)
+
+_checks: ContextVar[bool] = ContextVar("vlmprune_checks", default=True)
+
+
+class ContractError(VlmpruneError):
+    """Transformers does not do what this release was believed to do."""
+
+
+def broken(who: Any, fact: str) -> ContractError:
+    """The error of a contract that does not hold.
+
+    Args:
+        who: the object of Transformers, or its class.
+        fact: what does not hold, as it goes on after "in transformers …".
+    """
+    cls = who if isinstance(who, type) else type(who)
+    return ContractError(
+        f"{cls.__name__} cannot be pruned rightly in transformers {release.version()}: {fact}; the "
+        f"model is as it was before, install transformers{release.TESTED} or tell vlmprune's "
+        "developers."
+    )
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """Check nothing inside the block; for tests and benchmarks of the contract itself."""
+    token = _checks.set(False)
+    try:
+        yield
+    finally:
+        _checks.reset(token)
+
+
+def checks() -> bool:
+    """Whether the contract is checked here."""
+    return _checks.get()
+
+
+class Ledger:
+    """What the first calls of one attachment proved, so that it is proved once."""
+
+    def __init__(self) -> None:
+        self._proved: set[Hashable] = set()
+        self._lock = threading.Lock()
+
+    def due(self, *key: Hashable) -> bool:
+        """Whether something is still to be proved."""
+        return checks() and key not in self._proved
+
+    def prove(self, *key: Hashable) -> None:
+        """Note that it holds."""
+        with self._lock:
+            self._proved.add(key)
+
+
+# The ledger of the attachment whose call is under way; None outside of one.
+ledger: ContextVar[Ledger | None] = ContextVar("vlmprune_ledger", default=None)
+
+
+@contextmanager
+def proving(own: Ledger) -> Iterator[None]:
+    """Prove for an attachment inside the block what it has not proved yet."""
+    token = ledger.set(own)
+    try:
+        yield
+    finally:
+        ledger.reset(token)
+
+
+def due(call: AttentionCall, causal: bool) -> tuple[Hashable, ...] | None:
+    """What is to be proved of an attention call; None where it was, or cannot be, proved.
+
+    Args:
+        call: the call.
+        causal: whether it is read as causal where it brings no mask of four dimensions.
+    """
+    own = ledger.get()
+    if own is None or not checks() or call.drops:
+        return None
+    if call.mask is not None and not isinstance(call.mask, Tensor):
+        return None
+    dimensions = None if call.mask is None else call.mask.ndim
+    key = (call.module, call.function_name, call.query.dtype, call.names, dimensions, causal)
+    return key if own.due(*key) else None
+
+
+def run(function: Callable[..., Any], call: AttentionCall, causal: bool) -> Any:
+    """The result of an attention function; the first time, rows of it are held against ours.
+
+    Raises:
+        ContractError: the host attends otherwise than it is read here.
+    """
+    result = call.run(function)
+    key = due(call, causal)
+    own = ledger.get()
+    if key is not None and own is not None:
+        out = result[0] if isinstance(result, tuple) else result
+        if check_rows(function, call, out, causal):
+            own.prove(*key)
+    return result
+
+
+@torch.no_grad()
+def check_rows(function: Callable[..., Any], call: AttentionCall, out: Any, causal: bool) -> bool:
+    """Hold rows of the host's result against softmax(q·kᵀ)·v as its parts are read here.
+
+    In half precision the host's function is asked for the same rows in float32 as well, as far as
+    it can be, for its rounding would hide a scale that is not far off.
+
+    Args:
+        function: the host's attention function.
+        call: the call.
+        out: [B, Q, H, Dv] what it returned.
+        causal: as in `due`.
+
+    Returns:
+        Whether there was something to compare.
+
+    Raises:
+        ContractError: they differ by more than rounding, or less from those of another scale.
+    """
+    queries, heads = call.query.shape[2], call.query.shape[1]
+    whole = (call.query.shape[0], queries, heads, call.value.shape[3])
+    if not call.shaped or not isinstance(out, Tensor) or tuple(out.shape) != whole:
+        raise broken(
+            call.module,
+            "its queries, keys and values, or what attention makes of them, are not [batch, heads, "
+            "tokens, width]",
+        )
+    numbers = [*dict.fromkeys((queries - 1, queries // 2))]
+    sample = _fullest(call, numbers[0], causal)
+    if sample is None:
+        return False
+    ours, scores = _rows(call, sample, numbers, causal, call.scale)
+    host = out[sample, numbers].float()
+    if not bool(ours.isfinite().all()) and not bool(host.isfinite().all()):
+        # The model overflows, which is not the contract's to tell.
+        return False
+    unit = torch.finfo(call.query.dtype).eps
+    if call.query.is_cuda and call.query.dtype == torch.float32:
+        # Such multiplications may be rounded to ten bits.
+        unit = 2.0**-11
+    _compare(call, host, ours, unit, scores)
+    others = [_rows(call, sample, numbers, causal, call.scale * f)[0] for f in _FACTORS]
+    for other in others:
+        told = float((other - ours).norm()) > 4 * unit * float(ours.norm())
+        if told and float((other - host).norm()) < float((ours - host).norm()):
+            raise _differs(call, host, ours)
+    if call.query.dtype != torch.float32 and not call.flash:
+        exact = _asked_again(function, call, sample, numbers, causal)
+        if exact is not None:
+            _compare(call, exact, ours, torch.finfo(torch.float32).eps, scores)
+    return True
+
+
+def _compare(call: AttentionCall, host: Tensor, ours: Tensor, unit: float, scores: float) -> None:
+    """Refuse rows that differ by more than rounding to `unit` of scores of some size."""
+    allowed = max(_EXACT, unit * (8 + 4 * scores)) * float(call.value.detach().abs().max())
+    if not float((host - ours).abs().max()) <= allowed:
+        raise _differs(call, host, ours)
+
+
+def _differs(call: AttentionCall, host: Tensor, ours: Tensor) -> ContractError:
+    off = float((host - ours).abs().max() / ours.abs().max().clamp(min=1e-30))
+    return broken(
+        call.module,
+        f"a row of its attention is off by {off:.2g} of its largest value from the softmax of its "
+        "queries and keys, so scores would choose wrong tokens",
+    )
+
+
+def _asked_again(
+    function: Callable[..., Any],
+    call: AttentionCall,
+    sample: int,
+    numbers: Sequence[int],
+    causal: bool,
+) -> Tensor | None:
+    """[n, H, Dv] the host's own rows of one sample, computed in float32; None where it cannot."""
+    one = slice(sample, sample + 1)
+    added = []
+    for number in numbers:
+        bias, seen = _bias(call, sample, number, causal)
+        added.append(bias.masked_fill(~seen, torch.finfo(torch.float32).min))
+    few = call.sampled(
+        call.query[one, :, list(numbers)].float(),
+        call.key[one].float(),
+        call.value[one].float(),
+        torch.stack(added, dim=1)[None],
+    )
+    try:
+        out: Tensor = few.run(function)[0][0]
+    # What is no function of tensors alone fails in its own way; the looser check was passed.
+    except Exception:
+        return None
+    return out.float()
+
+
+def _fullest(call: AttentionCall, number: int, causal: bool) -> int | None:
+    """The sample whose row `number` sees the most keys; None where none sees any."""
+    seen = [int(_bias(call, sample, number, causal)[1].sum()) for sample in range(len(call.query))]
+    best = max(range(len(seen)), key=seen.__getitem__)
+    return best if seen[best] else None
+
+
+def _bias(call: AttentionCall, sample: int, number: int, causal: bool) -> tuple[Tensor, Tensor]:
+    """What is added to the scores of a row, and which keys it sees; each [1 or H, C]."""
+    columns, queries = call.key.shape[2], call.query.shape[2]
+    at = torch.arange(columns, device=call.query.device)
+    nothing = torch.zeros(1, columns, device=call.query.device)
+    mask = call.mask
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        line = mask[min(sample, len(mask) - 1), :, min(number, mask.shape[2] - 1), :columns]
+        if line.dtype == torch.bool:
+            return nothing, line
+        return line.float(), line > torch.finfo(line.dtype).min / 2
+    seen = (at <= number + columns - queries) if causal else at >= 0
+    if isinstance(mask, Tensor):
+        seen = seen & mask[sample, -columns:].bool()
+    ends = call.ends
+    if ends is not None:
+        own = int((ends[1:].to(at.device) <= number).sum())
+        seen = seen & (at >= ends[own]) & (at < ends[own + 1])
+    return nothing, seen[None]
+
+
+def _rows(
+    call: AttentionCall, sample: int, numbers: Sequence[int], causal: bool, scale: float
+) -> tuple[Tensor, float]:
+    """[n, H, Dv] rows of attention in float32, and the largest of their scores."""
+    rows, largest = [], 0.0
+    key, value = call.key[sample].float(), call.value[sample].float()
+    for number in numbers:
+        query = call.query[sample, :, number].float()
+        groups = query.view(len(key), -1, query.shape[-1])
+        scores = (groups @ key.transpose(1, 2) * scale).flatten(0, 1)
+        if call.softcap is not None:
+            scores = (scores / call.softcap).tanh() * call.softcap
+        bias, seen = _bias(call, sample, number, causal)
+        largest = max(largest, float(scores.masked_fill(~seen, 0.0).abs().max()))
+        weights = (scores + bias).masked_fill(~seen, -torch.inf).softmax(dim=-1)
+        # Where heads see different keys, one may see none.
+        weights = weights.masked_fill(~seen.any(dim=-1, keepdim=True), 0.0)
+        rows.append((weights.view(*groups.shape[:2], -1) @ value).flatten(0, 1))
+    return torch.stack(rows), largest
+
+
+class Reached:
+    """The decoder layers that a forward was followed to."""
+
+    def __init__(self) -> None:
+        self.found = set[int]()
+
+    def note(self, index: int, layer: Any) -> None:
+        """A layer was there.
+
+        Args:
+            index: its number.
+            layer: itself, or what else tells it to people.
+
+        Raises:
+            ContractError: a later one was there before it.
+        """
+        if checks() and self.found and index <= max(self.found):
+            raise broken(layer, f"decoder layer {index} runs after layer {max(self.found)}")
+        self.found.add(index)
+
+    def check(self, who: nn.Module, due: Iterable[int], what: str) -> None:
+        """Refuse a forward that left a layer out.
+
+        Args:
+            who: the host.
+            due: the layers that it was to reach.
+            what: what happened instead, as it goes on after "decoder layers …".
+
+        Raises:
+            ContractError: one was left out.
+        """
+        if checks() and not self.found.issuperset(due):
+            left = ", ".join(map(str, sorted({*due} - self.found)))
+            raise broken(who, f"decoder layers {left} {what}")

@@ -1,0 +1,317 @@
+"""Calls of a host's `forward` and `generate`: their arguments and settings, read and replaced."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlmprune.errors import VlmpruneError
+from vlmprune.hosts import config, release
+
+# The methods that are shadowed while a pruner is attached.
+GENERATE, FORWARD = "generate", "forward"
+
+_PROMPT, _IDS, _MASK, _POSITIONS = "inputs", "input_ids", "attention_mask", "position_ids"
+_AHEAD, _STREAMER, _CONFIG = "mm_encoder_outputs", "streamer", "generation_config"
+_CACHING, _LOGITS, _STATES = "use_cache", "logits_to_keep", "output_hidden_states"
+_ATTENTIONS = "output_attentions"
+# The argument that is ours: images and videos that were encoded before.
+_VISION = "vision"
+# What a model with three positions a column remembers of them from one call to the next.
+_DELTAS = "rope_deltas"
+# Marks of `torch.compile` on a method, and on a module.
+_COMPILED, _COMPILED_CLASS, _COMPILED_CALL = (
+    "_torchdynamo_orig_callable",
+    "OptimizedModule",
+    "_compiled_call_impl",
+)
+
+# Inputs that have one entry a column, and what a column of padding holds in them.
+ALIGNED: Mapping[str, int] = {"token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100}
+LABELS = "labels"
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """One call of a model, its arguments by name.
+
+    Attributes:
+        model: the host.
+        given: all arguments by the host's names; also what media read their own inputs from.
+    """
+
+    model: Any
+    given: Mapping[str, Any]
+
+    @property
+    def prompt(self) -> Tensor | None:
+        """[B, L] ids of a `generate`, under either name."""
+        found = self.given.get(_PROMPT)
+        return self.ids if found is None else found
+
+    @property
+    def ids(self) -> Tensor | None:
+        """[B, L] token ids."""
+        return self.given.get(_IDS)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """[B, L], 0 where a column is padding; None where none was given."""
+        return self.given.get(_MASK)
+
+    @property
+    def positions(self) -> Tensor | None:
+        """Positions of the columns; None where none were given."""
+        return self.given.get(_POSITIONS)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """[B, L] of a training step."""
+        return self.given.get(LABELS)
+
+    @property
+    def cache(self) -> Any:
+        """The KV cache to continue; None without one."""
+        return release.cache_given(type(self.model), self.given)
+
+    @property
+    def encoded(self) -> Mapping[str, Any]:
+        """Encoder outputs that come along, by kind of medium."""
+        return self.given.get(_AHEAD) or {}
+
+    @property
+    def streamer(self) -> Any:
+        """What is shown tokens as they come, or None."""
+        return self.given.get(_STREAMER)
+
+    @property
+    def picks_logits(self) -> bool:
+        """Whether logits of single columns are wanted."""
+        return isinstance(self.given.get(_LOGITS), Tensor)
+
+    @property
+    def caches(self) -> bool:
+        """Whether a plain forward is to fill a cache, by its argument or the model's config."""
+        wanted = self.given.get(_CACHING)
+        return config.caches(self.model.config) if wanted is None else bool(wanted)
+
+    @property
+    def states_wanted(self) -> bool:
+        """Whether the states behind every layer are asked for."""
+        wanted = self.given.get(_STATES)
+        return config.returns_states(self.model.config) if wanted is None else bool(wanted)
+
+    def brings(self, name: str) -> bool:
+        """Whether an input of a medium comes along, by the name that its record gives."""
+        return self.given.get(name) is not None
+
+    def with_(self, **changed: Any) -> ModelCall:
+        """The call with other arguments, by what they are: ids, mask, positions, streamer."""
+        names = {"ids": _IDS, "mask": _MASK, "positions": _POSITIONS, "streamer": _STREAMER}
+        return self.also({names[what]: one for what, one in changed.items()})
+
+    def with_cache(self, cache: Any) -> ModelCall:
+        """The call with another KV cache."""
+        return ModelCall(self.model, release.with_cache(type(self.model), self.given, cache))
+
+    def with_encoded(self, outputs: Mapping[str, Any]) -> ModelCall:
+        """The call with other encoder outputs of some kinds of medium."""
+        return self.also({_AHEAD: {**self.encoded, **outputs}})
+
+    def with_prompt(self, ids: Tensor) -> ModelCall:
+        """The call of a `generate` with other ids."""
+        return self.without((_IDS,)).also({_PROMPT: ids})
+
+    def without(self, names: Iterable[str]) -> ModelCall:
+        """The call without some arguments, by the host's names."""
+        gone = set(names)
+        return ModelCall(self.model, {k: v for k, v in self.given.items() if k not in gone})
+
+    def also(self, more: Mapping[str, Any]) -> ModelCall:
+        """The call with further arguments, by the host's names."""
+        return ModelCall(self.model, {**self.given, **more})
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What a method of the host makes of it."""
+        return function(*args, **self.given)
+
+
+def model_call(
+    model: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[ModelCall, Any]:
+    """Take a call of a method of the host apart; returns it without the argument that is ours.
+
+    Returns:
+        The call, and what came as `vision`; None for nothing.
+
+    Raises:
+        TypeError: the method does not take them.
+    """
+    ours = kwargs.get(_VISION)
+    rest = {name: one for name, one in kwargs.items() if name != _VISION}
+    return ModelCall(model, release.by_name(function, *args, **rest)), ours
+
+
+class Settings:
+    """Settings of a call of `generate`, looked up as it does.
+
+    An argument goes before the given generation config, and that before the model's.
+    """
+
+    def __init__(self, call: ModelCall) -> None:
+        self.call = call
+
+    def __getitem__(self, name: str) -> Any:
+        given = self.call.given
+        for source in (given.get(name), getattr(given.get(_CONFIG), name, None)):
+            if source is not None:
+                return source
+        return getattr(self.call.model.generation_config, name, None)
+
+    @property
+    def assisted(self) -> bool:
+        """Whether another model, or another way, proposes tokens."""
+        return any(self[name] for name in ASSISTING) or self.call.given.get(ASSISTANT) is not None
+
+    @property
+    def guidance(self) -> Any:
+        """Strength of guidance by a second prompt; None or 1 for none."""
+        return self["guidance_scale"]
+
+    @property
+    def chunked(self) -> bool:
+        """Whether the prompt is read in parts."""
+        return bool(self["prefill_chunk_size"])
+
+    @property
+    def caches(self) -> bool:
+        """Whether a KV cache is used."""
+        return self[_CACHING] is not False
+
+    @property
+    def cache_kind(self) -> str | None:
+        """The kind of cache that is asked for by name, if it is no dynamic one."""
+        kind = self["cache_implementation"]
+        return None if kind in (None, "dynamic", "dynamic_full", "offloaded") else str(kind)
+
+    @property
+    def attentions(self) -> bool:
+        """Whether attention weights are to be returned."""
+        return bool(self[_ATTENTIONS]) or config.returns_attentions(self.call.model.config)
+
+    @property
+    def beams(self) -> int:
+        """Beams of a beam search; 1 for none."""
+        return self["num_beams"] or 1
+
+    @property
+    def pad(self) -> int | None:
+        """Id of padding."""
+        found = self["pad_token_id"]
+        return found[0] if isinstance(found, list | tuple) else found
+
+    @property
+    def ends(self) -> list[Any]:
+        """Ids of end tokens."""
+        found = self["eos_token_id"]
+        return list(found) if isinstance(found, list | tuple) else [found]
+
+    def shorter(self, removed: int) -> dict[str, Any]:
+        """Length limits that count the prompt, less the columns that went; by the host's names."""
+        changed: dict[str, Any] = {}
+        for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            value = self[name]
+            if not value or self[instead] is not None or removed == 0:
+                continue
+            own = changed.get(_CONFIG, self.call.given.get(_CONFIG))
+            if self.call.given.get(name) is None and own is not None:
+                changed[_CONFIG] = own = copy.deepcopy(own)
+                setattr(own, name, max(0, value - removed))
+            else:
+                changed[name] = max(0, value - removed)
+        return changed
+
+
+ASSISTANT = "assistant_model"
+# Settings by which a call proposes tokens in another way than one by one.
+ASSISTING = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+
+
+class PlainSettings(Settings):
+    """Settings of a plain forward, which has them as arguments alone."""
+
+    def __getitem__(self, name: str) -> Any:
+        return self.call.caches if name == _CACHING else self.call.given.get(name)
+
+
+def base_of(model: Any) -> Any:
+    """The model below the language-model head, which encodes images."""
+    return model.base_model
+
+
+def deltas_of(model: Any) -> Tensor | None:
+    """[B, 1] how far positions are ahead of columns, as the host remembers it of its last call.
+
+    Raises:
+        VlmpruneError: it remembers nothing of the kind.
+    """
+    if not hasattr(model.base_model, _DELTAS):
+        raise VlmpruneError(
+            f"{type(model.base_model).__name__} of transformers {release.version()} has no "
+            f"{_DELTAS}, by which positions go on after a prompt; install "
+            f"transformers{release.TESTED}."
+        )
+    return getattr(model.base_model, _DELTAS)
+
+
+def set_deltas(model: Any, ahead: Tensor) -> None:
+    """Let the host remember how far positions are ahead of columns."""
+    setattr(model.base_model, _DELTAS, ahead)
+
+
+def encodes_ahead(model: Any) -> bool:
+    """Whether the host's forward takes encoder outputs, which `generate` makes before it."""
+    return _AHEAD in inspect.signature(type(model).forward).parameters
+
+
+def check_model(model: Any, pixels: Iterable[str]) -> None:
+    """Refuse a class whose calls do not take what they are given, from its signature alone.
+
+    Args:
+        model: the host.
+        pixels: what it calls the pixels of each medium.
+
+    Raises:
+        VlmpruneError: one sentence says what is missing.
+    """
+    cls = type(model)
+    release.cache_name(cls)
+    takes = inspect.signature(cls.forward).parameters
+    missing = [name for name in (_IDS, _MASK, _POSITIONS, *pixels) if name not in takes]
+    missing += [name for name in (GENERATE, "base_model", "get_decoder") if not hasattr(cls, name)]
+    if missing:
+        raise VlmpruneError(
+            f"{cls.__name__} of transformers {release.version()} has no {missing[0]}, which "
+            f"vlmprune hands it; install transformers{release.TESTED}, or tell vlmprune's "
+            "developers."
+        )
+
+
+def is_compiled(model: nn.Module, forward: Callable[..., Any]) -> bool:
+    """Whether a model, or a module of it, was given to `torch.compile`.
+
+    Args:
+        model: the host.
+        forward: its forward as it was before a pruner was attached.
+    """
+    return hasattr(forward, _COMPILED) or any(
+        hasattr(vars(module).get(FORWARD), _COMPILED)
+        or type(module).__name__ == _COMPILED_CLASS
+        or getattr(module, _COMPILED_CALL, None) is not None
+        for module in model.modules()
+    )

@@ -1,0 +1,155 @@
+"""A model with its processor: loaded, in silence, and fed. Prints nothing; `cli` does that."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vlmprune.errors import VlmpruneError
+from vlmprune.handle import Handle
+from vlmprune.hosts import pretrained
+from vlmprune.io import processors
+from vlmprune.pruner import Pruner
+from vlmprune.sources import Source, reason
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its processor."""
+
+    model: Any
+    processor: Any
+
+
+def load(source: Source, device: torch.device, dtype: Any) -> Loaded:
+    """The model, in eval mode on the device, and its processor.
+
+    Raises:
+        VlmpruneError: something of it is missing; the sentence says what.
+    """
+    local = {"local_files_only": source.folder is not None, "trust_remote_code": False}
+    try:
+        processor = pretrained.load("AutoProcessor", source.name, **local)
+    except ImportError as error:
+        raise VlmpruneError(
+            f"the processor of {source.name!r} needs torchvision; install it with "
+            "`pip install torchvision`."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise VlmpruneError(
+            f"the processor of {source.name!r} cannot be loaded ({reason(error)})."
+        ) from error
+    if not processors.has_images(processor):
+        raise VlmpruneError(
+            f"{source.name!r} has no processor for images; give a folder that holds the "
+            "processor's files beside the weights."
+        )
+    try:
+        with enough_memory(device):
+            model = pretrained.load(
+                "AutoModelForImageTextToText", source.name, dtype=dtype, **local
+            )
+            model.to(device).eval()
+    except VlmpruneError:
+        raise
+    except (OSError, ValueError) as error:
+        raise VlmpruneError(
+            f"the weights of {source.name!r} cannot be loaded ({reason(error)})."
+        ) from error
+    return Loaded(model, processor)
+
+
+def prepare(loaded: Loaded, images: Sequence[Image.Image], question: str) -> Any:
+    """The processor's inputs for a question about images, on the model's device."""
+    return prepare_batch(loaded, [images], [question])
+
+
+def prepare_batch(
+    loaded: Loaded, images: Sequence[Sequence[Image.Image]], questions: Sequence[str]
+) -> Any:
+    """The processor's inputs for several such questions, padded on the left."""
+    texts = [
+        prompt_of(loaded.processor, len(pictures), question)
+        for pictures, question in zip(images, questions, strict=True)
+    ]
+    return prepare_texts(loaded, images, texts)
+
+
+def prepare_texts(
+    loaded: Loaded, images: Sequence[Sequence[Image.Image]], texts: Sequence[str]
+) -> Any:
+    """The processor's inputs for several prompts as `prompt_of` makes them, padded on the left."""
+    processor = loaded.processor
+    padding: dict[str, Any] = {}
+    if len(texts) > 1:
+        if processor.tokenizer.pad_token is None:
+            processor.tokenizer.pad_token = processor.tokenizer.eos_token
+        padding = {"padding": True, "padding_side": "left"}
+    flat = [picture for pictures in images for picture in pictures]
+    inputs = processor(text=list(texts), images=flat or None, return_tensors="pt", **padding)
+    return inputs.to(loaded.model.device, dtype=loaded.model.dtype)
+
+
+def prompt_of(processor: Any, images: int, question: str) -> str:
+    """A question about so many images in the model's chat form."""
+    if processors.has_template(processor):
+        content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)]
+        content.append({"type": "text", "text": question})
+        text: str = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        return text
+    mark = processors.image_mark(processor)
+    return "USER: " + f"{mark}\n" * images + f"{question} ASSISTANT:"
+
+
+@contextmanager
+def attached(pruner: Pruner | None, model: Any) -> Iterator[Handle | None]:
+    """A pruner on a model inside a `with` block; nothing for None."""
+    if pruner is None:
+        yield None
+        return
+    with pruner(model) as handle:
+        yield handle
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Transformers' warnings and progress bars off the terminal, and undo that."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def enough_memory(device: torch.device) -> Iterator[None]:
+    """Tell in one sentence that a device's memory did not do.
+
+    Raises:
+        VlmpruneError: it did not.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # A CPU's allocator has no exception of its own.
+        cpu = "DefaultCPUAllocator" in str(error)
+        if not cpu and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        ways = "a smaller model or --dtype bfloat16" if cpu else "--dtype float16, or --device cpu"
+        raise VlmpruneError(f"the memory of {device} is too small for this; use {ways}.") from error
