@@ -14,6 +14,7 @@ from tiny import model, request
 from vlmprune import PLPHP, FastV, VisPruner, VlmpruneError, bench, costs, families, measure
 from vlmprune.budgeted import Budgeted
 from vlmprune.floor import Floor, counts_of, floor_of
+from vlmprune.hosts.requests import base_of
 from vlmprune.views import EncoderView, Selection
 from zoo import ZOO
 
@@ -62,10 +63,10 @@ def test_every_family_takes_a_natively_short_prompt(name: str) -> None:
     assert placeholders(built, floor) == floor.row_tokens
     for pixels in families.family_of(built).media[0].inputs[:1]:
         assert torch.equal(floor.inputs[pixels], req.inputs[pixels])
-    before = set(vars(families.base(built)))
+    before = set(vars(base_of(built)))
     with floor.on(built):
         out = built.generate(**floor.inputs, max_new_tokens=2, do_sample=False)
-    assert set(vars(families.base(built))) == before
+    assert set(vars(base_of(built))) == before
     # The same kind of answer, over prompts that differ by the dropped tokens alone.
     new = out.shape[1] - floor.inputs["input_ids"].shape[1]
     assert new == pruned.shape[1] - req.inputs["input_ids"].shape[1] == 2

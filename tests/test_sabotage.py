@@ -60,7 +60,6 @@ def test_a_changed_host_is_pruned_right_or_refused(row: Row, attention: str, dty
         assert {told[0] for told in said.values()} == {"refused"}
 
 
-@pytest.mark.oracle
 def test_the_contract_is_what_makes_the_difference() -> None:
     """The control: without it at least half of the rows answer wrong."""
     facts = [row for row in ROWS if row.name not in UNREAD]

@@ -97,14 +97,14 @@ class Guest:
         cutter = binding.cutter
         scale = call.scale
         chosen = None if cutter is None else cutter.attended(self, call.query, call.mask, scale)
-        own = replace(call, key=self.keys, value=self.values)
         result: Any
         if chosen is not None:
             # Positions of all rows would not fit, and gaps in them look like packed sequences.
-            plain = partial(_plain, function, own.without_positions())
+            plain = partial(_plain, function, call.without_positions())
             tensors = call.query, self.keys, self.values, _known(call.mask), chosen
             result = among.attend(plain, *tensors, self.prefix, scale, call.flash), None
         elif self.prefix is None:
+            own = replace(call, key=self.keys, value=self.values)
             result = contract.run(function, own, causal=True)
         else:
             mask = tail_mask(call.mask, call.query, call.key.shape[2])

@@ -73,15 +73,15 @@ class _Dispatcher:
                 ) from error
             return function(module, *args, **kwargs)
         # Copies, as other threads may add or remove theirs meanwhile.
-        watchers = tuple(self.watchers.get(module, ()))
         for change in tuple(self.changes.get(module, ())):
             call = change(call)
-        result = None
-        for causal in {one.causal for one in watchers if one.whole}:
-            if contract.due(call, causal):
-                result = contract.run(function, call, causal)
-        for watcher in watchers:
-            watcher.see(call)
+        result, watchers = None, tuple(self.watchers.get(module, ()))
+        if watchers:
+            for causal in {one.causal for one in watchers if one.whole}:
+                if contract.due(call, causal):
+                    result = contract.run(function, call, causal)
+            for watcher in watchers:
+                watcher.see(call)
         guest = guest_of(call.key)
         if guest is not None:
             return guest.attend(function, call)

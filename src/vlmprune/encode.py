@@ -323,7 +323,9 @@ def _run(
     features: list[Tensor] = []
     call = encoder_call(method, inputs, medium.inputs, medium.host_only)
     tower, layer = medium.encoder(model, inputs), None if head is not None else scored
-    proves = (inside is None or not inside.acts) and encoder_check.due(model, medium, tower, layer)
+    proves = (inside is None or not inside.acts) and encoder_check.due(
+        model, medium, tower, layer, layouts
+    )
     with ExitStack() as stack:
         stack.enter_context(_own_methods())
         run = stack.enter_context(acting(model, medium, inputs, inside))

@@ -65,17 +65,29 @@ class Encoding:
     again: Callable[[], Any]
 
 
-def due(model: Any, medium: Medium, encoder: Encoder, scored: Scored | None) -> bool:
-    """Whether the cells are still to be proved."""
+def due(
+    model: Any,
+    medium: Medium,
+    encoder: Encoder,
+    scored: Scored | None,
+    layouts: Sequence[Layout],
+) -> bool:
+    """Whether the cells are still to be proved, of one item or of several."""
     ledger = contract.ledger.get()
     if ledger is None or medium.unlocal or _is_random(model):
         return False
-    return ledger.due(*_key(model, medium, encoder, scored))
+    return ledger.due(*_key(model, medium, encoder, scored, layouts))
 
 
-def _key(model: Any, medium: Medium, encoder: Encoder, scored: Scored | None) -> tuple[Any, ...]:
+def _key(
+    model: Any,
+    medium: Medium,
+    encoder: Encoder,
+    scored: Scored | None,
+    layouts: Sequence[Layout],
+) -> tuple[Any, ...]:
     layer = None if scored is None else scored.layer
-    return "cells", medium.method, encoder.feature, layer, model.dtype
+    return "cells", medium.method, encoder.feature, layer, model.dtype, len(layouts) > 1
 
 
 def _is_random(model: Any) -> bool:
@@ -111,7 +123,7 @@ def check(one: Encoding) -> None:
     _check_tokens(one, output, chosen)
     ledger = contract.ledger.get()
     if ledger is not None:
-        ledger.prove(*_key(one.model, one.medium, one.encoder, one.scored))
+        ledger.prove(*_key(one.model, one.medium, one.encoder, one.scored, one.layouts))
 
 
 def _check_scored(one: Encoding, states: Sequence[Tensor], rows: Tensor) -> None:

@@ -20,6 +20,7 @@ from vlmprune import families, spec
 from vlmprune.evaluation import UNPRUNED, Evaluation, Mean, Result
 from vlmprune.handle import Handle
 from vlmprune.hosts import processed
+from vlmprune.hosts.decoder import decoder_layers
 from vlmprune.io.models import Loaded, enough_memory, prepare_texts
 from vlmprune.io.processors import scaled
 from vlmprune.pruner import Pruner
@@ -196,7 +197,7 @@ class _Runner:
         answers = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
         report = self.handle.report
         assert report is not None
-        layers = len(families.decoder_layers(model))
+        layers = len(decoder_layers(model))
         figures = _figures(report, layers, len(samples))
         seconds = (time.perf_counter() - start) / len(samples)
         return [

@@ -35,6 +35,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.families.media import Medium
 from vlmprune.hosts import config, outputs, processed
 from vlmprune.hosts.release import by_name
+from vlmprune.hosts.requests import base_of
 from vlmprune.inputs import ALIGNED, Prompt, dropped_columns, shorten, spans
 from vlmprune.layout import Layout
 from vlmprune.report import Report
@@ -76,7 +77,7 @@ class Floor:
     @contextmanager
     def on(self, model: Any) -> Iterator[None]:
         """Let the model's encoder return the first features of each picture."""
-        place, name = families.base(model), self.medium.method
+        place, name = base_of(model), self.medium.method
         before, original = vars(place).get(name, _ABSENT), getattr(place, name)
 
         # `wraps` keeps the signature, which Transformers inspects.

@@ -132,14 +132,17 @@ def _check_grown(handle: Handle, progress: Progress, call: ModelCall) -> None:
 @contextmanager
 def _compared(handle: Handle, state: Active, call: ModelCall, first: bool) -> Iterator[None]:
     """Compare tensors that reach the language model with those that are due, the first time."""
-    progress, ledger = state.progress, handle.ledger
-    phase = "prompt" if first else "step"
-    placed = ledger.due("positions", phase) and progress.positions is not None
-    embedded = first and bool(state.pruned) and ledger.due("embedded")
+    progress, ledger, ids = state.progress, handle.ledger, call.ids
+    assert ids is not None
+    start, several = caches.length_of(call.cache), ids.shape[0] > 1
+    # Several rows may be told apart where one cannot, and so may the two modalities.
+    handed = ("positions", "prompt" if first else "step", several)
+    inserted = ("embedded", *sorted(state.pruned), several)
+    placed = ledger.due(*handed) and progress.positions is not None
+    embedded = first and bool(state.pruned) and ledger.due(*inserted)
     if not placed and not embedded:
         yield
         return
-    start = caches.length_of(call.cache)
     if placed:
         _check_handed(handle, progress, call, first)
     thread, seen = threading.get_ident(), dict[str, Tensor]()
@@ -167,9 +170,10 @@ def _compared(handle: Handle, state: Active, call: ModelCall, first: bool) -> It
         _check_turned(handle, call, seen["positions"], start)
     if embedded and "embedded" in seen:
         _check_embedded(handle, state, call, seen["embedded"])
-        ledger.prove("embedded")
-    if placed:
-        ledger.prove("positions", phase)
+        ledger.prove(*inserted)
+    # Positions that only count columns say nothing of a host that counts columns by itself.
+    if placed and not _counts(call, start):
+        ledger.prove(*handed)
 
 
 def _check_handed(handle: Handle, progress: Progress, call: ModelCall, first: bool) -> None:
@@ -204,6 +208,15 @@ def _real(call: ModelCall, start: int) -> Tensor:
     width = ids.shape[1]
     own = mask[:, start : start + width] if mask.shape[1] > start else mask[:, -width:]
     return own.cpu() != 0
+
+
+def _counts(call: ModelCall, start: int) -> bool:
+    """Whether the positions that a forward is given only number its columns."""
+    given, ids = call.positions, call.ids
+    if given is None or ids is None:
+        return True
+    columns = torch.arange(ids.shape[1]) + start
+    return bool((given[..., -ids.shape[1] :].cpu() == columns).all())
 
 
 def _check_turned(handle: Handle, call: ModelCall, positions: Tensor, start: int) -> None:

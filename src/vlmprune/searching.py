@@ -16,6 +16,7 @@ from vlmprune.calibrate import check_target
 from vlmprune.errors import VlmpruneError
 from vlmprune.evaluate import evaluate, model_name
 from vlmprune.evaluation import Evaluation, Mean
+from vlmprune.hosts.decoder import decoder_layers
 from vlmprune.io.models import Loaded
 from vlmprune.pruner import Pruner
 from vlmprune.reuse import Vision
@@ -207,7 +208,7 @@ def run(
     under_way = search.Search(measure, asked.max_loss, asked.trials, asked.journal, about, told)
     architecture = families.architecture(loaded.model)
     if asked.scheduled:
-        layers = len(families.decoder_layers(loaded.model))
+        layers = len(decoder_layers(loaded.model))
         if layers < 2:
             raise VlmpruneError("a schedule needs two decoder layers or more; this model has one.")
         cls: Any = asked.stage.cls

@@ -10,7 +10,7 @@ from vlmprune.families import generic, llava, pixtral, pooled, qwen, tiles, vide
 from vlmprune.families.record import Family
 from vlmprune.families.towers import TOWERS
 from vlmprune.hosts import config, contract, parts, sizes
-from vlmprune.hosts.decoder import decoder_layers, recomputes, rotary_modules, takes_angles
+from vlmprune.hosts.requests import base_of
 
 Positions = Literal["auto", "compact", "original"]
 
@@ -20,11 +20,7 @@ __all__ = [
     "Family",
     "Positions",
     "check_host",
-    "decoder_layers",
     "family_of",
-    "recomputes",
-    "rotary_modules",
-    "takes_angles",
 ]
 
 
@@ -71,7 +67,7 @@ def check_host(model: Any, family: Family) -> None:
     config.check_text(model.config)
     for medium in family.media:
         parts.check(model, medium.required())
-        parts.attribute(base(model), medium.method)
+        parts.attribute(base_of(model), medium.method)
 
 
 def unwrapped(model: Any) -> Any:
@@ -83,29 +79,6 @@ def unwrapped(model: Any) -> Any:
             model = model._orig_mod
         else:
             return model
-
-
-def base(model: Any) -> Any:
-    """The model below the language-model head, which encodes images."""
-    return model.base_model
-
-
-def layer_kinds(model: Any) -> list[str]:
-    """How each decoder layer attends, in Transformers' words ("full_attention", …)."""
-    return config.layer_kinds(model.config)
-
-
-def deepstack_layers(model: Any) -> int:
-    """Number of first decoder layers behind which the host adds features to visual tokens."""
-    return config.deepstack_layers(model.config)
-
-
-def cuttable_layers(model: Any) -> list[int]:
-    """The decoder layers with full attention, whose cache may be cut.
-
-    A sliding window drops old columns by itself, and linear attention has none.
-    """
-    return [i for i, kind in enumerate(layer_kinds(model)) if kind == "full_attention"]
 
 
 def architecture(model: Any) -> str:

@@ -1,4 +1,4 @@
-"""What we know of Transformers itself: its releases, and what they call things.
+"""All that we know of Transformers: its releases, its names, its calls, and what must hold of them.
 
 May import torch, transformers and `errors`, and nothing else of this package.
 """

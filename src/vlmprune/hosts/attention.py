@@ -32,9 +32,12 @@ _WINDOW = "sliding_window"
 _ENDS = "cu_seq_lens_q"
 # What changes scores in a way that no method here follows.
 _FOREIGN = ("s_aux", "position_bias")
+_UNEVEN = (*_FOREIGN, _SOFTCAP, _WINDOW)
 
 
-@dataclass(frozen=True)
+# Not frozen: one is made of each call of each layer at each step, and freezing triples what that
+# costs. Nobody changes one.
+@dataclass(slots=True)
 class AttentionCall:
     """One call of the attention function.
 
@@ -98,8 +101,11 @@ class AttentionCall:
     @property
     def uneven(self) -> str | None:
         """Likewise, of what attention to heads of unequal length does not follow either."""
-        more = (_SOFTCAP, _WINDOW)
-        return self.foreign or next((n for n in more if self.others.get(n) is not None), None)
+        # Asked of each layer at each step.
+        for name in _UNEVEN:
+            if self.others.get(name) is not None:
+                return name
+        return None
 
     @property
     def names(self) -> frozenset[str]:
@@ -139,6 +145,10 @@ def called(module: nn.Module, *args: Any, **kwargs: Any) -> AttentionCall:
     Raises:
         TypeError: it is no call on queries, keys and values.
     """
+    if len(args) == len(_TENSORS) and isinstance(args[2], Tensor):
+        # As all modeling files of the tested releases make it.
+        query, key, value, mask = args
+        return AttentionCall(module, query, key, value, mask, kwargs)
     if len(args) > len(_TENSORS):
         raise TypeError(f"{len(args)} arguments come by place")
     tensors = dict(zip(_TENSORS, args, strict=False))
@@ -146,9 +156,8 @@ def called(module: nn.Module, *args: Any, **kwargs: Any) -> AttentionCall:
     missing = [name for name in _TENSORS[:3] if not isinstance(tensors.get(name), Tensor)]
     if missing:
         raise TypeError(f"no {missing[0]} comes")
-    query, key, value, mask = (tensors.get(name) for name in _TENSORS)
-    assert query is not None and key is not None and value is not None
-    masked = len(tensors) == len(_TENSORS)
+    query, key, value = (tensors[name] for name in _TENSORS[:3])
+    mask, masked = tensors.get(_TENSORS[3]), len(tensors) == len(_TENSORS)
     return AttentionCall(module, query, key, value, mask, kwargs, len(args), masked)
 
 

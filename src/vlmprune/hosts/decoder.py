@@ -115,7 +115,8 @@ def check_layers(model: Any) -> None:
             )
 
 
-@dataclass(frozen=True)
+# Not frozen: one is made of each call of a layer that is followed. Nobody changes one.
+@dataclass(slots=True)
 class LayerCall:
     """One call of a decoder layer, taken apart.
 

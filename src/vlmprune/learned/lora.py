@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from vlmprune import families
 from vlmprune.active import active
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts.decoder import recomputes
 
 if TYPE_CHECKING:
     from vlmprune.handle import Handle
@@ -137,7 +137,7 @@ def _added(handle: Handle, down: Tensor, up: Tensor, scaling: float) -> Callable
         state = active.get()
         if state is None or state.handle is not handle:
             return None
-        if families.recomputes(handle.model):
+        if recomputes(handle.model):
             raise VlmpruneError(
                 "a LoRA that is put on by hooks is not there when activations are recomputed; "
                 "train it by PEFT, or turn gradient checkpointing off."

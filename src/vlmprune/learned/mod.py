@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vlmprune import families
 from vlmprune.budget import check_keep
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import sizes
+from vlmprune.hosts.decoder import decoder_layers
 from vlmprune.layered import check_layers
 from vlmprune.learned.base import Learned
 from vlmprune.learned.routing import routed
@@ -81,7 +81,7 @@ class MoD(Learned):
         for name, value in (("every", every), ("first", first)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise VlmpruneError(f"{name}={value!r} is not a whole number of at least 1.")
-        depth = len(families.decoder_layers(model))
+        depth = len(decoder_layers(model))
         check_layers(depth, first + 1, "MoD")
         return {
             "keep": keep,

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vlmprune import families
 from vlmprune.errors import VlmpruneError
 from vlmprune.families.llava import LlavaImages
+from vlmprune.hosts.requests import base_of
 from vlmprune.pruner import Pruner
 from vlmprune.taps import passing
 from vlmprune.training.data import Entry, Turn
@@ -195,7 +196,7 @@ class States:
 
         To be entered before a pruner is attached.
         """
-        place = families.base(self.model)
+        place = base_of(self.model)
         own = place.get_image_features
         before = vars(place).get("get_image_features")
 
