@@ -33,20 +33,13 @@ from zoo.base import IMAGE
 
 
 def cases() -> list[object]:
-    """Every row in pairs that cover each attention and each type that it has."""
-    out: list[object] = []
-    for row in ROWS:
-        several = max(len(row.attentions), len(row.types))
-        pairs = [
-            (row.attentions[i % len(row.attentions)], row.types[i % len(row.types)])
-            for i in range(several)
-        ]
-        for number, pair in enumerate(pairs):
-            # Names differ between releases, not between pairs: the first is run on each of them.
-            marks = [] if number else [pytest.mark.oracle]
-            name = "-".join((row.name, *pair))
-            out.append(pytest.param(row, *pair, id=name, marks=marks))
-    return out
+    """Every row with each attention and type that it has."""
+    return [
+        pytest.param(row, attention, dtype, id=f"{row.name}-{attention}-{dtype}")
+        for row in ROWS
+        for attention in row.attentions
+        for dtype in row.types
+    ]
 
 
 @pytest.mark.parametrize(("row", "attention", "dtype"), cases())

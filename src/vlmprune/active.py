@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -143,10 +145,12 @@ class Active:
         Raises:
             ContractError: it was not.
         """
-        if not self.progress.begun:
+        if not checks() or columns < self.progress.columns:
             return
+        if not self.progress.begun:
+            raise broken(model, "its generate never read the prompt that it was given")
         unfinished = [one for one in (self.retaining, self.dropping) if one and not one.done]
-        if unfinished and checks():
+        if unfinished:
             raise broken(model, "its forward never read the whole prompt into its cache")
         self.progress.check_end(model, columns)
 
@@ -171,3 +175,17 @@ class Active:
 active: ContextVar[Active | None] = ContextVar("vlmprune_active", default=None)
 # The report that this thread made last.
 made: ContextVar[Report | None] = ContextVar("vlmprune_made", default=None)
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    """Outside of any pruned call inside the block.
+
+    A method of the host's may call another, whose shadow must not give what an outer call has
+    pruned; and a call within a call is one of its own.
+    """
+    token = active.set(None)
+    try:
+        yield
+    finally:
+        active.reset(token)

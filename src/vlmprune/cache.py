@@ -110,9 +110,40 @@ class Guest:
             mask = tail_mask(call.mask, call.query, call.key.shape[2])
             out = ragged.attend(call.query, self.prefix, self.keys, self.values, mask, scale)
             result = out.transpose(1, 2).contiguous(), None
+            if not self.layer.stepped and call.query.shape[2] == 1:
+                self.layer.stepped = True
+                self._prove(function, call, mask)
         if cutter is not None and cutter.due(self.layer.get_seq_length()):
             cutter.cut(self, call.query, scale)
         return result
+
+    def _prove(
+        self, function: Callable[..., Any], call: AttentionCall, mask: Tensor | None
+    ) -> None:
+        """Hold the host's attention of a step against what is read of it, on one head's keys.
+
+        Raises:
+            ContractError: it attends otherwise than at the prompt.
+        """
+        key, own = contract.due(call, causal=False), contract.ledger.get()
+        if key is None or own is None or self.prefix is None:
+            return
+        start, end = self.prefix.offsets[:2].tolist()
+        group = call.query.shape[1] // self.keys.shape[1]
+        few = replace(
+            call.without_positions(),
+            query=call.query[:1, :group],
+            key=torch.cat((self.prefix.keys[start:end], self.keys[0, 0]))[None, None],
+            value=torch.cat((self.prefix.values[start:end], self.values[0, 0]))[None, None],
+            mask=None,
+        )
+        if mask is not None:
+            # All of the prefix is seen.
+            line = mask[:1, :1]
+            seen = line.new_full((1, 1, 1, end - start), line.dtype == torch.bool)
+            few = replace(few, mask=torch.cat((seen, line), dim=-1))
+        if contract.check_rows(function, few, few.run(function)[0], causal=False):
+            own.prove(*key)
 
 
 class RaggedLayer(DynamicLayer):
@@ -123,6 +154,7 @@ class RaggedLayer(DynamicLayer):
         index: number of the decoder layer.
         prefix: what the heads keep of the prompts so far; None before the first cut.
         start: columns that the prefix stands for.
+        stepped: whether a step was made over the prefix.
     """
 
     # Tensors, once initialised.
@@ -133,7 +165,7 @@ class RaggedLayer(DynamicLayer):
         super().__init__()
         self.binding, self.index = binding, index
         self.prefix: Ragged | None = None
-        self.start = 0
+        self.start, self.stepped = 0, False
         self._room: tuple[Tensor, Tensor] | None = None
 
     def update(

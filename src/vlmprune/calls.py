@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlmprune import costs, progress, reuse
-from vlmprune.active import Active, active
+from vlmprune.active import Active, active, outside
 from vlmprune.cache import adopt, attending, binding_of
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import caches, contract, decoder, outputs, release
@@ -49,7 +49,8 @@ def _generate(
     check_encoded(call)
     if vision is None and not _brings_items(handle, call) and mark(cache) is None:
         handle.report_nothing()
-        return call.run(original)
+        with outside():
+            return call.run(original)
     # As the host's own `generate` runs, for what is recomputed depends on it.
     with torch.no_grad():
         check_generate(call, ids, setting)
@@ -100,21 +101,17 @@ def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: 
     state = active.get()
     with _kept_or_given_back(handle):
         if state is not None and state.handle is handle:
-            return _step(handle, state, original, args, kwargs)
-        return _forward(handle, original, args, kwargs)
+            given = release.by_name(original, *args, **kwargs) if args else kwargs
+            call = ModelCall(handle.model, given)
+            if state.progress.is_own(call):
+                return _step(handle, state, original, call)
+        with outside():
+            return _forward(handle, original, args, kwargs)
 
 
-def _step(
-    handle: Handle,
-    state: Active,
-    original: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
+def _step(handle: Handle, state: Active, original: Callable[..., Any], call: ModelCall) -> Any:
     """A forward that a pruned `generate` makes."""
-    given = release.by_name(original, *args, **kwargs) if args else kwargs
-    call = _inside(state, ModelCall(handle.model, given))
-    ids = call.ids
+    call, ids = _inside(state, call), call.ids
     if ids is None:
         raise contract.broken(handle.model, "a forward within generate is given no input_ids")
     state.running = ids.shape[0]

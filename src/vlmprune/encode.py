@@ -7,8 +7,8 @@ hook on the projector reads the features that the model selected.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune import encoder_check, semantic
-from vlmprune.active import active
+from vlmprune.active import outside
 from vlmprune.encoder_check import Encoding
 from vlmprune.errors import VlmpruneError
-from vlmprune.families.media import Medium
+from vlmprune.families.media import Encoder, Medium
 from vlmprune.hosts import contract
 from vlmprune.hosts.encoders import encoder_call, first_of
 from vlmprune.inputs import Span, spans
@@ -310,8 +310,12 @@ def _run(
     reads: Reads,
     inside: Inside | None,
     layouts: Sequence[Layout],
+    looked: frozenset[nn.Module] = frozenset(),
 ) -> Seen:
-    """One call of the host's own method, and what was seen of it."""
+    """One call of the host's own method, and what was seen of it.
+
+    `looked` has the layers whose attention is proved; empty for those that are read.
+    """
     scored = medium.scored(model, inputs)
     head = medium.pooling_head(model) if score == "pooling" else None
     if score == "pooling" and head is None:
@@ -322,12 +326,15 @@ def _run(
     tap = Tap(scored.rows)
     features: list[Tensor] = []
     call = encoder_call(method, inputs, medium.inputs, medium.host_only)
-    tower, layer = medium.encoder(model, inputs), None if head is not None else scored
-    proves = (inside is None or not inside.acts) and encoder_check.due(
-        model, medium, tower, layer, layouts
-    )
+    tower, acts = medium.encoder(model, inputs), inside is not None and inside.acts
+    looked = looked or _looked(tower, scored.layer if head is None else None, reads, inside)
+    proves = encoder_check.due(model, medium, tower, looked, layouts)
+    if proves and acts:
+        # Of the tower as it is, in which no tokens merge.
+        _run(model, medium, method, inputs, score, Reads(), None, layouts, looked)
+        proves = False
     with ExitStack() as stack:
-        stack.enter_context(_own_methods())
+        stack.enter_context(outside())
         run = stack.enter_context(acting(model, medium, inputs, inside))
         stack.enter_context(tapped(scored.layer, tap) if head is None else pooling(head, tap))
         taps: dict[str | int, Tap] = {}
@@ -346,7 +353,7 @@ def _run(
             if reads.keys is not None:
                 taps["keys"] = KeyTap()
                 stack.enter_context(tapped(tower.layers[reads.keys], taps["keys"]))
-        left = stack.enter_context(passing(scored.layer)) if proves else None
+        left = {one: stack.enter_context(passing(one)) for one in looked if proves}
         patches = None
         if reads.semantic is not None:
             patches = stack.enter_context(semantic.recorded(tower))
@@ -365,21 +372,20 @@ def _run(
     words = scored.words if head is None else "attention of the tower's pooling head"
     rows = {name: one.rows_seen for name, one in taps.items()}
     output = medium.completed(model, output)
-    if left and tap.rows_seen:
+    if proves and tap.rows_seen:
         again = Encoding(
             model,
             medium,
             tower,
-            layer,
+            left,
             inputs,
             layouts,
             tap.rows_seen,
             features,
-            left,
             output,
             call.run,
         )
-        with _own_methods():
+        with outside():
             encoder_check.check(again)
     if tap.rows_seen and contract.checks():
         medium.check_seen(model, inputs, layouts, tap.rows_seen)
@@ -397,18 +403,14 @@ def _run(
     )
 
 
-@contextmanager
-def _own_methods() -> Iterator[None]:
-    """Outside of any pruned call inside the block.
-
-    A method of the host's may call another, whose shadow must not give what an outer call has
-    pruned.
-    """
-    token = active.set(None)
-    try:
-        yield
-    finally:
-        active.reset(token)
+def _looked(
+    tower: Encoder, scored: nn.Module | None, reads: Reads, inside: Inside | None
+) -> frozenset[nn.Module]:
+    """The encoder layers whose attention, or keys, a method acts by."""
+    numbers = [*reads.layers, *(n for n in (reads.patches, reads.keys) if n is not None)]
+    merging = () if inside is None else inside.merges
+    found = [tower.layers[n] for n in numbers] + list(tower.layers[: len(merging)])
+    return frozenset(found if scored is None else [*found, scored])
 
 
 def _check_seen(

@@ -10,7 +10,7 @@ but that it makes each token of its own cell alone.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,17 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune.dispatch import changing
-from vlmprune.families.media import Encoder, Inputs, Medium, Scored
+from vlmprune.families.media import Encoder, Inputs, Medium
 from vlmprune.hosts import contract
-from vlmprune.hosts.attention import AttentionCall, attention_of
+from vlmprune.hosts.attention import AttentionCall, attention_of, implementation
 from vlmprune.hosts.decoder import states_of, with_states
+from vlmprune.hosts.release import is_quantized
 from vlmprune.layout import NO_PATCH, Layout
-from vlmprune.taps import passing
 
 # How much of the others' usual change is none yet: where only queries were turned, of which little
 # reaches a layer's states, and where the states themselves were, whose least trace in others tells
 # a layer too many.
 _ATTENDED, _TURNED = 0.25, 0.02
+# The same of the latter where activations are quantised together.
+_QUANTIZED = 0.25
 # What float32 rounds, in units.
 _ROUNDED = 16
 
@@ -42,12 +44,11 @@ class Encoding:
         model: the host.
         medium: the modality.
         encoder: its tower.
-        scored: where its attention is read; None where that is no layer of the tower.
+        looked: the layers whose attention is read, and what left each, call by call.
         inputs: the request's inputs.
         layouts: one an item.
-        attention: what was seen of the scored layer, call by call [B, L].
+        attention: what was seen of the layer that scores, call by call [B, L].
         features: what the projector was given, call by call.
-        states: what left the scored layer, call by call.
         output: what the method returned.
         again: calls it once more.
     """
@@ -55,12 +56,11 @@ class Encoding:
     model: Any
     medium: Medium
     encoder: Encoder
-    scored: Scored | None
+    looked: Mapping[nn.Module, Sequence[Tensor]]
     inputs: Inputs
     layouts: Sequence[Layout]
     attention: Sequence[Tensor]
     features: Sequence[Tensor]
-    states: Sequence[Tensor]
     output: Any
     again: Callable[[], Any]
 
@@ -69,32 +69,27 @@ def due(
     model: Any,
     medium: Medium,
     encoder: Encoder,
-    scored: Scored | None,
+    looked: Iterable[nn.Module],
     layouts: Sequence[Layout],
 ) -> bool:
     """Whether the cells are still to be proved, of one item or of several."""
     ledger = contract.ledger.get()
-    if ledger is None or medium.unlocal or _is_random(model):
+    if ledger is None or medium.unlocal:
         return False
-    return ledger.due(*_key(model, medium, encoder, scored, layouts))
+    return ledger.due(*_key(model, medium, encoder, looked, layouts))
 
 
 def _key(
     model: Any,
     medium: Medium,
     encoder: Encoder,
-    scored: Scored | None,
+    looked: Iterable[nn.Module],
     layouts: Sequence[Layout],
 ) -> tuple[Any, ...]:
-    layer = None if scored is None else scored.layer
-    return "cells", medium.method, encoder.feature, layer, model.dtype, len(layouts) > 1
-
-
-def _is_random(model: Any) -> bool:
-    """Whether a run of the model is not like another."""
-    return model.training and any(
-        isinstance(one, nn.Dropout) and one.p > 0 for one in model.modules()
-    )
+    layers = frozenset(looked)
+    kinds = frozenset(implementation(attention_of(one)) for one in layers)
+    which = medium.method, encoder.feature, layers, kinds
+    return "cells", *which, model.dtype, len(layouts) > 1
 
 
 @torch.no_grad()
@@ -112,35 +107,51 @@ def check(one: Encoding) -> None:
     ]
     if not any(bool(tokens.any()) for tokens in chosen):
         return
+    if one.model.training and not _same(one):
+        # With dropout no two runs are alike; the proof waits for one without.
+        return
     rows = _rows_of(one, chosen)
-    if one.scored is not None:
-        layer = one.scored.layer
-        with changing(attention_of(layer), _Turned(rows)), passing(layer) as states:
+    share = _QUANTIZED if is_quantized(one.model) else _TURNED
+    with ExitStack() as stack:
+        left = {}
+        for layer, before in one.looked.items():
+            stack.enter_context(changing(attention_of(layer), _Turned(rows)))
+            left[layer] = stack.enter_context(_Restored(layer, before))
+        if left:
             one.again()
-        _check_scored(one, states, rows)
+    for layer, found in left.items():
+        _check_looked(one, layer, found.states, rows)
     with _Turned(rows).behind(one.encoder.layers[one.encoder.feature]):
         output = one.medium.completed(one.model, one.again())
-    _check_tokens(one, output, chosen)
+    _check_tokens(one, output, chosen, share)
     ledger = contract.ledger.get()
     if ledger is not None:
-        ledger.prove(*_key(one.model, one.medium, one.encoder, one.scored, one.layouts))
+        ledger.prove(*_key(one.model, one.medium, one.encoder, one.looked, one.layouts))
 
 
-def _check_scored(one: Encoding, states: Sequence[Tensor], rows: Tensor) -> None:
-    """What left the scored layer changed where its queries did."""
+def _same(one: Encoding) -> bool:
+    """Whether the host encodes twice alike."""
+    again = one.medium.completed(one.model, one.again())
+    old, new = (one.medium.projected(one.model, out, one.layouts) for out in (one.output, again))
+    return all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
+
+
+def _check_looked(one: Encoding, layer: nn.Module, states: Sequence[Tensor], rows: Tensor) -> None:
+    """What left a layer changed where its queries did."""
     before, after = (
-        torch.cat([part.flatten(0, -2).cpu() for part in calls]) for calls in (one.states, states)
+        torch.cat([part.flatten(0, -2).cpu() for part in calls])
+        for calls in (one.looked[layer], states)
     )
-    assert one.scored is not None
-    where = f"the tokens of {type(one.scored.layer).__name__}"
+    where = f"the tokens of {type(layer).__name__}"
     if len(before) != len(rows) or len(after) != len(rows):
         raise contract.broken(one.model, f"{where} are not those that it attends with")
-    stayed, moved = _changes(before, after, rows, _ATTENDED)
-    if not stayed or not moved:
+    # Where nothing changed its attention does not matter, as with a gate that is shut.
+    stayed, _ = _changes(before, after, rows, _ATTENDED)
+    if not stayed:
         raise contract.broken(one.model, f"{where} attend in another order than they leave it")
 
 
-def _check_tokens(one: Encoding, output: Any, chosen: Sequence[Tensor]) -> None:
+def _check_tokens(one: Encoding, output: Any, chosen: Sequence[Tensor], share: float) -> None:
     """Visual tokens changed where their cells did."""
     own = [layout.labels.cpu() != NO_PATCH for layout in one.layouts]
     before, after = (
@@ -151,14 +162,15 @@ def _check_tokens(one: Encoding, output: Any, chosen: Sequence[Tensor]) -> None:
     )
     kept = torch.cat([tokens[of] for tokens, of in zip(chosen, own, strict=True)])
     where = f"the patches behind encoder layer {one.encoder.feature}"
-    stayed, moved = _changes(before, after, kept, _TURNED)
+    stayed, moved = _changes(before, after, kept, share)
     if not stayed:
         raise contract.broken(
             one.model,
             f"a visual token of its {one.medium.kind}s is not made of {where} that are scored for "
             "it",
         )
-    if not moved:
+    # A projector that is zero makes all tokens alike, of whatever.
+    if not moved and not bool((before == before[:1]).all()):
         raise contract.broken(
             one.model, f"the visual tokens of its {one.medium.kind}s are not made of {where}"
         )
@@ -175,10 +187,13 @@ def _changes(before: Tensor, after: Tensor, kept: Tensor, share: float) -> tuple
             quantised one beside other rows, may be off by.
     """
     before, after = before.float(), after.float()
+    # A model that overflows is not the contract's to tell.
+    fine = before.isfinite().all(dim=1) & after.isfinite().all(dim=1)
+    before, after, kept = before[fine], after[fine], kept[fine]
     change = (after - before).norm(dim=1) / before.norm(dim=1).clamp(min=1e-30)
     rounding = _ROUNDED * torch.finfo(torch.float32).eps
     others = change[~kept]
-    if not len(others):
+    if not len(others) or not bool(kept.any()):
         return bool((change <= rounding).all()), True
     usual = float(others.median())
     return bool((change[kept] <= max(rounding, share * usual)).all()), usual > rounding
@@ -249,3 +264,33 @@ class _Turned:
         stay = self.rows[self.start : self.start + like.numel()].to(like.device)
         self.start += like.numel()
         return nn.functional.pad(stay, (0, like.numel() - len(stay))).view(like.shape)
+
+
+class _Restored:
+    """Inside the block records what leaves a layer, and hands on what left it before.
+
+    Attributes:
+        states: what left it, call by call.
+    """
+
+    def __init__(self, layer: nn.Module, before: Sequence[Tensor]) -> None:
+        self.layer, self.before = layer, before
+        self.states: list[Tensor] = []
+        self.thread = threading.get_ident()
+
+    def __enter__(self) -> _Restored:
+        # Before the host's own hooks, which record states.
+        self.hook = self.layer.register_forward_hook(self._hand, prepend=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hook.remove()
+
+    def _hand(self, _: nn.Module, __: Any, output: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return None
+        states, number = states_of(output), len(self.states)
+        self.states.append(states)
+        if number >= len(self.before):
+            return None
+        return with_states(output, self.before[number].view(states.shape))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlmprune.hosts import caches, contract, decoder
+from vlmprune.hosts import caches, contract, decoder, release
 from vlmprune.hosts.contract import broken
 from vlmprune.hosts.requests import ModelCall
 
@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from vlmprune.active import Active
     from vlmprune.handle import Handle
 
-# How alike an embedded visual token and its feature must be; a host may scale all of them.
-_ALIKE = 0.99
+# How alike an embedded visual token and its feature must be, in float32 and in half precision; a
+# host may scale all of them.
+_ALIKE = {True: 1 - 1e-5, False: 0.999}
+# Steps after the prompt whose positions are compared.
+_STEPS = 2
 
 
 @dataclass
@@ -38,21 +41,40 @@ class Progress:
             host; None where nothing is to be compared.
         following: [B] the position after the prompt, as the host's forward counts it, or [3, B].
         columns: of the prompt, those of a cache included.
+        ids: [B, S] the prompt's new columns.
         taken: names of the host's methods whose pruned features were taken.
         cache: the cache that the prompt fills; None before it is known, and without one.
         length: columns that it has seen.
         begun: whether the prompt was run.
-        stepped: whether a step after it was compared.
     """
 
     positions: Tensor | None = None
     following: Tensor | None = None
     columns: int = 0
+    ids: Tensor | None = None
     taken: set[str] = field(default_factory=set)
     cache: Any = None
     length: int = 0
     begun: bool = False
-    stepped: bool = False
+
+    def is_own(self, call: ModelCall) -> bool:
+        """Whether a forward is one of the call's, and not one that somebody makes meanwhile.
+
+        A streamer, or a logits processor, may run the model on something else.
+        """
+        cache, ids = call.cache, call.ids
+        if self.begun:
+            # Without a cache each forward reads all anew, and nothing tells them apart.
+            return self.cache is None or (
+                cache is not None
+                and (cache is self.cache or caches.length_of(cache) == self.length > 0)
+            )
+        if ids is None or self.ids is None:
+            return True
+        rows, width = ids.shape
+        times = max(1, rows // len(self.ids))
+        due = self.ids[:, :width].repeat_interleave(times, dim=0).to(ids.device)
+        return due.shape == ids.shape and torch.equal(due, ids)
 
     def check_end(self, model: Any, columns: int) -> None:
         """Refuse an answer that was not made from the cache that the prompt filled.
@@ -79,12 +101,13 @@ def following(handle: Handle, state: Active, call: ModelCall) -> Iterator[None]:
     Raises:
         ContractError: the host did not go on as is due.
     """
-    if not contract.checks():
-        yield
-        return
-    progress = state.progress
+    progress, cache = state.progress, call.cache
     first, progress.begun = not progress.begun, True
-    cache = call.cache
+    if not contract.checks():
+        progress.cache = cache
+        yield
+        progress.length = caches.length_of(cache)
+        return
     if first:
         progress.cache, progress.length = cache, caches.length_of(cache)
     elif cache is not progress.cache and caches.length_of(cache) == progress.length > 0:
@@ -100,23 +123,20 @@ def following(handle: Handle, state: Active, call: ModelCall) -> Iterator[None]:
             f"{progress.length}",
         )
     with ExitStack() as stack:
-        stepping = own and not progress.stepped and progress.length == progress.columns
-        if first or stepping:
-            progress.stepped = not first
+        ahead = progress.length - progress.columns
+        if first or (own and 0 <= ahead < _STEPS):
             stack.enter_context(_compared(handle, state, call, first))
         try:
             yield
         except ValueError as error:
             # The host compares the number of features with that of placeholders.
-            if first and state.pruned and handle.ledger.due("features"):
+            if first and state.pruned and release.miscounts(error):
                 why = " ".join(str(error).split()).rstrip(".")
                 raise broken(handle.model, f"it refuses the shorter request ({why})") from error
             raise
     if first and not progress.taken.issuperset(state.pruned):
         left = ", ".join(sorted(state.pruned.keys() - progress.taken))
         raise broken(handle.model, f"it makes its features otherwise than by {left}")
-    if first and state.pruned:
-        handle.ledger.prove("features")
     if own:
         _check_grown(handle, progress, call)
 
@@ -136,7 +156,8 @@ def _compared(handle: Handle, state: Active, call: ModelCall, first: bool) -> It
     assert ids is not None
     start, several = caches.length_of(call.cache), ids.shape[0] > 1
     # Several rows may be told apart where one cannot, and so may the two modalities.
-    handed = ("positions", "prompt" if first else "step", several)
+    ahead = None if first else start - progress.columns
+    handed = ("positions", ahead, start > 0, several)
     inserted = ("embedded", *sorted(state.pruned), several)
     placed = ledger.due(*handed) and progress.positions is not None
     embedded = first and bool(state.pruned) and ledger.due(*inserted)
@@ -184,7 +205,10 @@ def _check_handed(handle: Handle, progress: Progress, call: ModelCall, first: bo
     rows, width = ids.shape
     start = caches.length_of(call.cache)
     # A prompt may be read in parts.
-    expected = progress.positions[..., :width] if first else progress.following[..., None]
+    ahead = start - progress.columns
+    expected = progress.positions[..., :width]
+    if not first:
+        expected = progress.following[..., None] + ahead
     batch = expected.shape[-2]
     expected = expected.repeat_interleave(max(1, rows // batch), dim=expected.ndim - 2).cpu()
     if given is None:
@@ -242,12 +266,13 @@ def _check_embedded(handle: Handle, state: Active, call: ModelCall, embedded: Te
         places = ids == token
         if pruned is None or not medium.entering or not bool(places.any()):
             continue
-        found = embedded[places.to(embedded.device)].float()
-        wanted = pruned.rows_of(state.times).detach().to(found)
+        found = embedded[places.to(embedded.device)]
+        wanted = pruned.rows_of(state.times).detach().to(embedded.device)
         # A prompt may be read in parts.
         if found.shape != wanted.shape:
             continue
-        if float(_alike(found, wanted).min()) < _ALIKE:
+        exact = embedded.dtype == wanted.dtype == torch.float32
+        if float(_alike(found.float(), wanted.float()).min()) < _ALIKE[exact]:
             raise broken(
                 handle.model, f"the pruned features of {medium.kind}s do not stand in their places"
             )

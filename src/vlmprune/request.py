@@ -202,6 +202,7 @@ def prepare(
                 handed(prompt, slice(cached, None)) + handle.family.first,
                 due + handle.family.first,
                 prompt.ids.shape[1],
+                prompt.ids[:, cached:],
             ),
         ),
         lambda: gather(handle, planned, brought, kept, pruned),

@@ -132,6 +132,12 @@ class AttentionCall:
 
     def run(self, function: Callable[..., Any]) -> Any:
         """The result of an attention function, ([B, Q, H, Dv], weights or None)."""
+        if self.mask is not None and not self.masked:
+            raise VlmpruneError(
+                f"{type(self.module).__name__} of transformers {version()} gives its attention no "
+                "mask under a name that is known, so none can be put in its place; prune before "
+                "the language model."
+            )
         tensors = [self.query, self.key, self.value]
         if self.masked or self.mask is not None:
             tensors.append(self.mask)

@@ -207,6 +207,19 @@ def _recomputes_without_gradients() -> bool:
     return bool(asked)
 
 
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a model, or a module of it, works on rounded activations."""
+    places = ("quantized", "bitsandbytes", "torchao")
+    return bool(getattr(model, "is_quantized", False)) or any(
+        any(place in type(one).__module__ for place in places) for one in model.modules()
+    )
+
+
+def miscounts(error: ValueError) -> bool:
+    """Whether a host says that it has not as many features as placeholders."""
+    return "do not match" in str(error)
+
+
 @contextmanager
 def computed_once(layer: Any) -> Iterator[None]:
     """With a layer that does not recompute inside the block, whatever it was told."""
