@@ -16,8 +16,8 @@ from stock import CACHE, cache_of, repeated_alike, repeats_rows
 from tiny import model, request
 from vlmprune import PLPHP, FastV, VisPruner, VlmpruneError
 from vlmprune.cache import RaggedLayer
-from vlmprune.families import decoder_layers, recomputes
 from vlmprune.hosts import release
+from vlmprune.hosts.decoder import decoder_layers, recomputes
 from zoo import ZOO
 
 pytestmark = pytest.mark.oracle

@@ -138,11 +138,13 @@ def _same(one: Encoding) -> bool:
 
 def _check_looked(one: Encoding, layer: nn.Module, states: Sequence[Tensor], rows: Tensor) -> None:
     """What left a layer changed where its queries did."""
+    where = f"the tokens of {type(layer).__name__}"
+    if not one.looked[layer] or not states:
+        raise contract.broken(one.model, f"{where} leave it around its hooks")
     before, after = (
         torch.cat([part.flatten(0, -2).cpu() for part in calls])
         for calls in (one.looked[layer], states)
     )
-    where = f"the tokens of {type(layer).__name__}"
     if len(before) != len(rows) or len(after) != len(rows):
         raise contract.broken(one.model, f"{where} are not those that it attends with")
     # Where nothing changed its attention does not matter, as with a gate that is shut.
