@@ -20,6 +20,7 @@ from vlmprune import PLPHP, FastV, VisPruner, VlmpruneError, encoder_check
 from vlmprune.hosts import contract, release
 from vlmprune.hosts.attention import AttentionCall
 from vlmprune.hosts.contract import ContractError, Ledger, Reached, check_rows
+from vlmprune.io.models import attached
 from vlmprune.pruner import Pruner
 from zoo import ZOO
 
@@ -89,6 +90,23 @@ def test_what_the_first_call_proves_no_later_one_proves_again(
     with contract.switched_off(), METHODS[method]()(built):
         built.generate(**inputs, max_new_tokens=3)
     assert len(rows) == 2 * first[0] and len(cells) == 2 * first[1]
+
+
+def test_what_is_measured_are_calls_behind_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a bench share what was proved; those of a user do not."""
+    cells, check = list[Any](), encoder_check.check
+
+    def counted(one: Any) -> None:
+        cells.append(one)
+        check(one)
+
+    monkeypatch.setattr(encoder_check, "check", counted)
+    built = tiny.model()
+    inputs = tiny.request(built, [1]).inputs
+    for block, count in ((attached, 1), (attached, 1), (lambda one, model: one(model), 2)):
+        with block(VisPruner(keep=4), built):
+            built.generate(**inputs, max_new_tokens=2)
+        assert len(cells) == count
 
 
 def test_a_broken_contract_gives_the_model_back() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from PIL import Image
 from vlmprune.errors import VlmpruneError
 from vlmprune.handle import Handle
 from vlmprune.hosts import pretrained
+from vlmprune.hosts.contract import Ledger
 from vlmprune.io import processors
 from vlmprune.pruner import Pruner
 from vlmprune.sources import Source, reason
@@ -109,13 +111,21 @@ def prompt_of(processor: Any, images: int, question: str) -> str:
     return "USER: " + f"{mark}\n" * images + f"{question} ASSISTANT:"
 
 
+_proved: WeakKeyDictionary[Any, dict[str, Ledger]] = WeakKeyDictionary()
+
+
 @contextmanager
 def attached(pruner: Pruner | None, model: Any) -> Iterator[Handle | None]:
-    """A pruner on a model inside a `with` block; nothing for None."""
+    """A pruner on a model inside a `with` block; nothing for None.
+
+    What it proved of the model in an earlier block is not proved again, so that what is measured
+    are calls as a pruner that stays attached makes them.
+    """
     if pruner is None:
         yield None
         return
     with pruner(model) as handle:
+        handle.ledger = _proved.setdefault(model, {}).setdefault(repr(pruner), handle.ledger)
         yield handle
 
 
