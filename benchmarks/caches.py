@@ -28,7 +28,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from vlmprune import retention
-from vlmprune.cache import RaggedLayer, adopt, attending
+from vlmprune.cache import RaggedLayer
+from vlmprune.cut_caches import adopt, attending
 from vlmprune.hosts.attention import attention_of
 from vlmprune.hosts.release import with_cache
 from vlmprune.ragged import Ragged

@@ -17,8 +17,9 @@ from transformers.cache_utils import DynamicLayer
 from masked import kept_columns, masking
 from stock import CACHE, cache_of
 from tiny import IMAGE, model, request
-from vlmprune import PLPHP, VisPruner, VlmpruneError, cache
-from vlmprune.cache import Binding, RaggedLayer, binding_of, tail_mask
+from vlmprune import PLPHP, VisPruner, VlmpruneError, cut_caches
+from vlmprune.cache import Binding, RaggedLayer, tail_mask
+from vlmprune.cut_caches import binding_of
 from vlmprune.dispatch import GUEST
 from vlmprune.ragged import Ragged
 
@@ -103,7 +104,7 @@ def test_operations_equal_those_of_a_masked_cache(name: str, new: int) -> None:
 def driven(built: Any, held: Any, mask: Tensor, new: int) -> Tensor:
     """`step` over a cut cache, without a pruner's record of whole prompts."""
     layers = built.model.language_model.layers
-    with cache.attending(held, layers[0].self_attn, None):
+    with cut_caches.attending(held, layers[0].self_attn, None):
         return step(built, held, mask, {}, new)
 
 
@@ -241,7 +242,7 @@ def test_attention_outside_the_registry_is_noticed(monkeypatch: pytest.MonkeyPat
     cut, _, _, mask = filled(built, [1])
     ids = torch.tensor([[9]])
     mask = torch.cat((mask, torch.ones_like(ids)), 1)
-    monkeypatch.setattr(cache, "dispatching", lambda module: nullcontext())
+    monkeypatch.setattr(cut_caches, "dispatching", lambda module: nullcontext())
     with (
         pytest.raises(VlmpruneError, match="does not attend through the attention registry"),
         PLPHP(**SETTINGS)(built),

@@ -9,8 +9,7 @@ is stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -19,11 +18,11 @@ import torch
 from torch import Tensor
 
 from vlmprune import among, ragged
-from vlmprune.dispatch import GUEST, dispatching
+from vlmprune.dispatch import GUEST
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts import caches, contract
+from vlmprune.hosts import contract
 from vlmprune.hosts.attention import AttentionCall
-from vlmprune.hosts.caches import DynamicLayer
+from vlmprune.hosts.caches import GrowingLayer
 from vlmprune.ragged import Ragged
 
 # A tail grows by a share of its length at a time, so that growing costs little on the whole and
@@ -146,7 +145,7 @@ class Guest:
             own.prove(*key)
 
 
-class RaggedLayer(DynamicLayer):
+class RaggedLayer(GrowingLayer):
     """A cache layer with a ragged prefix and a dense tail; a plain one until it is cut.
 
     Attributes:
@@ -307,66 +306,6 @@ class RaggedLayer(DynamicLayer):
             self._room = None
         if self.prefix is not None:
             self.prefix = self.prefix.to(device, non_blocking=True)
-
-
-def refusal(cache: Any, layers: Sequence[int]) -> str | None:
-    """Why a cache cannot be cut at those decoder layers; None if it can."""
-    kinds, known = caches.kinds(cache, layers), (DynamicLayer, RaggedLayer)
-    if caches.has_layers(cache) and all(kind in known for kind in kinds):
-        return None
-    odd = next((k.__name__ for k in kinds if k not in known), None)
-    name = type(cache).__name__ + (f" of {odd}s" if odd else "")
-    return f"cannot cut a {name}; leave the cache out, or pass a DynamicCache."
-
-
-def adopt(cache: Any, layers: Sequence[int], count: int) -> None:
-    """Make the given decoder layers of a cache ragged ones, which hold what they held.
-
-    Args:
-        cache: a dynamic cache.
-        layers: the decoder layers whose cache may be cut.
-        count: number of all decoder layers.
-    """
-    caches.fill(cache, count)
-    binding, held = binding_of(cache) or Binding(), caches.layers_of(cache)
-    for index in layers:
-        if index < len(held) and type(held[index]) is DynamicLayer:
-            new = RaggedLayer(binding, index)
-            vars(new).update(caches.held_of(held[index]))
-            caches.replace_layer(cache, index, new)
-
-
-def binding_of(cache: Any) -> Binding | None:
-    """The binding of a cache that has ragged layers; None for any other."""
-    for layer in caches.layers_of(cache):
-        if isinstance(layer, RaggedLayer):
-            return layer.binding
-    return None
-
-
-@contextmanager
-def attending(cache: Any, attention: Any, cutter: Cutter | None) -> Iterator[None]:
-    """Let a forward inside the block attend to the cache's ragged layers, and cut them.
-
-    Args:
-        cache: any cache, or None.
-        attention: the attention module of one decoder layer.
-        cutter: decides the cut of the prompt that the forward brings; None for none.
-
-    Raises:
-        ContractError: a layer did not attend through Transformers' registry.
-    """
-    binding = binding_of(cache)
-    if binding is None:
-        yield
-        return
-    binding.open, binding.cutter, binding.attention = True, cutter, attention
-    try:
-        with dispatching(attention):
-            yield
-        binding.check_attended()
-    finally:
-        binding.open, binding.cutter, binding.waiting, binding.attention = False, None, None, None
 
 
 def tail_mask(mask: Any, query: Tensor, tail: int) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlmprune import costs, progress, reuse
 from vlmprune.active import Active, active, outside
-from vlmprune.cache import adopt, attending, binding_of
+from vlmprune.cut_caches import adopt, attending, binding_of
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import caches, contract, decoder, outputs, release
 from vlmprune.hosts.requests import ModelCall, PlainSettings, Settings, model_call
@@ -313,8 +313,8 @@ def _inside(state: Active, call: ModelCall) -> ModelCall:
     positions, ids = call.positions, call.ids
     if positions is None:
         return call
-    seen = caches.length_of(call.cache)
     if state.drift is not None and state.drift.ndim == 2:
+        seen = caches.length_of(call.cache)
         call = call.with_(positions=state.drifted(positions, seen))
     elif state.drift is not None:
         times = positions.shape[-2] // state.drift.shape[0]
@@ -324,7 +324,8 @@ def _inside(state: Active, call: ModelCall) -> ModelCall:
         )
         moved = torch.where(positions > last, positions + drift, positions)
         call = call.with_(positions=moved)
-    if state.gapped and call.mask is None and not seen and ids is not None:
+    alone = state.gapped and call.mask is None and not caches.length_of(call.cache)
+    if alone and ids is not None:
         # Without mask and cache, gaps in the positions would be read as packed sequences.
         call = call.with_(mask=torch.ones_like(ids))
     return call

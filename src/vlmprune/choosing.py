@@ -14,7 +14,8 @@ from torch import Tensor
 from vlmprune import inside, merging, questions, relevance, semantic
 from vlmprune.active import Pruned
 from vlmprune.cache import RaggedLayer
-from vlmprune.encode import Encoded, Plan, encode
+from vlmprune.encode import Encoded, encode
+from vlmprune.geometry import Plan
 from vlmprune.hosts import caches, config, outputs
 from vlmprune.inputs import Prompt
 from vlmprune.report import make

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,76 +20,15 @@ from vlmprune.active import outside
 from vlmprune.encoder_check import Encoding
 from vlmprune.errors import VlmpruneError
 from vlmprune.families.media import Encoder, Medium
+from vlmprune.geometry import Plan, wide
 from vlmprune.hosts import contract
 from vlmprune.hosts.encoders import encoder_call, first_of
-from vlmprune.inputs import Span, spans
 from vlmprune.inside import acting
 from vlmprune.layout import Layout
 from vlmprune.merging import spread
 from vlmprune.reading import also, check_calls, wanted
 from vlmprune.taps import KeyTap, PatchTap, Score, Tap, passing, pooling, tapped
 from vlmprune.views import EncoderView, Inside, Reads
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image or video of a request.
-
-    Attributes:
-        medium: its modality, as a place in the family's `media`.
-        number: its place among the items of that modality.
-        layout: where its visual tokens lie within it.
-        span: where they lie in the prompt.
-    """
-
-    medium: int
-    number: int
-    layout: Layout
-    span: Span
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The geometry of a request's items, in prompt order, known before any is encoded."""
-
-    items: tuple[Item, ...] = ()
-
-    @property
-    def layouts(self) -> list[Layout]:
-        """One an item."""
-        return [item.layout for item in self.items]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Visual tokens of each item, as the language model would see them."""
-        return [len(item.layout.labels) for item in self.items]
-
-    @property
-    def cells(self) -> int:
-        """Cells of the largest crop."""
-        return max((item.layout.patches for item in self.items), default=0)
-
-    @property
-    def candidates(self) -> Tensor:
-        """[crops, cells] bool over all items; False where a crop has fewer cells."""
-        return torch.cat([_wide(one.candidates(), self.cells) for one in self.layouts])
-
-    @property
-    def images(self) -> tuple[int, ...]:
-        """Item of each crop."""
-        return tuple(i for i, one in enumerate(self.layouts) for _ in range(one.crops))
-
-    def of(self, medium: int) -> list[int]:
-        """Places of one modality's items, in the order in which it encodes them."""
-        own = [i for i, item in enumerate(self.items) if item.medium == medium]
-        return sorted(own, key=lambda i: self.items[i].number)
-
-    def rows(self, batch: int, medium: int | None = None) -> list[int]:
-        """How many items, of one modality or of all, each row of the batch holds."""
-        counts = [0] * batch
-        for item in self.items:
-            counts[item.span.row] += medium is None or item.medium == medium
-        return counts
 
 
 @dataclass(frozen=True)
@@ -136,35 +75,6 @@ class Seen:
     states: dict[int, list[Tensor]] = field(default_factory=dict)
     shared: list[Tensor] = field(default_factory=list)
     semantic: list[Tensor] = field(default_factory=list)
-
-
-def plan(
-    model: nn.Module,
-    media: Sequence[Medium],
-    inputs: Sequence[Mapping[str, Any]],
-    visual: Sequence[Tensor],
-) -> Plan:
-    """Follow each cell of each item to its place in the prompt.
-
-    Args:
-        model: the host.
-        media: the family's modalities.
-        inputs: for each of them the request's inputs; empty where it brings none.
-        visual: for each of them [B, L] bool, the columns that are its placeholders.
-
-    Raises:
-        VlmpruneError: the inputs are not what the family's processor makes.
-    """
-    items = []
-    for number, (medium, given, columns) in enumerate(zip(media, inputs, visual, strict=True)):
-        found = medium.layouts(model, given, columns) if given else []
-        layouts = [replace(one, kind=medium.kind) for one in found]
-        places = spans(columns, [len(one.labels) for one in layouts], medium.kind)
-        items += [
-            Item(number, i, layout, place)
-            for i, (layout, place) in enumerate(zip(layouts, places, strict=True))
-        ]
-    return Plan(tuple(sorted(items, key=lambda item: item.span.order)))
 
 
 def encode(
@@ -256,7 +166,7 @@ def encode(
         words += [one for one in told + also(reads) if one not in words]
     order = range(len(planned.items))
     stacked = torch.stack([_tall(crop, planned.cells) for i in order for crop in features[i]])
-    attention = torch.stack([_wide(row, planned.cells) for i in order for row in scores[i]])
+    attention = torch.stack([wide(row, planned.cells) for i in order for row in scores[i]])
 
     def all_of(name: str | int) -> Tensor | None:
         parts = more.get(name)
@@ -268,7 +178,7 @@ def encode(
     patches = all_of("patches")
     layers = {layer: all_of(layer) for layer in reads.layers}
     states = {layer: all_of(f"state {layer}") for layer in reads.states}
-    alike = [_wide(row, planned.cells) for i in order for row in shared.get(i, [])]
+    alike = [wide(row, planned.cells) for i in order for row in shared.get(i, [])]
     view = EncoderView(
         attention,
         stacked.detach(),
@@ -441,11 +351,6 @@ def _none(states: Mapping[int, list[Tensor]]) -> list[Tensor]:
     """No attention, for encoder states that were kept from an earlier pass (`training.states`)."""
     calls = next(iter(states.values()), [])
     return [one.new_zeros(one.shape[:2], dtype=torch.float32) for one in calls]
-
-
-def _wide(values: Tensor, length: int) -> Tensor:
-    """Padded with zeros along the last dimension."""
-    return nn.functional.pad(values, (0, length - values.shape[-1]))
 
 
 def _tall(values: Tensor, length: int) -> Tensor:

@@ -95,9 +95,9 @@ class Handle:
                     attention.check_tappable(layer, "use a method that does not look at attention")
         if pruner.drops or pruner.routes:
             decoder.check_layers(model)
-            caches.check_layers(caches.DynamicLayer, ShortLayer)
+            caches.check_layers(caches.GrowingLayer, ShortLayer)
         if pruner.cuts:
-            caches.check_layers(caches.DynamicLayer, RaggedLayer)
+            caches.check_layers(caches.GrowingLayer, RaggedLayer)
             for index in decoder.full_attention_layers(model)[:1]:
                 layer = decoder.decoder_layers(model)[index]
                 attention.check_tappable(layer, "prune before the language model")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vlmprune.active import Active, active
-from vlmprune.encode import Plan
 from vlmprune.errors import VlmpruneError
+from vlmprune.geometry import Plan
 from vlmprune.hosts import config
 from vlmprune.hosts.decoder import states_alone
 from vlmprune.relevance import Question

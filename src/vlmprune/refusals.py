@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from vlmprune import short
-from vlmprune.cache import refusal
+from vlmprune.cut_caches import refusal
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import config, decoder
 from vlmprune.hosts.release import chunks_hold_images

@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from vlmprune.encode import Item, Plan
 from vlmprune.errors import VlmpruneError
+from vlmprune.geometry import Item, Plan
 from vlmprune.hosts import clip, pretrained, processed
 from vlmprune.views import EncoderView
 
@@ -209,7 +209,7 @@ def _own(handle: Handle) -> Dual | None:
     for module in clip.within(handle.model):
         name = pretrained.source_of(module.config)
         if name:
-            return _parts(module, _pretrained("AutoTokenizer", name))
+            return _parts(module, _pretrained(pretrained.TOKENIZER, name))
     return None
 
 
@@ -219,14 +219,14 @@ def _load(source: str, model: Any) -> Dual:
     Raises:
         VlmpruneError: it cannot be loaded, or is no CLIP model.
     """
-    config = _pretrained("AutoConfig", source)
+    config = _pretrained(pretrained.CONFIG, source)
     if not clip.is_clip(config):
         raise VlmpruneError(
             f"relevance={source!r} is a model of type {config.model_type!r}; give the folder or id "
             "of a CLIP model."
         )
-    towers = clip.without_vision(_pretrained("CLIPModel", source, use_safetensors=True))
-    return _parts(towers.eval().to(model.device), _pretrained("AutoTokenizer", source))
+    towers = clip.without_vision(_pretrained(pretrained.CLIP, source, use_safetensors=True))
+    return _parts(towers.eval().to(model.device), _pretrained(pretrained.TOKENIZER, source))
 
 
 def _parts(towers: Any, tokenizer: Any) -> Dual:
@@ -250,7 +250,7 @@ def _tokenizer(handle: Handle) -> Any:
                 f"{type(handle.model).__name__} does not say where it was loaded from, so its ids "
                 "cannot be turned into text; set model.name_or_path, or use relevance='auto'."
             )
-        kept[""] = _pretrained("AutoTokenizer", name)
+        kept[""] = _pretrained(pretrained.TOKENIZER, name)
     return kept[""]
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from vlmprune.active import Active, Pruned, made
 from vlmprune.choosing import check_prompt, choose, retaining
 from vlmprune.dropping import Dropping
-from vlmprune.encode import Plan, plan
 from vlmprune.errors import VlmpruneError
+from vlmprune.geometry import Plan, plan
 from vlmprune.hosts import caches, config, requests
 from vlmprune.hosts.requests import ALIGNED, LABELS, ModelCall
 from vlmprune.inputs import Prefix, Prompt, dropped_columns, join, latest, shorten

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from vlmprune.active import Pruned
-from vlmprune.encode import Item, Plan
 from vlmprune.errors import VlmpruneError
+from vlmprune.geometry import Item, Plan
 from vlmprune.hosts import outputs, requests
 from vlmprune.inputs import spans
 from vlmprune.layout import Layout

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import caches, contract
-from vlmprune.hosts.caches import DynamicLayer, DynamicSlidingWindowLayer
+from vlmprune.hosts.caches import GrowingLayer, WindowLayer
 
 
-class ShortLayer(DynamicLayer):
+class ShortLayer(GrowingLayer):
     """A dynamic cache layer in which columns may be missing.
 
     Stored are the columns `held`, and behind them a tail in which none is missing.
@@ -49,7 +49,7 @@ class ShortLayer(DynamicLayer):
         self._coming: tuple[Tensor, int, bool] | bool = False
 
     @classmethod
-    def adopt(cls, old: DynamicLayer, rows: int, device: torch.device) -> ShortLayer:
+    def adopt(cls, old: GrowingLayer, rows: int, device: torch.device) -> ShortLayer:
         """A layer that holds what `old` holds."""
         new = cls()
         vars(new).update(caches.held_of(old))
@@ -199,8 +199,10 @@ def shorten_layer(cache: Any, index: int, rows: int, device: torch.device) -> Sh
         raise contract.broken(cache, f"it has {len(held)} layers where number {index} is due")
     layer = held[index]
     if not isinstance(layer, ShortLayer):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise contract.broken(cache, f"it holds {type(layer).__name__}s, not DynamicLayers")
+        if type(layer) not in (GrowingLayer, WindowLayer):
+            raise contract.broken(
+                cache, f"it holds {type(layer).__name__}s, not {GrowingLayer.__name__}s"
+            )
         layer = ShortLayer.adopt(layer, rows, device)
         caches.replace_layer(cache, index, layer)
     elif layer.held is None:
@@ -219,10 +221,5 @@ def short_layers(cache: Any) -> Iterator[tuple[int, ShortLayer]]:
 
 def refusal(cache: Any, layers: Sequence[int]) -> str | None:
     """Why a cache cannot lack columns at those decoder layers; None if it can."""
-    kinds = caches.kinds(cache, layers)
-    known = (DynamicLayer, DynamicSlidingWindowLayer, ShortLayer)
-    if caches.has_layers(cache) and all(kind in known for kind in kinds):
-        return None
-    odd = next((kind.__name__ for kind in kinds if kind not in known), None)
-    name = type(cache).__name__ + (f" of {odd}s" if odd else "")
-    return f"cannot leave columns out of a {name}; leave the cache out, or pass a DynamicCache."
+    known = (GrowingLayer, WindowLayer, ShortLayer)
+    return caches.refusal(cache, layers, known, "leave columns out of")

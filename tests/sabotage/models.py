@@ -11,7 +11,16 @@ from pytest import MonkeyPatch
 from transformers import GenerationMixin
 
 from sabotage.hosts import Row
-from sabotage.tools import Arguments, called, elsewhere, recast, rename, signature
+from sabotage.tools import (
+    Arguments,
+    called,
+    elsewhere,
+    first_forward_alone,
+    recast,
+    rename,
+    signature,
+    standing_in,
+)
 from stock import CACHE
 
 Change = Callable[[Any, MonkeyPatch], None]
@@ -38,16 +47,7 @@ def _pixels(model: Any, patch: MonkeyPatch) -> None:
     vars(features)["__signature__"] = signature(plain, {"pixel_values": "pixels"})
     recast(base, get_image_features=features)
 
-    step = type(model).prepare_inputs_for_generation
-
-    @wraps(step)
-    def inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = step(self, *args, **kwargs)
-        if not kwargs.get("is_first_iteration"):
-            found.pop("pixels", None)
-        return found
-
-    recast(model, prepare_inputs_for_generation=inputs)
+    first_forward_alone(model, "pixels")
     _encodes_in_forward(model)
 
 
@@ -160,16 +160,7 @@ def _forward_encodes_ahead(model: Any, patch: MonkeyPatch) -> None:
         return {"encoded" if k == "mm_encoder_outputs" else k: v for k, v in found.items()}
 
     recast(model, _prepare_multimodal_encoder_kwargs_for_generation=prepare)
-    step = type(model).prepare_inputs_for_generation
-
-    @wraps(step)
-    def inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = step(self, *args, **kwargs)
-        if not kwargs.get("is_first_iteration"):
-            found.pop("encoded", None)
-        return found
-
-    recast(model, prepare_inputs_for_generation=inputs)
+    first_forward_alone(model, "encoded")
 
 
 def _embeds(model: Any, patch: MonkeyPatch) -> None:
@@ -194,14 +185,9 @@ def _no_return_dict(model: Any, patch: MonkeyPatch) -> None:
 
     @wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        asked, shadow = self.get_image_features, vars(self).get("get_image_features")
-        vars(self)["get_image_features"] = lambda pixel_values, **_: asked(pixel_values)
-        try:
+        asked = self.get_image_features
+        with standing_in(self, "get_image_features", lambda pixel_values, **_: asked(pixel_values)):
             return plain(self, *args, **kwargs)
-        finally:
-            del vars(self)["get_image_features"]
-            if shadow is not None:
-                vars(self)["get_image_features"] = shadow
 
     recast(base, get_image_features=features, forward=forward)
     _encodes_in_forward(model)

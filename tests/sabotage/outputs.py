@@ -12,7 +12,7 @@ from pytest import MonkeyPatch
 from transformers.utils import ModelOutput
 
 from sabotage.hosts import Row
-from sabotage.tools import recast
+from sabotage.tools import recast, standing_in
 from stock import CACHE
 
 Change = Callable[[Any, MonkeyPatch], None]
@@ -42,22 +42,16 @@ def _from_encoder(**names: str | None) -> Change:
         @wraps(plain)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             asked = self.get_image_features
-            shadow = vars(self).get("get_image_features")
 
             def translated(*given: Any, **others: Any) -> Any:
                 return _back(asked(*given, **others), before)
 
-            vars(self)["get_image_features"] = translated
             ahead = kwargs.get("mm_encoder_outputs")
             if ahead:
                 kind = {k: _back(v, before) for k, v in ahead.items()}
                 kwargs = kwargs | {"mm_encoder_outputs": kind}
-            try:
+            with standing_in(self, "get_image_features", translated):
                 return plain(self, *args, **kwargs)
-            finally:
-                del vars(self)["get_image_features"]
-                if shadow is not None:
-                    vars(self)["get_image_features"] = shadow
 
         recast(base, get_image_features=features, forward=forward)
 

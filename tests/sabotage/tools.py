@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -239,3 +240,30 @@ def unhooked(module: Any) -> None:
         return output
 
     recast(module, __call__=call)
+
+
+@contextmanager
+def standing_in(place: Any, name: str, function: Any) -> Iterator[None]:
+    """Inside the block a function stands in for an object's method, and then what stood there."""
+    shadow = vars(place).get(name)
+    vars(place)[name] = function
+    try:
+        yield
+    finally:
+        del vars(place)[name]
+        if shadow is not None:
+            vars(place)[name] = shadow
+
+
+def first_forward_alone(model: Any, name: str) -> None:
+    """Have `generate` hand an argument to the first forward alone, as it does with pixels."""
+    step = type(model).prepare_inputs_for_generation
+
+    @wraps(step)
+    def inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = step(self, *args, **kwargs)
+        if not kwargs.get("is_first_iteration"):
+            found.pop(name, None)
+        return found
+
+    recast(model, prepare_inputs_for_generation=inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache as once
 from typing import Any
 
@@ -13,7 +13,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import release
 
-__all__ = ["DynamicLayer", "DynamicSlidingWindowLayer"]
+# The layers that hold all that came, and those that hold the last columns alone.
+GrowingLayer = DynamicLayer
+WindowLayer = DynamicSlidingWindowLayer
 
 _LENGTH, _LAYERS, _REPLICATED = "get_seq_length", "layers", "layer_class_to_replicate"
 
@@ -86,6 +88,23 @@ def kinds(cache: Any, indices: Sequence[int]) -> list[type]:
     return [type(held[i]) for i in indices if i < len(held)]
 
 
+def refusal(cache: Any, indices: Sequence[int], known: Collection[type], does: str) -> str | None:
+    """Why a cache does not serve at some layers; None if it does.
+
+    Args:
+        cache: what was given.
+        indices: of the layers.
+        known: the classes that serve.
+        does: what cannot be done, as "cut".
+    """
+    found = kinds(cache, indices)
+    odd = next((kind.__name__ for kind in found if kind not in known), None)
+    if has_layers(cache) and odd is None:
+        return None
+    name = type(cache).__name__ + (f" of {odd}s" if odd else "")
+    return f"cannot {does} a {name}; leave the cache out, or pass a {DynamicCache.__name__}."
+
+
 def alike(cache: Any, other: Any) -> bool:
     """Whether two caches are made of the same kinds of layers."""
     ours, theirs = ([type(layer) for layer in layers_of(one)] for one in (cache, other))
@@ -99,7 +118,7 @@ def held_of(layer: Any) -> dict[str, Any]:
 
 def window_of(layer: Any) -> int | None:
     """How many columns a layer with a sliding window looks back; None without one."""
-    return layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+    return layer.sliding_window if isinstance(layer, WindowLayer) else None
 
 
 def stored_keys(cache: Any, index: int) -> Any:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 
+# Classes that load by themselves what a folder holds.
+CONFIG, TOKENIZER, CLIP = "AutoConfig", "AutoTokenizer", "CLIPModel"
+
+
 def load(kind: str, source: str | Path, **options: Any) -> Any:
     """Something that a class of Transformers loads.
 
@@ -36,7 +40,7 @@ def config_of(source: str | Path, local: bool) -> Any:
         source: the folder or id.
         local: whether no network may be asked.
     """
-    return load("AutoConfig", source, local_files_only=local, trust_remote_code=False)
+    return load(CONFIG, source, local_files_only=local, trust_remote_code=False)
 
 
 def model_of(config: Any, **options: Any) -> Any:

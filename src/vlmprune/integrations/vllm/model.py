@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from vlmprune import merging
-from vlmprune.encode import Encoded, Item, Plan, encode
+from vlmprune.encode import Encoded, encode
+from vlmprune.geometry import Item, Plan
 from vlmprune.inputs import Span
 from vlmprune.integrations.vllm import policy as policies
 from vlmprune.integrations.vllm import recording
