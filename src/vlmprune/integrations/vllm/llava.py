@@ -38,11 +38,16 @@ class NextHost(Host):
     """With LLaVA-NeXT's packing."""
 
     def pack_image_features(
-        self, maps: Sequence[Tensor], sizes: Tensor, strategy: Any = None, **others: Any
+        self,
+        image_features: Sequence[Tensor],
+        image_sizes: Tensor,
+        vision_feature_select_strategy: str | None = None,
+        **others: Any,
     ) -> tuple[list[Tensor], None]:
         """Maps [crops, patches, C] packed by vLLM's own code; newlines as told."""
         return [
-            self._packed(one, size, **others) for one, size in zip(maps, sizes, strict=True)
+            self._packed(one, size, **others)
+            for one, size in zip(image_features, image_sizes, strict=True)
         ], None
 
     def _packed(self, one: Tensor, size: Tensor, image_newline: Tensor) -> Tensor:
