@@ -22,10 +22,10 @@ from vlmprune.layout import Layout
 class InternVLHost(Host):
     """With InternVL's merging of patches."""
 
-    def pixel_shuffle(self, maps: Tensor, scale_factor: float) -> Tensor:
+    def pixel_shuffle(self, vision_features: Tensor, scale_factor: float) -> Tensor:
         """vLLM's own code, which looks at no weights."""
         own_code: Any = interns1.InternS1ForConditionalGeneration
-        return own_code.pixel_shuffle(self, maps, scale_factor=scale_factor)
+        return own_code.pixel_shuffle(self, vision_features, scale_factor=scale_factor)
 
 
 class Images(ServedCrops, InternVLImages):

@@ -77,10 +77,10 @@ class OneVisionHost(NextHost):
             strategy="spatial_unpad",
         )
 
-    def apply_pooling(self, features: Tensor) -> Tensor:
+    def apply_pooling(self, image_features: Tensor) -> Tensor:
         """vLLM's own pooling of frames."""
         own_code: Any = llava_onevision.LlavaOnevisionForConditionalGeneration
-        return own_code.apply_pooling(SimpleNamespace(config=self.config), features)
+        return own_code.apply_pooling(SimpleNamespace(config=self.config), image_features)
 
 
 class OvImages(_Crops, OneVisionImages):
