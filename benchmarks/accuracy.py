@@ -26,19 +26,19 @@ import transformers
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from vlmprune.learned import Learned
 
 from accuracy_tables import BUDGETS, page
 from definitions import fingerprint
 from encoded_once import encoded_once
 from vlmprune import METHODS, embedded
-from vlmprune.evaluate import BATCH, evaluate, model_name
-from vlmprune.evaluation import UNPRUNED, Evaluation
 from vlmprune.io.models import Loaded, quiet
-from vlmprune.learned import Learned
 from vlmprune.methods.pyramiddrop import PyramidDrop
-from vlmprune.pruner import Pruner
-from vlmprune.tasks import Scenes
-from vlmprune.tasks.scorers import same_parts
+from vlmprune.pruner.base import Pruner
+from vlmprune.study.evals.results import UNPRUNED, Evaluation
+from vlmprune.study.evals.run import BATCH, evaluate, model_name
+from vlmprune.study.tasks import Scenes
+from vlmprune.study.tasks.scorers import same_parts
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy.json"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vlmprune.evaluation import Evaluation, Mean, Result
+from vlmprune.study.evals.results import Evaluation, Mean, Result
 
 BUDGETS = (0.5, 0.33, 0.22, 0.11, 0.05)
 CONTROLS = ("random", "uniform grid", "average pooling", "downsampling")

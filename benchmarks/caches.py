@@ -27,12 +27,12 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from vlmprune import retention
-from vlmprune.cache import RaggedLayer
-from vlmprune.cut_caches import adopt, attending
 from vlmprune.hosts.attention import attention_of
 from vlmprune.hosts.release import with_cache
-from vlmprune.ragged import Ragged
+from vlmprune.runtime.attention.ragged import Ragged
+from vlmprune.runtime.cache.ragged_cache import adopt, attending
+from vlmprune.runtime.cache.ragged_layer import RaggedLayer
+from vlmprune.select import retention
 
 # How a cache is cut, then how it is held.
 CUTS = ("equal", "adaptive")

@@ -28,14 +28,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vlmprune import PLPHP, FastV, VisPruner
-from vlmprune.active import Active
-from vlmprune.cache import Binding
 from vlmprune.hosts import contract
 from vlmprune.hosts.contract import Reached
 from vlmprune.hosts.release import cache_returned, version
 from vlmprune.hosts.requests import ModelCall
-from vlmprune.measure import facts
-from vlmprune.progress import following
+from vlmprune.runtime.cache.ragged_layer import Binding
+from vlmprune.runtime.call.progress import following
+from vlmprune.runtime.call.state import Active
+from vlmprune.study.measure import facts
 
 LAYERS, WIDTH, HEADS = 32, 64, 4
 # Visual tokens of the picture, and words around them.

@@ -51,7 +51,8 @@ from torch import Tensor
 
 import caches
 from caches import CUTS, KINDS, SHAPES, Case, Decoder, Setting
-from vlmprune import VlmpruneError, __version__, ragged
+from vlmprune import VlmpruneError, __version__
+from vlmprune.runtime.attention import ragged
 
 # Largest difference of logits, relative to the largest logit; what must differ, does by more.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.03}

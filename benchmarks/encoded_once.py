@@ -1,6 +1,6 @@
 """Keep what the vision encoder makes of a picture, for every method that reads the same of it.
 
-Only requests of one picture are kept, as `vlmprune.evaluate` encodes them, and none in whose
+Only requests of one picture are kept, as `vlmprune.study.evals.run` encodes them, and none in whose
 encoder a method acts. Choosing, merging and all that comes after still runs for each method.
 """
 
@@ -13,14 +13,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from vlmprune import choosing, encode
+from vlmprune.runtime.call import choose
+from vlmprune.runtime.encoder import encode
 from vlmprune.views import Reads
 
 
 @contextmanager
 def encoded_once() -> Iterator[None]:
     """Remember encodings inside a `with` block: the plain ones, and those by the latest reads."""
-    original = choosing.encode
+    original = choose.encode
     form = inspect.signature(original)
     kept: dict[str, dict[bytes, encode.Encoded]] = {}
     depths: list[tuple[int, int]] = []
@@ -56,8 +57,8 @@ def encoded_once() -> Iterator[None]:
             pictures[picture] = found
         return replace(pictures[picture])
 
-    choosing.encode = remembering
+    choose.encode = remembering
     try:
         yield
     finally:
-        choosing.encode = original
+        choose.encode = original

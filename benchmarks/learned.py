@@ -20,8 +20,8 @@ import typer
 from accuracy import PAGE, RESULTS, SEEDS, Row, measure, read
 from accuracy_tables import KINDS, Table, header, line, name, percent
 from vlmprune import METHODS
-from vlmprune.evaluate import BATCH
-from vlmprune.learned.base import shipped
+from vlmprune.methods.bases.learned import shipped
+from vlmprune.study.evals.run import BATCH
 
 LEARNED = RESULTS.with_name("learned.json")
 TRAINED = ("quecc", "vistog")

@@ -16,7 +16,9 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from vlmprune import METHODS, Pruner, bipartite, taps
+from vlmprune import METHODS, Pruner
+from vlmprune.runtime.attention import taps
+from vlmprune.select import bipartite
 from vlmprune.views import EncoderView, LayerView, Rows, RowView
 
 WIDTH, PROJECTED, HEADS, KEYS = 1024, 4096, 16, 64

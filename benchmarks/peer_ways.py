@@ -20,7 +20,7 @@ from selection import authors_choice, clear_inputs, common
 from vlmprune import PLPHP, VisPruner, select
 from vlmprune.hosts.release import cache_returned, with_cache
 from vlmprune.io.models import attached
-from vlmprune.measure import stored_bytes, wait
+from vlmprune.study.measure import stored_bytes, wait
 
 RATIO = 0.5  # VisPruner's share of tokens chosen by attention, the authors' default.
 CLEAR_KEEP = 64  # Tokens kept of the 576 on which rounding decides nothing.

@@ -33,9 +33,10 @@ from rich.console import Console
 from rich.table import Table
 
 from peer_ways import RATIO, Job, SkippedError, authors, kvpress, openvino, version_of
-from vlmprune import VlmpruneError, shapes
+from vlmprune import VlmpruneError
 from vlmprune.io.models import quiet
-from vlmprune.measure import facts
+from vlmprune.study.bench import shapes
+from vlmprune.study.measure import facts
 
 PEERS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "authors": authors,

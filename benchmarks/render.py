@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmprune import benchpage
+from vlmprune.study.bench import page as benchpage
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"

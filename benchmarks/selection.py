@@ -41,12 +41,12 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from vlmprune.learned import Learned
 
 from peaks import peak_of, table
 from vlmprune import METHODS, select
 from vlmprune.hosts.attention import attention_of
-from vlmprune.learned import Learned
-from vlmprune.taps import Tap, tapped
+from vlmprune.runtime.attention.taps import Tap, tapped
 
 # Hidden state -2 is the output of this layer.
 LAYER = 22

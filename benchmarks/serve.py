@@ -41,7 +41,8 @@ import serve_load
 import serve_page
 import serve_server
 from serve_page import ALL, PLAIN
-from vlmprune import VlmpruneError, __version__, costs, measure
+from vlmprune import VlmpruneError, __version__, costs
+from vlmprune.study import measure
 
 # What of the environment the figures depend on.
 _VARIABLES = ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND")

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from serve_page import ALL, PLAIN
-from vlmprune import VlmpruneError, shapes
+from vlmprune import VlmpruneError
+from vlmprune.study.bench import shapes
 
 # LLaVA-1.5's tower (CLIP ViT-L/14 at 336 pixels, 576 visual tokens) before a decoder of Qwen2's
 # 0.5 B: 0.67 B parameters. The tiny one, of 16 visual tokens, is for trying the script.

@@ -27,9 +27,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vlmprune import MoD, shapes
+from vlmprune import MoD
 from vlmprune.hosts.release import cache_returned, with_cache
-from vlmprune.measure import facts, stored_bytes, wait
+from vlmprune.study.bench import shapes
+from vlmprune.study.measure import facts, stored_bytes, wait
 
 MIB = 2**20
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from PIL import Image
 
-from vlmprune import page
-from vlmprune.compared import Answer, Interval, Result, Row, Shown, Skipped
+from vlmprune.study.compare import page
+from vlmprune.study.compare.results import Answer, Interval, Result, Row, Shown, Skipped
 
 HOSTILE = '</title><script>alert(1)</script><img src="https://evil.example/x" onerror=alert(2)>'
 

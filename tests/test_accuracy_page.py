@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vlmprune.learned import Learned
 
 from vlmprune import METHODS
-from vlmprune.learned import Learned
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmprune import among
-from vlmprune.ragged import Ragged
-from vlmprune.retaining import drawn
+from vlmprune.runtime.attention import subset
+from vlmprune.runtime.attention.ragged import Ragged
+from vlmprune.runtime.decoder.cache_cut import drawn
 from vlmprune.views import Probes
 
 
@@ -46,7 +46,7 @@ def test_masks_of_flash_attention(rows: list[int]) -> None:
         return (scores.softmax(-1).nan_to_num() @ v).transpose(1, 2)
 
     calls = [
-        among.attend(plain, query, keys, values, mask, chosen, None, 1.0, True)
+        subset.attend(plain, query, keys, values, mask, chosen, None, 1.0, True)
         for mask in (None, torch.ones(2, 5, dtype=torch.long))
     ]
     assert (seen[0] is None) == (rows[0] == rows[1])
@@ -107,7 +107,7 @@ def test_every_kind_of_mask(kind: str, prefix: bool, ahead: int) -> None:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, given).transpose(1, 2)
 
     flash = kind == "padding"
-    out = among.attend(plain, query, keys, values, mask, chosen, cut, width**-0.5, flash)
+    out = subset.attend(plain, query, keys, values, mask, chosen, cut, width**-0.5, flash)
     for b in range(batch):
         for h in range(heads * group):
             own = h // group

@@ -18,8 +18,12 @@ from PIL import Image
 
 from commandline import COFFEE, call, sentence
 from tiny import model, request
-from vlmprune import PLPHP, VisPruner, bench, benchpage, benchplot, shapes, work
+from vlmprune import PLPHP, VisPruner
 from vlmprune.errors import VlmpruneError
+from vlmprune.study.bench import page as benchpage
+from vlmprune.study.bench import plot as benchplot
+from vlmprune.study.bench import run as bench
+from vlmprune.study.bench import shapes, workload
 
 CPU = torch.device("cpu")
 # Bytes of a tiny model's token in the cache: keys and values, 3 layers, 2 heads of 8, four bytes.
@@ -351,7 +355,7 @@ def test_mistakes_are_told_before_any_work(
         raise AssertionError("a model was made or loaded")
 
     monkeypatch.setattr(shapes, "build", worked)
-    monkeypatch.setattr(work, "load", worked)
+    monkeypatch.setattr(workload, "load", worked)
     assert said in sentence("bench", "--device", "cpu", *shlex.split(words))
 
 

@@ -14,9 +14,10 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
     LlavaOnevisionImageProcessorPil,
 )
 
-from vlmprune import VlmpruneError, layout
-from vlmprune.boxes import token_boxes
-from vlmprune.overlay import draw
+from vlmprune import VlmpruneError
+from vlmprune.draw.boxes import token_boxes
+from vlmprune.draw.overlay import draw
+from vlmprune.views import layout
 
 PATCH = 14
 PLAIN = {"do_normalize": False, "do_rescale": False, "resample": 0}

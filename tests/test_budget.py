@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmprune.budget import resolve_keep
 from vlmprune.errors import VlmpruneError
+from vlmprune.select.budget import resolve_keep
 
 
 @given(st.integers(1, 5000), st.data())

@@ -17,11 +17,12 @@ from transformers.cache_utils import DynamicLayer
 from masked import kept_columns, masking
 from stock import CACHE, cache_of
 from tiny import IMAGE, model, request
-from vlmprune import PLPHP, VisPruner, VlmpruneError, cut_caches
-from vlmprune.cache import Binding, RaggedLayer, tail_mask
-from vlmprune.cut_caches import binding_of
-from vlmprune.dispatch import GUEST
-from vlmprune.ragged import Ragged
+from vlmprune import PLPHP, VisPruner, VlmpruneError
+from vlmprune.runtime.attention.interception import GUEST
+from vlmprune.runtime.attention.ragged import Ragged
+from vlmprune.runtime.cache import ragged_cache
+from vlmprune.runtime.cache.ragged_cache import binding_of
+from vlmprune.runtime.cache.ragged_layer import Binding, RaggedLayer, tail_mask
 
 SETTINGS: dict[str, Any] = {"r": 0.4, "dr": 0.3, "alpha": 0.65, "beta": 0.6, "per_head": "adaptive"}
 TOLERANCE = 1e-5
@@ -104,7 +105,7 @@ def test_operations_equal_those_of_a_masked_cache(name: str, new: int) -> None:
 def driven(built: Any, held: Any, mask: Tensor, new: int) -> Tensor:
     """`step` over a cut cache, without a pruner's record of whole prompts."""
     layers = built.model.language_model.layers
-    with cut_caches.attending(held, layers[0].self_attn, None):
+    with ragged_cache.attending(held, layers[0].self_attn, None):
         return step(built, held, mask, {}, new)
 
 
@@ -242,7 +243,7 @@ def test_attention_outside_the_registry_is_noticed(monkeypatch: pytest.MonkeyPat
     cut, _, _, mask = filled(built, [1])
     ids = torch.tensor([[9]])
     mask = torch.cat((mask, torch.ones_like(ids)), 1)
-    monkeypatch.setattr(cut_caches, "dispatching", lambda module: nullcontext())
+    monkeypatch.setattr(ragged_cache, "dispatching", lambda module: nullcontext())
     with (
         pytest.raises(VlmpruneError, match="does not attend through the attention registry"),
         PLPHP(**SETTINGS)(built),

@@ -14,9 +14,11 @@ from PIL import Image
 
 from test_plphp import text_config
 from tiny import model, request
-from vlmprune import PLPHP, VlmpruneError, calibrate, embedded, families
-from vlmprune.calibrate import Gammas
+from vlmprune import PLPHP, VlmpruneError, embedded
+from vlmprune.hosts import families
 from vlmprune.io.models import Loaded
+from vlmprune.study.calibrate import run as calibrate
+from vlmprune.study.calibrate.run import Gammas
 
 
 def gammas(values: Any, layers: tuple[int, ...] | None = None) -> Gammas:

@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from commandline import COFFEE, QUESTION, call, sentence
-from vlmprune import compare, embedded, page, spec
+from vlmprune import embedded, spec
 from vlmprune.io import models
+from vlmprune.study.compare import page
+from vlmprune.study.compare import run as compare
 
 GRASS = str(embedded.scenes() / "grass.jpg")
 

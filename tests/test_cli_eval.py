@@ -11,13 +11,14 @@ import pytest
 from PIL import Image
 
 from commandline import COFFEE, QUESTION, call, sentence
-from vlmprune import embedded, kept_answers, sources
-from vlmprune import evaluate as evaluating
-from vlmprune.assessed import Assessed
-from vlmprune.cli import evaluating as evaluating_command
-from vlmprune.evaluation import Evaluation, Result
-from vlmprune.io import models
-from vlmprune.tasks import Scenes, find_task
+from vlmprune import embedded
+from vlmprune.cli import eval as evaluating_command
+from vlmprune.io import models, sources
+from vlmprune.study.evals import kept_answers
+from vlmprune.study.evals import run as evaluating
+from vlmprune.study.evals.results import Evaluation, Result
+from vlmprune.study.evals.tables import Assessed
+from vlmprune.study.tasks import Scenes, find_task
 
 SPEC = ("--method", "vispruner:keep=64")
 

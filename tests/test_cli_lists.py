@@ -7,7 +7,7 @@ import pytest
 
 from commandline import call, config_of_embedded, sentence
 from vlmprune import METHODS, __version__
-from vlmprune.families import FAMILIES, TOWERS
+from vlmprune.hosts.families import FAMILIES, TOWERS
 
 
 def test_version_and_help():

@@ -10,8 +10,8 @@ import pytest
 
 from commandline import call, sentence
 from vlmprune import VisPruner, spec
-from vlmprune.tasks import find_task
-from vlmprune.tasks.part import Part
+from vlmprune.study.tasks import find_task
+from vlmprune.study.tasks.part import Part
 
 SMALL = ("--limit", "8", "--trials", "3", "--json")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vlmprune.learned import QueCC
 
 from commandline import call, sentence
 from training_data import SIDE, listed, written
-from vlmprune import needed
-from vlmprune.learned import QueCC
+from vlmprune.io import libraries
 
 
 def small(folder: Path, *more: Any) -> list[Any]:
@@ -100,7 +100,9 @@ def test_data_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = needed.find_spec
-    monkeypatch.setattr(needed, "find_spec", lambda name: None if name == "peft" else found(name))
+    found = libraries.find_spec
+    monkeypatch.setattr(
+        libraries, "find_spec", lambda name: None if name == "peft" else found(name)
+    )
     said = sentence("train", "quecc", "--data", written(tmp_path), "--out", tmp_path / "run")
     assert 'this needs peft, which is not installed; run `pip install "vlmprune[train]"`' in said

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from vlmprune.learned import MoD
 
 from vlmprune import UniformGrid, embedded
-from vlmprune.evaluate import evaluate
 from vlmprune.io.models import Loaded
 from vlmprune.io.processors import scaled
-from vlmprune.learned import MoD
-from vlmprune.tasks import Clips, find_task
+from vlmprune.study.evals.run import evaluate
+from vlmprune.study.tasks import Clips, find_task
 
 
 @pytest.fixture(scope="module")

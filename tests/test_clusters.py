@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlmprune import clusters, scoring, select
+from vlmprune import select
+from vlmprune.select import clusters, scoring
 
 Sums = dict[int, dict[int, float]]
 

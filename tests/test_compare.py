@@ -11,18 +11,21 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from vlmprune.learned import Learned
 
 from tiny import model
-from vlmprune import compare, costs, embedded, evaluate, page, sources, ways
-from vlmprune.budgeted import Budgeted
-from vlmprune.compared import Result
+from vlmprune import costs, embedded
 from vlmprune.errors import VlmpruneError
-from vlmprune.evaluation import Evaluation
-from vlmprune.evaluation import Result as Answered
-from vlmprune.io import models
-from vlmprune.learned import Learned
+from vlmprune.io import models, sources
 from vlmprune.methods import METHODS, VisPruner
-from vlmprune.tasks import Folder
+from vlmprune.methods.bases.budgeted import Budgeted
+from vlmprune.study.compare import configurations, page
+from vlmprune.study.compare import run as compare
+from vlmprune.study.compare.results import Result
+from vlmprune.study.evals import run as evaluate
+from vlmprune.study.evals.results import Evaluation
+from vlmprune.study.evals.results import Result as Answered
+from vlmprune.study.tasks import Folder
 from vlmprune.views import EncoderView, Selection
 
 
@@ -83,16 +86,16 @@ def methods() -> Iterator[None]:
     ],
 )
 def test_a_list_of_specs_is_parted_between_methods(text: str, specs: list[str]) -> None:
-    assert ways.split(text) == specs
+    assert configurations.split(text) == specs
 
 
 def test_budgets_are_numbers_or_fractions() -> None:
-    assert ways.keeps_of("64, 0.25,1,1.0") == [64, 0.25, 1, 1.0]
-    assert [type(one) for one in ways.keeps_of("1,1.0")] == [int, float]
+    assert configurations.keeps_of("64, 0.25,1,1.0") == [64, 0.25, 1, 1.0]
+    assert [type(one) for one in configurations.keeps_of("1,1.0")] == [int, float]
 
 
 def test_every_open_budget_is_filled(methods: None) -> None:
-    found = ways.ways_of(
+    found = configurations.ways_of(
         [
             "vispruner:important_ratio=0.75",
             "plphp",
@@ -117,7 +120,7 @@ def test_every_open_budget_is_filled(methods: None) -> None:
 
 
 def test_the_packages_own_controls_come_first() -> None:
-    found = ways.ways_of(["vispruner", "evs", "uniform", "downsample", "random"], [0.25])
+    found = configurations.ways_of(["vispruner", "evs", "uniform", "downsample", "random"], [0.25])
     assert [(way.name, way.control, way.reference, way.videos) for way in found] == [
         ("random", True, True, False),
         ("uniform", True, False, False),
@@ -134,7 +137,7 @@ def test_every_method_of_the_package_can_be_asked_for(tmp_path: Path) -> None:
             small = {"tokens": 4} if name == "vistog" else {}
             cls.fresh(model(), **small).save_pretrained(tmp_path / name)
             settings[name] = f":weights={tmp_path / name}"
-    found = ways.ways_of([name + settings.get(name, "") for name in METHODS], [0.5, 8])
+    found = configurations.ways_of([name + settings.get(name, "") for name in METHODS], [0.5, 8])
     counts = {name: sum(way.name.startswith(name) for way in found) for name in METHODS}
     for name, cls in METHODS.items():
         has_budget = "keep" in {field.name for field in fields(cls)}
@@ -157,12 +160,12 @@ def test_every_method_of_the_package_can_be_asked_for(tmp_path: Path) -> None:
 )
 def test_mistakes_in_lists(specs: list[str], keeps: list[float], said: str) -> None:
     with pytest.raises(VlmpruneError) as error:
-        ways.ways_of(specs, keeps)
+        configurations.ways_of(specs, keeps)
     assert said in str(error.value)
 
 
 def test_budgets_nobody_asked_for_need_not_be_used() -> None:
-    assert [way.name for way in ways.ways_of(["plphp"], [0.5], given=False)] == ["plphp"]
+    assert [way.name for way in configurations.ways_of(["plphp"], [0.5], given=False)] == ["plphp"]
 
 
 # --- figures from answers ---
@@ -182,7 +185,7 @@ def answered(name: str, scores: list[float | None], tokens: float) -> Evaluation
 
 
 def test_figures_come_from_the_answers(methods: None) -> None:
-    found = ways.ways_of(["random", "vispruner", "plphp"], [0.25])
+    found = configurations.ways_of(["random", "vispruner", "plphp"], [0.25])
     full = answered("full", [1.0] * 18 + [0.0] * 2, 256)
     chance = answered("random", [1.0] * 10 + [0.0] * 10, 64)
     worse = answered("worse", [0.0] * 8 + [1.0] * 2 + [0.0] * 10, 64)
@@ -206,7 +209,7 @@ def test_figures_come_from_the_answers(methods: None) -> None:
 
 
 def test_few_pictures_have_no_interval(methods: None) -> None:
-    found = ways.ways_of(["random", "vispruner"], [0.25])
+    found = configurations.ways_of(["random", "vispruner"], [0.25])
     full, chance = answered("full", [1.0] * 9, 256), answered("random", [0.0] * 9, 64)
     best = answered("best", [1.0] * 9, 64)
     times = {"all tokens": 8.0} | {way.spec: 2.0 for way in found}
@@ -217,7 +220,7 @@ def test_few_pictures_have_no_interval(methods: None) -> None:
 
 
 def test_without_true_answers_agreement_is_the_score(methods: None) -> None:
-    found = ways.ways_of(["random", "vispruner"], [0.25])
+    found = configurations.ways_of(["random", "vispruner"], [0.25])
     full, same = answered("full", [None] * 3, 256), answered("full", [None] * 3, 64)
     chance = answered("chance", [None] * 3, 64)
     times = {"all tokens": 8.0} | {way.spec: 2.0 for way in found}
@@ -267,7 +270,7 @@ def one_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ask(loaded: models.Loaded, task: Any, specs: list[str], **options: Any) -> Result:
-    found = ways.ways_of(specs, [0.5])
+    found = configurations.ways_of(specs, [0.5])
     return compare.compare(loaded, sources.find_model(None), found, task, repeat=1, **options)
 
 
@@ -350,7 +353,7 @@ def test_a_comparison_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store = tmp_path / "kept"
-    found = ways.ways_of(["vispruner"], [0.5])
+    found = configurations.ways_of(["vispruner"], [0.5])
     source = sources.find_model(None)
 
     def again() -> Result:

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
-from vlmprune import PLPHP, FastV, VisPruner, VlmpruneError, encoder_check
+from vlmprune import PLPHP, FastV, VisPruner, VlmpruneError
 from vlmprune.hosts import contract, release
 from vlmprune.hosts.attention import AttentionCall
 from vlmprune.hosts.contract import ContractError, Ledger, Reached, check_rows
 from vlmprune.io.models import attached
-from vlmprune.pruner import Pruner
+from vlmprune.pruner.base import Pruner
+from vlmprune.runtime.encoder import proof
 from zoo import ZOO
 
 METHODS: dict[str, Callable[[], Pruner]] = {
@@ -71,9 +72,9 @@ def test_what_the_first_call_proves_no_later_one_proves_again(
         cells.append(one)
         check(one)
 
-    check = encoder_check.check
+    check = proof.check
     monkeypatch.setattr(contract, "check_rows", rows_checked)
-    monkeypatch.setattr(encoder_check, "check", cells_checked)
+    monkeypatch.setattr(proof, "check", cells_checked)
     built = tiny.model()
     inputs = tiny.request(built, [1]).inputs
     with METHODS[method]()(built):
@@ -94,13 +95,13 @@ def test_what_the_first_call_proves_no_later_one_proves_again(
 
 def test_what_is_measured_are_calls_behind_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a bench share what was proved; those of a user do not."""
-    cells, check = list[Any](), encoder_check.check
+    cells, check = list[Any](), proof.check
 
     def counted(one: Any) -> None:
         cells.append(one)
         check(one)
 
-    monkeypatch.setattr(encoder_check, "check", counted)
+    monkeypatch.setattr(proof, "check", counted)
     built = tiny.model()
     inputs = tiny.request(built, [1]).inputs
     for block, count in ((attached, 1), (attached, 1), (lambda one, model: one(model), 2)):

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor
 
 import tiny
 from vlmprune import PLPHP, FastV, ToMe, VisPruner
-from vlmprune.pruner import Pruner
+from vlmprune.pruner.base import Pruner
 
 METHODS: dict[str, Callable[[], Pruner]] = {
     "VisPruner": lambda: VisPruner(keep=4),

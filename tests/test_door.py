@@ -153,9 +153,9 @@ def test_rooms_that_may_know_are_let_through(tmp_path: Path, room: str, code: st
 
 
 def test_a_familys_record_knows_names_but_imports_nothing(tmp_path: Path) -> None:
-    assert found(tmp_path, "inputs['pixel_values']", "families/some.py") == []
-    (one,) = found(tmp_path, "import transformers", "families/some.py")
-    assert (one.path, one.line, one.rule) == ("families/some.py", 2, "import")
+    assert found(tmp_path, "inputs['pixel_values']", "hosts/families/some.py") == []
+    (one,) = found(tmp_path, "import transformers", "hosts/families/some.py")
+    assert (one.path, one.line, one.rule) == ("hosts/families/some.py", 2, "import")
 
 
 def test_the_command_names_what_it_finds(tmp_path: Path) -> None:

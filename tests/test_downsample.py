@@ -13,7 +13,9 @@ from torch import Tensor
 
 from test_tome import DIFFERENT, TOLERANCE, distance, generate, leftovers
 from tiny import IMAGE, Request, dropped_columns, model, positions_of, request
-from vlmprune import Downsample, VisPruner, VlmpruneError, costs, inside, shrink
+from vlmprune import Downsample, VisPruner, VlmpruneError, costs
+from vlmprune.runtime.encoder import acting
+from vlmprune.select import coarse_grid
 from zoo import ZOO
 
 KINDS = ["clip", "dinov2", "siglip"]
@@ -30,8 +32,8 @@ BY_HAND = {
 @pytest.mark.parametrize("side", BY_HAND)
 def test_grids_by_hand(side: int) -> None:
     at, covers = BY_HAND[side]
-    sources = shrink.sources((4, 4), (side, side)).view(4, 4).tolist()
-    ranks = shrink.ranks((4, 4), (side, side)).view(4, 4).tolist()
+    sources = coarse_grid.sources((4, 4), (side, side)).view(4, 4).tolist()
+    ranks = coarse_grid.ranks((4, 4), (side, side)).view(4, 4).tolist()
     for i, j in product(range(side), repeat=2):
         own = list(product(covers[i], covers[j]))
         assert all(sources[r][c] == i * side + j for r, c in own)
@@ -41,11 +43,14 @@ def test_grids_by_hand(side: int) -> None:
 @given(st.integers(1, 40), st.integers(1, 40), st.data())
 def test_grids(rows: int, columns: int, data: st.DataObject) -> None:
     keep = data.draw(st.integers(1, rows * columns))
-    small = shrink.smaller((rows, columns), keep)
+    small = coarse_grid.smaller((rows, columns), keep)
     assert 1 <= small[0] <= rows and 1 <= small[1] <= columns and small[0] * small[1] <= keep
     if rows == columns:
         assert small[0] == small[1] and (small[0] + 1) ** 2 > keep
-    sources, ranks = shrink.sources((rows, columns), small), shrink.ranks((rows, columns), small)
+    sources, ranks = (
+        coarse_grid.sources((rows, columns), small),
+        coarse_grid.ranks((rows, columns), small),
+    )
     assert sorted(ranks.tolist()) == list(range(rows * columns))
     assert sources.unique().tolist() == list(range(small[0] * small[1]))
     # No cell is nearer to another token's centre than to its own.
@@ -139,8 +144,8 @@ def test_any_resolution_equals_masking(kind: str, policy: Any) -> None:
         "attention_mask": req.inputs["attention_mask"] * ~dropped,
         "position_ids": positions_of(req.inputs["attention_mask"], dropped, policy),
     }
-    (planned,) = inside.plans(built, [medium], [req.inputs], [layouts], pruner)
-    with inside.acting(built, medium, req.inputs, planned):
+    (planned,) = acting.plans(built, [medium], [req.inputs], [layouts], pruner)
+    with acting.acting(built, medium, req.inputs, planned):
         expected = generate(built, **changed)
     assert distance(pruned, expected) < TOLERANCE
     assert distance(pruned, generate(built, **changed)) > DIFFERENT
@@ -205,7 +210,7 @@ def test_a_method_behind_it_chooses_among_its_tokens() -> None:
         tower.set_attn_implementation("eager")
         out = tower(pixels, interpolate_pos_encoding=True, output_attentions=True)
     row = out.attentions[1][0].mean(dim=0)[0]
-    totals = torch.zeros(9).scatter_add(0, shrink.sources((4, 4), (3, 3)), view.attention[0])
+    totals = torch.zeros(9).scatter_add(0, coarse_grid.sources((4, 4), (3, 3)), view.attention[0])
     assert float((totals - row[1:]).abs().max()) < TOLERANCE
 
 

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from commandline import call, sentence
-from vlmprune import costs, embedded, equal_compute
-from vlmprune.equal_compute import LADDER, budget_of, pairs
+from vlmprune import costs, embedded
+from vlmprune.costs import equal_compute
+from vlmprune.costs.equal_compute import LADDER, budget_of, pairs
 from vlmprune.errors import VlmpruneError
 
 

@@ -20,13 +20,13 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 
 from tiny import PATCH, SIDE, VOCABULARY, model
 from vlmprune import PLPHP, Pruner, VisPruner, VlmpruneError, embedded
-from vlmprune import evaluate as module
-from vlmprune.evaluate import evaluate
-from vlmprune.evaluation import DRAWS, Evaluation, Result
 from vlmprune.hosts import contract
 from vlmprune.io.models import Loaded, prepare
 from vlmprune.methods import FastV
-from vlmprune.tasks import Sample, Scenes
+from vlmprune.study.evals import run as module
+from vlmprune.study.evals.results import DRAWS, Evaluation, Result
+from vlmprune.study.evals.run import evaluate
+from vlmprune.study.tasks import Sample, Scenes
 
 
 @pytest.fixture(scope="module")

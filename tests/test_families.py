@@ -14,7 +14,7 @@ from torch import Tensor
 
 from masked import masking
 from vlmprune import PLPHP, VisPruner, VlmpruneError
-from vlmprune.families import FAMILIES, family_of
+from vlmprune.hosts.families import FAMILIES, family_of
 from zoo import EVERY, ZOO, Request
 from zoo.base import IMAGE, VIDEO
 

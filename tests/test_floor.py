@@ -11,10 +11,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tiny import model, request
-from vlmprune import PLPHP, FastV, VisPruner, VlmpruneError, bench, costs, families, measure
-from vlmprune.budgeted import Budgeted
-from vlmprune.floor import Floor, counts_of, floor_of
+from vlmprune import PLPHP, FastV, VisPruner, VlmpruneError, costs
+from vlmprune.hosts import families
 from vlmprune.hosts.requests import base_of
+from vlmprune.methods.bases.budgeted import Budgeted
+from vlmprune.study import measure
+from vlmprune.study.bench import run as bench
+from vlmprune.study.bench.floor import Floor, counts_of, floor_of
 from vlmprune.views import EncoderView, Selection
 from zoo import ZOO
 

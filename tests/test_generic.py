@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from vlmprune import VisPruner, VlmpruneError
-from vlmprune.families import FAMILIES, family_of, generic
+from vlmprune.hosts.families import FAMILIES, family_of, generic
 from zoo.base import IMAGE, TEXT, WORDS, loud, pad
 from zoo.tiles import ALTERNATING, SQUARE
 

@@ -18,7 +18,10 @@ import pytest
 
 from commandline import call
 from tiny import model, request
-from vlmprune import VisPruner, bench, measure, shapes
+from vlmprune import VisPruner
+from vlmprune.study import measure
+from vlmprune.study.bench import run as bench
+from vlmprune.study.bench import shapes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

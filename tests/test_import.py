@@ -28,7 +28,7 @@ def test_importing_patches_nothing() -> None:
         "from transformers import LlavaForConditionalGeneration as L\n"
         "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as A\n"
         "before = (L.generate, L.forward, dict(A))\n"
-        "import vlmprune.pruner, vlmprune.methods, vlmprune.taps\n"
+        "import vlmprune.pruner.base, vlmprune.methods, vlmprune.runtime.attention.taps\n"
         "assert before == (L.generate, L.forward, dict(A))"
     )
     assert "vlmprune" in loaded_after(check)

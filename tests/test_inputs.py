@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmprune import VlmpruneError
-from vlmprune.inputs import Prompt, dropped_columns, shorten, spans
+from vlmprune.runtime.call.shorten import Prompt, dropped_columns, shorten, spans
 
 PAD, IMAGE = 0, 9
 Row = tuple[int, list[bool]]  # padding, and for each real column whether it is to be dropped

@@ -18,7 +18,7 @@ from test_layers import DIFFERENT, TOLERANCE, Ordered, deep, distance, dropped_b
 from tiny import IMAGE, Request, dropped_columns, request
 from vlmprune import PLPHP, VisPruner, VlmpruneError
 from vlmprune.methods import FastV, PyramidDrop
-from vlmprune.short import ShortLayer
+from vlmprune.runtime.cache.gapped_layer import ShortLayer
 from vlmprune.views import RowView
 
 pytestmark = pytest.mark.oracle

@@ -18,10 +18,9 @@ from transformers import (
     LlavaNextForConditionalGeneration,
 )
 
-from vlmprune import layout
-from vlmprune.families import FAMILIES
-from vlmprune.layout import NO_PATCH, Layout, label_map, read_labels
-from vlmprune.views import Budget, EncoderView
+from vlmprune.hosts.families import FAMILIES
+from vlmprune.views import Budget, EncoderView, layout
+from vlmprune.views.layout import NO_PATCH, Layout, label_map, read_labels
 
 SIDE, PATCH, WIDTH = 16, 4, 6
 GRID = (SIDE // PATCH, SIDE // PATCH)

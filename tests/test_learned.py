@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from tiny import IMAGE, model, request
 from vlmprune import QueCC, VlmpruneError, spec
-from vlmprune.budgeted import Budgeted
-from vlmprune.learned.base import find, shipped
+from vlmprune.methods.bases.budgeted import Budgeted
+from vlmprune.methods.bases.learned import find, shipped
 from vlmprune.views import EncoderView, Reads, Selection
 from zoo import ZOO
 
@@ -251,9 +251,9 @@ def test_a_fresh_projector_is_the_hosts() -> None:
 
 
 def test_shipped_names_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlmprune.learned import base
+    from vlmprune.methods.bases import learned
 
-    monkeypatch.setattr(base, "_home", lambda: tmp_path)
+    monkeypatch.setattr(learned, "_home", lambda: tmp_path)
     assert shipped() == []
     fresh(host()).save_pretrained(tmp_path / "some-s3")
     assert shipped("quecc") == ["some-s3"] == shipped() and shipped("mod") == []

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
+from vlmprune.learned import Lora
 
 from test_learned import fresh, hooks, host, logits
 from tiny import model, request
 from vlmprune import QueCC, VisPruner, VlmpruneError
-from vlmprune.learned import Lora
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 # The flag's name differs between releases.

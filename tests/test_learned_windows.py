@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmprune.learned.windows import centres, windows
+from vlmprune.select.windows import centres, windows
 
 
 def tiled(rows: int, columns: int, side: int) -> list[list[tuple[int, int]]]:

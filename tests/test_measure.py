@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tiny import model, request
-from vlmprune import measure
+from vlmprune.study import measure
 
 CPU = torch.device("cpu")
 

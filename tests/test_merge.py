@@ -14,10 +14,10 @@ from torch import Tensor
 
 from tiny import IMAGE, model, request
 from vlmprune import Vision, VlmpruneError
-from vlmprune import merging as library
-from vlmprune.budgeted import Budgeted
-from vlmprune.layout import Layout
+from vlmprune.methods.bases.budgeted import Budgeted
+from vlmprune.runtime.encoder import merging as library
 from vlmprune.views import EncoderView, Merge, Selection
+from vlmprune.views.layout import Layout
 from zoo import ZOO
 
 FAMILIES = ["llava", "llava_next"]

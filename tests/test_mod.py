@@ -14,8 +14,10 @@ from torch import Tensor
 from stock import cache_of
 from test_layers import DIFFERENT, TOLERANCE, deep, distance, generate
 from tiny import IMAGE, request
-from vlmprune import MoD, VlmpruneError, embedded, evaluate, layerwise
-from vlmprune.learned.routing import routed
+from vlmprune import MoD, VlmpruneError, embedded
+from vlmprune.draw import layer_map
+from vlmprune.select.routing import routed
+from vlmprune.study.evals import run as evaluate
 
 # By hand.
 
@@ -268,7 +270,7 @@ def test_what_it_saves_on_a_clip() -> None:
     assert report.kv_bytes_after / report.kv_bytes_before == (3 * 256 + 2 * 52) / (5 * 256)
     assert report.flops_after < report.flops_before
     # What pages and tables make of it.
-    assert layerwise.reached(report, 5) == [256, 52, 256, 52, 256]
+    assert layer_map.reached(report, 5) == [256, 52, 256, 52, 256]
     assert evaluate._mean_tokens(report, 5) == (3 * 256 + 2 * 52) / 5
     for number, roles in enumerate(report.roles):
         either = set(report.layers[1].kept[number].tolist())

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlmprune import overlay
+from vlmprune.draw import overlay
 
 
 def grid(x0: float, y0: float, x1: float, y1: float, n: int) -> torch.Tensor:

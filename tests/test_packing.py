@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from vlmprune import VlmpruneError
-from vlmprune.boxes import token_boxes
-from vlmprune.families import FAMILIES, family_of
-from vlmprune.layout import NO_PATCH, Layout
+from vlmprune.draw.boxes import token_boxes
+from vlmprune.hosts.families import FAMILIES, family_of
+from vlmprune.views.layout import NO_PATCH, Layout
 from zoo import ZOO
 from zoo.llava import FRAMES, PATCH, PINPOINTS, SIDE
 

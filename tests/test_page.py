@@ -15,9 +15,11 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from pages import FACTS, HOSTILE, picture, result, row, sliding
-from vlmprune import layerwise, page, pareto
-from vlmprune.compared import Answer, Result, Shown, columns, sections
+from vlmprune.draw import layer_map
 from vlmprune.errors import VlmpruneError
+from vlmprune.study.compare import page
+from vlmprune.study.compare import plot as pareto
+from vlmprune.study.compare.results import Answer, Result, Shown, columns, sections
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -141,7 +143,7 @@ def test_what_layers_keep_is_drawn_and_told() -> None:
     with Image.open(io.BytesIO(base64.b64decode(drawn["src"].partition("base64,")[2]))) as one:
         assert one.size == (3, 2)
         by_layer = [[one.getpixel((layer, head)) for head in range(2)] for layer in range(3)]
-    low, half, *_, high = (layerwise.colour(share) for share in (0.0, 0.5, 1.0))
+    low, half, *_, high = (layer_map.colour(share) for share in (0.0, 0.5, 1.0))
     assert by_layer == [[low, half], [high, high], [(128, 128, 128)] * 2]
     (bars,) = [a for _, a in read.tags if a.get("class") == "bars"]
     assert bars["aria-label"] == "from layer 0 to 2: 64, 32, 16"

@@ -12,7 +12,8 @@ import pytest
 
 import browser
 from pages import FACTS, HOSTILE, sliding
-from vlmprune import page, pareto
+from vlmprune.study.compare import page
+from vlmprune.study.compare import plot as pareto
 
 # What of the answers a reader sees, in the table's order.
 SEEN = """[...document.querySelectorAll("#answers td .text")]

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlmprune import pareto
 from vlmprune.errors import VlmpruneError
+from vlmprune.study.compare import plot as pareto
 
 
 def test_the_front_by_hand() -> None:

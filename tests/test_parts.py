@@ -10,8 +10,8 @@ import pytest
 import transformers
 
 from vlmprune import PLPHP, VisPruner, VlmpruneError
-from vlmprune.families import FAMILIES, check_host, family_of
 from vlmprune.hosts import config, contract, parts, sizes
+from vlmprune.hosts.families import FAMILIES, check_host, family_of
 from vlmprune.hosts.parts import Parts
 from zoo import ZOO
 

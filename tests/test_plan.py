@@ -12,8 +12,8 @@ from rich.console import Console
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
 
 from vlmprune import costs
+from vlmprune.costs.plan import KNOWN, MIB, Plan, plan, table
 from vlmprune.errors import VlmpruneError
-from vlmprune.plan import KNOWN, MIB, Plan, plan, table
 
 
 @pytest.mark.parametrize(

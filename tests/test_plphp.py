@@ -22,8 +22,8 @@ from masked import kept_columns, masking
 from stock import CACHE, cache_of
 from tiny import EOS, IMAGE, PAD, VOCABULARY, model, request
 from vlmprune import PLPHP, VisPruner, VlmpruneError
-from vlmprune.cache import RaggedLayer
 from vlmprune.hosts.release import chunks_hold_images
+from vlmprune.runtime.cache.ragged_layer import RaggedLayer
 
 pytestmark = pytest.mark.oracle
 STEPS = 6

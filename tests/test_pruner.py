@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tiny import dropped_columns, model, request
 from vlmprune import VisPruner, VlmpruneError, costs
-from vlmprune.families import FAMILIES, TOWERS
+from vlmprune.hosts.families import FAMILIES, TOWERS
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
 

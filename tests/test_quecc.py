@@ -15,8 +15,8 @@ from test_learned_windows import tiled
 from tiny import IMAGE, model, positions_of, request
 from tiny import dropped_columns as dropped_of
 from vlmprune import QueCC, VisPruner, VlmpruneError
-from vlmprune.learned.quecc import Compressor, states_of
-from vlmprune.learned.windows import windows
+from vlmprune.methods.quecc import Compressor, states_of
+from vlmprune.select.windows import windows
 from vlmprune.views import EncoderView, Selection
 
 Vector = list[float]

@@ -23,11 +23,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 import test_families
 from test_families import dropped_columns
 from vlmprune import VisPruner, VlmpruneError, costs
-from vlmprune.boxes import token_boxes
-from vlmprune.families import family_of
-from vlmprune.families.qwen import MEDIA
+from vlmprune.draw.boxes import token_boxes
 from vlmprune.hosts import contract
-from vlmprune.pruner import Pruner
+from vlmprune.hosts.families import family_of
+from vlmprune.hosts.families.qwen import MEDIA
+from vlmprune.pruner.base import Pruner
 from vlmprune.views import EncoderView, Selection
 from zoo import ZOO
 from zoo.base import IMAGE, START, VIDEO, WORDS

@@ -24,8 +24,8 @@ from test_qwen import (
     positions_of,
 )
 from vlmprune import PLPHP, VisPruner
-from vlmprune.families.qwen import MEDIA
-from vlmprune.pruner import Pruner
+from vlmprune.hosts.families.qwen import MEDIA
+from vlmprune.pruner.base import Pruner
 from vlmprune.views import EncoderView, Selection
 from zoo import ZOO, Request
 from zoo.base import IMAGE, VIDEO, VOCABULARY, WORDS

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from vlmprune import ragged, ragged_varlen
-from vlmprune.ragged import Ragged
+from vlmprune.runtime.attention import ragged, ragged_varlen
+from vlmprune.runtime.attention.ragged import Ragged
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -218,7 +218,7 @@ def test_varlen_on_a_gpu(case: Case) -> None:
 
 def check_triton(device: str, dtypes: list[torch.dtype], examples: int) -> None:
     """Run in a process of its own where the interpreter stands in for a GPU."""
-    from vlmprune import ragged_triton
+    from vlmprune.runtime.attention import ragged_triton
 
     # A failing example is not made smaller, which takes minutes in the interpreter.
     @settings(max_examples=examples, deadline=None, derandomize=True, phases=[Phase.generate])

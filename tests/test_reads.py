@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_leaves
 from test_generic import MAKES, built_by, vipllava
 from test_generic import request as unknown
 from tiny import model, request
-from vlmprune import METHODS, VlmpruneError, taps
-from vlmprune.budgeted import Budgeted
+from vlmprune import METHODS, VlmpruneError
 from vlmprune.hosts.attention import attention_of
+from vlmprune.methods.bases.budgeted import Budgeted
+from vlmprune.runtime.attention import taps
 from vlmprune.views import EncoderView, Reads, Selection
 from zoo import ZOO
 

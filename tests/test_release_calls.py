@@ -15,9 +15,9 @@ from transformers import DynamicCache
 from stock import CACHE, cache_of, repeated_alike, repeats_rows
 from tiny import model, request
 from vlmprune import PLPHP, FastV, VisPruner, VlmpruneError
-from vlmprune.cache import RaggedLayer
 from vlmprune.hosts import release
 from vlmprune.hosts.decoder import decoder_layers, recomputes
+from vlmprune.runtime.cache.ragged_layer import RaggedLayer
 from zoo import ZOO
 
 pytestmark = pytest.mark.oracle

@@ -21,9 +21,9 @@ from torch import nn
 from stock import CACHE
 from tiny import model
 from vlmprune import PLPHP, FastV, VisPruner, VlmpruneError, embedded
-from vlmprune.families import FAMILIES
 from vlmprune.hosts import release
 from vlmprune.hosts.decoder import decoder_layers
+from vlmprune.hosts.families import FAMILIES
 from vlmprune.io.models import Loaded, prepare
 from zoo import EVERY, ZOO
 from zoo.mended import runs

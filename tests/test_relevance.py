@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from tiny import IMAGE, PAD, VOCABULARY, model, request
-from vlmprune import VlmpruneError, relevance
-from vlmprune.budgeted import Budgeted
+from vlmprune import VlmpruneError
+from vlmprune.methods.bases.budgeted import Budgeted
+from vlmprune.runtime.encoder import relevance
 from vlmprune.views import EncoderView, Reads, Selection
 from zoo import ZOO
 

@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
 from tiny import model, request
-from vlmprune import PLPHP, VisPruner, VlmpruneError, retention
+from vlmprune import PLPHP, VisPruner, VlmpruneError
+from vlmprune.select import retention
 from vlmprune.views import LayerView
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from plain import best, of_image, raters, recycled, unlike
-from vlmprune import rowrules
+from vlmprune.select import row_rules
 
 
 def true(mask: Tensor) -> list[list[int]]:
@@ -41,9 +41,9 @@ COUNTS = torch.tensor([[9, 6], [11, 0]])
     ],
 )
 def test_share(rate: float, n: int, expected: int) -> None:
-    assert rowrules.share(rate, torch.tensor([[n]])).tolist() == [[expected]]
+    assert row_rules.share(rate, torch.tensor([[n]])).tolist() == [[expected]]
     each = torch.tensor([[rate]], dtype=torch.float32)
-    assert rowrules.share(each, torch.tensor([[n]])).tolist() == [[expected]]
+    assert row_rules.share(each, torch.tensor([[n]])).tolist() == [[expected]]
 
 
 @given(st.data())
@@ -54,7 +54,7 @@ def test_most_attended_by_its_definition(data: st.DataObject) -> None:
     keep = [
         [data.draw(st.integers(0, len(of_image(row, image)))) for image in (0, 1)] for row in rows
     ]
-    got = rowrules.most_attended(
+    got = row_rules.most_attended(
         torch.tensor(scores).float(), torch.tensor(rows), torch.tensor(keep)
     )
     for row, images, asked, found in zip(scores, rows, keep, true(got), strict=True):
@@ -72,10 +72,10 @@ def test_raters_by_hand() -> None:
     padded = [*visual, [-50.0, 0.0]]
     images = torch.tensor([[0, 0, -1]])
     allowed = torch.tensor([[True, True, True, False]])
-    got = rowrules.text_raters(torch.tensor([padded]), images, torch.tensor([words]), allowed)
+    got = row_rules.text_raters(torch.tensor([padded]), images, torch.tensor([words]), allowed)
     assert got.tolist() == [[*expected, False]]
     # Control: the padding, taken for a token, would change the choice.
-    seen = rowrules.text_raters(
+    seen = row_rules.text_raters(
         torch.tensor([padded]), torch.tensor([[0, 0, 0]]), torch.tensor([words]), allowed
     )
     assert seen.tolist() != got.tolist()
@@ -86,7 +86,7 @@ def test_all_words_rate_where_none_stands_out() -> None:
     words[0] = words[0, 0]
     allowed = torch.tensor([[True] * 4 + [False] * 2, [True] + [False] * 5, [False] * 6])
     images = torch.zeros(3, 4, dtype=torch.long)
-    got = rowrules.text_raters(visual, images, words, allowed)
+    got = row_rules.text_raters(visual, images, words, allowed)
     assert got.tolist() == allowed.tolist()
 
 
@@ -103,7 +103,7 @@ def test_two_clusters_by_hand() -> None:
     states = torch.full((1, 35, 2), -7.0)
     states[0, 21:31] = torch.tensor(far[:1] + near + far[1:])
     images = torch.zeros(1, 35, dtype=torch.long)
-    new, merged, into = rowrules.recycle(states, images, scores, dropped, 0.3, 1)
+    new, merged, into = row_rules.recycle(states, images, scores, dropped, 0.3, 1)
     rows = new[0, merged[0]].tolist()
     where = {tuple(round(x, 4) for x in new[0, i].tolist()): i for i in true(merged)[0]}
     there, here = (where[k] for k in sorted(where, reverse=True))
@@ -128,7 +128,7 @@ def test_recycling_by_its_definition(seed: int, part: float) -> None:
     vectors = [[[draw.gauss(0, 1.5) for _ in range(6)] for _ in range(width)] for _ in sizes]
     scores = [[draw.random() for _ in range(width)] for _ in sizes]
     dropped = [[one >= 0 and draw.random() < 0.8 for one in row] for row in images]
-    new, merged, into = rowrules.recycle(
+    new, merged, into = row_rules.recycle(
         torch.tensor(vectors),
         torch.tensor(images),
         torch.tensor(scores),
@@ -159,12 +159,12 @@ def test_recycling_of_duplicates_and_half_precision() -> None:
     states = torch.ones(1, 40, 4, dtype=torch.bfloat16)
     dropped = torch.ones(1, 40, dtype=torch.bool)
     images = torch.zeros(1, 40, dtype=torch.long)
-    new, merged, _ = rowrules.recycle(states, images, torch.zeros(1, 40), dropped, 0.3, 1)
+    new, merged, _ = row_rules.recycle(states, images, torch.zeros(1, 40), dropped, 0.3, 1)
     assert true(merged) == [[0, 1]]
     assert new.dtype == torch.bfloat16 and torch.equal(new, states)
     # Far apart, densities underflow where they are not compared as logarithms.
     apart = torch.arange(40.0)[None, :, None].square() * 1000
-    new, merged, _ = rowrules.recycle(apart, images, torch.arange(40.0)[None], dropped, 0.3, 1)
+    new, merged, _ = row_rules.recycle(apart, images, torch.arange(40.0)[None], dropped, 0.3, 1)
     assert merged.sum() == 2 and new.isfinite().all()
     assert len(set(new[merged].flatten().tolist())) == 2
 
@@ -186,10 +186,10 @@ def test_unlike_pivots_by_hand() -> None:
     # Token 0 is the pivot and takes 180 degrees, of two 265 as well; the word, at 90 degrees, takes
     # 265, or 350 where that is gone.
     for keep, expected in ((1, [0]), (2, [0, 3]), (3, [0, 3, 4]), (4, [0, 3, 4, 5])):
-        got = rowrules.unlike_pivots(*args, torch.tensor([[keep]]), 1, 1)
+        got = row_rules.unlike_pivots(*args, torch.tensor([[keep]]), 1, 1)
         assert true(got) == [expected]
     # Without the word the pivot takes all: 180, 265 and 90 degrees.
-    got = rowrules.unlike_pivots(*args, torch.tensor([[4]]), 1, 0)
+    got = row_rules.unlike_pivots(*args, torch.tensor([[4]]), 1, 0)
     assert true(got) == [[0, 2, 3, 4]]
 
 
@@ -206,7 +206,7 @@ def test_unlike_pivots_by_their_definition(seed: int) -> None:
     keep = [
         [draw.randint(1, n) if n else 0 for n in counts] for counts in ((9, 6), (11, 0), (9, 6))
     ]
-    got = rowrules.unlike_pivots(
+    got = row_rules.unlike_pivots(
         torch.tensor(vectors),
         torch.tensor(rows),
         torch.tensor(norms),
@@ -241,7 +241,7 @@ def test_unlike_pivots_keep_just_so_many(
     torch.manual_seed(n)
     # Few directions, so that cosines tie.
     states = torch.randint(0, 2, (2, n, 3)).float()
-    got = rowrules.unlike_pivots(
+    got = row_rules.unlike_pivots(
         states,
         torch.zeros(2, n, dtype=torch.long),
         states.sum(dim=2),
@@ -261,11 +261,11 @@ def test_nothing_waits_for_the_device() -> None:
     states, scores = torch.empty(2, 30, 8, device="meta"), torch.empty(2, 30, device="meta")
     text, counts = torch.empty(2, 5, 8, device="meta"), torch.ones_like(images[:, :1])
     words = torch.ones(2, 5, dtype=torch.bool, device="meta")
-    keep = rowrules.share(0.5, counts)
-    kept = rowrules.most_attended(scores, images, keep)
-    assert rowrules.text_raters(states, images, text, words).shape == (2, 5)
-    assert rowrules.recycle(states, images, scores, ~kept, 0.3, 1)[0].shape == states.shape
-    chosen = rowrules.unlike_pivots(states, images, scores, text, text[..., 0], words, keep, 4, 4)
+    keep = row_rules.share(0.5, counts)
+    kept = row_rules.most_attended(scores, images, keep)
+    assert row_rules.text_raters(states, images, text, words).shape == (2, 5)
+    assert row_rules.recycle(states, images, scores, ~kept, 0.3, 1)[0].shape == states.shape
+    chosen = row_rules.unlike_pivots(states, images, scores, text, text[..., 0], words, keep, 4, 4)
     assert chosen.shape == kept.shape == (2, 30)
     with pytest.raises(RuntimeError):
         bool(chosen.any())

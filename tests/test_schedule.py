@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmprune import GSearch, PSigmoid, VlmpruneError, schedule, spec
+from vlmprune import GSearch, PSigmoid, VlmpruneError, spec
+from vlmprune.select import schedule
 
 
 @given(

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from vlmprune.tasks.scorers import gqa_words, mme_says, option_of, pope_says, yes_no
-from vlmprune.tasks.vqa_words import textvqa_accuracy, textvqa_words, vqa_accuracy, vqa_words
+from vlmprune.study.tasks.scorers import gqa_words, mme_says, option_of, pope_says, yes_no
+from vlmprune.study.tasks.vqa_words import textvqa_accuracy, textvqa_words, vqa_accuracy, vqa_words
 
 
 @pytest.mark.parametrize(

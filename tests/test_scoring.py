@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmprune import scoring
+from vlmprune.select import scoring
 
 
 def everything(crops: int, cells: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`vlmprune.search`: the cheapest setting within a loss, on trade-offs whose answer is known."""
+"""The cheapest setting within a loss, on trade-offs whose answer is known."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from vlmprune import VlmpruneError, spec
-from vlmprune.search import Found, Measured, Search, Tried, builder, document, front
-from vlmprune.spaces import Choice, Range, share, space_of
-from vlmprune.tradeoff import plot
+from vlmprune.study.search.optimise import Found, Measured, Search, Tried, builder, document, front
+from vlmprune.study.search.plot import plot
+from vlmprune.study.search.spaces import Choice, Range, share, space_of
 
 FULL = 0.9
 FIELDS = spec.read("vispruner")[0].names

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny
-from vlmprune import semantic
 from vlmprune.errors import VlmpruneError
-from vlmprune.families import family_of
+from vlmprune.hosts.families import family_of
+from vlmprune.runtime.encoder import semantic_tokens
 
 TOWERS = ["clip", "siglip", "dinov2"]
 FEATURE = 1  # of three layers, the one whose output is hidden state -2
@@ -90,7 +90,7 @@ def masked_pass(built: Any, given: Tensor, added: Tensor, isolated: bool = True)
 
 def recorded_pass(built: Any, given: Tensor, added: Tensor) -> tuple[Any, list[Tensor]]:
     _, encoder = parts(built)
-    with semantic.recorded(encoder) as patches:
+    with semantic_tokens.recorded(encoder) as patches:
         out = built.model.vision_tower(given, output_hidden_states=True)
     return out, patches.run(added)
 
@@ -136,7 +136,7 @@ def test_call_by_call_and_in_any_batch() -> None:
     _, encoder = parts(built)
     given = pixels(3)
     with torch.no_grad():
-        with semantic.recorded(encoder) as patches:
+        with semantic_tokens.recorded(encoder) as patches:
             built.model.vision_tower(given[:1])
             built.model.vision_tower(given[1:])
         one, two = patches.run(tokens())
@@ -182,7 +182,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 def test_other_threads_are_not_recorded() -> None:
     built = tiny.model()
     _, encoder = parts(built)
-    with torch.no_grad(), semantic.recorded(encoder) as patches:
+    with torch.no_grad(), semantic_tokens.recorded(encoder) as patches:
         built.model.vision_tower(pixels(1))
         other = threading.Thread(target=lambda: built.model.vision_tower(pixels(2)))
         other.start()
@@ -208,7 +208,7 @@ class TestRefusals:
         req = tiny.request(built, [1])
         medium, _ = parts(built)
         given = {**req.inputs, **inputs}
-        semantic.check(built, medium, given, self.layouts(built, req), width, "VisToG")
+        semantic_tokens.check(built, medium, given, self.layouts(built, req), width, "VisToG")
 
     @pytest.mark.parametrize("kind", TOWERS)
     @pytest.mark.parametrize("family", ["llava", "llava_next"])
@@ -234,14 +234,14 @@ class TestRefusals:
             self.check_without_request(built)
 
     def test_own_resolution(self) -> None:
-        from vlmprune.families import FAMILIES
+        from vlmprune.hosts.families import FAMILIES
 
         medium = FAMILIES["qwen2_5_vl"].media[0]
-        assert "own resolution" in (semantic.unfit(tiny.model(), medium) or "")
+        assert "own resolution" in (semantic_tokens.unfit(tiny.model(), medium) or "")
 
     def check_without_request(self, built: Any) -> None:
         medium, _ = parts(built)
-        semantic.check(built, medium, {}, [], 32, "VisToG")
+        semantic_tokens.check(built, medium, {}, [], 32, "VisToG")
 
     def test_a_mask_in_the_tower(self) -> None:
         built = tiny.model()
@@ -254,7 +254,7 @@ class TestRefusals:
         hook = encoder.layers[0].register_forward_pre_hook(masked, with_kwargs=True)
         with (
             pytest.raises(VlmpruneError, match="CLIPEncoderLayer masks its patches"),
-            semantic.recorded(encoder),
+            semantic_tokens.recorded(encoder),
         ):
             built.model.vision_tower(pixels(1))
         hook.remove()

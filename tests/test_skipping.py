@@ -15,11 +15,11 @@ from test_families import ZOO
 from test_layers import DIFFERENT, TOLERANCE, deep, distance, generate
 from tiny import IMAGE, Request, request
 from vlmprune import VisPruner
-from vlmprune.layout import Layout
-from vlmprune.pruner import Pruner
-from vlmprune.short import ShortLayer
-from vlmprune.skipping import frames_of
+from vlmprune.pruner.base import Pruner
+from vlmprune.runtime.cache.gapped_layer import ShortLayer
+from vlmprune.runtime.decoder.skipping import frames_of
 from vlmprune.views import FrameView, Routed
+from vlmprune.views.layout import Layout
 
 pytestmark = pytest.mark.oracle
 

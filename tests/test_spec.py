@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from vlmprune import METHODS, PLPHP, VisPruner, spec
 from vlmprune.errors import VlmpruneError
-from vlmprune.pruner import Pruner
+from vlmprune.pruner.base import Pruner
 
 
 @dataclass(frozen=True)

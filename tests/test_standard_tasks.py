@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from vlmprune import VlmpruneError
-from vlmprune.evaluation import Result
-from vlmprune.tasks import COPIES, Sample, Task, find_task
-from vlmprune.tasks.part import Part
+from vlmprune.study.evals.results import Result
+from vlmprune.study.tasks import COPIES, Sample, Task, find_task
+from vlmprune.study.tasks.part import Part
 
 SHORT = "\nAnswer the question using a single word or phrase."
 

@@ -18,9 +18,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2
 from transformers.models.clip import modeling_clip
 from transformers.models.dinov2 import modeling_dinov2
 
-from vlmprune import dispatch, taps
 from vlmprune.hosts.attention import attention_of, read
-from vlmprune.taps import Rows, Tap, tapped
+from vlmprune.runtime.attention import interception, taps
+from vlmprune.runtime.attention.taps import Rows, Tap, tapped
 
 REGISTRIES = (modeling_clip.ALL_ATTENTION_FUNCTIONS, modeling_dinov2.ALL_ATTENTION_FUNCTIONS)
 SHAPE: dict[str, Any] = {
@@ -89,7 +89,7 @@ def nothing_stays() -> Iterator[None]:
     assert [dict(registry) for registry in REGISTRIES] == before
     assert [dict(registry._local_mapping) for registry in REGISTRIES] == local
     assert [dict(registry._global_mapping) for registry in REGISTRIES] == shared
-    assert not dispatch._dispatchers
+    assert not interception._dispatchers
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

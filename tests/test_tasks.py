@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from vlmprune import VlmpruneError, embedded
-from vlmprune.tasks import Folder, Sample, Scenes, find_task
-from vlmprune.tasks.scorers import same_parts, same_words
+from vlmprune.study.tasks import Folder, Sample, Scenes, find_task
+from vlmprune.study.tasks.scorers import same_parts, same_words
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from stock import CACHE, cache_of, repeats_rows
 from vlmprune import VisPruner, VlmpruneError
-from vlmprune.families import FAMILIES
 from vlmprune.hosts.attention import attention_of
-from vlmprune.inputs import spans
+from vlmprune.hosts.families import FAMILIES
+from vlmprune.runtime.call.shorten import spans
 from zoo import WINDOWED, ZOO, tiles
 from zoo.base import IMAGE, START, WORDS, Entry, loud, pad
 

@@ -14,7 +14,10 @@ from torch import Tensor
 from transformers import modeling_utils
 
 from tiny import Request, dropped_columns, model, positions_of, request
-from vlmprune import PLPHP, ToMe, VisPruner, VlmpruneError, bipartite, dispatch, inside
+from vlmprune import PLPHP, ToMe, VisPruner, VlmpruneError
+from vlmprune.runtime.attention import interception
+from vlmprune.runtime.encoder import acting
+from vlmprune.select import bipartite
 from zoo import ZOO
 from zoo.base import scale_of
 
@@ -294,8 +297,8 @@ def test_any_resolution_equals_masking(kind: str, policy: Any) -> None:
     mask = req.inputs["attention_mask"] * ~dropped
     positions = positions_of(req.inputs["attention_mask"], dropped, policy)
     changed = req.inputs | {"attention_mask": mask, "position_ids": positions}
-    (planned,) = inside.plans(built, [medium], [req.inputs], [layouts], pruner)
-    with inside.acting(built, medium, req.inputs, planned):
+    (planned,) = acting.plans(built, [medium], [req.inputs], [layouts], pruner)
+    with acting.acting(built, medium, req.inputs, planned):
         expected = generate(built, **changed)
     assert distance(pruned, expected) < TOLERANCE
     assert distance(pruned, generate(built, **changed)) > DIFFERENT
@@ -342,7 +345,7 @@ def test_nothing_stays() -> None:
             generate(built, **req.inputs)
         hook.remove()
         assert leftovers(built) == before
-        assert not dispatch._dispatchers
+        assert not interception._dispatchers
         assert dict(modeling_utils.ALL_ATTENTION_FUNCTIONS._local_mapping) == functions
         assert distance(generate(built, **req.inputs), wanted) == 0
     assert leftovers(built) == before

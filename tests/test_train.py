@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from vlmprune.learned import MoD, QueCC, VisToG
 
 from training_data import SIDE, entries, run
 from vlmprune import embedded
@@ -19,7 +20,6 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import contract
 from vlmprune.io.models import Loaded
 from vlmprune.io.processors import scale
-from vlmprune.learned import MoD, QueCC, VisToG
 from vlmprune.training import curve
 from vlmprune.training.learner import Learner
 from vlmprune.training.rows import Rows

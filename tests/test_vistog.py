@@ -16,10 +16,10 @@ from transformers import CLIPVisionConfig
 from tiny import IMAGE, model, positions_of, request
 from tiny import dropped_columns as dropped_of
 from vlmprune import ToMe, VisPruner, VisToG, VlmpruneError
-from vlmprune.families import family_of
 from vlmprune.hosts import contract
-from vlmprune.learned.grouping import assigned, means
-from vlmprune.learned.vistog import Grouper, homes
+from vlmprune.hosts.families import family_of
+from vlmprune.methods.vistog import Grouper, homes
+from vlmprune.select.grouping import assigned, means
 from vlmprune.views import EncoderView, Selection
 from zoo import ZOO
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import vlmprune
-from vlmprune.families import FAMILIES
+from vlmprune.hosts.families import FAMILIES
 
 PLUGIN = Path(vlmprune.__file__).parent / "integrations" / "vllm"
 

@@ -19,9 +19,9 @@ from vlmprune import EVS, AveragePooling, DivPrune, VisPruner, spec
 from vlmprune.errors import VlmpruneError
 from vlmprune.integrations import vllm as plugin
 from vlmprune.integrations.vllm import fields, policy
-from vlmprune.layout import NO_PATCH, Layout, plain
 from vlmprune.methods import METHODS
 from vlmprune.views import EncoderView
+from vlmprune.views.layout import NO_PATCH, Layout, plain
 
 SERVING = {
     "vispruner",

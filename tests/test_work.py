@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from commandline import COFFEE
-from vlmprune import VisPruner, bench, costs, embedded, measure, shapes, work
+from vlmprune import VisPruner, costs, embedded
+from vlmprune.costs.plan import KNOWN
 from vlmprune.errors import VlmpruneError
 from vlmprune.io import models
-from vlmprune.plan import KNOWN
+from vlmprune.study import measure
+from vlmprune.study.bench import run as bench
+from vlmprune.study.bench import shapes, workload
 
 CPU = torch.device("cpu")
 
@@ -137,7 +140,7 @@ def test_free_memory_is_told() -> None:
 
 
 def test_scenes_differ_from_row_to_row() -> None:
-    pictures, questions = work._scenes(batch=3, images=2)
+    pictures, questions = workload._scenes(batch=3, images=2)
     listed = json.loads((embedded.scenes() / "scenes.json").read_text())
     assert [len(row) for row in pictures] == [2, 2, 2]
     assert questions == [listed[at]["questions"][0]["question"] for at in (0, 2, 0)]
@@ -147,7 +150,7 @@ def test_scenes_differ_from_row_to_row() -> None:
 def test_a_batch_answers_as_its_rows_do() -> None:
     """Prompts are padded on the left, or a batch would measure something else."""
     loaded = models.Loaded(*embedded.load())
-    pictures, _ = work._scenes(batch=2, images=1)
+    pictures, _ = workload._scenes(batch=2, images=1)
     questions = ["where is the cat?", "is there a cake on the table?"]
     batch = models.prepare_batch(loaded, pictures, questions)
     assert (batch["attention_mask"] == 0).any() and (batch["attention_mask"][:, -1] == 1).all()
@@ -160,7 +163,7 @@ def test_a_batch_answers_as_its_rows_do() -> None:
 def test_a_tokenizer_without_padding() -> None:
     loaded = models.Loaded(*embedded.load())
     loaded.processor.tokenizer.pad_token = None
-    pictures, questions = work._scenes(batch=2, images=1)
+    pictures, questions = workload._scenes(batch=2, images=1)
     batch = models.prepare_batch(loaded, pictures, ["cat?", questions[1]])
     assert (batch["attention_mask"] == 0).any()
 
@@ -168,9 +171,9 @@ def test_a_tokenizer_without_padding() -> None:
 def test_pictures_may_be_several(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     other = tmp_path / "2"
     Image.new("RGB", (9, 9)).save(other, "PNG")
-    found = work.parse_images([COFFEE, str(other)])
+    found = workload.parse_images([COFFEE, str(other)])
     assert isinstance(found, list) and [one.size for one in found][1] == (9, 9)
     # A number alone is a number, even beside a file of that name.
     monkeypatch.chdir(tmp_path)
-    assert work.parse_images(["2"]) == 2
-    assert isinstance(work.parse_images(["./2"]), list)
+    assert workload.parse_images(["2"]) == 2
+    assert isinstance(workload.parse_images(["./2"]), list)

@@ -19,7 +19,7 @@ from masked import kept_columns
 from stock import CACHE, cache_of
 from tiny import EOS, IMAGE, PAD, VOCABULARY, model, request
 from vlmprune import PLPHP, VisPruner, VlmpruneError, ZipVL, embedded
-from vlmprune.cache import RaggedLayer
+from vlmprune.runtime.cache.ragged_layer import RaggedLayer
 from vlmprune.views import Probes
 from zoo import ZOO
 from zoo.base import IMAGE as ZOO_IMAGE

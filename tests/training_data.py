@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vlmprune.learned import QueCC
+
 from vlmprune import embedded
 from vlmprune.io.models import Loaded
-from vlmprune.learned import QueCC
 from vlmprune.training.data import Entry, read
 from vlmprune.training.learner import Learner
 from vlmprune.training.rows import Rows

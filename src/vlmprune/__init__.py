@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from vlmprune.errors import VlmpruneError
 
 if TYPE_CHECKING:
-    from vlmprune.handle import Handle
     from vlmprune.methods import (
         DART,
         EVS,
@@ -37,11 +36,15 @@ if TYPE_CHECKING:
         VtcCls,
         ZipVL,
     )
-    from vlmprune.pruner import Pruner
+    from vlmprune.pruner.base import Pruner
+    from vlmprune.pruner.handle import Handle
     from vlmprune.report import Report
-    from vlmprune.reuse import Vision
+    from vlmprune.runtime.encoder.visions import Vision
 
 __version__ = "0.2.0"
+
+# Modules that moved are still found under their former names.
+__path__.append(f"{__path__[0]}/former")
 
 __all__ = [
     "DART",
@@ -90,10 +93,10 @@ _HOMES = {
     "VisPruner": "methods",
     "VisToG": "methods",
     "ZipVL": "methods",
-    "Handle": "handle",
-    "Pruner": "pruner",
+    "Handle": "pruner.handle",
+    "Pruner": "pruner.base",
     "Report": "report",
-    "Vision": "reuse",
+    "Vision": "runtime.encoder.visions",
     "AveragePooling": "methods",
     "CDPruner": "methods",
     "DivPrune": "methods",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmprune import costs
-from vlmprune.layout import Layout
+from vlmprune.views.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from operator import or_
 from pathlib import Path
 from typing import Any
 
-from vlmprune.chain import Chain
 from vlmprune.errors import VlmpruneError
 from vlmprune.methods import METHODS
-from vlmprune.pruner import Pruner
+from vlmprune.pruner.base import Pruner
+from vlmprune.pruner.chain import Chain
 
 FROM = "from"
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import transformers
 from packaging.specifiers import SpecifierSet
 
-from vlmprune.families import FAMILIES
+from vlmprune.hosts.families import FAMILIES
 from zoo import llava, qwen, tiles
 from zoo.base import Entry, Modality, Request
 

@@ -7,26 +7,19 @@ from __future__ import annotations
 
 import sys
 
-from vlmprune.cli import (
-    benching,
-    calibrating,
-    comparing,
-    evaluating,
-    lists,
-    running,
-    searching,
-    training,
-)
+from vlmprune.cli import bench, calibrate, compare, lists, search, train
+from vlmprune.cli import eval as evaluating
+from vlmprune.cli import run as running
 from vlmprune.cli.app import app
 
 for command in (
     running.run,
-    benching.bench,
-    comparing.compare,
+    bench.bench,
+    compare.compare,
     evaluating.evaluate,
-    searching.search,
-    calibrating.calibrate,
-    training.train,
+    search.search,
+    calibrate.calibrate,
+    train.train,
     lists.plan,
     lists.methods,
     lists.models,

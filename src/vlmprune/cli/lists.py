@@ -45,7 +45,7 @@ def plan(
     if compute_budget is not None:
         _equal_compute(model, (keep, budget, crops), compute_budget, text_tokens, as_json)
         return
-    from vlmprune import plan as planning
+    from vlmprune.costs import plan as planning
 
     if model is None:
         raise VlmpruneError(
@@ -70,7 +70,7 @@ def _equal_compute(
     as_json: bool,
 ) -> None:
     """`plan --compute-budget`."""
-    from vlmprune import equal_compute
+    from vlmprune.costs import equal_compute
 
     if any(one is not None for one in others):
         raise VlmpruneError(
@@ -102,26 +102,26 @@ def methods(
 
     A result is reusable where what is kept of an image serves all questions about it.
     """
-    from vlmprune import listing
+    from vlmprune import catalog
 
-    found = listing.methods(names or ())
+    found = catalog.methods(names or ())
     if as_json:
         print_json(found)
         return
     if brief or not names:
-        console().print(listing.overview(found))
+        console().print(catalog.overview(found))
         console().print()
     for one in () if brief else found["methods"]:
-        console().print(listing.method_table(one))
-    console().print(listing.HINT, style="dim", markup=False)
+        console().print(catalog.method_table(one))
+    console().print(catalog.HINT, style="dim", markup=False)
 
 
 def models(as_json: AsJson = False) -> None:
     """List the supported models."""
-    from vlmprune import listing
+    from vlmprune import catalog
 
-    found = listing.models()
+    found = catalog.models()
     if as_json:
         print_json(found)
     else:
-        console().print(listing.models_table(found))
+        console().print(catalog.models_table(found))

@@ -3,8 +3,8 @@
 At attach signatures alone are looked at (`requests.check_model`, `decoder.check_layers`,
 `caches.check_layers` and a family's own record). What they cannot tell is told by the host's own
 numbers at an attachment's first calls, once a configuration: a row of each attention that is read
-(`run`), a cell of the encoder (`vlmprune.encoder_check`), the position that is due. After each
-call it is asked what costs next to nothing: whether all that was due was reached.
+(`run`), a cell of the encoder (`vlmprune.runtime.encoder.proof`), the position that is due. After
+each call it is asked what costs next to nothing: whether all that was due was reached.
 """
 
 from __future__ import annotations

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlmprune import sources
 from vlmprune.errors import VlmpruneError
-from vlmprune.handle import Handle
 from vlmprune.integrations.arguments import Arguments
+from vlmprune.io import sources
 from vlmprune.io.models import Loaded, enough_memory, load, prepare_texts, prompt_of
 from vlmprune.io.processors import has_template
+from vlmprune.pruner.handle import Handle
 
 SAMPLING = ("temperature", "top_p", "top_k")
 """Settings of `generate` that matter only where answers are drawn at random."""

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.handle import Handle
 from vlmprune.hosts import pretrained
 from vlmprune.hosts.contract import Ledger
 from vlmprune.io import processors
-from vlmprune.pruner import Pruner
-from vlmprune.sources import Source, reason
+from vlmprune.io.sources import Source, reason
+from vlmprune.pruner.base import Pruner
+from vlmprune.pruner.handle import Handle
 
 
 @dataclass(frozen=True)

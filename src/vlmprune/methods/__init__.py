@@ -1,8 +1,5 @@
 """The methods, one a file."""
 
-from vlmprune.learned.mod import MoD
-from vlmprune.learned.quecc import QueCC
-from vlmprune.learned.vistog import VisToG
 from vlmprune.methods.average_pooling import AveragePooling
 from vlmprune.methods.cdpruner import CDPruner
 from vlmprune.methods.dart import DART
@@ -13,16 +10,19 @@ from vlmprune.methods.fastervlm import FasterVLM
 from vlmprune.methods.fastv import FastV
 from vlmprune.methods.fopru import FoPru
 from vlmprune.methods.gsearch import GSearch
+from vlmprune.methods.mod import MoD
 from vlmprune.methods.plphp import PLPHP
 from vlmprune.methods.prumerge import PruMerge
 from vlmprune.methods.psigmoid import PSigmoid
 from vlmprune.methods.pyramiddrop import PyramidDrop
+from vlmprune.methods.quecc import QueCC
 from vlmprune.methods.random_tokens import RandomTokens
 from vlmprune.methods.sparsevlm import SparseVLM
 from vlmprune.methods.tome import ToMe
 from vlmprune.methods.uniform_grid import UniformGrid
 from vlmprune.methods.visionzip import VisionZip
 from vlmprune.methods.vispruner import VisPruner
+from vlmprune.methods.vistog import VisToG
 from vlmprune.methods.vtc_cls import VtcCls
 from vlmprune.methods.zipvl import ZipVL
 

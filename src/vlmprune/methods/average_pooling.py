@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmprune import clusters, scoring
-from vlmprune.budgeted import Budgeted
 from vlmprune.errors import VlmpruneError
+from vlmprune.methods.bases.budgeted import Budgeted
 from vlmprune.methods.uniform_grid import columns_of, per_crop
+from vlmprune.select import clusters, scoring
 from vlmprune.views import EncoderView, Merge, Selection
 
 

@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from vlmprune import scoring, select
-from vlmprune.budgeted import Budgeted
+from vlmprune import select
 from vlmprune.errors import VlmpruneError
+from vlmprune.methods.bases.budgeted import Budgeted
+from vlmprune.select import scoring
 from vlmprune.views import EncoderView, Reads, Selection
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vlmprune import rowrules
 from vlmprune.errors import VlmpruneError
-from vlmprune.layered import Layered
+from vlmprune.methods.bases.layered import Layered
+from vlmprune.select import row_rules
 from vlmprune.views import Ask, Rows, RowView
 
 
@@ -73,7 +73,7 @@ class DART(Layered):
     def drop(self, layer: int, view: RowView) -> Rows:
         """Keep pivots and what is least like them."""
         assert view.keys is not None and view.text_keys is not None
-        kept = rowrules.unlike_pivots(
+        kept = row_rules.unlike_pivots(
             view.hidden,
             view.images,
             view.keys.float().abs().sum(dim=2),

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import nn
 
-from vlmprune import bipartite, shrink
-from vlmprune.budget import each_crop
-from vlmprune.budgeted import Budgeted
 from vlmprune.errors import VlmpruneError
+from vlmprune.methods.bases.budgeted import Budgeted
+from vlmprune.select import bipartite, coarse_grid
+from vlmprune.select.budget import each_crop
 from vlmprune.views import EncoderView, Inside, Selection
 
 
@@ -68,13 +68,13 @@ class Downsample(Budgeted):
 
     def smaller(self, grid: tuple[int, int]) -> tuple[int, int]:
         """What is left of a grid of (rows, columns)."""
-        return shrink.smaller(grid, self.kept_of(grid[0] * grid[1]))
+        return coarse_grid.smaller(grid, self.kept_of(grid[0] * grid[1]))
 
     def select(self, view: EncoderView) -> Selection:
         """Of each token's cells the one that is nearest to its centre."""
         if view.shared is None:
             return Selection(view.candidates, {})
-        by_grid = {one: shrink.ranks(one, self.smaller(one)) for one in set(view.grids)}
+        by_grid = {one: coarse_grid.ranks(one, self.smaller(one)) for one in set(view.grids)}
         # Crops with fewer cells are filled up with cells that are no candidates.
         rank = nn.utils.rnn.pad_sequence([by_grid[one] for one in view.grids], batch_first=True)
         rank = rank.to(view.shared.device)

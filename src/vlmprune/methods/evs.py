@@ -7,11 +7,12 @@ from typing import ClassVar
 
 import torch
 
-from vlmprune import scoring, select
-from vlmprune.budget import Budget, check_keep, resolve_keep
+from vlmprune import select
 from vlmprune.errors import VlmpruneError
-from vlmprune.families import Positions
-from vlmprune.pruner import Pruner
+from vlmprune.hosts.families import Positions
+from vlmprune.pruner.base import Pruner
+from vlmprune.select import scoring
+from vlmprune.select.budget import Budget, check_keep, resolve_keep
 from vlmprune.views import EncoderView, Reads, Selection
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vlmprune import select
-from vlmprune.budgeted import Budgeted
+from vlmprune.methods.bases.budgeted import Budgeted
 from vlmprune.views import EncoderView, Selection
 
 

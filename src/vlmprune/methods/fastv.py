@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vlmprune import rowrules
 from vlmprune.errors import VlmpruneError
-from vlmprune.layered import Layered
+from vlmprune.methods.bases.layered import Layered
+from vlmprune.select import row_rules
 from vlmprune.views import Ask, Rows, RowView
 
 
@@ -63,4 +63,4 @@ class FastV(Layered):
         """The most attended of all visual tokens of each sample."""
         assert view.attention is not None
         keep = self.kept_of(view.before).sum(dim=1, keepdim=True)
-        return Rows(rowrules.most_attended(view.attention, view.images.clamp(max=0), keep))
+        return Rows(row_rules.most_attended(view.attention, view.images.clamp(max=0), keep))

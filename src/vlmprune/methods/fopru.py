@@ -7,10 +7,11 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmprune import scoring, select
-from vlmprune.budget import each_crop
-from vlmprune.budgeted import Budgeted
+from vlmprune import select
 from vlmprune.errors import VlmpruneError
+from vlmprune.methods.bases.budgeted import Budgeted
+from vlmprune.select import scoring
+from vlmprune.select.budget import each_crop
 from vlmprune.views import EncoderView, Reads, Selection
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vlmprune import rowrules, schedule
 from vlmprune.errors import VlmpruneError
-from vlmprune.families import Positions
-from vlmprune.layered import check_positions
-from vlmprune.pruner import Pruner
+from vlmprune.hosts.families import Positions
+from vlmprune.methods.bases.layered import check_positions
+from vlmprune.pruner.base import Pruner
+from vlmprune.select import row_rules, schedule
 from vlmprune.views import Ask, Rows, RowView
 
 
@@ -99,8 +99,8 @@ class GSearch(Pruner):
     def drop(self, layer: int, view: RowView) -> Rows:
         """Keep the layer's share of each image."""
         assert view.attention is not None
-        keep = rowrules.share(self.rates[layer], view.before).minimum(view.counts)
-        return Rows(rowrules.most_attended(view.attention, view.images, keep))
+        keep = row_rules.share(self.rates[layer], view.before).minimum(view.counts)
+        return Rows(row_rules.most_attended(view.attention, view.images, keep))
 
 
 def falling(rates: Sequence[float]) -> dict[int, Ask]:

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlmprune import retention
 from vlmprune.errors import VlmpruneError
-from vlmprune.pruner import Pruner
+from vlmprune.pruner.base import Pruner
+from vlmprune.select import retention
 from vlmprune.views import LayerView, Retention
 
 

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import torch
 
-from vlmprune import clusters
-from vlmprune.budget import check_keep, resolve_keep
 from vlmprune.errors import VlmpruneError
-from vlmprune.families import Positions
-from vlmprune.pruner import Pruner
+from vlmprune.hosts.families import Positions
+from vlmprune.pruner.base import Pruner
+from vlmprune.select import clusters
+from vlmprune.select.budget import check_keep, resolve_keep
 from vlmprune.views import EncoderView, Merge, Reads, Selection
 
 

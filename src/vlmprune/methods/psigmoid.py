@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import torch
 
-from vlmprune import rowrules, schedule
 from vlmprune.errors import VlmpruneError
-from vlmprune.layered import Layered, check_layers
+from vlmprune.methods.bases.layered import Layered, check_layers
 from vlmprune.methods.gsearch import falling
+from vlmprune.select import row_rules, schedule
 from vlmprune.views import Ask, Rows, RowView
 
 
@@ -75,8 +75,8 @@ class PSigmoid(Layered):
             # The one look at the host: α is solved there, and remembered.
             means = [[min(1.0, self.keep / max(1, n)) for n in row] for row in view.before.tolist()]
             found = [[self.rates(view.depth, mean)[layer] for mean in row] for row in means]
-            keep = rowrules.share(view.before.new_tensor(found, dtype=torch.float32), view.before)
+            keep = row_rules.share(view.before.new_tensor(found, dtype=torch.float32), view.before)
         else:
-            keep = rowrules.share(self.rates(view.depth, self.keep)[layer], view.before)
+            keep = row_rules.share(self.rates(view.depth, self.keep)[layer], view.before)
         keep = keep.minimum(view.counts)
-        return Rows(rowrules.most_attended(view.attention, view.images, keep))
+        return Rows(row_rules.most_attended(view.attention, view.images, keep))

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from vlmprune import rowrules
 from vlmprune.errors import VlmpruneError
-from vlmprune.families import Positions
-from vlmprune.layered import check_layers, check_positions
-from vlmprune.pruner import Pruner
+from vlmprune.hosts.families import Positions
+from vlmprune.methods.bases.layered import check_layers, check_positions
+from vlmprune.pruner.base import Pruner
+from vlmprune.select import row_rules
 from vlmprune.views import Ask, Rows, RowView
 
 
@@ -77,4 +77,4 @@ class PyramidDrop(Pruner):
         # Rounded down, as in the release; with room for float32's error in shares such as 0.7.
         keep = (view.counts * self.ratio + 1e-4).floor().long().clamp(min=1)
         keep = keep.minimum(view.counts)
-        return Rows(rowrules.most_attended(view.attention, view.images, keep))
+        return Rows(row_rules.most_attended(view.attention, view.images, keep))

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmprune import rowrules
 from vlmprune.errors import VlmpruneError
-from vlmprune.layered import Layered, check_layers
+from vlmprune.methods.bases.layered import Layered, check_layers
+from vlmprune.select import row_rules
 from vlmprune.views import Ask, Rows, RowView
 
 # The authors' code, made for 576 visual tokens and 32 decoder layers: after which layers it
@@ -90,16 +90,16 @@ class SparseVLM(Layered):
         """The text tokens behind the image that it is most like."""
         behind = view.text & view.after
         allowed = torch.where(behind.any(dim=1, keepdim=True), behind, view.text)
-        return rowrules.text_raters(view.hidden, view.images, view.text_hidden, allowed)
+        return row_rules.text_raters(view.hidden, view.images, view.text_hidden, allowed)
 
     def drop(self, layer: int, view: RowView) -> Rows:
         """Keep the best rated tokens and some merged rows."""
         assert view.attention is not None
         keep = left_of(self.keep, stages(view.depth).index(layer), view.before)
-        kept = rowrules.most_attended(view.attention, view.images, keep.minimum(view.counts))
+        kept = row_rules.most_attended(view.attention, view.images, keep.minimum(view.counts))
         if not self.recycle:
             return Rows(kept)
-        states, merged, into = rowrules.recycle(
+        states, merged, into = row_rules.recycle(
             view.hidden,
             view.images,
             view.attention,
@@ -131,4 +131,4 @@ def left_of(keep: int | float, stage: int, before: Tensor) -> Tensor:
     above = torch.bucketize(asked, knots).clamp(min=1)
     low, high = knots[above - 1], knots[above]
     part = (asked - low) / (high - low)
-    return rowrules.share((left[above - 1] * (1 - part) + left[above] * part) / TOKENS, before)
+    return row_rules.share((left[above - 1] * (1 - part) + left[above] * part) / TOKENS, before)

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from vlmprune import bipartite
-from vlmprune.budget import each_crop
-from vlmprune.budgeted import Budgeted
 from vlmprune.errors import VlmpruneError
+from vlmprune.methods.bases.budgeted import Budgeted
+from vlmprune.select import bipartite
+from vlmprune.select.budget import each_crop
 from vlmprune.views import EncoderView, Inside, Selection
 
 

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from vlmprune import clusters
-from vlmprune.budgeted import Budgeted
 from vlmprune.errors import VlmpruneError
+from vlmprune.methods.bases.budgeted import Budgeted
+from vlmprune.select import clusters
 from vlmprune.views import EncoderView, Merge, Reads, Selection
 
 

@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 
 from vlmprune import select
-from vlmprune.budget import Budget, check_budget, check_keep, resolve_keep
 from vlmprune.errors import VlmpruneError
-from vlmprune.families import Positions
-from vlmprune.pruner import Pruner
-from vlmprune.taps import Score
+from vlmprune.hosts.families import Positions
+from vlmprune.pruner.base import Pruner
+from vlmprune.runtime.attention.taps import Score
+from vlmprune.select.budget import Budget, check_budget, check_keep, resolve_keep
 from vlmprune.views import EncoderView, Selection
 
 

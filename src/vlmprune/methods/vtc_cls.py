@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vlmprune import scoring, select
-from vlmprune.budgeted import Budgeted
+from vlmprune import select
 from vlmprune.errors import VlmpruneError
+from vlmprune.methods.bases.budgeted import Budgeted
+from vlmprune.select import scoring
 from vlmprune.views import EncoderView, Reads, Selection
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlmprune import calls
-from vlmprune.handle import Handle
-from vlmprune.pruner import Pruner
+from vlmprune.pruner.base import Pruner
+from vlmprune.pruner.handle import Handle
 from vlmprune.report import Report
-from vlmprune.reuse import Vision
+from vlmprune.runtime.call import run as calls
+from vlmprune.runtime.encoder.visions import Vision
 from vlmprune.training.rows import IGNORE
 from vlmprune.training.states import States
 

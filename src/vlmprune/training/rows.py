@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vlmprune.errors import VlmpruneError
 from vlmprune.io.models import prompt_of
 from vlmprune.io.processors import has_template, image_mark
-from vlmprune.sources import open_images
+from vlmprune.io.sources import open_images
 from vlmprune.training.data import Entry, Turn
 
 IGNORE = -100

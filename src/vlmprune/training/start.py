@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmprune import needed
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts.config import longest_prompt
+from vlmprune.io import libraries
 from vlmprune.io.models import Loaded
 from vlmprune.learned import Learned
 from vlmprune.methods import METHODS
-from vlmprune.tasks import Task
+from vlmprune.study.tasks import Task
 from vlmprune.training.data import Entry
 from vlmprune.training.samples import held_out
 
@@ -67,7 +67,7 @@ def check(wanted: Wanted) -> type[Learned]:
             f"method {wanted.method!r} {kind}; methods that are trained: {', '.join(trainable)}."
         )
     for name in ("accelerate", "peft"):
-        needed.module(name, EXTRA)
+        libraries.module(name, EXTRA)
     if wanted.stage not in STAGES:
         raise VlmpruneError(f"--stage {wanted.stage!r} is unknown; use {' or '.join(STAGES)}.")
     if wanted.stage == "align" and wanted.lora:

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlmprune import families
 from vlmprune.errors import VlmpruneError
-from vlmprune.families.llava import LlavaImages
+from vlmprune.hosts import families
+from vlmprune.hosts.families.llava import LlavaImages
 from vlmprune.hosts.requests import base_of
-from vlmprune.pruner import Pruner
-from vlmprune.taps import passing
+from vlmprune.pruner.base import Pruner
+from vlmprune.runtime.attention.taps import passing
 from vlmprune.training.data import Entry, Turn
 from vlmprune.training.rows import Rows
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from vlmprune import evaluate as evaluating
 from vlmprune.errors import VlmpruneError
 from vlmprune.io.models import Loaded
-from vlmprune.tasks import Task
+from vlmprune.study.evals import run as evaluating
+from vlmprune.study.tasks import Task
 from vlmprune.training import curve
 from vlmprune.training.data import Entry
 from vlmprune.training.learner import Learner

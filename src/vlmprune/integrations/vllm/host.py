@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmprune.families.media import Inputs, Medium
-from vlmprune.families.towers import Crops
-from vlmprune.layout import Layout
-from vlmprune.pruner import Pruner
+from vlmprune.hosts.families.media import Inputs, Medium
+from vlmprune.hosts.families.towers import Crops
+from vlmprune.pruner.base import Pruner
+from vlmprune.views.layout import Layout
 
 
 class Host:

@@ -10,13 +10,13 @@ from torch import Tensor
 from vllm.model_executor.models import interns1
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vlmprune.families.media import Inputs
-from vlmprune.families.tiles import InternVLImages
+from vlmprune.hosts.families.media import Inputs
+from vlmprune.hosts.families.tiles import InternVLImages
 from vlmprune.integrations.vllm.host import Host, Served, ServedCrops
 from vlmprune.integrations.vllm.model import PrunedModel
 from vlmprune.integrations.vllm.processing import PrunedProcessor
 from vlmprune.integrations.vllm.runs import Apart
-from vlmprune.layout import Layout
+from vlmprune.views.layout import Layout
 
 
 class InternVLHost(Host):

@@ -10,19 +10,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlmprune import merging
-from vlmprune.encode import Encoded, encode
-from vlmprune.geometry import Item, Plan
-from vlmprune.inputs import Span
 from vlmprune.integrations.vllm import policy as policies
-from vlmprune.integrations.vllm import recording
+from vlmprune.integrations.vllm import tower_reads
 from vlmprune.integrations.vllm.fields import field_of, unpack
 from vlmprune.integrations.vllm.host import Host, Served
+from vlmprune.integrations.vllm.journal import Recorder
 from vlmprune.integrations.vllm.positions import OriginalPositions
-from vlmprune.integrations.vllm.record import Recorder
-from vlmprune.layout import Layout
-from vlmprune.pruner import Pruner
+from vlmprune.pruner.base import Pruner
+from vlmprune.runtime.call.geometry import Item, Plan
+from vlmprune.runtime.call.shorten import Span
+from vlmprune.runtime.encoder import merging
+from vlmprune.runtime.encoder.encode import Encoded, encode
 from vlmprune.views import EncoderView
+from vlmprune.views.layout import Layout
 
 
 class PrunedModel(OriginalPositions):
@@ -109,7 +109,7 @@ class PrunedModel(OriginalPositions):
 
         def run(*given: Any) -> Any:
             reads = given[5]
-            return recording.run(call, host, medium, items, layouts, reads, pruner.attends)
+            return tower_reads.run(call, host, medium, items, layouts, reads, pruner.attends)
 
         return encode(
             host,  # type: ignore[arg-type]

@@ -18,18 +18,18 @@ from typing import Any, Literal
 import torch
 
 from vlmprune import spec
-from vlmprune.budget import check_budget, check_keep, resolve_keep
 from vlmprune.errors import VlmpruneError
-from vlmprune.families import advised_positions
+from vlmprune.hosts.families import advised_positions
 from vlmprune.integrations.vllm import VARIABLE
-from vlmprune.layout import Layout
 from vlmprune.methods import METHODS
 from vlmprune.methods.average_pooling import AveragePooling
 from vlmprune.methods.evs import EVS
 from vlmprune.methods.fopru import FoPru
 from vlmprune.methods.prumerge import PruMerge
-from vlmprune.pruner import Pruner
+from vlmprune.pruner.base import Pruner
+from vlmprune.select.budget import check_budget, check_keep, resolve_keep
 from vlmprune.views import EncoderView
+from vlmprune.views.layout import Layout
 
 # What a request calls its budget, among `mm_processor_kwargs`.
 KEEP = "vlmprune_keep"

@@ -12,16 +12,16 @@ from torch import Tensor
 from vllm.model_executor.models import qwen2_5_vl, qwen2_vl, qwen3_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vlmprune.families.media import Inputs
-from vlmprune.families.qwen import QwenImages, QwenVideos
+from vlmprune.hosts.families.media import Inputs
+from vlmprune.hosts.families.qwen import QwenImages, QwenVideos
 from vlmprune.integrations.vllm.host import Host, Served
 from vlmprune.integrations.vllm.model import PrunedModel
 from vlmprune.integrations.vllm.positions import OriginalPositions
 from vlmprune.integrations.vllm.processing import PrunedProcessor
 from vlmprune.integrations.vllm.runs import Apart
-from vlmprune.layout import Layout
-from vlmprune.pruner import Pruner
-from vlmprune.reading import wanted
+from vlmprune.pruner.base import Pruner
+from vlmprune.runtime.encoder.reads import wanted
+from vlmprune.views.layout import Layout
 
 
 class Qwen(Host):

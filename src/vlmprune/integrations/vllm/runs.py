@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from vlmprune import spec
-from vlmprune.budget import each_crop
 from vlmprune.errors import VlmpruneError
 from vlmprune.integrations.vllm.host import Served
-from vlmprune.pruner import Pruner
+from vlmprune.pruner.base import Pruner
+from vlmprune.select.budget import each_crop
 
 
 @dataclass(frozen=True)

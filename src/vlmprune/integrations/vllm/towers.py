@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from vlmprune.families.towers import feature_layer
+from vlmprune.hosts.families.towers import feature_layer
 
 # By the type of their config.
 OWN = ("dinov2",)

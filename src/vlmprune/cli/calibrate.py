@@ -1,0 +1,163 @@
+"""`vlmprune calibrate`: PLPHP's thresholds for a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from vlmprune.cli.options import AsJson, Device, Dtype, Model
+from vlmprune.cli.printing import console, print_json, progress
+from vlmprune.errors import VlmpruneError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Asked where no question is given.
+QUESTIONS = ("What is in the picture?", "Describe the picture.")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def calibrate(
+    images: Annotated[
+        Optional[list[str]],  # noqa: UP045 - Typer reads this at run time, on Python 3.10 too
+        typer.Argument(
+            metavar="IMAGE|FOLDER",
+            help="Pictures, or folders of them, like those that the model will see; the embedded "
+            "model has some of its own.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        str, typer.Option(metavar="FILE.json", help="The file that `PLPHP.from_file` reads.")
+    ] = "plphp.json",
+    question: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Asked about each picture; may be given several times."),
+    ] = None,
+    model: Model = None,
+    window: Annotated[
+        int, typer.Option(help="How many of the prompt's last tokens are asked.")
+    ] = 1,
+    beta_quantile: Annotated[
+        float, typer.Option(help="Share of layers that is to lie below beta.")
+    ] = 0.25,
+    alpha_quantile: Annotated[
+        float, typer.Option(help="Share of layers that is to lie below alpha.")
+    ] = 0.75,
+    plot: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="FILE.png", help="Where to draw it; by default beside --out."),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Questions at once.")] = 4,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find PLPHP's thresholds for a model: its vision attention over your pictures."""
+    with progress("Starting…") as say:
+        from vlmprune.io import models, sources
+        from vlmprune.methods import PLPHP
+        from vlmprune.study.calibrate import run as calibrating
+
+        with models.quiet():
+            probe = PLPHP(window=window)
+            sources.at_least_one(batch=batch)
+            calibrating.check_quantiles(beta_quantile, alpha_quantile)
+            target = calibrating.check_target(Path(out).expanduser())
+            picture = target.with_suffix(".png") if plot is None else Path(plot).expanduser()
+            calibrating.check_target(picture)
+            place = sources.choose_device(device)
+            kind = sources.choose_dtype(dtype, place)
+            source = sources.find_model(model)
+            files = _files(images or [], model)
+            say(f"Loading {source.label}…")
+            loaded = models.load(source, place, kind)
+            asked = question or _questions(model)
+            opened = (sources.open_images([file])[0] for file in files)
+            total = len(files) * len(asked)
+            gammas = calibrating.measure(
+                loaded.model,
+                calibrating.questions_for(loaded, opened, asked, batch),
+                window,
+                lambda seen: say(f"{seen}, of {total}"),
+            )
+            alpha, beta = calibrating.thresholds(gammas, beta_quantile, alpha_quantile)
+            content = calibrating.document(
+                gammas, alpha, beta, source.label, beta_quantile, alpha_quantile
+            )
+            calibrating.save(content, target)
+            pruner = PLPHP(alpha=alpha, beta=beta, window=probe.window)
+            calibrating.plot(gammas, pruner, picture, source.label)
+    if as_json:
+        print_json(content | {"file": str(target), "plot": str(picture)})
+        return
+    show = console()
+    show.print(_table(content, gammas.retention(pruner).mean(dim=0).tolist()))
+    show.print()
+    spec = f"plphp:from={target}"
+    for line in (
+        f"alpha {alpha:g}, beta {beta:g}: from {len(files)} picture(s), {len(asked)} question(s) "
+        "each; for this model only",
+        f"kept in {target}, drawn in {picture}; use it as --method {spec}",
+    ):
+        show.print(line, style="dim", markup=False, soft_wrap=True)
+
+
+def _files(given: list[str], model: str | None) -> list[str]:
+    """The pictures named, folders opened up.
+
+    Raises:
+        VlmpruneError: none are given and the model has none, or a folder has none.
+    """
+    if not given:
+        if model is not None:
+            raise VlmpruneError(
+                "no pictures are given; name some that are like those that the model will see."
+            )
+        from vlmprune import embedded
+
+        given = [str(embedded.scenes())]
+    files: list[str] = []
+    for name in given:
+        folder = Path(name)
+        if not folder.is_dir():
+            files.append(name)
+            continue
+        found = sorted(str(f) for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
+        if not found:
+            raise VlmpruneError(f"folder {name!r} holds no pictures; give one that does.")
+        files += found
+    missing = [file for file in files if not Path(file).is_file()]
+    if missing:
+        raise VlmpruneError(
+            f"image {missing[0]!r} does not exist; give the path of a picture or of a folder."
+        )
+    return files
+
+
+def _questions(model: str | None) -> list[str]:
+    """What to ask where nothing is asked: the embedded model has few words, and its own."""
+    if model is not None:
+        return list(QUESTIONS)
+    import json
+
+    from vlmprune import embedded
+
+    scenes = json.loads((embedded.scenes() / "scenes.json").read_text(encoding="utf-8"))
+    asked = [pair["question"] for scene in scenes for pair in scene["questions"]]
+    return sorted(set(asked))
+
+
+def _table(content: dict[str, Any], retention: list[float]) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("layer", "vision attention", "lowest", "highest", "keeps"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer, kept in zip(content["layers"], retention, strict=True):
+        figures = (f"{layer[name]:.3f}" for name in ("mean", "min", "max"))
+        table.add_row(str(layer["layer"]), *figures, f"{100 * kept:.0f} %")
+    return table

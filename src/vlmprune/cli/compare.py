@@ -1,0 +1,294 @@
+"""`vlmprune compare`: methods and budgets over the same questions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from vlmprune.cli.options import AsJson, Device, Dtype, Model
+from vlmprune.cli.printing import bar, console, print_json, typed
+from vlmprune.errors import VlmpruneError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vlmprune.study.compare.results import Result
+
+# What is compared where nobody says.
+METHODS = "random,uniform,divprune,vispruner"
+KEEPS = "0.5,0.25,0.11"
+TASK = "scenes"
+# Terminals of fewer columns show less.
+NARROW = 96
+
+
+def compare(
+    context: typer.Context,
+    pictures: Annotated[
+        Optional[list[str]],  # noqa: UP045 - Typer reads this at run time, on Python 3.10 too
+        typer.Argument(
+            metavar="PICTURE",
+            help="Pictures of your own, each asked every --question; without any, a --task is "
+            "asked.",
+            show_default=False,
+        ),
+    ] = None,
+    methods: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            metavar="SPECS",
+            help="Methods parted by commas, with settings where wanted, as in "
+            f"random,vispruner:important_ratio=0.75,plphp; by default {METHODS}.",
+        ),
+    ] = None,
+    keep: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="BUDGETS",
+            help="Budgets parted by commas, for each method whose spec leaves it open; numbers of "
+            f"visual tokens, or fractions; by default {KEEPS}.",
+        ),
+    ] = None,
+    question: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Asked about each picture given; may be given several times."),
+    ] = None,
+    task: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="scenes (the embedded model's held-out set, the default), folder:PATH with "
+            "pictures and a questions.json, or a local copy of a standard set (see `eval`)."
+        ),
+    ] = None,
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Questions of the task, from its first; by default all."),
+    ] = None,
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where page, plot, figures and answers go; a comparison that was stopped goes on "
+            "with the answers that are there.",
+        ),
+    ] = "compare",
+    html: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="FILE.html", help="Where the page goes; by default into --out."),
+    ] = None,
+    show: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="Questions on the page, at most 12; by default 4 of a task, and the first 12 "
+            "about pictures given."
+        ),
+    ] = None,
+    model: Model = None,
+    max_new_tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Longest answer about pictures given; by default 64."),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Questions answered at once.")] = 32,
+    repeat: Annotated[int, typer.Option(help="Timed turns, of which the medians count.")] = 5,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods at several budgets: what is lost, what is saved, what is kept.
+
+    Writes one page that needs no network, a plot, and all figures.
+    """
+    _check_together(pictures, question, task, limit, max_new_tokens)
+    with bar() as tell:
+        tell("Starting…", 0, 1)
+        from vlmprune.io import models, sources
+        from vlmprune.study import measure, tasks
+        from vlmprune.study.compare import configurations, page
+        from vlmprune.study.compare import plot as pareto
+        from vlmprune.study.compare import run as comparing
+
+        with models.quiet():
+            specs = [one for text in methods or [METHODS] for one in configurations.split(text)]
+            found = configurations.ways_of(
+                specs, configurations.keeps_of(keep or KEEPS), keep is not None
+            )
+            sources.at_least_one(batch=batch, repeat=repeat)
+            if limit is not None:
+                sources.at_least_one(limit=limit)
+            if show is not None and show < 0:
+                raise VlmpruneError(f"--show {show} is below 0; use 0 for none.")
+            if show is not None and show > page.MOST:
+                raise VlmpruneError(
+                    f"--show {show} is above the {page.MOST} questions that a page holds; use "
+                    f"{page.MOST} or fewer."
+                )
+            asked: tasks.Task
+            if pictures:
+                longest = 64 if max_new_tokens is None else max_new_tokens
+                sources.at_least_one(max_new_tokens=longest)
+                opened = sources.open_images(pictures)
+                asked = comparing.Pictures(
+                    tuple(pictures), tuple(opened), tuple(question or ()), longest
+                )
+            else:
+                asked = tasks.find_task(task or TASK)
+            place = sources.choose_device(device)
+            kind = sources.choose_dtype(dtype, place)
+            source = sources.find_model(model)
+            for way in found:
+                sources.check_budget(source, way.pruner)
+            folder = Path(out).expanduser()
+            targets = {
+                "page": Path(html).expanduser() if html else folder / "compare.html",
+                "plot": folder / "compare.png",
+                "figures": folder / "compare.json",
+            }
+            if targets["page"].suffix.lower() not in (".html", ".htm"):
+                raise VlmpruneError(
+                    f"--html {html!r} does not end in .html; use a name such as compare.html."
+                )
+            for path in targets.values():
+                page.check_free(path)
+            tell(f"Loading {source.label}…", 0, 1)
+            loaded = models.load(source, place, kind)
+            count = show if show is not None else None if pictures else comparing.SHOWN
+            result = comparing.compare(
+                *(loaded, source, found, asked, limit, batch, repeat, count),
+                *(folder / "answers", tell),
+            )
+            tell("Drawing…", 1, 1)
+            facts = measure.facts(place)
+            command = typed(context)
+            title = f"{result.model} on {result.task}"
+            plot = pareto.plot(result.dots(), result.axes, result.what, title)
+            content = {"made_by": page.MARK, "command": command, **facts, **result.as_dict()}
+            page.write(targets["plot"], plot)
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            page.write(targets["figures"], text)
+            page.write(targets["page"], page.render(result, plot, facts, command))
+    if as_json:
+        print_json(content | {"files": {name: str(path) for name, path in targets.items()}})
+    else:
+        _print(result, facts, targets, folder / "answers", bool(pictures))
+
+
+def _check_together(
+    pictures: list[str] | None,
+    question: list[str] | None,
+    task: str | None,
+    limit: int | None,
+    max_new_tokens: int | None,
+) -> None:
+    """Refuse options that do not go together."""
+    if pictures:
+        if task is not None:
+            raise VlmpruneError("pictures and --task exclude each other; give one of them.")
+        if limit is not None:
+            raise VlmpruneError("--limit is for a --task; name fewer pictures or questions.")
+        if not question or not all(one.strip() for one in question):
+            raise VlmpruneError(
+                'a question about the pictures is missing; give one, as in --question "What is '
+                'this?"'
+            )
+        return
+    for name, value in (("question", question), ("max-new-tokens", max_new_tokens)):
+        if value:
+            raise VlmpruneError(
+                f"--{name} is for pictures of one's own, and none are given; name some, or leave "
+                "it out."
+            )
+
+
+def _print(
+    result: Result, facts: dict[str, Any], targets: dict[str, Path], answers: Path, own: bool
+) -> None:
+    from rich.text import Text
+
+    out = console()
+    questions = f"{result.questions} question{'' if result.questions == 1 else 's'}"
+    out.print(Text.assemble((result.model, "bold"), f" on {result.task}, {questions}"))
+    out.print()
+    out.print(_table(result, out.width))
+    out.print()
+    if own:
+        for shown in result.shown:
+            out.print(_answers(result, shown.question, [one.text for one in shown.answers]))
+            out.print()
+    for one in result.skipped:
+        out.print(f"left out: {one.spec}: {one.reason}", markup=False, soft_wrap=True)
+    lines = [_scored(result)]
+    if any(row.against is not None for row in result.rows):
+        lines.append(
+            "against random: points, question by question, ± half of the 95 % interval; wins or "
+            "loses where that leaves out 0"
+        )
+    turns = f"{result.repeat} turn{'' if result.repeat == 1 else 's'}"
+    lines += [
+        "visual tokens: averaged over layers; LLM FLOPs, KV: of the visual tokens; all FLOPs: with "
+        "the vision tower",
+        f"prefill: time to the first token, all tokens = 1; medians of {turns}",
+        f"{facts['device_name']}; {result.device}, {facts['threads']} thread(s), {result.dtype}",
+        f"page: {targets['page']}; plot: {targets['plot']}; figures: {targets['figures']}",
+        f"answers are kept in {answers}: asked again, only what is missing is answered",
+    ]
+    for line in lines:
+        out.print(line, style="dim", markup=False, soft_wrap=True)
+
+
+def _scored(result: Result) -> str:
+    words = (
+        "accuracy: share of right answers"
+        if result.scored
+        else "agreement: share of answers that are the unpruned model's; none is known to be true"
+    )
+    if result.rows[0].score.low is None:
+        return f"{words}; too few pictures for an interval"
+    return f"{words}, with its 95 % interval, bootstrapped over pictures"
+
+
+def _table(result: Result, width: int) -> Table:
+    """All rows; a narrow terminal does without the FLOPs of the vision tower."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    from vlmprune.study.compare.results import columns, sections
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    names = [len(row.name) for row in result.rows]
+    table.add_column("", overflow="fold", min_width=min(18, max(names) + 2))
+    titles = columns(result)
+    if width < NARROW:
+        titles.pop("flops", None)
+    for title in titles.values():
+        table.add_column(title, justify="right", no_wrap=True)
+    for title, lines in sections(result):
+        if title:
+            table.add_row(Text(title, style="bold"))
+        for line in lines:
+            style = "dim" if line.row.control else "red" if line.row.verdict == "loses" else ""
+            name = f"  {line.name}" if title else line.name
+            table.add_row(Text(name), *(Text(line.texts[key]) for key in titles), style=style)
+        table.add_section()
+    return table
+
+
+def _answers(result: Result, question: str, texts: list[str]) -> Table:
+    """What all configurations answered to one question."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    from vlmprune.study.compare.results import budget
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for title in ("", Text(question), ""):
+        table.add_column(title, overflow="fold")
+    for row, text in zip(result.rows, texts, strict=True):
+        name = row.name if row.keep is None else f"{row.name}, {budget(row.keep)}"
+        same = "" if row.full else "same" if text == texts[0] else "differs"
+        table.add_row(Text(name, style="dim"), Text(text), Text(same))
+    return table

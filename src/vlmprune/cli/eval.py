@@ -1,0 +1,235 @@
+"""`vlmprune eval`: a method on a task, beside the unpruned model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from vlmprune.cli.options import AsJson, Budget, Device, Dtype, Model, keep_of
+from vlmprune.cli.printing import bar, console, print_json, typed
+from vlmprune.errors import VlmpruneError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from vlmprune.spec import Stage
+    from vlmprune.study.evals.tables import Assessed
+
+# Where answers are kept where nobody says.
+FOLDER = "vlmprune-eval"
+
+
+def evaluate(
+    context: typer.Context,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="SPEC",
+            help="A method with its settings, as vispruner:keep=64; chain several by +.",
+        ),
+    ] = "vispruner",
+    keep: Annotated[
+        Optional[str],  # noqa: UP045 - Typer reads this at run time, on Python 3.10 too
+        typer.Option(
+            help="Visual tokens to keep, or a fraction such as 0.25; 64 where a method must know."
+        ),
+    ] = None,
+    budget: Budget = None,
+    task: Annotated[
+        str,
+        typer.Option(
+            help="scenes (the embedded model's held-out set), folder:PATH with pictures and a "
+            "questions.json, or a local copy of a standard set: pope:PATH, gqa:PATH, "
+            "textvqa:PATH, scienceqa:PATH, mme:PATH, vqav2:PATH."
+        ),
+    ] = "scenes",
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Questions of the task, from its first; by default all."),
+    ] = None,
+    model: Model = None,
+    batch: Annotated[int, typer.Option(help="Questions answered at once.")] = 32,
+    no_baseline: Annotated[
+        bool, typer.Option("--no-baseline", help="Do not ask the unpruned model.")
+    ] = False,
+    out: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Where answers go, one a line as they are given; a run that was stopped goes on "
+            f"with them. By default a file below {FOLDER}.",
+        ),
+    ] = None,
+    markdown: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="FILE.md", help="Write the table there too."),
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a method costs in accuracy and saves in work, on a set of questions.
+
+    A run that was stopped goes on where it was when it is asked for again.
+    """
+    with bar() as tell:
+        tell("Starting…", 0, 1)
+        from vlmprune import spec
+        from vlmprune.io import models, sources
+        from vlmprune.study import tasks
+        from vlmprune.study.compare import page
+        from vlmprune.study.evals import kept_answers
+        from vlmprune.study.evals import run as evaluating
+        from vlmprune.study.evals import tables as assessed
+
+        with models.quiet():
+            settings = {"keep": None if keep is None else keep_of(keep), "budget": budget}
+            stages = spec.read(method)
+            pruner = sources.make_pruner(method, settings)
+            _check_pictures(stages)
+            sources.at_least_one(batch=batch)
+            if limit is not None:
+                sources.at_least_one(limit=limit)
+            chosen = tasks.find_task(task)
+            samples = chosen.samples(limit)
+            if no_baseline and not any(one.answers for one in samples):
+                raise VlmpruneError(
+                    f"{chosen.label} has no true answers, so that all to tell is how often the "
+                    "unpruned model's are given; leave out --no-baseline."
+                )
+            target = None if out is None else _store_path(out)
+            table = None if markdown is None else _table_path(markdown)
+            place = sources.choose_device(device)
+            kind = sources.choose_dtype(dtype, place)
+            source = sources.find_model(model)
+            sources.check_budget(source, pruner)
+            tell(f"Loading {source.label}…", 0, 1)
+            loaded = models.load(source, place, kind)
+            if target is None:
+                marked = kept_answers.digest(loaded, source, chosen)
+                folder = Path(FOLDER) / f"{kept_answers.plain(chosen.label)[-40:]}-{marked}"
+                names = "+".join(stage.name for stage in stages)
+                stores = [
+                    folder / kept_answers.file_name(names, pruner),
+                    folder / kept_answers.file_name(evaluating.UNPRUNED, None),
+                ]
+            else:
+                stores = [target, target.with_suffix(f".{evaluating.UNPRUNED}{target.suffix}")]
+            ways = 1 if no_baseline else 2
+            found = []
+            # The unpruned model first: it also tells soonest whether the set can be answered.
+            for turn, number in enumerate([0] if no_baseline else [1, 0]):
+                way = (pruner, None)[number]
+                title = (spec.dump(pruner), evaluating.UNPRUNED)[number]
+
+                def say(done: int, total: int, title: str = title, turn: int = turn) -> None:
+                    words = f"{title}: question {done} of {total}"
+                    tell(words, turn * total + done, ways * total)
+
+                found.append(
+                    evaluating.evaluate(loaded, way, chosen, limit, batch, say, str(stores[number]))
+                )
+            answers, full = found[-1], None if no_baseline else found[0]
+            result = assessed.Assessed(
+                label=source.label,
+                spec=spec.dump(pruner),
+                answers=answers,
+                full=full,
+                figures=chosen.summary(answers.results),
+                full_figures={} if full is None else chosen.summary(full.results),
+            )
+            if table is not None:
+                page.write(table, result.markdown(typed(context)))
+    kept = {"answers": str(stores[0])}
+    if not no_baseline:
+        kept["unpruned"] = str(stores[1])
+    if table is not None:
+        kept["markdown"] = str(table)
+    if as_json:
+        print_json(result.as_dict() | {"files": kept})
+    else:
+        _print(result, kept)
+
+
+def _check_pictures(stages: Sequence[Stage]) -> None:
+    for stage in stages:
+        if stage.cls.needs.startswith("a video"):
+            raise VlmpruneError(
+                f"{stage.name} needs videos, and tasks have pictures; choose another --method."
+            )
+
+
+def _store_path(out: str) -> Path:
+    path = Path(out).expanduser()
+    if path.suffix.lower() != ".jsonl":
+        raise VlmpruneError(f"--out {out!r} does not end in .jsonl; use a name such as out.jsonl.")
+    if path.is_dir():
+        raise VlmpruneError(f"--out {out!r} is a folder; give the name of a file in it.")
+    return path
+
+
+def _table_path(markdown: str) -> Path:
+    from vlmprune.study.evals.tables import MARK
+
+    path = Path(markdown).expanduser()
+    if path.suffix.lower() != ".md":
+        raise VlmpruneError(
+            f"--markdown {markdown!r} does not end in .md; use a name such as a.md."
+        )
+    if path.is_dir() or not path.parent.is_dir():
+        raise VlmpruneError(f"--markdown {markdown!r} cannot be written; choose another path.")
+    if path.exists() and MARK.encode() not in path.read_bytes():
+        raise VlmpruneError(
+            f"--markdown {markdown!r} is there already and not of `{MARK}`; give another name."
+        )
+    return path
+
+
+def _print(result: Assessed, kept: dict[str, str]) -> None:
+    from rich.text import Text
+
+    out = console()
+    count = len(result.answers.results)
+    questions = f"{count} question{'' if count == 1 else 's'}"
+    task = result.answers.task
+    out.print(Text.assemble((result.label, "bold"), f" on {task}, {questions}"), soft_wrap=True)
+    out.print()
+    table = _table(result, " (")
+    # Without room of its own, a table measures what fits.
+    room = out.options.update(max_width=1000)
+    if out.measure(table, options=room).maximum > out.width:
+        # Intervals below their values.
+        table = _table(result, "\n(")
+    out.print(table)
+    out.print()
+    lines = [*result.notes(), "answers are kept in " + " and ".join(_stores(kept))]
+    if "markdown" in kept:
+        lines.append(f"table: {kept['markdown']}")
+    for line in lines:
+        out.print(line, style="dim", markup=False, soft_wrap=True)
+
+
+def _table(result: Assessed, bracket: str) -> Table:
+    """The table, with what is to stand before an interval."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    from vlmprune.study.compare.results import ALL_TOKENS
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("", style="dim", no_wrap=True)
+    table.add_column(ALL_TOKENS, justify="right")
+    table.add_column(Text(result.spec), justify="right", style="bold", overflow="fold")
+    table.add_column("difference", justify="right")
+    for name, *cells in result.lines():
+        table.add_row(Text(name), *(Text(cell.replace(" (", bracket)) for cell in cells))
+    return table
+
+
+def _stores(kept: dict[str, str]) -> list[str]:
+    return [path for name, path in kept.items() if name != "markdown"]

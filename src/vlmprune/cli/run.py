@@ -1,0 +1,168 @@
+"""`vlmprune run`: one question, with and without pruning."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from vlmprune.cli.options import AsJson, Budget, Device, Dtype, Model, keep_of
+from vlmprune.cli.printing import bare_table, console, flops, less, mib, print_json, progress
+from vlmprune.errors import VlmpruneError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vlmprune.study.one_question import Measured, Outcome
+
+
+def run(
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE", help="One or more pictures.", show_default=False)
+    ],
+    question: Annotated[str, typer.Argument(help="What to ask about them.", show_default=False)],
+    model: Model = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="SPEC",
+            help="A method with its settings, as vispruner:important_ratio=0.75; chain several "
+            "by + (or by | in quotes). See `vlmprune methods`.",
+        ),
+    ] = "vispruner",
+    keep: Annotated[
+        Optional[str],  # noqa: UP045 - Typer reads this at run time, on Python 3.10 too
+        typer.Option(
+            help="Visual tokens to keep, or a fraction such as 0.25; 64 where a method must know."
+        ),
+    ] = None,
+    important_ratio: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Share of them taken by attention; the rest is diverse."),
+    ] = None,
+    positions: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help='"compact" renumbers, "original" keeps gaps, "auto" as the model wants.'),
+    ] = None,
+    budget: Budget = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
+    decode_tokens: Annotated[
+        int, typer.Option(help="Tokens over which decoding is timed, whatever the answer; 0: none.")
+    ] = 32,
+    repeat: Annotated[int, typer.Option(help="Timed rounds, of which the medians count.")] = 3,
+    device: Device = None,
+    dtype: Dtype = None,
+    save_overlay: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Draw the kept tokens on the picture."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a question about pictures, with and without pruning."""
+    _check_question(question)
+    with progress("Starting…") as say:
+        from vlmprune import spec
+        from vlmprune.io import models, sources
+        from vlmprune.study import one_question
+
+        with models.quiet():
+            pruner = sources.make_pruner(
+                method,
+                {
+                    "keep": None if keep is None else keep_of(keep),
+                    "important_ratio": important_ratio,
+                    "positions": positions,
+                    "budget": budget,
+                },
+            )
+            sources.at_least_one(max_new_tokens=max_new_tokens, repeat=repeat)
+            sources.check_decode(decode_tokens)
+            pictures = sources.open_images(images)
+            place = sources.choose_device(device)
+            kind = sources.choose_dtype(dtype, place)
+            source = sources.find_model(model)
+            sources.check_budget(source, pruner)
+            targets = sources.overlay_paths(save_overlay, images) if save_overlay else []
+            say(f"Loading {source.label}…")
+            loaded = models.load(source, place, kind)
+            inputs = models.prepare(loaded, pictures, question)
+            outcome = one_question.answer_twice(
+                loaded, pruner, inputs, max_new_tokens, repeat, decode_tokens, say
+            )
+            if targets:
+                say("Drawing…")
+                drawn = one_question.draw(loaded, inputs, pictures, outcome.report)
+                sources.save(drawn, targets)
+    if as_json:
+        about: dict[str, Any] = {"model": source.name, "method": spec.dump(pruner)}
+        about |= {"images": images, "question": question}
+        print_json(about | outcome.as_dict() | {"overlays": [str(path) for path in targets]})
+        return
+    names = " + ".join(stage.name for stage in spec.read(method))
+    _print_outcome(source.label, names, question, outcome)
+    for path in targets:
+        console().print(f"kept tokens drawn in {path}", markup=False, soft_wrap=True)
+
+
+def _check_question(question: str) -> None:
+    from pathlib import Path
+
+    if not question.strip() or Path(question).is_file():
+        raise VlmpruneError(
+            'the question is missing; give it last, as in: vlmprune run photo.jpg "What is this?"'
+        )
+
+
+def _print_outcome(model: str, method: str, question: str, outcome: Outcome) -> None:
+    from rich.text import Text
+
+    full, pruned, report = outcome.full, outcome.pruned, outcome.report
+    table = bare_table("all tokens", method)
+    table.add_column("", style="green", justify="right", no_wrap=True)
+
+    def row(name: str, show: Callable[[Measured], str], change: str) -> None:
+        table.add_row(name, Text(show(full)), Text(show(pruned)), change)
+
+    def saved(name: str) -> str:
+        return less(getattr(full, name), getattr(pruned, name))
+
+    row("answer", lambda m: m.answer, "same" if full.answer == pruned.answer else "differs")
+    row("visual tokens", lambda m: str(m.visual_tokens), saved("visual_tokens"))
+    row("prefill", lambda m: f"{m.prefill_ms:.1f} ms", f"{outcome.prefill_speedup:.2f}x")
+    faster = outcome.decode_speedup
+    row("decode", _rate, "" if faster is None else f"{faster:.2f}x")
+    row("total", lambda m: f"{m.total_ms:.1f} ms", f"{outcome.total_speedup:.2f}x")
+    row("KV cache", lambda m: mib(m.kv_bytes), saved("kv_bytes"))
+    row("LLM FLOPs", lambda m: flops(m.decoder_flops), saved("decoder_flops"))
+    row("with encoder", lambda m: flops(m.flops), saved("flops"))
+
+    out = console()
+    out.print(Text.assemble((question, "bold"), (f"  ({model})", "dim")))
+    out.print()
+    out.print(table)
+    out.print()
+    same = "the same as" if outcome.first_token_same else "not"
+    score = f"{report.score}; " if report.score else ""
+    lines = [
+        f"first token: {same} the unpruned model's",
+        f"{report.positions} positions; {score}selected in "
+        f"{1000 * report.seconds_selecting:.1f} ms",
+        f"prefill: time to the first token, encoder included; {outcome.device}, {outcome.dtype}, "
+        f"median of {outcome.repeat}",
+        "KV cache and FLOPs: of the visual tokens",
+    ]
+    if outcome.decode_tokens:
+        lines.insert(3, f"decode: over {outcome.decode_tokens} tokens either way")
+    rates = [rate for layer in report.cut for rate in layer.retention if rate is not None]
+    if rates:
+        lines.append(
+            f"{len(report.cut)} layers' caches cut, to {100 * min(rates):.0f} % to "
+            f"{100 * max(rates):.0f} % of their visual tokens"
+        )
+    for line in lines:
+        out.print(line, style="dim", markup=False)
+
+
+def _rate(measured: Measured) -> str:
+    speed = measured.decode_tokens_per_second
+    return "–" if speed is None else f"{speed:.0f} tok/s"  # noqa: RUF001 - a dash, as tables have

@@ -1,0 +1,177 @@
+"""`vlmprune search`: the cheapest setting of a method that stays within a given loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from vlmprune.cli.options import AsJson, Device, Dtype, Model
+from vlmprune.cli.printing import console, print_json, progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vlmprune.study.search.run import Asked, Outcome
+
+# Rows of the table of trials.
+SHOWN = 8
+
+
+def search(
+    method: Annotated[
+        str,
+        typer.Argument(
+            metavar="METHOD",
+            help="What to search: gsearch for a schedule of rates, or any method, with the "
+            "settings that are to stay, as in vispruner:budget=image.",
+        ),
+    ],
+    max_loss: Annotated[
+        str,
+        typer.Option(help="The most that may be lost, as a share of the unpruned accuracy."),
+    ] = "1%",
+    over: Annotated[
+        Optional[list[str]],  # noqa: UP045 - Typer reads this at run time, on Python 3.10 too
+        typer.Option(
+            help="What to vary: keep=0.05..0.5, or keep=16,32,64; may be given several times. "
+            "By default keep, important_ratio and their like."
+        ),
+    ] = None,
+    task: Annotated[
+        str,
+        typer.Option(
+            help="scenes, folder:PATH with pictures and a questions.json, or a local copy of a "
+            "standard set (see `eval`)."
+        ),
+    ] = "scenes",
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Questions of each half of the task; by default all."),
+    ] = None,
+    trials: Annotated[int, typer.Option(help="Settings to try.")] = 40,
+    cost: Annotated[
+        str, typer.Option(help="What to save: flops (of the language model), kv or tokens.")
+    ] = "flops",
+    group: Annotated[int, typer.Option(help="gsearch: decoder layers that share a rate.")] = 1,
+    out: Annotated[
+        str, typer.Option(metavar="FILE.json", help="The outcome; a plot and a journal beside it.")
+    ] = "search.json",
+    restart: Annotated[
+        bool, typer.Option(help="Forget the trials of an earlier search into this file.")
+    ] = False,
+    model: Model = None,
+    batch: Annotated[int, typer.Option(help="Questions at once.")] = 32,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the cheapest setting of a method, or the cheapest schedule, within a given loss.
+
+    A search that was stopped goes on where it was when it is asked for again.
+    """
+    with progress("Starting…") as say:
+        from vlmprune.io import libraries, models, sources
+        from vlmprune.study import tasks
+        from vlmprune.study.calibrate.run import check_target, save
+        from vlmprune.study.search import optimise as outcomes
+        from vlmprune.study.search import plot as tradeoff
+        from vlmprune.study.search import run as searching
+        from vlmprune.study.search import spaces
+
+        with models.quiet():
+            libraries.module("optuna", "search")
+            sources.at_least_one(batch=batch)
+            if limit is not None:
+                sources.at_least_one(limit=limit)
+            target = Path(out).expanduser()
+            asked = searching.ask(
+                method,
+                over or [],
+                cost,
+                spaces.share(max_loss),
+                trials,
+                group,
+                limit,
+                batch,
+                target,
+            )
+            check_target(asked.picture)
+            outcomes.check_journal(asked.journal)
+            chosen = tasks.find_task(task)
+            place = sources.choose_device(device)
+            kind = sources.choose_dtype(dtype, place)
+            source = sources.find_model(model)
+            if restart:
+                asked.journal.unlink(missing_ok=True)
+            say(f"Loading {source.label}…")
+            loaded = models.load(source, place, kind)
+            outcome = searching.run(loaded, asked, chosen, say)
+            save(outcome.content, asked.out)
+            words = searching.COSTS[cost][1]
+            tradeoff.plot(outcome.found, asked.picture, words, f"{asked.stage.name}, {task}")
+    if as_json:
+        print_json(outcome.content | {"file": str(asked.out), "plot": str(asked.picture)})
+    else:
+        _print(outcome, asked)
+    if outcome.found.best is None:
+        raise typer.Exit(1)
+
+
+def _print(outcome: Outcome, asked: Asked) -> None:
+    show = console()
+    show.print(_table(outcome))
+    show.print()
+    found, difference = outcome.found, outcome.difference
+    lines = []
+    if found.best is None:
+        nearest = found.nearest
+        least = "none was measured" if nearest is None else f"the least lost {nearest.loss:.1%}"
+        lines.append(
+            f"no setting tried stays within a loss of {found.max_loss:.1%} ({least}); allow more "
+            "by --max-loss, or give more --trials"
+        )
+    else:
+        lines.append(f"--method {outcome.method}")
+    if difference is not None and outcome.checked is not None and outcome.full is not None:
+        lines.append(
+            f"on {difference.count} questions about other pictures: "
+            f"{100 * (outcome.checked.accuracy or 0):.1f} % against "
+            f"{100 * (outcome.full.accuracy or 0):.1f} % without pruning, a difference of "
+            f"{100 * difference.value:+.1f} points ({100 * difference.low:+.1f} to "
+            f"{100 * difference.high:+.1f})"
+        )
+    lines.append(f"kept in {asked.out}, drawn in {asked.picture}, trials in {asked.journal}")
+    for line in lines:
+        show.print(line, style="dim", markup=False, soft_wrap=True)
+
+
+def _table(outcome: Outcome) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from vlmprune.study.search.optimise import front
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("settings", "accuracy", "loss", "cost"):
+        table.add_column(name, justify="left" if name == "settings" else "right")
+    found = outcome.found
+    table.add_row("no pruning", f"{100 * found.full:.1f} %", "", "100 %", style="dim")
+    best = front(found.tried)
+    for one in best[-SHOWN:][::-1]:
+        settings = ", ".join(f"{name}={_short(value)}" for name, value in one.settings.items())
+        table.add_row(
+            settings,
+            f"{100 * one.accuracy:.1f} %",
+            f"{100 * one.loss:.1f} %",
+            f"{100 * one.cost:.1f} %",
+            style="bold" if one == found.best else "",
+        )
+    return table
+
+
+def _short(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(_short(part) for part in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

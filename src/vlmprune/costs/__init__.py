@@ -1,0 +1,29 @@
+"""FLOPs, bytes and plans: what a number of visual tokens costs, with no weights.
+
+Here belongs what a config and token counts are enough for. May import `hosts.config` and
+`hosts.sizes`, which read configs, `select.budget` and `errors`; no tensor library.
+"""
+
+from vlmprune.costs.flops import (
+    attention_flops,
+    beside_flops,
+    caching_layers,
+    encoder_flops,
+    kv_bytes,
+    kv_layers,
+    layered_flops,
+    patch_count,
+    prefill_flops,
+)
+
+__all__ = [
+    "attention_flops",
+    "beside_flops",
+    "caching_layers",
+    "encoder_flops",
+    "kv_bytes",
+    "kv_layers",
+    "layered_flops",
+    "patch_count",
+    "prefill_flops",
+]

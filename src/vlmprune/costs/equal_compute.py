@@ -1,0 +1,192 @@
+"""Pairs of language model and visual tokens that cost the same FLOPs at prefill.
+
+The question of "Inference Optimal VLMs Need Only One Visual Token but Larger Models" (arXiv
+2411.03312): of a fixed budget, is it better spent on tokens or on parameters? The pairs are
+arithmetic; which of them answers best is for a measurement to say (`docs/results.md` has a small
+one). Text tokens count here, unlike in the published tables of pruning, because a larger model
+pays for them too: at Q text tokens the paper's cost is proportional to parameters · (Q + V).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from vlmprune import costs
+from vlmprune.costs.plan import KNOWN, MIB, TERA, Decoder, architecture
+from vlmprune.errors import VlmpruneError
+from vlmprune.hosts import config as configs
+from vlmprune.hosts import sizes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Language models of one family, then the two that the published tables are about. Sizes are those
+# of the models' own config files.
+LADDER: dict[str, Any] = {
+    "qwen2.5-0.5b": Decoder(896, 4864, 24, 14, 2),
+    "qwen2.5-1.5b": Decoder(1536, 8960, 28, 12, 2),
+    "qwen2.5-3b": Decoder(2048, 11008, 36, 16, 2),
+    "qwen2.5-7b": Decoder(3584, 18944, 28, 28, 4),
+    "vicuna-7b": KNOWN["llava-1.5-7b"].text_config,
+    "vicuna-13b": KNOWN["llava-1.5-13b"].text_config,
+    "qwen2.5-14b": Decoder(5120, 13824, 48, 40, 8),
+    "qwen2.5-32b": Decoder(5120, 27648, 64, 40, 8),
+    "qwen2.5-72b": Decoder(8192, 29568, 80, 64, 8),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A language model with the most visual tokens that a budget allows it.
+
+    Attributes:
+        model: its name.
+        parameters: of its decoder layers, embeddings and head not counted.
+        visual_tokens: the most that fit; None where even none costs more than the budget.
+        tflops: what they cost together with the text, 1e12 FLOPs.
+        kv_bytes: keys and values of visual and text tokens over all layers.
+    """
+
+    model: str
+    parameters: int
+    visual_tokens: int | None
+    tflops: float
+    kv_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return asdict(self)
+
+
+def budget_of(text: str, text_tokens: int) -> float:
+    """What `--compute-budget` says, in TFLOPs.
+
+    Args:
+        text: a number of TFLOPs, or `MODEL@TOKENS`: what that model spends on so many visual
+            tokens and the text.
+        text_tokens: of a prompt.
+
+    Raises:
+        VlmpruneError: neither.
+    """
+    model, at, tokens = text.rpartition("@")
+    if at:
+        if not tokens.isascii() or not tokens.isdigit():
+            raise VlmpruneError(
+                f"--compute-budget {text} has no number of visual tokens behind the @; write for "
+                "example llava-1.5-7b@576."
+            )
+        return costs.prefill_flops(_decoder(model), int(tokens) + text_tokens) / TERA
+    try:
+        tflops = float(text)
+    except ValueError:
+        tflops = math.nan
+    if not (math.isfinite(tflops) and tflops > 0):
+        raise VlmpruneError(
+            f"--compute-budget {text} is neither a positive number of TFLOPs nor MODEL@TOKENS; "
+            "write for example 8 or llava-1.5-7b@576."
+        )
+    return tflops
+
+
+def pairs(
+    tflops: float, text_tokens: int = 50, models: Sequence[str] = (), kv_value_bytes: int = 2
+) -> list[Pair]:
+    """For each language model the most visual tokens that its prefill can have for a budget.
+
+    Args:
+        tflops: the budget: prefill of the decoder layers, visual and text tokens together. The
+            vision tower is paid whatever the language model is, and not counted.
+        text_tokens: tokens of the prompt that are not visual; 0 where they are cached.
+        models: names of `LADDER` or of `plan.KNOWN`, or local folders with a `config.json`; by
+            default all of `LADDER`.
+        kv_value_bytes: bytes of one cached number.
+
+    Returns:
+        The pairs, smallest model first.
+
+    Raises:
+        VlmpruneError: a value is out of range, or a model unknown.
+    """
+    if text_tokens < 0:
+        raise VlmpruneError(f"text_tokens={text_tokens} is negative; use 0 or more.")
+    if not (math.isfinite(tflops) and tflops > 0):
+        raise VlmpruneError(f"a budget of {tflops} TFLOPs is not positive; use more than 0.")
+    found = []
+    # What a model itself spends, carried through TFLOPs, must still buy the same tokens.
+    flops = tflops * TERA * (1 + 1e-12)
+    for name in dict.fromkeys(models or LADDER):
+        config = _decoder(name)
+        tokens = _most(config, flops, text_tokens)
+        held = text_tokens + (tokens or 0)
+        spent = costs.prefill_flops(config, held) / TERA
+        held_bytes = costs.kv_bytes(config, held, kv_value_bytes)
+        found.append(Pair(name, _parameters(config), tokens, spent, held_bytes))
+    return sorted(found, key=lambda pair: pair.parameters)
+
+
+def table(found: Iterable[Pair], tflops: float, text_tokens: int) -> Table:
+    """The pairs as a Rich table."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    result = Table(
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+        caption=(
+            f"Prefill of {text_tokens} text tokens and the most visual tokens within "
+            f"{tflops:.3g} TFLOPs, none where the text alone costs more; the vision tower comes "
+            "on top. KV in MiB."
+        ),
+    )
+    result.add_column("language model", overflow="fold")
+    for title in ("layers", "visual tokens", "TFLOPs", "KV"):
+        result.add_column(title, justify="right")
+    for pair in found:
+        size = f"{pair.parameters / 1e9:.3g} B"
+        if pair.visual_tokens is None:
+            result.add_row(pair.model, size, "none", "", "")
+        else:
+            held = f"{pair.kv_bytes / MIB:.3g}"
+            result.add_row(pair.model, size, str(pair.visual_tokens), f"{pair.tflops:.3g}", held)
+    return result
+
+
+def _most(config: Any, flops: float, text: int) -> int | None:
+    """The largest number of visual tokens whose prefill with the text stays within `flops`."""
+    if costs.prefill_flops(config, text) > flops:
+        return None
+    least, beyond = 0, 1
+    while costs.prefill_flops(config, text + beyond) <= flops:
+        least, beyond = beyond, beyond * 2
+    while beyond - least > 1:
+        middle = (least + beyond) // 2
+        if costs.prefill_flops(config, text + middle) <= flops:
+            least = middle
+        else:
+            beyond = middle
+    return least
+
+
+def _parameters(config: Any) -> int:
+    """Weights of the decoder layers' matrices."""
+    d, heads = sizes.decoder_width(config), sizes.query_heads(config)
+    head_dim, kv = configs.head_dim(config), configs.kv_heads(config)
+    attention = 2 * d * heads * head_dim + 2 * d * kv * head_dim
+    return int(sizes.decoder_depth(config) * (attention + 3 * d * sizes.decoder_inner(config)))
+
+
+def _decoder(name: str) -> Any:
+    if name in LADDER:
+        return LADDER[name]
+    try:
+        return architecture(name)
+    except VlmpruneError as error:
+        raise VlmpruneError(
+            f"{str(error).rstrip('.')}; of language models alone {', '.join(LADDER)} are known."
+        ) from error

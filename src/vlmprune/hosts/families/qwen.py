@@ -1,0 +1,331 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: any size, merged groups of patches, positions in 3-D."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vlmprune.errors import VlmpruneError
+from vlmprune.hosts import outputs, packing
+from vlmprune.hosts.config import required
+from vlmprune.hosts.contract import broken
+from vlmprune.hosts.families.media import Encoder, Inputs, Medium, Scored, needs
+from vlmprune.hosts.families.record import Family
+from vlmprune.hosts.parts import Parts
+from vlmprune.views import layout
+from vlmprune.views.layout import Layout
+
+
+class QwenImages(Medium):
+    """Images, each a crop of its own size.
+
+    The pixels are patches [Σ t·h·w, values] in the order (time, group, patch of the group), and a
+    grid of (t, h, w) patches for each image says where it ends. A group of patches is merged into
+    one visual token, so that tokens lie time by time and row by row. In the towers of Qwen2-VL and
+    Qwen3-VL, whose configs have neither of the fields of windows, each block sees whole images.
+    """
+
+    inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
+    # The processor stretches a picture to a whole number of groups.
+    overlay = "own"
+    resizable = True
+    parts = Parts(
+        fields=("vision_config.spatial_merge_size", "vision_config.depth"),
+        attributes=("model.visual.blocks", "model.visual.merger"),
+        functions={
+            "model.get_image_features": ("pixel_values", "image_grid_thw"),
+            "model.get_video_features": ("pixel_values_videos", "video_grid_thw"),
+            "model.get_rope_index": (
+                "input_ids",
+                "mm_token_type_ids",
+                "image_grid_thw",
+                "video_grid_thw",
+                "attention_mask",
+            ),
+        },
+    )
+
+    def whole(self, model: Any) -> list[int]:
+        """Numbers of the blocks in which a patch sees its whole image."""
+        return list(range(int(model.config.vision_config.depth)))
+
+    def grids(self, model: Any, inputs: Inputs) -> list[tuple[int, int, int]]:
+        """(frames, rows, columns) of each item, in visual tokens.
+
+        Raises:
+            VlmpruneError: the grids are missing, or do not account for the pixels.
+        """
+        pixels, grid = self.inputs[:2]
+        sizes: Any = needs(inputs, grid, pixels)
+        side = model.config.vision_config.spatial_merge_size
+        rows, patches = len(inputs[pixels]), int(sizes.prod(dim=1).sum())
+        if rows != patches or bool((sizes[:, 1:] % side).any()):
+            raise VlmpruneError(
+                f"{pixels} hold {rows} patches but {grid} asks for {patches}, in groups of "
+                f"{side} x {side}; pass what the model's own processor returns."
+            )
+        return [(t, h // side, w // side) for t, h, w in sizes.tolist()]
+
+    def layouts(self, model: Any, inputs: Inputs, visual: Tensor) -> list[Layout]:
+        """Every group in order; each frame of a video is a crop."""
+        device = inputs[self.inputs[0]].device
+        plain = [layout.plain(t, (h, w), device) for t, h, w in self.grids(model, inputs)]
+        return [replace(one, kind=self.kind) for one in plain]
+
+    def patches(self, model: Any, inputs: Inputs, layouts: Sequence[Layout]) -> list[int]:
+        """A group's patches for each visual token."""
+        group = model.config.vision_config.spatial_merge_size**2
+        return [one.patches * group for one in layouts for _ in range(one.crops)]
+
+    def after(self, model: Any, inputs: Inputs, known: int) -> dict[str, Any]:
+        """The inputs without the patches of the first `known` items."""
+        pixels, grid = self.inputs[:2]
+        rest = {name: inputs[name][known:] for name in self.inputs[1:] if name in inputs}
+        return {pixels: inputs[pixels][int(inputs[grid][:known].prod(dim=1).sum()) :], **rest}
+
+    def resized(self, model: Any, inputs: Inputs, counts: Sequence[int]) -> dict[str, Any]:
+        """Grids of items one row of tokens high."""
+        side, grid = model.config.vision_config.spatial_merge_size, self.inputs[1]
+        return {grid: torch.tensor([(1, side, side * n) for n in counts]).to(inputs[grid])}
+
+    def blank(self, inputs: Inputs, items: int) -> Tensor:
+        """As many patches as the grids ask for, with nothing in them."""
+        return torch.zeros(int(inputs[self.inputs[1]].prod(dim=1).sum()), 0)
+
+    def scored(self, model: Any, inputs: Inputs) -> Scored:
+        """What patches receive in the last block in which each sees its whole image."""
+        number = max(self.whole(model))
+        side = model.config.vision_config.spatial_merge_size
+        return Scored(
+            model.model.visual.blocks[number],
+            "received",
+            "attention received (the tower has no CLS token), full-attention block "
+            f"{number}, mean of each {side} x {side} group",
+        )
+
+    def check_seen(
+        self, model: Any, inputs: Inputs, layouts: Sequence[Layout], attention: Sequence[Tensor]
+    ) -> None:
+        """Each sequence is a whole frame, and no window of one."""
+        found = [call.shape[1] for call in attention for _ in range(call.shape[0])]
+        if found != self.patches(model, inputs, layouts):
+            raise broken(
+                model, "the block that is scored does not attend to whole images, one by one"
+            )
+
+    def encoder(self, model: Any, inputs: Inputs) -> Encoder:
+        """The tower's blocks, of which some may see windows alone."""
+        blocks = tuple(model.model.visual.blocks)
+        return Encoder(blocks, len(blocks) - 1, None, frozenset(self.whole(model)))
+
+    def projector(self, model: Any) -> nn.Module:
+        """The last merger; the other ones of Qwen3-VL merge earlier blocks' features."""
+        return model.model.visual.merger
+
+    def cells(
+        self,
+        model: Any,
+        inputs: Inputs,
+        layouts: Sequence[Layout],
+        attention: list[Tensor],
+        features: list[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Means over merged groups, put back in the order of the visual tokens.
+
+        The tap sees a call per frame, or one call that it takes apart itself; the merger is given
+        the patches of all items at once.
+        """
+        group = model.config.vision_config.spatial_merge_size**2
+        seen = torch.cat([row.flatten(0, 1) for row in attention])
+        scores = seen.unflatten(0, (-1, group)).mean(dim=1)
+        patches = torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
+        merged = patches.view(-1, group, patches.shape[1]).float().mean(dim=1).to(patches.dtype)
+        merged = merged.to(scores.device)
+        order = self.order(model, inputs).to(scores.device)
+        sizes = [one.patches for one in layouts for _ in range(one.crops)]
+        return list(scores[order].split(sizes)), list(merged[order].split(sizes))
+
+    def order(self, model: Any, inputs: Inputs) -> Tensor:
+        """[n] int64; the place in the tower of each visual token's group."""
+        group = model.config.vision_config.spatial_merge_size**2
+        return torch.arange(int(inputs[self.inputs[1]].prod(dim=1).sum()) // group)
+
+    def extra(self, output: Any, layouts: Sequence[Layout]) -> list[list[Tensor]]:
+        """Qwen3-VL's deepstack features, layer by layer; older releases do not part the items."""
+        lengths = [len(one.labels) for one in layouts]
+        return [
+            list(layer.split(lengths) if isinstance(layer, Tensor) else layer)
+            for layer in outputs.deep_of(output)
+        ]
+
+
+class QwenVideos(QwenImages):
+    """Videos: a crop for each temporal patch, which is what Qwen makes of two frames."""
+
+    kind = "video"
+    token = "video_token_id"
+    method = "get_video_features"
+    inputs: ClassVar[tuple[str, ...]] = (
+        "pixel_values_videos",
+        "video_grid_thw",
+        "second_per_grid_ts",
+    )
+    host_only: ClassVar[tuple[str, ...]] = ("second_per_grid_ts",)
+
+    def left(
+        self, inputs: Inputs, layouts: Sequence[Layout], kept: Sequence[Tensor]
+    ) -> dict[str, Any]:
+        """Grids of the frames of which something is left.
+
+        Where `generate` repeats rows, older releases find a row's videos by counting its frames.
+        """
+        pixels, grid = self.inputs[:2]
+        sizes = inputs[grid].clone()
+        for size, one, stays in zip(sizes, layouts, kept, strict=True):
+            size[0] = max(1, len(one.crop[stays.to(one.labels.device)].unique()))
+        return {pixels: inputs[pixels][: int(sizes.prod(dim=1).sum())], grid: sizes}
+
+
+class _Windows(QwenImages):
+    """In Qwen2.5-VL's tower, most blocks of which see windows alone."""
+
+    parts = (
+        QwenImages.parts
+        | packing.WINDOWS
+        | Parts(
+            fields=(
+                "vision_config.fullatt_block_indexes",
+                "vision_config.window_size",
+                "vision_config.patch_size",
+            ),
+            functions={
+                "model.get_rope_index": (
+                    *QwenImages.parts.functions["model.get_rope_index"],
+                    "second_per_grid_ts",
+                ),
+            },
+        )
+    )
+
+    def check(self, model: Any) -> None:
+        """Refuse a tower without a block that sees a whole image."""
+        self.whole(model)
+
+    def whole(self, model: Any) -> list[int]:
+        """Numbers of the blocks in which a patch sees its whole image.
+
+        Raises:
+            VlmpruneError: all blocks see windows alone.
+        """
+        vision = model.config.vision_config
+        whole = required(vision, "fullatt_block_indexes")
+        found = [number for number in whole if number < vision.depth]
+        if not found:
+            raise VlmpruneError(
+                "every block of this model's vision tower sees windows alone "
+                "(fullatt_block_indexes names none), so no attention tells which parts of an "
+                "image matter."
+            )
+        return found
+
+    def order(self, model: Any, inputs: Inputs) -> Tensor:
+        """[n] int64; the place in the tower of each visual token's group.
+
+        The tower brings groups into the order of its windows, and its output back.
+        """
+        vision = model.config.vision_config
+        return packing.windows_of(
+            inputs[self.inputs[1]],
+            vision.spatial_merge_size,
+            required(vision, "window_size"),
+            vision.patch_size,
+        ).argsort()
+
+
+class _WindowedImages(_Windows):
+    """Images in that tower."""
+
+
+class _WindowedVideos(_Windows, QwenVideos):
+    """Videos in that tower."""
+
+
+_DEEP = Parts(fields=("vision_config.deepstack_visual_indexes",))
+
+
+class _DeepImages(QwenImages):
+    """Images of Qwen3-VL, which hands features of earlier blocks to decoder layers."""
+
+    parts = QwenImages.parts | _DEEP
+
+
+class _DeepVideos(QwenVideos):
+    """Videos of Qwen3-VL, likewise."""
+
+    parts = QwenVideos.parts | _DEEP
+
+
+def rope(
+    model: Any, ids: Tensor, mask: Tensor, visual: Sequence[Tensor], inputs: Sequence[Inputs]
+) -> Tensor:
+    """[3, B, L] positions of a whole request, by the host's own rule.
+
+    Args:
+        model: the host.
+        ids: [B, L] token ids.
+        mask: [B, L], 0 where a column is padding.
+        visual: [B, L] bool, the placeholders of images and those of videos.
+        inputs: the inputs of images and those of videos.
+    """
+    kinds = torch.zeros_like(ids, dtype=torch.int)
+    for number, columns in enumerate(visual, start=1):
+        kinds = kinds.masked_fill(columns, number)
+    grids = {
+        name: given[name]
+        for medium, given in zip(MEDIA, inputs, strict=True)
+        for name in medium.inputs[1:]
+        if given.get(name) is not None
+    }
+    # The host's rule fails on a row of padding alone, whose positions nobody reads.
+    mask = mask.masked_fill((mask == 0).all(dim=1, keepdim=True), 1)
+    positions, _ = model.model.get_rope_index(
+        input_ids=ids, mm_token_type_ids=kinds, attention_mask=mask, **grids
+    )
+    return positions
+
+
+MEDIA = (QwenImages(), QwenVideos())
+
+
+def _family(
+    name: str, cls: str, note: str, media: tuple[Medium, ...] = MEDIA, where: str = "layer"
+) -> Family:
+    score = f"attention received in the last {where}, averaged over the patches that a token merges"
+    return Family(name, cls, "original", media, note, score, rope)
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen2_vl": _family(
+        "Qwen2-VL",
+        "Qwen2VLForConditionalGeneration",
+        "images and videos; patches merged 2 x 2, positions in 3-D; each temporal patch of a "
+        "video is a frame",
+    ),
+    "qwen2_5_vl": _family(
+        "Qwen2.5-VL",
+        "Qwen2_5_VLForConditionalGeneration",
+        "as Qwen2-VL; windows put back in order",
+        (_WindowedImages(), _WindowedVideos()),
+        "full-attention layer",
+    ),
+    "qwen3_vl": _family(
+        "Qwen3-VL",
+        "Qwen3VLForConditionalGeneration",
+        "as Qwen2-VL; deepstack features pruned alike",
+        (_DeepImages(), _DeepVideos()),
+    ),
+}

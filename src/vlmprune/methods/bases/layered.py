@@ -1,0 +1,79 @@
+"""The base of methods that keep a number of visual tokens inside the language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Integral
+from typing import ClassVar
+
+from torch import Tensor
+
+from vlmprune.errors import VlmpruneError
+from vlmprune.hosts.families import Positions
+from vlmprune.pruner.base import Pruner
+from vlmprune.select import row_rules
+from vlmprune.select.budget import Budget, check_keep, resolve_keep
+
+
+def check_positions(positions: str) -> None:
+    """Refuse a position policy that is not known.
+
+    Raises:
+        VlmpruneError: it is none of the three.
+    """
+    if positions not in ("auto", "compact", "original"):
+        raise VlmpruneError(
+            f"positions={positions!r} is not known; use 'auto', 'compact' or 'original'."
+        )
+
+
+@dataclass(frozen=True)
+class Layered(Pruner):
+    """A budget for each image inside the language model; subclasses implement `asks` and `drop`.
+
+    Attributes:
+        keep: visual tokens of each image to keep: an int counts them, a float in (0, 1] is a
+            fraction of those that reached the first layer.
+        positions: "compact" renumbers the tokens that go on, "original" keeps gaps, "auto" takes
+            what the model's config recommends, else what the method's release does.
+
+    Raises:
+        VlmpruneError: a value is out of range; one sentence names it.
+    """
+
+    keep: int | float
+    positions: Positions = "auto"
+
+    budget: ClassVar[Budget] = "image"
+    stage: ClassVar[str] = "inside the language model"
+    text_agnostic: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if isinstance(self.keep, Integral):
+            # Of other libraries' integers too, so that a float is all else that it can be.
+            object.__setattr__(self, "keep", int(self.keep))
+        check_positions(self.positions)
+
+    def check(self, counts: list[int]) -> None:
+        """Refuse a `keep` above the tokens of even the largest image."""
+        resolve_keep(self.keep, max(counts), "image")
+
+    def kept_of(self, before: Tensor) -> Tensor:
+        """[B, I] how many of each image `keep` stands for; a smaller image keeps all it has."""
+        if isinstance(self.keep, int):
+            return before.clamp(max=self.keep)
+        return row_rules.share(self.keep, before)
+
+
+def check_layers(depth: int, needed: int, who: str) -> None:
+    """Refuse a language model that is too shallow.
+
+    Raises:
+        VlmpruneError: it has fewer decoder layers than needed.
+    """
+    if depth < needed:
+        raise VlmpruneError(
+            f"{who} needs {needed} decoder layers or more and this model has {depth}; prune before "
+            "the language model."
+        )

@@ -1,0 +1,67 @@
+"""Whole caches in which some layers are, or may be, cut: made so, and attended to in a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from vlmprune.hosts import caches
+from vlmprune.hosts.caches import GrowingLayer
+from vlmprune.runtime.attention.interception import dispatching
+from vlmprune.runtime.cache.ragged_layer import Binding, Cutter, RaggedLayer
+
+
+def refusal(cache: Any, layers: Sequence[int]) -> str | None:
+    """Why a cache cannot be cut at those decoder layers; None if it can."""
+    return caches.refusal(cache, layers, (GrowingLayer, RaggedLayer), "cut")
+
+
+def adopt(cache: Any, layers: Sequence[int], count: int) -> None:
+    """Make the given decoder layers of a cache ragged ones, which hold what they held.
+
+    Args:
+        cache: a dynamic cache.
+        layers: the decoder layers whose cache may be cut.
+        count: number of all decoder layers.
+    """
+    caches.fill(cache, count)
+    binding, held = binding_of(cache) or Binding(), caches.layers_of(cache)
+    for index in layers:
+        if index < len(held) and type(held[index]) is GrowingLayer:
+            new = RaggedLayer(binding, index)
+            vars(new).update(caches.held_of(held[index]))
+            caches.replace_layer(cache, index, new)
+
+
+def binding_of(cache: Any) -> Binding | None:
+    """The binding of a cache that has ragged layers; None for any other."""
+    for layer in caches.layers_of(cache):
+        if isinstance(layer, RaggedLayer):
+            return layer.binding
+    return None
+
+
+@contextmanager
+def attending(cache: Any, attention: Any, cutter: Cutter | None) -> Iterator[None]:
+    """Let a forward inside the block attend to the cache's ragged layers, and cut them.
+
+    Args:
+        cache: any cache, or None.
+        attention: the attention module of one decoder layer.
+        cutter: decides the cut of the prompt that the forward brings; None for none.
+
+    Raises:
+        ContractError: a layer did not attend through Transformers' registry.
+    """
+    binding = binding_of(cache)
+    if binding is None:
+        yield
+        return
+    binding.open, binding.cutter, binding.attention = True, cutter, attention
+    try:
+        with dispatching(attention):
+            yield
+        binding.check_attended()
+    finally:
+        binding.open, binding.cutter, binding.waiting, binding.attention = False, None, None, None

@@ -1,0 +1,319 @@
+"""What of a request is kept: encode, choose, report; and what of its cache is to be cut."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vlmprune.hosts import caches, config, outputs
+from vlmprune.report import make
+from vlmprune.runtime.cache.ragged_layer import RaggedLayer
+from vlmprune.runtime.call.geometry import Plan
+from vlmprune.runtime.call.shorten import Prompt
+from vlmprune.runtime.call.state import Pruned
+from vlmprune.runtime.decoder.cache_cut import Retaining, row_lengths
+from vlmprune.runtime.encoder import acting, merging, question_state, relevance, semantic_tokens
+from vlmprune.runtime.encoder.encode import Encoded, encode
+from vlmprune.views import Inside, Reads, Selection
+
+if TYPE_CHECKING:
+    from vlmprune.pruner.handle import Handle
+    from vlmprune.runtime.encoder.visions import Vision
+
+
+def choose(
+    handle: Handle,
+    inputs: Sequence[Mapping[str, Any]],
+    planned: Plan,
+    batch: int,
+    vision: Vision | None = None,
+    question: relevance.Question | None = None,
+) -> tuple[list[Tensor], dict[str, Pruned]]:
+    """Encode and select, and report it.
+
+    Args:
+        handle: the attachment.
+        inputs: for each modality of the family what the request brings of it.
+        planned: the geometry of its items.
+        batch: rows.
+        vision: what was encoded before, and is not encoded again.
+        question: the columns of the request, for methods that look at the text.
+
+    Returns:
+        For each item a [n] bool over its visual tokens, and the encoder outputs that are left;
+        none where the pruner leaves encoding to the host.
+    """
+    if not planned.items:
+        return [], {}
+    if vision is not None:
+        seen = vision.in_order(planned, handle)
+        kept, roles = [item.kept for item in seen], [item.roles for item in seen]
+        patches = [n for item in seen for n in item.patches]
+        into = [item.members for item in seen if item.members is not None]
+        members = into if len(into) == len(seen) else None
+        _report(handle, planned, inputs, kept, roles, batch, vision.score, 0.0, patches, members)
+        return kept, vision.pruned(handle, planned, batch)
+    videos = any(one.kind == "video" for one in planned.layouts)
+    handle.pruner.check_request(planned.candidates, planned.images, videos)
+    if not handle.pruner.shortens:
+        # The host encodes by itself, in its own time; every token goes on.
+        kept = [torch.ones_like(one.labels, dtype=torch.bool) for one in planned.layouts]
+        _report(handle, planned, inputs, kept, [{} for _ in kept], batch, "", 0.0)
+        return kept, {}
+    media = handle.family.media
+    items = [[planned.items[i].layout for i in planned.of(n)] for n in range(len(media))]
+    acts = acting.plans(handle.model, media, inputs, items, handle.pruner)
+    encoded = _encoded(handle, inputs, planned, question, acts)
+    _synchronize(encoded.view.attention)
+    begin = time.perf_counter()
+    selection = handle.pruner.select(encoded.view)
+    kept = _to_tokens(planned, selection.kept, always=True)
+    _synchronize(encoded.view.attention)
+    seconds = time.perf_counter() - begin
+    by_role = {name: _to_tokens(planned, cells) for name, cells in selection.roles.items()}
+    roles = [{name: parts[i] for name, parts in by_role.items()} for i in range(len(kept))]
+    members = None
+    if selection.members is not None:
+        members = merging.to_tokens(planned.layouts, kept, selection.members)
+    score = encoded.score
+    _report(handle, planned, inputs, kept, roles, batch, score, seconds, members=members)
+
+    pruned = {}
+    order = _order(handle, planned, selection, kept)
+    tokens = _tokens(handle, planned, encoded, selection)
+    for number, output in encoded.outputs.items():
+        own = planned.of(number)
+        layouts = [planned.items[i].layout for i in own]
+
+        def left(features: Sequence[Tensor], own: list[int] = own) -> list[Tensor]:
+            short = [f[kept[i].to(f.device)] for f, i in zip(features, own, strict=True)]
+            if order is None:
+                return short
+            return [f[order[i].to(f.device)] for f, i in zip(short, own, strict=True)]
+
+        features = left([tokens[i] for i in own])
+        extra = [left(layer) for layer in media[number].extra(output, layouts)]
+        rows = planned.rows(batch, number)
+        deep = outputs.deep_of(output, config.deepstack_layers(handle.model.config))
+        flat = bool(deep) and isinstance(deep[0], Tensor)
+        own_order = None if order is None else [order[i] for i in own]
+        pruned[media[number].method] = Pruned(
+            media[number], output, features, extra, rows, flat, own_order
+        )
+    return kept, pruned
+
+
+def _encoded(
+    handle: Handle,
+    inputs: Sequence[Mapping[str, Any]],
+    planned: Plan,
+    question: relevance.Question | None,
+    acts: Sequence[Inside | None],
+) -> Encoded:
+    """Encoder outputs and the view, with all that the pruner reads."""
+    source, asked, stated = "", list[bool](), False
+
+    def reads(depth: int, feature: int) -> Reads:
+        nonlocal source, stated
+        wanted = handle.pruner.reads(depth, feature)
+        source, stated = wanted.relevance, wanted.question
+        if stated:
+            assert question is not None
+            question_state.check(question, planned)
+        if source:
+            assert question is not None
+            relevance.check(handle, source, question, planned)
+        asked.append(wanted.projected)
+        return replace(wanted, projected=wanted.projected or bool(source))
+
+    encoded = encode(
+        handle.model,
+        handle.family.media,
+        handle.host.original,
+        inputs,
+        planned,
+        handle.pruner.score,
+        reads,
+        repr(handle.pruner),
+        acts,
+        handle.pruner.attends,
+    )
+    if stated:
+        assert question is not None
+        states = question_state.states(handle, question, planned)
+        view = replace(encoded.view, question=states.to(encoded.view.features.device))
+        words = "; ".join(filter(None, (encoded.score, question_state.WORDS)))
+        encoded = replace(encoded, view=view, score=words)
+    if not source:
+        return encoded
+    assert question is not None
+    likeness, words = relevance.to_cells(handle, source, question, planned, encoded.view)
+    shown = encoded.view.projected if asked[0] else None
+    by_words = words == relevance.BY_WORDS
+    view = replace(encoded.view, relevance=likeness, projected=shown, by_words=by_words)
+    return replace(encoded, view=view, score="; ".join(filter(None, (encoded.score, words))))
+
+
+def _tokens(
+    handle: Handle, planned: Plan, encoded: Encoded, selection: Selection
+) -> dict[int, Tensor]:
+    """Of each item all visual tokens [n, D], those that the method makes made anew.
+
+    Features for later layers (deepstack) are not merged: a kept token brings its own.
+    """
+    out: dict[int, Tensor] = {}
+    projects: dict[int, Callable[[Tensor], Tensor | None]] = {}
+    for number, output in encoded.outputs.items():
+        medium, own = handle.family.media[number], planned.of(number)
+        split = medium.split(output, [planned.items[i].layout for i in own])
+        out |= dict(zip(own, split, strict=True))
+        projects |= {i: partial(medium.project, handle.model) for i in own}
+    if selection.tokens is not None:
+        return merging.replaced(selection, planned.layouts, out)
+    if selection.merge is None or not len(selection.merge.into):
+        return out
+    every = range(len(planned.items))
+    made = merging.merged(
+        selection.merge,
+        selection.kept,
+        planned.layouts,
+        encoded.cells,
+        [out[i] for i in every],
+        [projects[i] for i in every],
+    )
+    return dict(zip(every, made, strict=True))
+
+
+def _order(
+    handle: Handle, planned: Plan, selection: Selection, kept: list[Tensor]
+) -> list[Tensor] | None:
+    """The order of each item's kept tokens; None as they lie in the image."""
+    if selection.last is None or handle.positions != "compact":
+        return None
+    last = _to_tokens(planned, selection.last)
+    return [
+        merging.order(one, stays, behind)
+        for one, stays, behind in zip(planned.layouts, kept, last, strict=True)
+    ]
+
+
+def _to_tokens(planned: Plan, cells: Tensor, always: bool = False) -> list[Tensor]:
+    """A choice of cells [crops, cells] as [n] bools over each item's visual tokens.
+
+    Args:
+        planned: the geometry.
+        cells: the choice.
+        always: what holds for tokens that belong to no cell.
+    """
+    parts = cells.split([one.crops for one in planned.layouts])
+    return [
+        one.to_tokens(part[:, : one.patches]) & ((one.labels >= 0) | always)
+        for one, part in zip(planned.layouts, parts, strict=True)
+    ]
+
+
+def _report(
+    handle: Handle,
+    planned: Plan,
+    inputs: Sequence[Mapping[str, Any]],
+    kept: list[Tensor],
+    roles: list[dict[str, Tensor]],
+    batch: int,
+    score: str,
+    seconds: float,
+    patches: list[int] | None = None,
+    members: list[Tensor] | None = None,
+) -> None:
+    media = handle.family.media
+    items = [[planned.items[i].layout for i in planned.of(n)] for n in range(len(media))]
+    encoded = [
+        medium.patches(handle.model, given, [planned.items[i].layout for i in planned.of(number)])
+        for number, (medium, given) in enumerate(zip(handle.family.media, inputs, strict=True))
+        if given and patches is None
+    ]
+    tower = acting.flops(handle.model, media, inputs, items, handle.pruner)
+    if tower is None:
+        tower = semantic_tokens.flops(handle.model, media, items, handle.pruner)
+    handle.report = make(
+        config=handle.model.config,
+        method=repr(handle.pruner),
+        positions=handle.positions,
+        score=score,
+        layouts=planned.layouts,
+        kept=kept,
+        roles=roles,
+        rows=planned.rows(batch),
+        patches=[n for part in encoded for n in part] if patches is None else patches,
+        dtype=handle.model.dtype,
+        seconds=seconds,
+        members=members,
+        tower=tower,
+    )
+
+
+def check_prompt(
+    handle: Handle, prompt: Prompt, visual: Tensor, items: list[int], cache: Any
+) -> None:
+    """Let the method look at the size of the cache that it is to cut, before any work.
+
+    Args:
+        handle: the attachment.
+        prompt: all columns, nothing dropped.
+        visual: [B, L] bool, which of its last columns are new visual tokens.
+        items: of each row.
+        cache: the cache to continue, or None.
+    """
+    sizes = handle.model.config
+    heads, head_dim = config.kv_heads(sizes), config.head_dim(sizes)
+    stays = prompt.mask != 0
+    stays[:, stays.shape[1] - visual.shape[1] :] &= ~visual
+    held = [stays.sum(dim=1) * heads]
+    for layer in caches.layers_of(cache):
+        if isinstance(layer, RaggedLayer) and layer.prefix is not None:
+            # Of an earlier turn, what the layer holds counts, not what it has seen.
+            tail = stays[:, layer.start :].sum(dim=1) * heads
+            held.append(row_lengths(layer.prefix).to(tail.device) + tail)
+    most = torch.stack(held[1:] or held).amax(dim=0)
+    worst = int((most + torch.tensor(items, device=most.device) * heads).argmax())
+    token_bytes = 2 * head_dim * (torch.finfo(handle.model.dtype).bits // 8)
+    handle.pruner.check_prompt(int(most[worst]), items[worst], heads, token_bytes)
+
+
+def retaining(
+    handle: Handle, prompt: Prompt, short: Prompt, planned: Plan, kept: list[Tensor]
+) -> tuple[Retaining, list[Tensor]]:
+    """The cut of a prompt's cache, and each row's numbers of the visual tokens that it has.
+
+    Args:
+        handle: the attachment.
+        prompt: all columns after pruning, those of the cache included.
+        short: its new columns.
+        planned: the geometry of its items.
+        kept: of each item.
+    """
+    visual = torch.zeros_like(prompt.mask, dtype=torch.bool)
+    new = torch.stack([short.ids == token for token in handle.tokens]).any(dim=0)
+    visual[:, prompt.mask.shape[1] - short.mask.shape[1] :] = new & (short.mask != 0)
+    batch = prompt.mask.shape[0]
+    lengths: list[list[int]] = [[] for _ in range(batch)]
+    numbers: list[list[Tensor]] = [[torch.zeros(0, dtype=torch.long)] for _ in range(batch)]
+    before = [0] * batch
+    for item, stays in zip(planned.items, kept, strict=True):
+        row = item.span.row
+        found = stays.nonzero()[:, 0].cpu()
+        lengths[row].append(len(found))
+        numbers[row].append(found + before[row])
+        before[row] += len(stays)
+    cut = Retaining(handle.pruner, prompt.mask, visual, lengths)
+    return cut, [torch.cat(parts) for parts in numbers]
+
+
+def _synchronize(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)

@@ -1,0 +1,139 @@
+"""What a call may ask for that cannot be pruned: refused by name, before any work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from vlmprune.errors import VlmpruneError
+from vlmprune.hosts import config, decoder
+from vlmprune.hosts.release import chunks_hold_images
+from vlmprune.hosts.requests import (
+    ASSISTANT,
+    ASSISTING,
+    FORWARD,
+    ModelCall,
+    Settings,
+    is_compiled,
+)
+from vlmprune.runtime.cache import gapped_layer
+from vlmprune.runtime.cache.ragged_cache import refusal
+
+if TYPE_CHECKING:
+    from vlmprune.pruner.handle import Handle
+
+
+def check_encoded(call: ModelCall) -> None:
+    """Refuse images that were encoded before, which would go through whole."""
+    if call.encoded:
+        raise VlmpruneError(
+            "mm_encoder_outputs cannot be pruned; pass pixel_values, or what `handle.encode` "
+            "returns as vision."
+        )
+
+
+def check_common(call: ModelCall, ids: Tensor | None) -> None:
+    """Refuse inputs that do not show where the images are."""
+    if ids is None:
+        raise VlmpruneError(
+            "inputs_embeds cannot be pruned, for they do not show where the images are; pass "
+            "input_ids and pixel_values."
+        )
+    if call.mask is not None and call.mask.ndim != 2:
+        raise VlmpruneError(
+            f"attention_mask has {call.mask.ndim} dimensions; vlmprune needs the plain [batch, "
+            "length] mask."
+        )
+
+
+def check_generate(call: ModelCall, ids: Tensor | None, setting: Settings) -> None:
+    """Refuse what `generate` cannot do with fewer tokens."""
+    check_common(call, ids)
+    if setting.assisted:
+        raise VlmpruneError(
+            f"vlmprune does not support assisted decoding; leave out {ASSISTANT}, "
+            f"{', '.join(ASSISTING[:-1])} and {ASSISTING[-1]}."
+        )
+    if setting.guidance not in (None, 1):
+        raise VlmpruneError(
+            f"guidance_scale={setting.guidance} runs the model a second time on another "
+            "prompt within the call, which vlmprune does not support; leave it out."
+        )
+    if setting.chunked and not chunks_hold_images():
+        raise VlmpruneError(
+            "before 5.23 transformers loses images, and in some releases earlier turns, under "
+            "prefill_chunk_size; leave it out, or upgrade transformers."
+        )
+
+
+def check_cutting(handle: Handle, call: ModelCall, setting: Settings) -> None:
+    """Refuse, before any work, what a method that cuts caches cannot do."""
+    method = repr(handle.pruner)
+    if not setting.caches:
+        raise VlmpruneError(f"{method} cuts the KV cache and needs one; leave out use_cache=False.")
+    _check_decoder(handle, setting, "cut")
+    cache = call.cache
+    why = None if cache is None else refusal(cache, handle.cuttable)
+    if why is not None:
+        raise VlmpruneError(f"{method} {why}")
+
+
+def check_dropping(handle: Handle, call: ModelCall, setting: Settings) -> None:
+    """Refuse, before any work, what a method whose layers lack rows cannot do."""
+    method = repr(handle.pruner)
+    model = handle.model
+    _check_decoder(handle, setting, "drop tokens from")
+    if setting.chunked:
+        raise VlmpruneError(
+            f"{method} chooses from the whole prompt; leave out prefill_chunk_size."
+        )
+    if decoder.recomputes(model):
+        raise VlmpruneError(
+            f"{method} cannot drop tokens from layers that run twice; turn gradient checkpointing "
+            "off."
+        )
+    mask, ids, tempered = call.mask, call.ids, config.tempered_from(model.config)
+    columns = max(t.shape[1] for t in (mask, ids) if t is not None) if ids is not None else 0
+    if tempered is not None and columns >= tempered:
+        raise VlmpruneError(
+            f"{type(model).__name__} scales queries by their number from token {tempered} on, "
+            "which dropping tokens in its layers would change, and this prompt has "
+            f"{columns}; shorten it, or prune before the language model."
+        )
+    cache = call.cache
+    layers = handle.skips or range(min(handle.asks), len(decoder.decoder_layers(model)))
+    why = None if cache is None else gapped_layer.refusal(cache, layers)
+    if why is not None:
+        raise VlmpruneError(f"{method} {why}")
+
+
+def _check_decoder(handle: Handle, setting: Settings, does: str) -> None:
+    """Refuse what changes caches and attention inside the language model cannot go with.
+
+    Args:
+        handle: the attachment.
+        setting: settings of the call.
+        does: what the method does to caches.
+    """
+    method = repr(handle.pruner)
+    if setting.attentions:
+        raise VlmpruneError(
+            f"{method} has no full attention weights to return; leave out output_attentions."
+        )
+    if setting.cache_kind is not None:
+        raise VlmpruneError(
+            f"{method} cannot {does} a cache of cache_implementation={setting.cache_kind!r}; leave "
+            "it out, for the dynamic cache."
+        )
+    text = config.of_text(handle.model.config)
+    if config.attention_implementation(text) == "flex_attention":
+        raise VlmpruneError(
+            f"{method} does not work with flex_attention; load the model with "
+            "attn_implementation='sdpa'."
+        )
+    if is_compiled(handle.model, handle.host.original(FORWARD)):
+        raise VlmpruneError(
+            f"{method} does not work with a compiled model, whose graphs pass its cache by; use "
+            "the model as it is, or prune before the language model alone."
+        )

@@ -1,0 +1,357 @@
+"""The host's `generate` and `forward` while a pruner is attached.
+
+Each call is turned into a shorter but ordinary one, handed to the host's own method, and its
+result put back into the form that the user would have got.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vlmprune import costs
+from vlmprune.errors import VlmpruneError
+from vlmprune.hosts import caches, contract, decoder, outputs, release
+from vlmprune.hosts.requests import ModelCall, PlainSettings, Settings, model_call
+from vlmprune.runtime.cache.ragged_cache import adopt, attending, binding_of
+from vlmprune.runtime.call import progress
+from vlmprune.runtime.call.prepare import handed, leave_deltas, mark, prepare, remember
+from vlmprune.runtime.call.refusals import (
+    check_common,
+    check_cutting,
+    check_dropping,
+    check_encoded,
+    check_generate,
+)
+from vlmprune.runtime.call.state import Active, active, outside
+from vlmprune.runtime.decoder.skipping import Skipping, reported, skipping_layers
+from vlmprune.runtime.encoder import visions
+
+if TYPE_CHECKING:
+    from vlmprune.pruner.handle import Handle
+    from vlmprune.runtime.encoder.visions import Vision
+
+
+def generate(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`generate` with fewer visual tokens; returns what the host would have returned."""
+    with _kept_or_given_back(handle):
+        return _generate(handle, original, args, kwargs)
+
+
+def _generate(
+    handle: Handle, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    call, given = model_call(handle.model, original, args, kwargs)
+    vision = _vision(handle, given)
+    ids, cache, setting = call.prompt, call.cache, Settings(call)
+    check_encoded(call)
+    if vision is None and not _brings_items(handle, call) and mark(cache) is None:
+        handle.report_nothing()
+        with outside():
+            return call.run(original)
+    # As the host's own `generate` runs, for what is recomputed depends on it.
+    with torch.no_grad():
+        check_generate(call, ids, setting)
+        if handle.pruner.cuts:
+            check_cutting(handle, call, setting)
+        if handle.asks or handle.skips:
+            check_dropping(handle, call, setting)
+
+    assert ids is not None
+    mask = _mask_of(ids, setting) if call.mask is None else call.mask
+    given_positions = call.positions
+    with torch.no_grad():
+        prepared = prepare(handle, ids, mask, given_positions, cache, call, False, vision=vision)
+    if not prepared.state.items:
+        handle.report_nothing()
+    left = prepared.prompt.ids
+    limits = setting.shorter(mask.shape[1] - left.shape[1])
+    if ids.shape[1] < mask.shape[1]:
+        # Ids that came without the columns of the cache go on without them.
+        left = left[:, prepared.known[1] :]
+    short = call.without(n for medium in handle.family.media for n in medium.inputs)
+    short = short.with_prompt(left).also(prepared.pixels | limits | prepared.prompt.aligned)
+    short = short.with_(mask=prepared.prompt.mask, positions=handed(prepared.prompt))
+    if call.streamer is not None:
+        short = short.with_(streamer=_FullPrompt(call.streamer, ids))
+
+    token = active.set(prepared.state)
+    try:
+        result = short.run(original)
+    finally:
+        active.reset(token)
+
+    sequences = outputs.sequences_of(result)
+    new = sequences.shape[1] - left.shape[1]
+    prepared.state.check_end(handle.model, prepared.prompt.ids.shape[1] + new - 1)
+    times = sequences.shape[0] // ids.shape[0]
+    prompt = ids.repeat_interleave(times, 0).to(sequences.device)
+    sequences = torch.cat((prompt, sequences[:, left.shape[1] :]), dim=1)
+    for holder in (cache, prepared.state.progress.cache, release.cache_returned(result)):
+        searched = "it comes from a beam search" * (setting.beams > 1)
+        remember(holder, prepared.prefix.repeat(times), searched)
+    leave_deltas(handle, prepared.prefix, given_positions)
+    return outputs.with_sequences(result, sequences)
+
+
+def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A plain forward with fewer visual tokens; logits are those of the shorter sequence."""
+    state = active.get()
+    with _kept_or_given_back(handle):
+        if state is not None and state.handle is handle:
+            given = release.by_name(original, *args, **kwargs) if args else kwargs
+            call = ModelCall(handle.model, given)
+            if state.progress.is_own(call):
+                return _step(handle, state, original, call)
+        with outside():
+            return _forward(handle, original, args, kwargs)
+
+
+def _step(handle: Handle, state: Active, original: Callable[..., Any], call: ModelCall) -> Any:
+    """A forward that a pruned `generate` makes."""
+    call, ids = _inside(state, call), call.ids
+    if ids is None:
+        raise contract.broken(handle.model, "a forward within generate is given no input_ids")
+    state.running = ids.shape[0]
+    ahead: dict[str, Any] = {
+        medium.kind: state.pruned[medium.method].repeated(call.encoded[medium.kind], state.times)
+        for medium in handle.family.media
+        if medium.kind in call.encoded and medium.method in state.pruned
+    }
+    if ahead:
+        call = call.with_encoded(ahead)
+        taken = [m.method for m in handle.family.media if m.kind in ahead]
+        state.progress.taken.update(taken)
+    with _inside_decoder(handle, state, call):
+        return call.run(original)
+
+
+def _forward(
+    handle: Handle, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    call, given = model_call(handle.model, original, args, kwargs)
+    vision = _vision(handle, given)
+    cache, ids = call.cache, call.ids
+    check_encoded(call)
+    brings = vision is not None or _brings_items(handle, call)
+    if not brings and mark(cache) is None:
+        return call.run(original)
+    check_common(call, ids)
+    if call.picks_logits:
+        raise VlmpruneError(
+            "logits_to_keep as a tensor counts columns that pruning removes; pass an int."
+        )
+    assert ids is not None
+    caching, settings = _caches(call), PlainSettings(call)
+    if handle.pruner.cuts and (caching or handle.pruner.probes is not None):
+        check_cutting(handle, call, settings)
+        if cache is None and brings:
+            cache = caches.new_cache(handle.model)
+            call = call.with_cache(cache)
+    if handle.asks or handle.skips:
+        check_dropping(handle, call, settings)
+    given_positions = call.positions
+    prepared = prepare(handle, ids, call.mask, given_positions, cache, call, True, caching, vision)
+    new = slice(prepared.known[1], None)
+    short = call.without(name for medium in handle.family.media for name in medium.inputs)
+    short = short.also(prepared.pixels).also(prepared.prompt.aligned)
+    short = short.with_(
+        ids=prepared.prompt.ids[:, new],
+        mask=prepared.prompt.mask,
+        positions=handed(prepared.prompt, new) + handle.family.first,
+    )
+    prepared.state.running = prepared.prompt.ids.shape[0]
+    token = active.set(prepared.state)
+    try:
+        with _inside_decoder(handle, prepared.state, short):
+            result = short.run(original)
+    finally:
+        active.reset(token)
+    returned = release.cache_returned(result)
+    filled = prepared.state.progress.cache
+    after = next((one for one in (returned, cache, filled) if one is not None), None)
+    if after is None and caching and contract.checks():
+        raise contract.broken(result, "it holds no KV cache where one was filled")
+    leave_deltas(handle, prepared.prefix, given_positions)
+    # Tokens without an image need no new record: the old one still says what was dropped.
+    if prepared.state.items or mark(after) is None:
+        remember(after, prepared.prefix, "")
+    return result
+
+
+def encode(handle: Handle, inputs: dict[str, Any]) -> Vision:
+    """The images and videos of a request after pruning, for later requests."""
+    visions.check(handle)
+    call = ModelCall(handle.model, inputs)
+    check_common(call, call.ids)
+    if not _brings_items(handle, call):
+        raise VlmpruneError(
+            "there is no image or video to encode; pass all that the model's processor returns."
+        )
+    assert call.ids is not None
+    with _kept_or_given_back(handle):
+        prepared = prepare(handle, call.ids, call.mask, None, None, call, False, False)
+    return prepared.vision()
+
+
+def features(
+    handle: Handle, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """`get_image_features` and its like: pruned inside a pruned call, the host's own elsewhere."""
+    state = active.get()
+    if state is None or state.handle is not handle or name not in state.pruned:
+        return original(*args, **kwargs)
+    pruned = state.pruned[name]
+    state.progress.taken.add(name)
+    if state.running is None:
+        # `generate` encodes ahead, and repeats the items by itself.
+        return pruned.listed()
+    return pruned.formed(state.times)
+
+
+@contextmanager
+def _kept_or_given_back(handle: Handle) -> Iterator[None]:
+    """Prove the contract inside the block; where it does not hold, give the model back."""
+    try:
+        with contract.proving(handle.ledger):
+            yield
+    except contract.ContractError:
+        handle.detach()
+        raise
+
+
+@contextmanager
+def _inside_decoder(handle: Handle, state: Active, call: ModelCall) -> Iterator[None]:
+    """Let a forward drop rows between layers, and cut or continue a cache."""
+    cache, dropping = call.cache, state.dropping
+    if dropping is not None and dropping.done and cache is not None:
+        dropping = None
+    with (
+        progress.following(handle, state, call),
+        skipping_layers(handle.model, dropping, cache, call.states_wanted),
+        _cutting(handle, state, cache),
+    ):
+        yield
+    if dropping is None or dropping.done:
+        return
+    dropping.done = True
+    if isinstance(dropping, Skipping) and state.report is not None:
+        policy = handle.positions if handle.pruner.shortens else handle.inside
+        config, dtype = handle.model.config, handle.model.dtype
+        handle.report = reported(state.report, config, dropping, dtype, policy)
+        return
+    stages = dropping.stages()
+    if stages and state.report is not None:
+        positions: str = handle.inside
+        if handle.pruner.shortens and positions != handle.positions:
+            positions = f"{handle.positions}, inside the language model {positions}"
+        handle.report = state.report.with_rows(
+            handle.model.config,
+            stages,
+            [len(row) for row in dropping.lengths],
+            handle.model.dtype,
+            positions,
+            dropping.seconds,
+            dropping.members(),
+        )
+
+
+@contextmanager
+def _cutting(handle: Handle, state: Active, cache: Any) -> Iterator[None]:
+    """Let a forward attend to a cache that was cut, and cut what a prompt brings."""
+    retaining = state.retaining
+    if retaining is not None and retaining.done:
+        retaining = None
+    if retaining is not None and cache is not None:
+        adopt(cache, handle.cuttable, len(decoder.decoder_layers(handle.model)))
+    if binding_of(cache) is None:
+        yield
+    else:
+        with attending(cache, handle.attention, retaining):
+            yield
+    # A forward with its prompt in parts is done when the last has come.
+    if retaining is not None and (cache is None or retaining.due(caches.length_of(cache))):
+        retaining.check_cut(handle.model, handle.cuttable)
+        retaining.done = True
+        if state.report is not None:
+            cached = costs.kv_layers(handle.model.config)
+            handle.report = state.report.with_layers(
+                retaining.layers, cached, retaining.seconds, state.numbers
+            )
+
+
+def _vision(handle: Handle, vision: Any) -> Vision | None:
+    """The argument that is ours, once it is sure that it fits."""
+    if vision is None:
+        return None
+    visions.check(handle, vision)
+    found: Vision = vision.to(handle.model.device)
+    return found
+
+
+def _brings_items(handle: Handle, call: ModelCall) -> bool:
+    """Whether a call comes with images or videos."""
+    for medium in handle.family.media:
+        for name in medium.replaced:
+            if call.brings(name):
+                raise VlmpruneError(
+                    f"{name} is called {medium.inputs[0]} in this release of transformers; pass "
+                    "it under that name."
+                )
+    return any(call.brings(medium.inputs[0]) for medium in handle.family.media)
+
+
+def _caches(call: ModelCall) -> bool:
+    """Whether a plain forward fills a cache."""
+    return call.caches and not decoder.recomputes(call.model)
+
+
+def _inside(state: Active, call: ModelCall) -> ModelCall:
+    """Mend what `generate` hands to the model: later positions, and gaps without a mask."""
+    positions, ids = call.positions, call.ids
+    if positions is None:
+        return call
+    if state.drift is not None and state.drift.ndim == 2:
+        seen = caches.length_of(call.cache)
+        call = call.with_(positions=state.drifted(positions, seen))
+    elif state.drift is not None:
+        times = positions.shape[-2] // state.drift.shape[0]
+        last, drift = (
+            t.repeat_interleave(times, 0)[:, None].to(positions.device)
+            for t in (state.last, state.drift)
+        )
+        moved = torch.where(positions > last, positions + drift, positions)
+        call = call.with_(positions=moved)
+    alone = state.gapped and call.mask is None and not caches.length_of(call.cache)
+    if alone and ids is not None:
+        # Without mask and cache, gaps in the positions would be read as packed sequences.
+        call = call.with_(mask=torch.ones_like(ids))
+    return call
+
+
+def _mask_of(ids: Tensor, setting: Settings) -> Tensor:
+    """The mask that `generate` infers: padding counts as such if its id is not an end token."""
+    if setting.pad is None or setting.pad in setting.ends:
+        return torch.ones_like(ids)
+    return (ids != setting.pad).long()
+
+
+class _FullPrompt:
+    """A streamer's stand-in that shows it the prompt as the user gave it."""
+
+    def __init__(self, streamer: Any, ids: Tensor) -> None:
+        self.streamer, self.ids = streamer, ids
+        self.first = True
+
+    def put(self, value: Tensor) -> None:
+        """Pass tokens on; the first are the prompt."""
+        self.streamer.put(self.ids.cpu() if self.first else value)
+        self.first = False
+
+    def end(self) -> None:
+        """Pass the end on."""
+        self.streamer.end()

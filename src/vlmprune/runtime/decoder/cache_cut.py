@@ -1,0 +1,357 @@
+"""From one prompt's attention to what each layer keeps of it: scores, the method's choice, the cut.
+
+It runs inside the attention call of each layer, as prefill leaves it, so that at most one layer
+is dense at a time. A method with probes chooses before the layer attends, which then attends
+among what is kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmprune import costs
+from vlmprune.errors import VlmpruneError
+from vlmprune.hosts.contract import Reached
+from vlmprune.report import LayerReport
+from vlmprune.runtime.attention import ragged
+from vlmprune.runtime.attention.ragged import Ragged
+from vlmprune.runtime.cache.ragged_layer import Guest
+from vlmprune.views import LayerView, Probes, Retention
+
+if TYPE_CHECKING:
+    from vlmprune.pruner.base import Pruner
+
+
+# Numbers of keys that are scored at once.
+SCORED = 2**24
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a method keeps of one layer.
+
+    Attributes:
+        view: what it saw.
+        found: what it said; None for everything.
+        kept: [B, H, V] bool.
+        whole: whether that is every visual token.
+    """
+
+    view: LayerView
+    found: Retention | None
+    kept: Tensor
+    whole: bool
+
+
+class Retaining:
+    """One prompt under a method that cuts caches.
+
+    Attributes:
+        layers: what each layer that was asked keeps, once it has been cut.
+        seconds: time spent on scores, choice and cut.
+        done: whether the prompt is complete.
+    """
+
+    def __init__(
+        self, method: Pruner, mask: Tensor, visual: Tensor, lengths: Sequence[Sequence[int]]
+    ) -> None:
+        """Prepare the cut of a prompt.
+
+        Args:
+            method: decides what each layer keeps.
+            mask: [B, S] columns of the prompt, those that a cache holds included; 0 is padding.
+            visual: [B, S] bool; the visual tokens that came with this prompt.
+            lengths: visual tokens of each new image, row by row.
+        """
+        self.method, self.mask, self.columns = method, mask != 0, mask.shape[1]
+        self.layers: list[LayerReport] = []
+        self.seconds = 0.0
+        self.done = False
+        device = mask.device
+        longest = max((sum(row) for row in lengths), default=0)
+        # Columns of the visual tokens first, in order; where a row has fewer, anything.
+        order = visual.sort(dim=1, descending=True, stable=True).indices
+        self.places = order[:, :longest]
+        flat = [[i for i, n in enumerate(row) for _ in range(n)] for row in lengths]
+        padded = [row + [-1] * (longest - len(row)) for row in flat]
+        self.images = torch.tensor(padded, dtype=torch.long, device=device).view(len(flat), longest)
+        most = max((len(row) for row in lengths), default=0)
+        counts = [[*row, *[0] * (most - len(row))] for row in lengths]
+        self.counts = torch.tensor(counts, dtype=torch.long, device=device).view(len(counts), most)
+        self.visual = visual
+        # The last real columns, the window, newest first; -1 where a row has fewer.
+        rank = self.mask.flip(1).cumsum(dim=1).flip(1)
+        columns = torch.arange(self.columns, device=device)
+        self.window = [
+            torch.where(self.mask & (rank == i), columns, -1).amax(dim=1)
+            for i in range(1, method.window + 1)
+        ]
+        self.probes = None if method.probes is None else drawn(self.mask, method.probes)
+        self._choice: Choice | None = None
+        # Layers that were cut, or asked and left whole.
+        self.reached = Reached()
+
+    def check_cut(self, model: Any, due: Sequence[int]) -> None:
+        """Refuse a prompt of which a layer's cache was not cut.
+
+        Args:
+            model: the host.
+            due: the decoder layers that were to be cut.
+
+        Raises:
+            ContractError: one was not.
+        """
+        self.reached.check(
+            model, due, "kept the whole prompt, for it is not in the cache that was to be cut"
+        )
+
+    def due(self, length: int) -> bool:
+        """Whether a layer of that many columns has seen the whole prompt."""
+        return length == self.columns
+
+    @torch.no_grad()
+    def attended(self, guest: Guest, query: Tensor, mask: Any, scale: float) -> Tensor | None:
+        """[B, T] bool: the guest's columns among which its layer attends; None for all.
+
+        Args:
+            guest: the call, before its attention.
+            query: [B, Hq, Q, D]; all rows of the prompt.
+            mask: as Transformers hands it to attention.
+            scale: factor of the dot products.
+
+        Raises:
+            VlmpruneError: the prompt comes in parts.
+        """
+        if self.probes is None:
+            return None
+        if not self.due(guest.layer.get_seq_length()):
+            raise VlmpruneError(
+                f"{self.method!r} chooses among all tokens of a prompt, which comes in parts here; "
+                "leave out prefill_chunk_size."
+            )
+        begin = _now(query)
+        self._choice = choice = self._choose(guest, query, scale, mask)
+        chosen = None
+        if choice.found is not None and not choice.whole:
+            columns = self._columns(choice.kept, query.shape[0] // self.mask.shape[0])
+            # What any head keeps takes part.
+            chosen = columns[:, :, guest.layer.start :].any(dim=1).to(query.device)
+        self.seconds += _now(query) - begin
+        return chosen
+
+    @torch.no_grad()
+    def cut(self, guest: Guest, query: Tensor, scale: float) -> None:
+        """Cut the layer to what the method keeps."""
+        layer = guest.layer
+        self.reached.note(layer.index, layer)
+        begin = _now(query)
+        times = query.shape[0] // self.mask.shape[0]
+        dense = layer.nbytes()
+        choice, self._choice = self._choice, None
+        choice = choice or self._choose(guest, query, scale)
+        kept, found = choice.kept, choice.found
+        if found is not None:
+            if not choice.whole:
+                self._store(guest, kept, times)
+            self.layers.append(
+                LayerReport(
+                    index=layer.index,
+                    gamma=self._of_rows(found.gamma[::times]),
+                    retention=self._of_rows(found.rate[::times]),
+                    mask=kept[::times],
+                    images=self.images,
+                    bytes_before=dense,
+                    bytes_after=layer.nbytes(),
+                    kv_bytes=int(kept[::times].sum()) * choice.view.token_bytes,
+                    flops_saved=0.0 if self.probes is None else self._saved(kept[::times], query),
+                )
+            )
+        self.seconds += _now(query) - begin
+
+    def _choose(self, guest: Guest, query: Tensor, scale: float, mask: Any = None) -> Choice:
+        times = query.shape[0] // self.mask.shape[0]
+        view = self._view(guest, query, scale, times)
+        if self.probes is not None:
+            view = self._probed(view, guest, query, scale, mask, times)
+        found = self.method.retain(guest.layer.index, view)
+        real = (view.images >= 0)[:, None]
+        if found is None:
+            return Choice(view, None, real, True)
+        kept = found.kept & real
+        return Choice(view, found, kept, bool((kept == real).all()))
+
+    def _view(self, guest: Guest, query: Tensor, scale: float, times: int) -> LayerView:
+        keys, values, prefix = guest.keys, guest.values, guest.prefix
+        start = guest.layer.start
+        total: Any = 0.0
+        rows: Any = 0
+        for columns in self.window:
+            columns = _repeat(columns, times).to(query.device)
+            at = columns - (self.columns - query.shape[2])
+            row = query.gather(2, at.clamp(min=0)[:, None, None, None].expand_as(query[:, :, :1]))
+            sees = self._before(columns[:, None], start, times)
+            attention = self._attention(row, guest, sees, scale)[:, :, 0]
+            inside = (at >= 0)[:, None, None]
+            total, rows = total + attention * inside, rows + inside.long()
+        places = _repeat(self.places, times).to(query.device) - start
+        images = _repeat(self.images, times).to(query.device)
+        index = places.clamp(min=0)[:, None].expand(-1, query.shape[1], -1)
+        attention = (total / rows.clamp(min=1)).gather(2, index)
+        held = self._others(times)[:, start:].sum(dim=1).to(query.device) * keys.shape[1]
+        if prefix is not None:
+            held = held + row_lengths(prefix).to(query.device)
+        return LayerView(
+            attention.masked_fill((images < 0)[:, None], 0.0),
+            images,
+            _repeat(self.counts, times).to(query.device),
+            keys.shape[1],
+            held,
+            (keys.shape[3] + values.shape[3]) * keys.element_size(),
+        )
+
+    def _probed(
+        self, view: LayerView, guest: Guest, query: Tensor, scale: float, mask: Any, times: int
+    ) -> LayerView:
+        """The view with what the probe rows see."""
+        assert self.probes is not None
+        start, tail = guest.layer.start, guest.keys.shape[2]
+        batch, heads, rows, width = query.shape
+        columns = _repeat(self.probes, times).to(query.device)
+        sums = torch.zeros(batch, tail, device=query.device)
+        seen = torch.zeros(batch, tail, dtype=torch.long, device=query.device)
+        # A few rows at a time, so that memory stays linear in the prompt's length.
+        for part in columns.split(max(1, SCORED // (batch * heads * tail)), dim=1):
+            at = (part - (self.columns - rows)).clamp(min=0)
+            if isinstance(mask, Tensor) and mask.ndim == 4:
+                sees = rows_of(mask, at, tail)
+            else:
+                sees = self._before(part, start, times)
+            sees = sees & (part >= 0)[..., None]
+            probes = query.gather(2, at[:, None, :, None].expand(-1, heads, -1, width))
+            sums += self._attention(probes, guest, sees, scale).mean(dim=1).sum(dim=1)
+            seen += sees.sum(dim=1)
+        places = (_repeat(self.places, times).to(query.device) - start).clamp(min=0)
+        return replace(view, sums=sums, seen=seen, places=places)
+
+    def _before(self, columns: Tensor, start: int, times: int) -> Tensor:
+        """[B, R, T] bool: the real columns from `start` on, up to each of `columns` [B, R]."""
+        real = _repeat(self.mask, times)[:, start:].to(columns.device)
+        numbers = torch.arange(real.shape[1], device=columns.device) + start
+        return real[:, None] & (numbers <= columns[..., None])
+
+    def _attention(self, rows: Tensor, guest: Guest, sees: Tensor, scale: float) -> Tensor:
+        """Post-softmax attention [B, Hq, R, T] of queries `rows` [B, Hq, R, D]."""
+        keys = guest.keys
+        batch, heads, tail, _ = keys.shape
+        grouped = rows.reshape(batch, heads, -1, rows.shape[-1]).float()
+        # In parts, so that float32 copies of half-precision keys stay small.
+        part = max(256, SCORED // (batch * heads * rows.shape[-1]))
+        parts = [grouped @ k.float().transpose(2, 3) for k in keys.split(part, dim=2)]
+        scores = (torch.cat(parts, dim=-1) * scale).view(*rows.shape[:3], tail)
+        scores = scores.masked_fill(~sees[:, None], -torch.inf)
+        total = scores.logsumexp(dim=-1)
+        if guest.prefix is not None:
+            total = torch.logaddexp(total, ragged.partial(rows, guest.prefix, scale)[1])
+        # A row of padding alone sees nothing, and its attention is none.
+        return (scores - total[..., None]).exp().masked_fill(total.isneginf()[..., None], 0.0)
+
+    def _saved(self, kept: Tensor, query: Tensor) -> float:
+        """FLOPs that attention among fewer visual tokens saves in one layer."""
+        before = self.counts.sum(dim=1).tolist()
+        after = kept.any(dim=1).sum(dim=1).tolist()
+        width = query.shape[1] * query.shape[3]
+        return sum(
+            costs.attention_flops(width, n) - costs.attention_flops(width, k)
+            for n, k in zip(before, after, strict=True)
+        )
+
+    def _of_rows(self, values: Tensor) -> list[float | None]:
+        """One number a row, None where a row has no image; float32's tail of digits cut off."""
+        if bool(values.isnan().any()):
+            raise VlmpruneError(
+                "the attention of a decoder layer is not a number, so the model overflows; load it "
+                "as float32 or bfloat16."
+            )
+        has = (self.counts.sum(dim=1) > 0).tolist()
+        return [round(v, 6) if h else None for v, h in zip(values.tolist(), has, strict=True)]
+
+    def _others(self, times: int) -> Tensor:
+        """[B, S] bool: columns that stay whatever is chosen."""
+        return _repeat(self.mask & ~self.visual, times)
+
+    def _columns(self, kept: Tensor, times: int) -> Tensor:
+        """[B, H, S] bool: all columns that stay, of which `kept` [B, H, V] are visual tokens."""
+        keep = self._others(times)[:, None].expand(-1, kept.shape[1], -1).clone()
+        places = _repeat(self.places, times)[:, None].expand_as(kept)
+        # Places beyond a row's visual tokens hold other columns, which stay as they are.
+        real = (_repeat(self.images, times) >= 0)[:, None]
+        values = torch.where(real, kept.to(keep.device), keep.gather(2, places))
+        return keep.scatter_(2, places, values)
+
+    def _store(self, guest: Guest, kept: Tensor, times: int) -> None:
+        layer, start = guest.layer, guest.layer.start
+        keep = self._columns(kept, times)[:, :, start:].to(guest.keys.device)
+        new = Ragged.cut(guest.keys, guest.values, keep, offset=start)
+        prefix = new if guest.prefix is None else guest.prefix.join(new)
+        layer.set_prefix(prefix, self.columns)
+
+
+def drawn(mask: Tensor, probes: Probes) -> Tensor:
+    """[B, P] columns of each sample's probe rows, -1 where it has fewer.
+
+    Drawn on the CPU, sample by sample, so that neither the device nor the other samples matter.
+
+    Args:
+        mask: [B, S] bool; False is padding.
+        probes: how many.
+    """
+    rows = []
+    for real in mask.cpu():
+        columns = real.nonzero()[:, 0]
+        split = max(0, len(columns) - probes.recent)
+        generator = torch.Generator().manual_seed(probes.seed)
+        chance = torch.randperm(split, generator=generator)[: probes.random].sort().values
+        rows.append(torch.cat((columns[chance], columns[split:])))
+    longest = max((len(row) for row in rows), default=0)
+    padded = [nn.functional.pad(row, (longest - len(row), 0), value=-1) for row in rows]
+    return torch.stack(padded).to(mask.device)
+
+
+def rows_of(mask: Tensor, at: Tensor, tail: int) -> Tensor:
+    """What some queries see of the last `tail` columns.
+
+    Args:
+        mask: [B or 1, h, Q, columns], bool or additive.
+        at: [B, R] numbers of the queries.
+        tail: number T of columns.
+
+    Returns:
+        [B, R, T] bool.
+    """
+    sample = torch.arange(mask.shape[0], device=mask.device)[:, None]
+    found = mask[sample, :, at][..., mask.shape[-1] - tail :]
+    if found.dtype != torch.bool:
+        found = found > torch.finfo(found.dtype).min / 2
+    return found.any(dim=2)
+
+
+def row_lengths(prefix: Ragged) -> Tensor:
+    """[B] tokens stored for each sample, all heads together."""
+    return torch.tensor(prefix.lengths).view(prefix.batch, prefix.heads).sum(dim=1)
+
+
+def _repeat(tensor: Tensor, times: int) -> Tensor:
+    return tensor if times == 1 else tensor.repeat_interleave(times, dim=0)
+
+
+def _now(tensor: Tensor) -> float:
+    """The time, once the tensor's device has done what it was given."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter()

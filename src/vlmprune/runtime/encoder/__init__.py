@@ -1,0 +1,4 @@
+"""The vision encoder: run once, read, acted in, and what of it is kept for later calls.
+
+May import `runtime.attention` and what stands below `runtime`.
+"""

@@ -1,0 +1,384 @@
+"""Methods that act inside a vision tower while it runs: tokens merged, or pixels scaled down.
+
+Hooks on the host's own layers do it, without a line of theirs copied. At its end the tower hands
+on as many tokens as ever, of which those that became one are alike, so that the host's own
+selection, projector and packing go on as they do.
+
+How tokens merge between a layer's attention and its MLP: the norm before the MLP is given the
+merged tokens, the MLP's output is handed back to all members of each, the layer itself adds what
+each was, and the mean over the members, by size, is the merged token plus its MLP's output.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmprune import costs
+from vlmprune.errors import VlmpruneError
+from vlmprune.hosts import attention, decoder, outputs, towers
+from vlmprune.hosts.attention import AttentionCall
+from vlmprune.hosts.families.media import Encoder, Inputs, Medium
+from vlmprune.hosts.families.record import Family
+from vlmprune.hosts.families.towers import Crops
+from vlmprune.hosts.release import recomputes
+from vlmprune.hosts.towers import TowerCall
+from vlmprune.runtime.attention.interception import changing
+from vlmprune.runtime.attention.taps import KeyTap, tapped
+from vlmprune.select import bipartite, coarse_grid
+from vlmprune.views import Inside
+from vlmprune.views.layout import Layout
+
+if TYPE_CHECKING:
+    from vlmprune.pruner.base import Pruner
+
+
+def check(model: Any, family: Family, pruner: Pruner) -> None:
+    """Refuse, at attach, a family none of whose towers the method can act inside.
+
+    Raises:
+        VlmpruneError: there is none.
+    """
+    if not pruner.acts:
+        return
+    found = [_unfit(model, medium, pruner) for medium in family.media]
+    reasons = [why for why in found if why]
+    if len(reasons) == len(found):
+        raise VlmpruneError(
+            f"{pruner!r} acts in the vision encoder, but {reasons[0]}; {pruner.instead}."
+        )
+
+
+def plans(
+    model: Any,
+    media: Sequence[Medium],
+    inputs: Sequence[Inputs],
+    layouts: Sequence[Sequence[Layout]],
+    pruner: Pruner,
+) -> list[Inside | None]:
+    """What a method does inside the tower of each medium; None for nothing.
+
+    Args:
+        model: the host.
+        media: the family's modalities.
+        inputs: for each of them the request's inputs.
+        layouts: for each of them one an item; empty where the request brings none.
+        pruner: the method, or a chain.
+
+    Raises:
+        VlmpruneError: it cannot act there, or its budget is out of reach.
+    """
+    if not pruner.acts:
+        return [None] * len(media)
+    return [
+        _plan(model, medium, given, items, pruner) if items else None
+        for medium, given, items in zip(media, inputs, layouts, strict=True)
+    ]
+
+
+def _plan(
+    model: Any, medium: Medium, inputs: Inputs, layouts: Sequence[Layout], pruner: Pruner
+) -> Inside:
+    why = _unfit(model, medium, pruner) or _unfit_request(model, medium, inputs, layouts, pruner)
+    if why is not None:
+        raise VlmpruneError(f"{pruner!r} acts in the vision encoder, but {why}; {pruner.instead}.")
+    encoder = medium.encoder(model, inputs)
+    found = pruner.inside(layouts[0].grid, encoder.feature + 1)
+    reads = pruner.reads(len(encoder.layers), encoder.feature)
+    several = reads.layers or reads.states or reads.semantic is not None
+    if found.acts and (several or reads.patches is not None or reads.keys is not None):
+        raise VlmpruneError(
+            f"{pruner!r} changes the tokens of the vision encoder and then reads layers of it; "
+            "chain a method that reads none, such as VisPruner."
+        )
+    from vlmprune.pruner.chain import stages_of
+
+    shortening = [stage for stage in stages_of(pruner) if stage.shortens]
+    return replace(found, alone=len(shortening) == 1)
+
+
+def flops(
+    model: Any,
+    media: Sequence[Medium],
+    inputs: Sequence[Inputs],
+    layouts: Sequence[Sequence[Layout]],
+    pruner: Pruner,
+) -> float | None:
+    """FLOPs of the towers by `costs.encoder_flops`, of pixels seen now or before.
+
+    Args:
+        model: the host.
+        media: the family's modalities.
+        inputs: for each of them the request's inputs, with or without pixels.
+        layouts: for each of them one an item.
+        pruner: the method, or a chain; None comes back of one that does not act.
+    """
+    if not pruner.acts:
+        return None
+    total = 0.0
+    for medium, given, items in zip(media, inputs, layouts, strict=True):
+        if items:
+            grid, crops = items[0].grid, sum(one.crops for one in items)
+            inside = pruner.inside(grid, medium.encoder(model, given).feature + 1)
+            rows, columns = inside.grid or grid
+            patches, merges = rows * columns, inside.merges
+            total += costs.encoder_flops(model.config, crops, patches=patches, merges=merges)
+    return total
+
+
+def _unfit(model: Any, medium: Medium, pruner: Pruner) -> str | None:
+    """Why a method cannot act inside a medium's tower, whatever is asked of it."""
+    if not isinstance(medium, Crops):
+        return f"{type(model).__name__} encodes images at their own resolution"
+    if pruner.acts == "merging":
+        encoder = medium.encoder(model, {})
+        if encoder.cls == -1:
+            return f"{type(model).__name__} puts its CLS token last"
+        odd = towers.unknown_layers(encoder.layers)
+        if odd:
+            known = ", ".join(towers.PARTS)
+            return f"{', '.join(sorted(odd))} is not among the layers that it knows ({known})"
+        return None
+    tower = _tower(model, medium)
+    if tower is None or not towers.scales(tower):
+        name = type(model).__name__ if tower is None else type(tower).__name__
+        return f"{name} cannot scale its positions to a smaller picture"
+    return None
+
+
+def _unfit_request(
+    model: Any, medium: Medium, inputs: Inputs, layouts: Sequence[Layout], pruner: Pruner
+) -> str | None:
+    """Why a method cannot act in a request."""
+    assert isinstance(medium, Crops)
+    grid = medium.patch_grid(model, inputs)
+    if any(one.grid != grid or one.blended for one in layouts):
+        return f"{type(model).__name__} makes one visual token of several patches there"
+    if pruner.acts != "merging":
+        return None
+    chosen = medium.chosen_layers(model, inputs)
+    if not isinstance(chosen, int) and len(chosen) > 1:
+        return f"vision_feature_layer={list(chosen)} takes features of several layers"
+    layers: Any = medium.encoder(model, inputs).layers
+    if recomputes(layers):
+        return "gradient checkpointing runs its layers a second time, out of reach"
+    name = attention.implementation(attention.attention_of(layers[0]))
+    if name not in ("sdpa", "eager"):
+        return (
+            f"{name} cannot weigh merged tokens by size, which attn_implementation='sdpa' and "
+            "'eager' can"
+        )
+    return None
+
+
+def _tower(model: Any, medium: Crops) -> nn.Module | None:
+    try:
+        return medium.tower(model)
+    except AttributeError:
+        return None
+
+
+class Run:
+    """A run of a tower in which nothing happens; subclasses act.
+
+    Attributes:
+        inside: what is to happen.
+        shared: for each crop [N], as in `EncoderView`; empty where nothing happens.
+    """
+
+    def __init__(self, inside: Inside | None) -> None:
+        self.inside = inside
+        self.shared: list[Tensor] = []
+        self.thread = threading.get_ident()
+
+    @property
+    def here(self) -> bool:
+        """Whether the running thread is the one that the run belongs to."""
+        return threading.get_ident() == self.thread
+
+    def spread(self, layer: nn.Module | None, rows: list[Tensor]) -> list[Tensor]:
+        """Attention to a layer's tokens [B, T], handed out to those that the tower began with.
+
+        Tokens that became one share equally what it gets. None is a head behind all layers.
+        """
+        return rows
+
+    def words(self, scored: str) -> str:
+        """What was looked at; `scored` says which attention was read besides."""
+        if self.inside is None:
+            return scored
+        return self.inside.words if self.inside.alone else f"{self.inside.words}; {scored}"
+
+
+@contextmanager
+def acting(model: Any, medium: Medium, inputs: Inputs, inside: Inside | None) -> Iterator[Run]:
+    """Act inside the tower while the block runs; all hooks are gone afterwards."""
+    if inside is None or not inside.acts:
+        yield Run(inside)
+        return
+    assert isinstance(medium, Crops)
+    encoder = medium.encoder(model, inputs)
+    with ExitStack() as stack:
+        if inside.grid is None:
+            yield _Merging(encoder, inside, stack)
+        else:
+            grid = medium.patch_grid(model, inputs)
+            yield _Scaling(medium.tower(model), grid, inside, encoder.cls, stack)
+
+
+class _Merging(Run):
+    """Tokens that merge in the layers of an encoder.
+
+    All that it holds is of the tower's present call: `places` [B, T] where each token that the
+    tower began with is by now, `size` [B, t] of how many each is made, and the layer's own merge.
+    """
+
+    def __init__(self, encoder: Encoder, inside: Inside, stack: ExitStack) -> None:
+        super().__init__(inside)
+        self.cls = int(encoder.cls == 0)
+        self.places = self.size = self.into = self.weights = torch.empty(0)
+        # By layer, call by call: places and sizes as the layer begins.
+        self.begun: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+        last = len(inside.merges) - 1
+        for number, (layer, merge) in enumerate(zip(encoder.layers, inside.merges, strict=False)):
+            self._hook(layer, merge, number == 0, number == last, stack)
+
+    def _hook(
+        self, layer: nn.Module, merge: int, first: bool, last: bool, stack: ExitStack
+    ) -> None:
+        norm, mlp = towers.parts_of(layer)
+        tap = KeyTap()
+        begun = self.begun[layer] = []
+
+        def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self.here:
+                return
+            if first:
+                tokens = decoder.layer_call(layer, args, kwargs).hidden[..., 0]
+                self.size = torch.ones_like(tokens, dtype=torch.float32)
+                every = torch.arange(tokens.shape[1], device=tokens.device)
+                self.places = every.expand(tokens.shape)
+            begun.append((self.places, self.size))
+
+        def weigh(call: AttentionCall) -> AttentionCall:
+            if not self.here:
+                return call
+            if call.mask is not None:
+                raise VlmpruneError(
+                    f"{type(layer).__name__} masks its tokens, which vlmprune cannot merge then; "
+                    "pass what the model's own processor returns."
+                )
+            # The tower may lie on several devices.
+            device, dtype = call.query.device, call.query.dtype
+            self.places, self.size = self.places.to(device), self.size.to(device)
+            weights = None if first else self.size.log().to(dtype)[:, None, None]
+            return replace(call, mask=weights)
+
+        def merged(_: nn.Module, args: tuple[Tensor, ...]) -> Any:
+            if not self.here:
+                return None
+            self.into = bipartite.match(tap.rows_seen.pop(), merge, bool(self.cls))
+            left = self.size.shape[1] - merge
+            self.weights, self.size = bipartite.averaging(self.into, self.size, left)
+            return (self._mean(args[0]), *args[1:])
+
+        def back(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+            return _taken(output, self.into) if self.here else None
+
+        def end(_: nn.Module, __: Any, output: Any) -> Any:
+            if not self.here:
+                return None
+            states = decoder.states_of(output)
+            if merge:
+                states = self._mean(states)
+                self.places = self.into.gather(1, self.places)
+            if last:
+                states = _taken(states, self.places)
+                self.shared += list(self.places[:, self.cls :] - self.cls)
+            return decoder.with_states(output, states)
+
+        hooks = [layer.register_forward_pre_hook(begin, with_kwargs=True)]
+        # Before the host's own hooks, which record the states.
+        hooks.append(layer.register_forward_hook(end, prepend=True))
+        if merge:
+            stack.enter_context(tapped(layer, tap))
+            hooks.append(norm.register_forward_pre_hook(merged))
+            hooks.append(mlp.register_forward_hook(back))
+        for hook in hooks:
+            stack.callback(hook.remove)
+        stack.enter_context(changing(attention.attention_of(layer), weigh))
+
+    def _mean(self, states: Tensor) -> Tensor:
+        """[B, T, C] states by the layer's own merge, in float32."""
+        return (self.weights @ states.float()).to(states.dtype)
+
+    def spread(self, layer: nn.Module | None, rows: list[Tensor]) -> list[Tensor]:
+        """Each call's rows by where each token was as the layer began."""
+        if layer is None or layer not in self.begun:
+            return rows
+        return [
+            (row / size.to(row.device)).gather(1, places.to(row.device))
+            for row, (places, size) in zip(rows, self.begun[layer], strict=True)
+        ]
+
+
+class _Scaling(Run):
+    """Pixels scaled down in front of a tower, and its tokens put back on the full grid."""
+
+    def __init__(
+        self,
+        tower: Any,
+        grid: tuple[int, int],
+        inside: Inside,
+        cls: int | None,
+        stack: ExitStack,
+    ) -> None:
+        super().__init__(inside)
+        small = inside.grid or grid
+        cells, prefix = coarse_grid.sources(grid, small), int(cls == 0)
+        self.index = torch.cat((torch.arange(prefix), cells + prefix))
+        if cls == -1:
+            self.index = torch.cat((cells, torch.tensor([small[0] * small[1]])))
+        size = [n * towers.patch_size(tower) for n in small]
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not self.here:
+                return None
+            call = TowerCall(tower, args, kwargs)
+            pixels = call.pixels
+            self.shared += [cells.to(pixels.device)] * len(pixels)
+            few = nn.functional.interpolate(
+                pixels.float(), size=size, mode="bilinear", antialias=True
+            ).to(pixels.dtype)
+            return call.scaled(few)
+
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            if not self.here:
+                return
+            states = outputs.states_of(output)
+            full = tuple(None if one is None else _put(one, self.index) for one in states)
+            if full:
+                outputs.set_states(output, full)
+            outputs.set_last(output, _put(outputs.last_of(output), self.index))
+
+        stack.callback(tower.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(tower.register_forward_hook(after).remove)
+
+    def spread(self, layer: nn.Module | None, rows: list[Tensor]) -> list[Tensor]:
+        """Each call's rows on the full grid; the layer makes no difference."""
+        return [_put(row / self.index.bincount().to(row.device), self.index) for row in rows]
+
+
+def _put(states: Tensor, index: Tensor) -> Tensor:
+    return states[:, index.to(states.device)]
+
+
+def _taken(states: Tensor, places: Tensor) -> Tensor:
+    """[B, t, C] states at places [B, T]."""
+    return states.gather(1, places[..., None].expand(-1, -1, states.shape[2]))

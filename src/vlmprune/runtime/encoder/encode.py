@@ -1,0 +1,358 @@
+"""Encode a request's images and videos once, and record on the way what a method needs.
+
+The host's own methods do the work, with their own fast attention; a tap reads the attention, a
+hook on the projector reads the features that the model selected.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmprune.errors import VlmpruneError
+from vlmprune.hosts import contract
+from vlmprune.hosts.encoders import encoder_call, first_of
+from vlmprune.hosts.families.media import Encoder, Medium
+from vlmprune.runtime.attention.taps import KeyTap, PatchTap, Score, Tap, passing, pooling, tapped
+from vlmprune.runtime.call.geometry import Plan, wide
+from vlmprune.runtime.call.state import outside
+from vlmprune.runtime.encoder import proof, semantic_tokens
+from vlmprune.runtime.encoder.acting import acting
+from vlmprune.runtime.encoder.merging import spread
+from vlmprune.runtime.encoder.proof import Encoding
+from vlmprune.runtime.encoder.reads import also, check_calls, wanted
+from vlmprune.views import EncoderView, Inside, Reads
+from vlmprune.views.layout import Layout
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Encoder output of a request, with the view that methods choose from.
+
+    Attributes:
+        outputs: by modality, what the host's own method returned.
+        view: of every crop; attention, features and projected features detached.
+        score: where the attention came from, in words.
+        cells: [crops, N, C] features before the projector, with gradients.
+    """
+
+    outputs: dict[int, Any]
+    view: EncoderView
+    score: str
+    cells: Tensor
+
+
+@dataclass
+class Seen:
+    """What was seen of one call of the host's own method, call by call of the tower.
+
+    Attributes:
+        output: what it returned.
+        words: where the attention came from.
+        attention: each [B, L].
+        features: what the projector was given.
+        layers: by encoder layer, as `attention`.
+        patches: each [B, L, 2], received and given.
+        keys: each [B, L, D].
+        states: by encoder layer, each [B, L, C].
+        shared: crop by crop, as in `EncoderView`.
+        semantic: each [B, M, C].
+    """
+
+    output: Any
+    words: str
+    attention: list[Tensor]
+    features: list[Tensor]
+    layers: dict[int, list[Tensor]] = field(default_factory=dict)
+    patches: list[Tensor] = field(default_factory=list)
+    keys: list[Tensor] = field(default_factory=list)
+    states: dict[int, list[Tensor]] = field(default_factory=dict)
+    shared: list[Tensor] = field(default_factory=list)
+    semantic: list[Tensor] = field(default_factory=list)
+
+
+def encode(
+    model: nn.Module,
+    media: Sequence[Medium],
+    originals: Callable[[str], Callable[..., Any]],
+    inputs: Sequence[Mapping[str, Any]],
+    planned: Plan,
+    score: Score = "auto",
+    asked: Callable[[int, int], Reads] | None = None,
+    who: str = "the method",
+    inside: Sequence[Inside | None] = (),
+    attends: bool = True,
+    run: Callable[..., Seen] | None = None,
+) -> Encoded:
+    """Run the vision encoder once for each modality that the request brings.
+
+    Args:
+        model: the host.
+        media: the family's modalities.
+        originals: the host's own methods by name.
+        inputs: for each modality the request's inputs.
+        planned: the geometry.
+        score: which attention scores tokens: "auto", as the family says, or "pooling", that of
+            the tower's pooling head.
+        asked: `Pruner.reads`; None for nothing more.
+        who: the method, for error sentences.
+        inside: for each modality what happens while its tower runs; empty for nothing.
+        attends: whether the method looks at the family's own score, which is told then.
+        run: encodes one modality and says what was seen, for hosts other than Transformers'
+            models; takes what `_run` takes.
+
+    Raises:
+        VlmpruneError: a tower has no pooling head that was asked for, makes another number of
+            tokens than its patches account for, or cannot be read as asked.
+    """
+    outputs: dict[int, Any] = {}
+    scores: dict[int, list[Tensor]] = {}
+    features: dict[int, list[Tensor]] = {}
+    shared: dict[int, list[Tensor]] = {}
+    more: dict[str | int, dict[int, list[Tensor]]] = {}
+    words: list[str] = []
+    present = [bool(planned.of(number)) for number in range(len(media))]
+    reads = wanted(model, media, inputs, present, asked, who)
+    beside: dict[int, list[Tensor]] = {}
+    for number, medium in enumerate(media):
+        if reads.semantic is not None and present[number]:
+            layouts = [planned.items[i].layout for i in planned.of(number)]
+            width = reads.semantic.shape[1]
+            semantic_tokens.check(model, medium, inputs[number], layouts, width, who)
+    for number, medium in enumerate(media):
+        own = planned.of(number)
+        if not own:
+            continue
+        given = inputs[number]
+        acts = inside[number] if inside else None
+        layouts = [planned.items[i].layout for i in own]
+        method = originals(medium.method)
+        seen = (run or _run)(model, medium, method, given, score, reads, acts, layouts)
+        outputs[number] = seen.output
+        rows, cells = medium.cells(model, given, layouts, seen.attention, seen.features)
+        _deal(scores, own, layouts, rows)
+        _deal(features, own, layouts, cells)
+        few = [part[..., :1] for part in seen.features]
+        if any(inside):
+            every = [torch.arange(len(row), device=row.device) for row in rows]
+            _deal(shared, own, layouts, seen.shared or every)
+        streams: list[tuple[str | int, list[Tensor]]] = [*seen.layers.items()]
+        streams += [("patches", seen.patches)] if seen.patches else []
+        streams += [("keys", seen.keys)] if seen.keys else []
+        for name, calls in streams:
+            check_calls(calls, seen.attention, name, who)
+            rows = medium.cells(model, given, layouts, calls, few)[0]
+            _deal(more.setdefault(name, {}), own, layouts, rows)
+        for layer, calls in seen.states.items():
+            check_calls(calls, seen.attention, layer, who)
+            rows = medium.cells(model, given, layouts, calls, few)[0]
+            _deal(more.setdefault(f"state {layer}", {}), own, layouts, rows)
+        if reads.semantic is not None:
+            _deal(beside, own, layouts, [crop for call in seen.semantic for crop in call])
+        if reads.projected:
+            tokens = medium.projected(model, seen.output, layouts)
+            flat = [spread(one, t.detach()) for one, t in zip(layouts, tokens, strict=True)]
+            grids = [
+                f.view(one.crops, one.patches, -1) for one, f in zip(layouts, flat, strict=True)
+            ]
+            _deal(more.setdefault("projected", {}), own, layouts, [c for g in grids for c in g])
+        told = [seen.words] if attends else []
+        words += [one for one in told + also(reads) if one not in words]
+    order = range(len(planned.items))
+    stacked = torch.stack([_tall(crop, planned.cells) for i in order for crop in features[i]])
+    attention = torch.stack([wide(row, planned.cells) for i in order for row in scores[i]])
+
+    def all_of(name: str | int) -> Tensor | None:
+        parts = more.get(name)
+        if parts is None:
+            return None
+        rows = [row if row.ndim == 2 else row[:, None] for i in order for row in parts[i]]
+        return torch.stack([_tall(row, planned.cells).to(attention.device) for row in rows])
+
+    patches = all_of("patches")
+    layers = {layer: all_of(layer) for layer in reads.layers}
+    states = {layer: all_of(f"state {layer}") for layer in reads.states}
+    alike = [wide(row, planned.cells) for i in order for row in shared.get(i, [])]
+    view = EncoderView(
+        attention,
+        stacked.detach(),
+        planned.candidates,
+        planned.images,
+        tuple(one.grid for one in planned.layouts for _ in range(one.crops)),
+        tuple(one.kind == "video" for one in planned.layouts),
+        {layer: rows[..., 0] for layer, rows in layers.items() if rows is not None},
+        None if patches is None else patches[..., 0],
+        None if patches is None else patches[..., 1],
+        all_of("keys"),
+        all_of("projected"),
+        shared=torch.stack(alike).to(attention.device) if alike else None,
+        states={layer: rows for layer, rows in states.items() if rows is not None},
+        semantic=torch.stack([c for i in order for c in beside[i]]) if beside else None,
+    )
+    return Encoded(outputs, view, "; ".join(words), stacked)
+
+
+def _deal(
+    into: dict[int, list[Tensor]],
+    own: Sequence[int],
+    layouts: Sequence[Layout],
+    crops: Sequence[Tensor],
+) -> None:
+    """Give each item its crops."""
+    start = 0
+    for i, layout in zip(own, layouts, strict=True):
+        into[i] = list(crops[start : start + layout.crops])
+        start += layout.crops
+
+
+def _run(
+    model: nn.Module,
+    medium: Medium,
+    method: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    score: Score,
+    reads: Reads,
+    inside: Inside | None,
+    layouts: Sequence[Layout],
+    looked: frozenset[nn.Module] = frozenset(),
+) -> Seen:
+    """One call of the host's own method, and what was seen of it.
+
+    `looked` has the layers whose attention is proved; empty for those that are read.
+    """
+    scored = medium.scored(model, inputs)
+    head = medium.pooling_head(model) if score == "pooling" else None
+    if score == "pooling" and head is None:
+        raise VlmpruneError(
+            f"the vision tower of {type(model).__name__} has no pooling head whose attention could "
+            "score tokens; use score='auto'."
+        )
+    tap = Tap(scored.rows)
+    features: list[Tensor] = []
+    call = encoder_call(method, inputs, medium.inputs, medium.host_only)
+    tower, acts = medium.encoder(model, inputs), inside is not None and inside.acts
+    looked = looked or _looked(tower, scored.layer if head is None else None, reads, inside)
+    proves = proof.due(model, medium, tower, looked, layouts)
+    if proves and acts:
+        # Of the tower as it is, in which no tokens merge.
+        _run(model, medium, method, inputs, score, Reads(), None, layouts, looked)
+        proves = False
+    with ExitStack() as stack:
+        stack.enter_context(outside())
+        run = stack.enter_context(acting(model, medium, inputs, inside))
+        stack.enter_context(tapped(scored.layer, tap) if head is None else pooling(head, tap))
+        taps: dict[str | int, Tap] = {}
+        states: dict[int, list[Tensor]] = {}
+        if reads.layers or reads.patches is not None or reads.keys is not None or reads.states:
+            for number in reads.states:
+                states[number] = stack.enter_context(passing(tower.layers[number]))
+            for number in reads.layers:
+                same = head is None and tower.layers[number] is scored.layer
+                taps[number] = tap if same and scored.rows == tower.rows else Tap(tower.rows)
+                if taps[number] is not tap:
+                    stack.enter_context(tapped(tower.layers[number], taps[number]))
+            if reads.patches is not None:
+                taps["patches"] = PatchTap(tower.cls)
+                stack.enter_context(tapped(tower.layers[reads.patches], taps["patches"]))
+            if reads.keys is not None:
+                taps["keys"] = KeyTap()
+                stack.enter_context(tapped(tower.layers[reads.keys], taps["keys"]))
+        left = {one: stack.enter_context(passing(one)) for one in looked if proves}
+        patches = None
+        if reads.semantic is not None:
+            patches = stack.enter_context(semantic_tokens.recorded(tower))
+            # Only what the method's own tokens go through is trained.
+            stack.enter_context(torch.no_grad())
+        thread = threading.get_ident()
+
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if threading.get_ident() == thread:
+                features.append(first_of(args, kwargs))
+
+        hook = medium.projector(model).register_forward_pre_hook(keep, with_kwargs=True)
+        stack.callback(hook.remove)
+        output = call.run()
+    _check_seen(model, tap, taps, features, bool(states))
+    words = scored.words if head is None else "attention of the tower's pooling head"
+    rows = {name: one.rows_seen for name, one in taps.items()}
+    output = medium.completed(model, output)
+    if proves and tap.rows_seen:
+        again = Encoding(
+            model,
+            medium,
+            tower,
+            left,
+            inputs,
+            layouts,
+            tap.rows_seen,
+            features,
+            output,
+            call.run,
+        )
+        with outside():
+            proof.check(again)
+    if tap.rows_seen and contract.checks():
+        medium.check_seen(model, inputs, layouts, tap.rows_seen)
+    return Seen(
+        output,
+        run.words(words),
+        run.spread(scored.layer if head is None else None, tap.rows_seen or _none(states)),
+        features,
+        {layer: rows[layer] for layer in reads.layers},
+        rows.get("patches", []),
+        rows.get("keys", []),
+        states,
+        run.shared,
+        [] if patches is None or reads.semantic is None else patches.run(reads.semantic),
+    )
+
+
+def _looked(
+    tower: Encoder, scored: nn.Module | None, reads: Reads, inside: Inside | None
+) -> frozenset[nn.Module]:
+    """The encoder layers whose attention, or keys, a method acts by."""
+    numbers = [*reads.layers, *(n for n in (reads.patches, reads.keys) if n is not None)]
+    merging = () if inside is None else inside.merges
+    found = [tower.layers[n] for n in numbers] + list(tower.layers[: len(merging)])
+    return frozenset(found if scored is None else [*found, scored])
+
+
+def _check_seen(
+    model: nn.Module,
+    tap: Tap,
+    taps: Mapping[str | int, Tap],
+    features: Sequence[Tensor],
+    states: bool,
+) -> None:
+    """Refuse a tower that passed by what was to look at it.
+
+    Raises:
+        ContractError: a tap, or the projector, saw nothing.
+    """
+    blind = [name for name, one in taps.items() if not one.rows_seen]
+    if (not tap.rows_seen and not states) or blind:
+        where = "a layer" if not blind else f"layer {blind[0]}"
+        raise contract.broken(
+            model, f"{where} of its vision encoder ran without the attention that was to be seen"
+        )
+    if not features:
+        raise contract.broken(
+            model, "its projector ran without the features of its vision encoder being seen"
+        )
+
+
+def _none(states: Mapping[int, list[Tensor]]) -> list[Tensor]:
+    """No attention, for encoder states that were kept from an earlier pass (`training.states`)."""
+    calls = next(iter(states.values()), [])
+    return [one.new_zeros(one.shape[:2], dtype=torch.float32) for one in calls]
+
+
+def _tall(values: Tensor, length: int) -> Tensor:
+    """Padded with zeros along the dimension before the last."""
+    return nn.functional.pad(values, (0, 0, 0, length - values.shape[-2]))

@@ -1,0 +1,4 @@
+"""Thresholds of PLPHP for a model.
+
+May import what stands below `study`.
+"""

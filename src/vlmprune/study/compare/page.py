@@ -1,0 +1,294 @@
+"""The page that `compare` writes: one HTML file that needs no network. Knows nothing of models.
+
+Pictures are data URIs, everything is escaped, and a content security policy in the page forbids a
+browser to fetch anything. It allows one script, by its hash: the one that moves the slider. That
+script is the same on every page; without it, or where it is not run, the page shows all.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vlmprune.draw import layer_map, overlay
+from vlmprune.errors import VlmpruneError
+from vlmprune.study.compare.results import (
+    ALL_TOKENS,
+    MARK,
+    Answer,
+    Result,
+    Shown,
+    budget,
+    columns,
+    sections,
+)
+
+# Pixels of a picture's long side, about twice what the page shows; grids of 16 and 24 divide it.
+SIDE = 384
+MOST = 12
+"""Questions that are drawn on a page, so that it stays small."""
+_QUALITY = 75
+_TEMPLATES = Path(__file__).parent / "templates"
+# Bytes at a file's beginning in which the mark is looked for.
+_HEAD = 4096
+
+
+def render(result: Result, plot: bytes, facts: Mapping[str, Any], command: str = "") -> str:
+    """The page.
+
+    Args:
+        result: from `compare`.
+        plot: the Pareto plot, a PNG.
+        facts: versions and device, from `measure.facts`.
+        command: what made it, as typed.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    steps = _steps(result)
+    script = script_text() if len(steps) > 1 and result.shown else ""
+    return environment.get_template("compare.html.j2").render(
+        mark=MARK,
+        script=Markup(script),
+        script_hash=Markup(hash_of(script)),
+        steps=[budget(keep) for keep in steps],
+        first=_first(result, steps),
+        result=result,
+        plot=data_uri(plot, "png"),
+        columns={key: title.replace("\n", " ") for key, title in columns(result).items()},
+        sections=list(sections(result)),
+        scale=_scale(result),
+        groups=_groups(result, steps),
+        row_steps=[_step(row.keep, steps) for row in result.rows],
+        samples=[_sample(result, steps, shown) for shown in result.shown[:MOST]],
+        more=max(0, len(result.shown) - MOST),
+        legend=_legend(),
+        ramp=[_hex(one) for one in layer_map.RAMP],
+        mapped=any(answer.heads for shown in result.shown[:MOST] for answer in shown.answers),
+        facts=facts,
+        command=command,
+    )
+
+
+def script_text() -> str:
+    """The script that moves the slider."""
+    return (_TEMPLATES / "compare.js").read_text(encoding="utf-8")
+
+
+def hash_of(script: str) -> str:
+    """A script as a content security policy names it."""
+    digest = hashlib.sha256(script.encode()).digest()
+    return "sha256-" + base64.b64encode(digest).decode("ascii")
+
+
+def data_uri(content: bytes, form: str) -> str:
+    """A picture as a link that holds it."""
+    return f"data:image/{form};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def inlined(image: Image.Image) -> str:
+    """A picture as a link that holds it, shrunk where it is large."""
+    image = image.convert("RGB")
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    target = io.BytesIO()
+    # Without subsampling, which would smear the outlines.
+    image.save(target, format="JPEG", quality=_QUALITY, subsampling=0, optimize=True)
+    return data_uri(target.getvalue(), "jpeg")
+
+
+def _scale(result: Result) -> dict[str, Any]:
+    """For each row, where its score and interval lie between the lowest and the highest."""
+    ends = [
+        end
+        for row in result.rows
+        for end in (row.score.value, row.score.low, row.score.high)
+        if end is not None
+    ]
+    low, high = min(ends), max(ends)
+    span = (high - low) or 1.0
+
+    def place(value: float) -> str:
+        return f"{100 * (value - low) / span:.2f}"
+
+    def width(a: float, b: float) -> str:
+        return f"{100 * (b - a) / span:.2f}"
+
+    out = {}
+    for row in result.rows:
+        one = row.score
+        left = one.value if one.low is None else one.low
+        right = one.value if one.high is None else one.high
+        out[row.spec] = {"dot": place(one.value), "left": place(left), "width": width(left, right)}
+    return out
+
+
+def _steps(result: Result) -> list[int | float]:
+    """The budgets on the slider: those with a number, from few tokens to many."""
+    found = {(type(row.keep), row.keep): row.keep for row in result.rows if row.keep is not None}
+    every = result.rows[0].visual_tokens
+    return sorted(found.values(), key=lambda keep: keep if type(keep) is int else keep * every)
+
+
+def _step(keep: int | float | None, steps: list[int | float]) -> int | None:
+    """A budget's place on the slider; None for what is there at every place."""
+    return next((i for i, x in enumerate(steps) if (type(x), x) == (type(keep), keep)), None)
+
+
+def _first(result: Result, steps: list[int | float]) -> int:
+    """The place that the slider begins at: the budget that was named first."""
+    return next((at for row in result.rows if (at := _step(row.keep, steps)) is not None), 0)
+
+
+def _groups(result: Result, steps: list[int | float]) -> list[dict[str, Any]]:
+    """Budgets with the number of configurations of each, in the order of the rows."""
+    return [
+        {
+            "title": title or ALL_TOKENS,
+            "count": len(lines),
+            "step": _step(lines[0].row.keep, steps),
+        }
+        for title, lines in sections(result)
+    ]
+
+
+def _sample(result: Result, steps: list[int | float], shown: Shown) -> dict[str, Any]:
+    return {
+        "question": shown.question,
+        "truths": shown.truths,
+        "images": [inlined(image) for image in shown.images],
+        "cells": [
+            {
+                "name": row.name,
+                "keep": "" if row.keep is None else budget(row.keep),
+                "step": _step(row.keep, steps),
+                "full": row.full,
+                "control": row.control,
+                "text": answer.text,
+                "good": _good(result, answer),
+                "note": _note(answer),
+                "drawn": [inlined(image) for image in answer.drawn],
+                "kept": answer.kept,
+                "before": answer.before,
+                "parts": [(k, n, _hex(overlay.COLOURS[k])) for k, n in answer.parts.items()],
+                "trouble": answer.trouble,
+                "kv": f"{100 * answer.kv_share:.0f} %",
+                "map": _map(answer.heads),
+                "bars": _bars(answer),
+            }
+            for row, answer in zip(result.rows, shown.answers, strict=True)
+        ],
+    }
+
+
+def _map(heads: list[list[float]]) -> dict[str, Any] | None:
+    """The retention map of layers and KV heads: a small picture, and in words."""
+    if not any(heads):
+        return None
+    means = [f"{100 * sum(one) / len(one):.0f} %" if one else "no cache" for one in heads]
+    count = max(map(len, heads))
+    return {
+        "src": data_uri(layer_map.picture(heads), "png"),
+        "height": f"{min(max(0.8 * count, 1.6), 8):.1f}",
+        "heads": count,
+        "last": len(heads) - 1,
+        "words": ", ".join(f"layer {layer} {mean}" for layer, mean in enumerate(means)),
+    }
+
+
+def _bars(answer: Answer) -> dict[str, Any] | None:
+    """The tokens that reach each layer, as heights in per cent."""
+    counts = answer.reached
+    if not counts:
+        return None
+    most = max(answer.before, *counts, 1)
+    return {
+        "layers": [(layer, n, f"{100 * n / most:.1f}") for layer, n in enumerate(counts)],
+        "words": ", ".join(map(str, counts)),
+        "last": len(counts) - 1,
+    }
+
+
+def _good(result: Result, answer: Answer) -> bool:
+    return answer.score >= 0.5 if answer.score is not None else answer.same
+
+
+def _note(answer: Answer) -> str:
+    if answer.score is not None:
+        return "right" if answer.score == 1 else "wrong" if answer.score == 0 else "partly right"
+    return "same" if answer.same else "differs"
+
+
+def _legend() -> list[tuple[str, str]]:
+    """Name and colour of all that an overlay shows."""
+    return [
+        (overlay.WORDS.get(name, name), _hex(colour)) for name, colour in overlay.COLOURS.items()
+    ]
+
+
+def _hex(colour: tuple[int, int, int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def check_free(path: Path) -> Path:
+    """Refuse a file that could not be written, or that `compare` did not write; makes the folder.
+
+    Raises:
+        VlmpruneError: it is one of these.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise VlmpruneError(f"{str(path)!r} is a folder; give the name of a file in it.")
+        if path.exists():
+            with path.open("rb") as file:
+                head = file.read(_HEAD)
+            if MARK.encode() not in head:
+                raise VlmpruneError(
+                    f"{str(path)!r} is there already and not of `{MARK}`; give another name, or "
+                    "move it away."
+                )
+    except OSError as error:
+        raise VlmpruneError(f"{str(path)!r} cannot be written ({error.strerror}).") from error
+    if not os.access(path.parent, os.W_OK):
+        raise VlmpruneError(f"{str(path)!r} cannot be written (Permission denied).")
+    return path
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Write a file at once, so that nobody finds half of it.
+
+    Raises:
+        VlmpruneError: the disk refuses.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    name = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            name = Path(file.name)
+            file.write(data)
+        # As any new file has them; a temporary one is the owner's alone.
+        mask = os.umask(0)
+        os.umask(mask)
+        name.chmod(0o666 & ~mask)
+        name.replace(path)
+    except OSError as error:
+        if name is not None:
+            name.unlink(missing_ok=True)
+        raise VlmpruneError(f"{str(path)!r} cannot be written ({error.strerror}).") from error

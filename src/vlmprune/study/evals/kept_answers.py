@@ -1,0 +1,60 @@
+"""Where answers are kept, so that those that are known are not asked for again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+import vlmprune
+from vlmprune.io.models import Loaded
+from vlmprune.io.sources import Source
+from vlmprune.pruner.base import Pruner
+from vlmprune.study.evals import run as evaluate
+from vlmprune.study.tasks import Task
+
+
+def digest(loaded: Loaded, source: Source, task: Task) -> str:
+    """A name for what answers depend on besides the method, so that no other's are taken up."""
+    seen: list[Any] = [vlmprune.__version__, source.name, evaluate.model_name(loaded.model)]
+    seen += [loaded.model.device.type, task.label]
+    if source.folder is not None:
+        seen += [_stamp(file) for file in sorted(source.folder.iterdir()) if file.is_file()]
+    files = task.read_from()
+    if files is not None:
+        seen += [_stamp(file) for file in files]
+    else:
+        for one in task.samples():
+            images = [_stamp(i) if isinstance(i, Path) else _pixels(i) for i in one.images]
+            limit = task.max_new_tokens(one)
+            seen.append([one.id, one.question, one.answers, limit, images])
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:12]
+
+
+def file_name(name: str, pruner: Pruner | None) -> str:
+    """The name of a file for a method's answers.
+
+    Args:
+        name: of the method, for people.
+        pruner: the method, which alone counts.
+    """
+    marked = hashlib.sha256(evaluate.method_name(pruner).encode()).hexdigest()[:8]
+    return f"{plain(name)}-{marked}.jsonl"
+
+
+def plain(name: str) -> str:
+    """A text as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")[:60]
+
+
+def _stamp(file: Path) -> list[Any]:
+    about = file.stat()
+    return [file.name, about.st_size, about.st_mtime_ns]
+
+
+def _pixels(image: Image.Image) -> str:
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()

@@ -1,0 +1,229 @@
+"""What `eval` tells: a method's scores beside the unpruned model's on the same questions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from vlmprune.study.compare.results import ALL_TOKENS, Interval
+from vlmprune.study.evals.results import Evaluation, Mean
+
+MARK = "vlmprune eval"
+"""Stands in what `eval` writes, so that nothing else is overwritten."""
+
+GROUPS = 10
+"""Groups of pictures below which no interval is told, as in `compare`."""
+
+COSTS = {
+    "visual tokens": "visual_tokens",
+    "LLM FLOPs": "decoder_flops",
+    "with encoder": "flops",
+    "KV bytes": "kv_bytes",
+}
+"""Rows of the table by their title; each relative to what it was before pruning."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score of the method, and what the unpruned model makes of the same questions.
+
+    Attributes:
+        name: "accuracy", "agreement", or a kind of question.
+        count: questions.
+        pruned: the method's.
+        full: the unpruned model's; None where it was not asked, and for agreement.
+        difference: the method's less the unpruned model's, question by question.
+    """
+
+    name: str
+    count: int
+    pruned: Interval
+    full: Interval | None = None
+    difference: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Assessed:
+    """A method on a task.
+
+    Attributes:
+        label: the model's.
+        spec: the method's whole spec.
+        answers: the method's.
+        full: the unpruned model's on the same questions; None where it was not asked.
+        figures: the task's own, of the method.
+        full_figures: the same of the unpruned model.
+    """
+
+    label: str
+    spec: str
+    answers: Evaluation
+    full: Evaluation | None
+    figures: Mapping[str, float]
+    full_figures: Mapping[str, float]
+
+    @property
+    def name(self) -> str:
+        """What the score is."""
+        return "agreement" if self.answers.mean is None else "accuracy"
+
+    @cached_property
+    def accuracy(self) -> Score | None:
+        """Over all questions with true answers; None without any."""
+        return None if self.answers.mean is None else _score("accuracy", self.answers, self.full)
+
+    @cached_property
+    def agreement(self) -> Score | None:
+        """How often the answer is the unpruned model's; None where that was not asked."""
+        if self.full is None:
+            return None
+        return _score("agreement", self.answers.agreeing(self.full), None)
+
+    @cached_property
+    def by_kind(self) -> list[Score]:
+        """Accuracy, or agreement where no answer is known, by kind; empty if there are no kinds."""
+        answers, full = self.answers, self.full
+        if answers.mean is None:
+            if full is None:
+                return []
+            answers, full = answers.agreeing(full), None
+        kinds = list(answers.by_kind)
+        if kinds in ([], [""]):
+            return []
+        return [
+            _score(kind or "other", _of(answers, kind), None if full is None else _of(full, kind))
+            for kind in kinds
+        ]
+
+    @property
+    def too_few(self) -> bool:
+        """Whether there are too few pictures for an interval."""
+        return len({one.group for one in self.answers.results}) < GROUPS
+
+    def lines(self) -> list[tuple[str, str, str, str]]:
+        """The table: name, the unpruned model's, the method's, difference."""
+        scores = [one for one in (self.accuracy, self.agreement) if one is not None]
+        lines = [_line(one, one.name) for one in scores]
+        lines += [_line(one, f"  {one.name} ({one.count})") for one in self.by_kind]
+        for name, value in self.figures.items():
+            before = self.full_figures.get(name)
+            change = "" if before is None else f"{value - before:+.1f}"
+            lines.append((name, "" if before is None else f"{before:.1f}", f"{value:.1f}", change))
+        for title, name in COSTS.items():
+            share = self.answers.share(name)
+            lines.append((title, "100 %", f"{100 * share:.1f} %", f"{100 * (share - 1):+.1f} %"))
+        return lines
+
+    def notes(self) -> list[str]:
+        """What the figures mean, a sentence each."""
+        said = {
+            "accuracy": "accuracy: mean score of the answers",
+            "agreement": "no true answer is known: agreement alone is told",
+        }[self.name]
+        if self.full is not None:
+            said += "; agreement: share of answers that are the unpruned model's"
+        notes = [said]
+        if self.too_few:
+            notes.append("too few pictures for intervals")
+        else:
+            notes.append(
+                "in brackets 95 % intervals, bootstrapped over pictures; a difference, in points, "
+                "is no accident of the pictures where its interval leaves out 0"
+            )
+        notes.append("costs: of the visual tokens in a prefill, relative to all tokens")
+        return notes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything that JSON can hold, but for the answers."""
+        full = self.full
+        return {
+            "model": self.label,
+            "task": self.answers.task,
+            "method": self.spec,
+            "samples": len(self.answers.results),
+            "score": self.name,
+            "accuracy": _dict(self.accuracy),
+            "agreement": _dict(self.agreement),
+            "by_kind": {one.name: _dict(one) for one in self.by_kind},
+            "figures": dict(self.figures),
+            "unpruned": None if full is None else {"figures": dict(self.full_figures)},
+            "shares": {name: self.answers.share(name) for name in COSTS.values()},
+            "visual_tokens": self.answers.total("visual_tokens") / len(self.answers.results),
+            "seconds": self.answers.total("seconds"),
+        }
+
+    def markdown(self, command: str) -> str:
+        """The table and what it means."""
+        count = len(self.answers.results)
+        head = ("", ALL_TOKENS, self.spec, "difference")
+        rows = [[_cell(text) for text in line] for line in (head, *self.lines())]
+        table = ["| " + " | ".join(row) + " |" for row in rows]
+        table.insert(1, "|---|---:|---:|---:|")
+        notes = [f"- {one}" for one in self.notes()]
+        title = f"{self.label} on {self.answers.task}, {count} question{'' if count == 1 else 's'}"
+        parts = [
+            f"<!-- {MARK} -->",
+            f"# {title}",
+            "\n".join(table),
+            "\n".join(notes),
+            f"```\n{command}\n```",
+        ]
+        return "\n\n".join(parts) + "\n"
+
+
+def _cell(text: str) -> str:
+    # Leading spaces mark a kind; Markdown would drop them.
+    shown = text.replace("|", "\\|")
+    return "– " + shown.strip() if shown.startswith("  ") else shown  # noqa: RUF001
+
+
+def _line(one: Score, name: str) -> tuple[str, str, str, str]:
+    full = "" if one.full is None else _percent(one.full)
+    if one.difference is None:
+        return name, full, _percent(one.pruned), ""
+    return name, full, _percent(one.pruned), _points(one.difference)
+
+
+def _percent(one: Interval) -> str:
+    text = f"{100 * one.value:.1f} %"
+    if one.low is None or one.high is None:
+        return text
+    return f"{text} ({100 * one.low:.1f} to {100 * one.high:.1f})"
+
+
+def _points(one: Interval) -> str:
+    text = f"{100 * one.value:+.1f}"
+    if one.low is None or one.high is None:
+        return text
+    return f"{text} ({100 * one.low:+.1f} to {100 * one.high:+.1f})"
+
+
+def _of(answers: Evaluation, kind: str) -> Evaluation:
+    return replace(answers, results=tuple(one for one in answers.results if one.kind == kind))
+
+
+def _score(name: str, answers: Evaluation, full: Evaluation | None) -> Score:
+    mean = answers.mean
+    assert mean is not None
+    pruned, count = _interval(mean, answers), len(answers.scored)
+    if full is None or full.mean is None:
+        return Score(name, count, pruned)
+    difference = answers.minus(full)
+    assert difference is not None
+    return Score(name, count, pruned, _interval(full.mean, answers), _interval(difference, answers))
+
+
+def _interval(mean: Mean, answers: Evaluation) -> Interval:
+    if len({one.group for one in answers.scored}) < GROUPS:
+        return Interval(mean.value)
+    return Interval(mean.value, mean.low, mean.high)
+
+
+def _dict(one: Score | None) -> dict[str, Any] | None:
+    if one is None:
+        return None
+    content = asdict(one)
+    del content["name"]
+    return content

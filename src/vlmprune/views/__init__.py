@@ -1,0 +1,33 @@
+"""What a method sees and returns, and where visual tokens lie: plain data, no class of any host.
+
+Here belong bundles of tensors that several rooms hand on. May import torch, `select.budget` and
+`errors`, and nothing else of this package.
+"""
+
+from vlmprune.views.decoder import (
+    Ask,
+    FrameView,
+    LayerView,
+    Probes,
+    Retention,
+    Routed,
+    Rows,
+    RowView,
+)
+from vlmprune.views.encoder import EncoderView, Inside, Merge, Reads, Selection
+
+__all__ = [
+    "Ask",
+    "EncoderView",
+    "FrameView",
+    "Inside",
+    "LayerView",
+    "Merge",
+    "Probes",
+    "Reads",
+    "Retention",
+    "Routed",
+    "RowView",
+    "Rows",
+    "Selection",
+]
