@@ -13,7 +13,9 @@ import pytest
 
 import vlmprune
 from vlmprune.hosts.families import FAMILIES
+from vlmprune.integrations.vllm import ARCHITECTURES
 
+FAMILIES_ROOM = "vlmprune.hosts.families"
 PLUGIN = Path(vlmprune.__file__).parent / "integrations" / "vllm"
 
 
@@ -38,6 +40,19 @@ def stand_ins() -> Iterator[tuple[str, str, ast.arguments]]:
                         yield node.name, one.name, one.args
 
 
+def imported() -> set[str]:
+    """Names that the plugin takes from the families' records."""
+    return {
+        one.name
+        for path in PLUGIN.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(FAMILIES_ROOM)
+        for one in node.names
+    }
+
+
+# A family's record for one of its towers is not served.
+SERVED = [n for n, one in FAMILIES.items() if one.cls in ARCHITECTURES and ":" not in n]
 STAND_INS = list(stand_ins())
 
 
@@ -59,3 +74,10 @@ def test_stand_ins_take_arguments_by_the_names_that_records_use(
     assert not missing or (given.kwarg is not None and "image_features" in taken), (
         f"{host}.{name} lacks {sorted(missing)}"
     )
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_served_media_are_those_of_the_record(name: str) -> None:
+    """A medium that a record came to split into several would be served as the plain one."""
+    lacking = {type(one).__name__ for one in FAMILIES[name].media} - imported()
+    assert not lacking, f"{name} is served without {sorted(lacking)}"

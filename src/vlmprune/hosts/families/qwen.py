@@ -246,24 +246,24 @@ class _Windows(QwenImages):
         ).argsort()
 
 
-class _WindowedImages(_Windows):
+class WindowedImages(_Windows):
     """Images in that tower."""
 
 
-class _WindowedVideos(_Windows, QwenVideos):
+class WindowedVideos(_Windows, QwenVideos):
     """Videos in that tower."""
 
 
 _DEEP = Parts(fields=("vision_config.deepstack_visual_indexes",))
 
 
-class _DeepImages(QwenImages):
+class DeepImages(QwenImages):
     """Images of Qwen3-VL, which hands features of earlier blocks to decoder layers."""
 
     parts = QwenImages.parts | _DEEP
 
 
-class _DeepVideos(QwenVideos):
+class DeepVideos(QwenVideos):
     """Videos of Qwen3-VL, likewise."""
 
     parts = QwenVideos.parts | _DEEP
@@ -319,13 +319,13 @@ FAMILIES: dict[str, Family] = {
         "Qwen2.5-VL",
         "Qwen2_5_VLForConditionalGeneration",
         "as Qwen2-VL; windows put back in order",
-        (_WindowedImages(), _WindowedVideos()),
+        (WindowedImages(), WindowedVideos()),
         "full-attention layer",
     ),
     "qwen3_vl": _family(
         "Qwen3-VL",
         "Qwen3VLForConditionalGeneration",
         "as Qwen2-VL; deepstack features pruned alike",
-        (_DeepImages(), _DeepVideos()),
+        (DeepImages(), DeepVideos()),
     ),
 }

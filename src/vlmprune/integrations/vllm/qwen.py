@@ -13,7 +13,14 @@ from vllm.model_executor.models import qwen2_5_vl, qwen2_vl, qwen3_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vlmprune.hosts.families.media import Inputs
-from vlmprune.hosts.families.qwen import QwenImages, QwenVideos
+from vlmprune.hosts.families.qwen import (
+    DeepImages,
+    DeepVideos,
+    QwenImages,
+    QwenVideos,
+    WindowedImages,
+    WindowedVideos,
+)
 from vlmprune.integrations.vllm.host import Host, Served
 from vlmprune.integrations.vllm.model import PrunedModel
 from vlmprune.integrations.vllm.positions import OriginalPositions
@@ -142,18 +149,18 @@ class _Windows(_Served):
         return model.visual.merger.ln_q
 
 
-class WindowImages(_Windows, QwenImages):
+class _WindowedImages(_Windows, WindowedImages):
     """Images."""
 
 
-class WindowVideos(_Windows, QwenVideos):
+class _WindowedVideos(_Windows, WindowedVideos):
     """Videos."""
 
 
 class Qwen25VLProcessor(PrunedProcessor, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):
     """Qwen2.5-VL's."""
 
-    media: ClassVar[Sequence[Served]] = (WindowImages(), WindowVideos())
+    media: ClassVar[Sequence[Served]] = (_WindowedImages(), _WindowedVideos())
     host = Qwen
 
 
@@ -165,7 +172,7 @@ class Qwen25VLProcessor(PrunedProcessor, qwen2_5_vl.Qwen2_5_VLMultiModalProcesso
 class PrunedQwen25VL(PrunedQwen, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL."""
 
-    media: ClassVar[Sequence[Served]] = (WindowImages(), WindowVideos())
+    media: ClassVar[Sequence[Served]] = (_WindowedImages(), _WindowedVideos())
 
 
 @dataclass(frozen=True)
@@ -194,18 +201,18 @@ class _Deep(_Served):
         return [[one[:, output.width :] for one in output.items]]
 
 
-class DeepImages(_Deep, QwenImages):
+class _DeepImages(_Deep, DeepImages):
     """Images."""
 
 
-class DeepVideos(Apart, _Deep, QwenVideos):
+class _DeepVideos(Apart, _Deep, DeepVideos):
     """Videos, whose frames stand apart, each behind its time."""
 
 
 class Qwen3VLProcessor(PrunedProcessor, qwen3_vl.Qwen3VLMultiModalProcessor):
     """Qwen3-VL's."""
 
-    media: ClassVar[Sequence[Served]] = (DeepImages(), DeepVideos())
+    media: ClassVar[Sequence[Served]] = (_DeepImages(), _DeepVideos())
     host = Qwen
 
 
@@ -225,7 +232,7 @@ class _Qwen3VL(qwen3_vl.Qwen3VLForConditionalGeneration):
 class PrunedQwen3VL(PrunedQwen, _Qwen3VL):
     """Qwen3-VL."""
 
-    media: ClassVar[Sequence[Served]] = (DeepImages(), DeepVideos())
+    media: ClassVar[Sequence[Served]] = (_DeepImages(), _DeepVideos())
 
     def offsets(self, layout: Layout, inputs: Any) -> Tensor:
         """Row and column of a token within its frame; frames are placed by the text between."""
