@@ -34,7 +34,7 @@ from encoded_once import encoded_once
 from vlmprune import METHODS, embedded
 from vlmprune.io.models import Loaded, quiet
 from vlmprune.methods.pyramiddrop import PyramidDrop
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.study.evals.results import UNPRUNED, Evaluation
 from vlmprune.study.evals.run import BATCH, evaluate, model_name
 from vlmprune.study.tasks import Scenes

@@ -132,7 +132,7 @@ def checks(handle: Any, inputs: dict[str, Tensor], times: int) -> float:
     def once() -> None:
         with following(handle, state, call):
             pass
-        if handle.asks:
+        if handle.attachment.asks:
             reached = Reached()
             for index in layers:
                 reached.note(index, decoder[index])

@@ -61,7 +61,7 @@ def authors_choice(attention: Tensor, features: Tensor, keep: int, ratio: float)
     chosen, rest = order[:, :important], order[:, important:]
     unit = features / features.norm(dim=-1, keepdim=True)
     while rest.shape[1] > keep - important:
-        drop = min(select.ROUND, rest.shape[1] - (keep - important))
+        drop = min(rules.ROUND, rest.shape[1] - (keep - important))
         tokens = unit[crop, rest]
         closest = (tokens[:, 0::2] @ tokens[:, 1::2].transpose(1, 2)).max(dim=-1).values
         stay = closest.argsort(dim=-1, descending=True)[:, drop:]

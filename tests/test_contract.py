@@ -21,7 +21,7 @@ from vlmprune.hosts import contract, release
 from vlmprune.hosts.attention import AttentionCall
 from vlmprune.hosts.contract import ContractError, Ledger, Reached, check_rows
 from vlmprune.io.models import attached
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.runtime.encoder import proof
 from zoo import ZOO
 

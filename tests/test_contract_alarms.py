@@ -12,7 +12,7 @@ from transformers import LogitsProcessor
 
 import tiny
 from vlmprune import PLPHP, FastV, ToMe, VisPruner
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 
 METHODS: dict[str, Callable[[], Pruner]] = {
     "VisPruner": lambda: VisPruner(keep=4),
@@ -85,9 +85,9 @@ def test_a_tower_with_dropout_is_proved_when_it_has_none() -> None:
     with VisPruner(keep=4)(built) as handle:
         built.train()(**inputs)
         key = ("cells", "get_image_features")
-        assert not any(one[:2] == key for one in handle.ledger._proved)
+        assert not any(one[:2] == key for one in handle.attachment.ledger._proved)
         built.eval()(**inputs)
-        assert any(one[:2] == key for one in handle.ledger._proved)
+        assert any(one[:2] == key for one in handle.attachment.ledger._proved)
 
 
 def test_one_picture_that_is_not_a_number_is_no_broken_contract() -> None:

@@ -144,7 +144,7 @@ def test_any_resolution_equals_masking(kind: str, policy: Any) -> None:
         "attention_mask": req.inputs["attention_mask"] * ~dropped,
         "position_ids": positions_of(req.inputs["attention_mask"], dropped, policy),
     }
-    (planned,) = acting.plans(built, [medium], [req.inputs], [layouts], pruner)
+    (planned,) = acting.acts_of(built, [medium], [req.inputs], [layouts], pruner)
     with acting.acting(built, medium, req.inputs, planned):
         expected = generate(built, **changed)
     assert distance(pruned, expected) < TOLERANCE

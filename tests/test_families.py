@@ -14,7 +14,8 @@ from torch import Tensor
 
 from masked import masking
 from vlmprune import PLPHP, VisPruner, VlmpruneError
-from vlmprune.hosts.families import FAMILIES, family_of
+from vlmprune.hosts.families import FAMILIES
+from vlmprune.runtime.family import family_of
 from zoo import EVERY, ZOO, Request
 from zoo.base import IMAGE, VIDEO
 

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tiny import model, request
 from vlmprune import PLPHP, FastV, VisPruner, VlmpruneError, costs
-from vlmprune.hosts import families
 from vlmprune.hosts.requests import base_of
 from vlmprune.methods.bases.budgeted import Budgeted
+from vlmprune.runtime.family import family_of
 from vlmprune.study import measure
 from vlmprune.study.bench import run as bench
 from vlmprune.study.bench.floor import Floor, counts_of, floor_of
@@ -64,7 +64,7 @@ def test_every_family_takes_a_natively_short_prompt(name: str) -> None:
     floor = floor_of(built, req.inputs, prefill)
     assert sum(placeholders(built, floor)) == floor.visual_tokens == sum(kept)
     assert placeholders(built, floor) == floor.row_tokens
-    for pixels in families.family_of(built).media[0].inputs[:1]:
+    for pixels in family_of(built).media[0].inputs[:1]:
         assert torch.equal(floor.inputs[pixels], req.inputs[pixels])
     before = set(vars(base_of(built)))
     with floor.on(built):

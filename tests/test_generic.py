@@ -29,7 +29,9 @@ from transformers import (
 )
 
 from vlmprune import VisPruner, VlmpruneError
-from vlmprune.hosts.families import FAMILIES, family_of, generic
+from vlmprune.hosts.families import FAMILIES
+from vlmprune.runtime.encoder import trial
+from vlmprune.runtime.family import family_of
 from zoo.base import IMAGE, TEXT, WORDS, loud, pad
 from zoo.tiles import ALTERNATING, SQUARE
 
@@ -183,10 +185,10 @@ def test_keeping_everything_changes_no_bit(make: Callable[[], Any]) -> None:
 
 def test_the_self_check_runs_once_and_leaves_no_trace(monkeypatch: Any) -> None:
     built = built_by(cohere2_vision)
-    generic._found.clear()
+    trial._found.clear()
     calls = []
-    check = generic._self_check
-    monkeypatch.setattr(generic, "_self_check", lambda model: calls.append(1) or check(model))
+    check = trial._self_check
+    monkeypatch.setattr(trial, "_self_check", lambda model: calls.append(1) or check(model))
     built.train()
     before = {name: dict(vars(module)) for name, module in built.named_modules()}
     first = family_of(built)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmprune import VlmpruneError
-from vlmprune.runtime.call.shorten import Prompt, dropped_columns, shorten, spans
+from vlmprune.runtime.call.shorten import Prompt, dropped_columns, shorten
+from vlmprune.runtime.geometry import spans
 
 PAD, IMAGE = 0, 9
 Row = tuple[int, list[bool]]  # padding, and for each real column whether it is to be dropped

@@ -18,7 +18,7 @@ from test_layers import DIFFERENT, TOLERANCE, Ordered, deep, distance, dropped_b
 from tiny import IMAGE, Request, dropped_columns, request
 from vlmprune import PLPHP, VisPruner, VlmpruneError
 from vlmprune.methods import FastV, PyramidDrop
-from vlmprune.runtime.cache.gapped_layer import ShortLayer
+from vlmprune.runtime.cache.gapped_layer import GappedLayer
 from vlmprune.views import RowView
 
 pytestmark = pytest.mark.oracle
@@ -132,7 +132,7 @@ def test_what_can_be_done_to_a_cache(policy: Any) -> None:
         out = generate(built, req.inputs)
         ids, cache = out.sequences, cache_of(out)
         short = cache.layers[4]
-        assert isinstance(short, ShortLayer) and short.held is not None
+        assert isinstance(short, GappedLayer) and short.held is not None
         assert short.nbytes() < cache.layers[0].keys.nbytes + cache.layers[0].values.nbytes
         size = req.inputs["input_ids"].shape[1]
 
@@ -266,7 +266,7 @@ def test_keeping_everything_changes_no_bit() -> None:
             assert all(torch.equal(a, b) for a, b in zip(plain.logits, pruned.logits, strict=True))
             assert handle.report is not None and not handle.report.layers
             assert handle.report.flops_after == handle.report.flops_before
-            assert not any(isinstance(one, ShortLayer) for one in cache_of(pruned).layers)
+            assert not any(isinstance(one, GappedLayer) for one in cache_of(pruned).layers)
 
 
 def test_the_last_token_goes_on_even_where_it_is_visual() -> None:

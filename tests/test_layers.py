@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from hidden import hiding
 from tiny import EOS, IMAGE, PAD, VOCABULARY, Request, dropped_columns, model, request
 from vlmprune.methods import FastV, PyramidDrop
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.views import Ask, Rows, RowView
 
 pytestmark = pytest.mark.oracle

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from vlmprune.hosts.families import FAMILIES
-from vlmprune.views import Budget, EncoderView, layout
+from vlmprune.select.budget import Budget
+from vlmprune.views import EncoderView, layout
 from vlmprune.views.layout import NO_PATCH, Layout, label_map, read_labels
 
 SIDE, PATCH, WIDTH = 16, 4, 6

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from vlmprune import VlmpruneError
 from vlmprune.draw.boxes import token_boxes
-from vlmprune.hosts.families import FAMILIES, family_of
+from vlmprune.hosts.families import FAMILIES
+from vlmprune.runtime.family import family_of
 from vlmprune.views.layout import NO_PATCH, Layout
 from zoo import ZOO
 from zoo.llava import FRAMES, PATCH, PINPOINTS, SIDE

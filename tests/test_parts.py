@@ -11,8 +11,9 @@ import transformers
 
 from vlmprune import PLPHP, VisPruner, VlmpruneError
 from vlmprune.hosts import config, contract, parts, sizes
-from vlmprune.hosts.families import FAMILIES, check_host, family_of
+from vlmprune.hosts.families import FAMILIES, check_host
 from vlmprune.hosts.parts import Parts
+from vlmprune.runtime.family import family_of
 from zoo import ZOO
 
 pytestmark = pytest.mark.oracle

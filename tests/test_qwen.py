@@ -25,9 +25,9 @@ from test_families import dropped_columns
 from vlmprune import VisPruner, VlmpruneError, costs
 from vlmprune.draw.boxes import token_boxes
 from vlmprune.hosts import contract
-from vlmprune.hosts.families import family_of
 from vlmprune.hosts.families.qwen import MEDIA
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
+from vlmprune.runtime.family import family_of
 from vlmprune.views import EncoderView, Selection
 from zoo import ZOO
 from zoo.base import IMAGE, START, VIDEO, WORDS

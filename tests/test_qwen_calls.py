@@ -25,7 +25,7 @@ from test_qwen import (
 )
 from vlmprune import PLPHP, VisPruner
 from vlmprune.hosts.families.qwen import MEDIA
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.views import EncoderView, Selection
 from zoo import ZOO, Request
 from zoo.base import IMAGE, VIDEO, VOCABULARY, WORDS

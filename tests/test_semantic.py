@@ -14,8 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts.families import family_of
 from vlmprune.runtime.encoder import semantic_tokens
+from vlmprune.runtime.family import family_of
 
 TOWERS = ["clip", "siglip", "dinov2"]
 FEATURE = 1  # of three layers, the one whose output is hidden state -2

@@ -15,8 +15,8 @@ from test_families import ZOO
 from test_layers import DIFFERENT, TOLERANCE, deep, distance, generate
 from tiny import IMAGE, Request, request
 from vlmprune import VisPruner
-from vlmprune.pruner.base import Pruner
-from vlmprune.runtime.cache.gapped_layer import ShortLayer
+from vlmprune.pruner import Pruner
+from vlmprune.runtime.cache.gapped_layer import GappedLayer
 from vlmprune.runtime.decoder.skipping import frames_of
 from vlmprune.views import FrameView, Routed
 from vlmprune.views.layout import Layout
@@ -204,7 +204,7 @@ def test_each_layers_cache_holds_what_it_worked_on() -> None:
     stored = [layer.keys.shape[2] for layer in cache.layers]
     assert stored == [text + 32, text + 8, text + 32, text + 8, text + 32]
     assert [layer.get_seq_length() for layer in cache.layers] == [text + 32] * 5
-    assert [isinstance(layer, ShortLayer) for layer in cache.layers] == [False, True] * 2 + [False]
+    assert [isinstance(layer, GappedLayer) for layer in cache.layers] == [False, True] * 2 + [False]
     for mine, theirs, told in zip(cache.layers, plain.layers, report.layers, strict=True):
         saved = theirs.keys.nbytes + theirs.values.nbytes - mine.keys.nbytes - mine.values.nbytes
         each_token = 2 * 2 * 8 * 4

@@ -20,7 +20,8 @@ from transformers.models.dinov2 import modeling_dinov2
 
 from vlmprune.hosts.attention import attention_of, read
 from vlmprune.runtime.attention import interception, taps
-from vlmprune.runtime.attention.taps import Rows, Tap, tapped
+from vlmprune.runtime.attention.taps import Tap, tapped
+from vlmprune.views.settings import TapRows
 
 REGISTRIES = (modeling_clip.ALL_ATTENTION_FUNCTIONS, modeling_dinov2.ALL_ATTENTION_FUNCTIONS)
 SHAPE: dict[str, Any] = {
@@ -64,7 +65,7 @@ def eager_weights(kind: str, seed: int = 0, images: int = 2) -> tuple[Tensor, ..
 
 
 @torch.no_grad()
-def seen(model: Any, layer: int, rows: Rows, images: int = 2) -> Tensor:
+def seen(model: Any, layer: int, rows: TapRows, images: int = 2) -> Tensor:
     tap = Tap(rows)
     with tapped(layers_of(model)[layer], tap):
         model(pixels(images=images))
@@ -74,7 +75,7 @@ def seen(model: Any, layer: int, rows: Rows, images: int = 2) -> Tensor:
 
 @jaxtyped(typechecker=beartype)
 def attention_rows(
-    query: Float[Tensor, "B H L D"], key: Float[Tensor, "B G L D"], scaling: float, rows: Rows
+    query: Float[Tensor, "B H L D"], key: Float[Tensor, "B G L D"], scaling: float, rows: TapRows
 ) -> Float[Tensor, "B L"]:
     return taps.attention_rows(query, key, scaling, rows)
 
@@ -348,7 +349,7 @@ class Sizes(TorchDispatchMode):
         return out
 
 
-def largest(query: Tensor, key: Tensor, rows: Rows) -> int:
+def largest(query: Tensor, key: Tensor, rows: TapRows) -> int:
     with Sizes() as sizes:
         attention_rows(query, key, 0.5, rows)
     return sizes.largest
@@ -366,7 +367,7 @@ def test_memory_is_linear_in_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("rows", ["cls", "received"])
-def test_grouped_keys(rows: Rows) -> None:
+def test_grouped_keys(rows: TapRows) -> None:
     """Several query heads share a key head, in the order that Transformers uses."""
     torch.manual_seed(0)
     query, key = torch.randn(2, 6, 9, 4), torch.randn(2, 2, 9, 4)

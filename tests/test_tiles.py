@@ -20,7 +20,7 @@ from stock import CACHE, cache_of, repeats_rows
 from vlmprune import VisPruner, VlmpruneError
 from vlmprune.hosts.attention import attention_of
 from vlmprune.hosts.families import FAMILIES
-from vlmprune.runtime.call.shorten import spans
+from vlmprune.runtime.geometry import spans
 from zoo import WINDOWED, ZOO, tiles
 from zoo.base import IMAGE, START, WORDS, Entry, loud, pad
 

@@ -297,7 +297,7 @@ def test_any_resolution_equals_masking(kind: str, policy: Any) -> None:
     mask = req.inputs["attention_mask"] * ~dropped
     positions = positions_of(req.inputs["attention_mask"], dropped, policy)
     changed = req.inputs | {"attention_mask": mask, "position_ids": positions}
-    (planned,) = acting.plans(built, [medium], [req.inputs], [layouts], pruner)
+    (planned,) = acting.acts_of(built, [medium], [req.inputs], [layouts], pruner)
     with acting.acting(built, medium, req.inputs, planned):
         expected = generate(built, **changed)
     assert distance(pruned, expected) < TOLERANCE

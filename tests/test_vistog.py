@@ -17,8 +17,8 @@ from tiny import IMAGE, model, positions_of, request
 from tiny import dropped_columns as dropped_of
 from vlmprune import ToMe, VisPruner, VisToG, VlmpruneError
 from vlmprune.hosts import contract
-from vlmprune.hosts.families import family_of
 from vlmprune.methods.vistog import Grouper, homes
+from vlmprune.runtime.family import family_of
 from vlmprune.select.grouping import assigned, means
 from vlmprune.views import EncoderView, Selection
 from zoo import ZOO

@@ -36,8 +36,7 @@ if TYPE_CHECKING:
         VtcCls,
         ZipVL,
     )
-    from vlmprune.pruner.base import Pruner
-    from vlmprune.pruner.handle import Handle
+    from vlmprune.pruner import Handle, Pruner
     from vlmprune.report import Report
     from vlmprune.runtime.encoder.visions import Vision
 
@@ -93,8 +92,8 @@ _HOMES = {
     "VisPruner": "methods",
     "VisToG": "methods",
     "ZipVL": "methods",
-    "Handle": "pruner.handle",
-    "Pruner": "pruner.base",
+    "Handle": "pruner",
+    "Pruner": "pruner",
     "Report": "report",
     "Vision": "runtime.encoder.visions",
     "AveragePooling": "methods",

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import reduce
 from numbers import Integral, Real
@@ -20,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.method import Method
 from vlmprune.methods import METHODS
-from vlmprune.pruner.base import Pruner
-from vlmprune.pruner.chain import Chain
+from vlmprune.pruner import Pruner
 
 FROM = "from"
 
@@ -139,17 +138,7 @@ def dump(pruner: Pruner) -> str:
         VlmpruneError: a method is none of `METHODS`, or a setting is no number, text, truth value
             or None, nor a tuple of numbers.
     """
-    return "|".join(_dump(stage) for stage in stages(pruner))
-
-
-def stages(pruner: Pruner) -> Iterator[Pruner]:
-    """The methods of a chain, left to right; of any other pruner the pruner itself."""
-    # By type: a method may have a setting of that name.
-    if not isinstance(pruner, Chain):
-        yield pruner
-        return
-    for one in pruner.stages:
-        yield from stages(one)
+    return "|".join(_dump(stage) for stage in pruner.links)
 
 
 def required(one: Field[Any]) -> bool:
@@ -242,7 +231,7 @@ def _unquote(text: str, stage: Stage) -> str:
     return value
 
 
-def _dump(pruner: Pruner) -> str:
+def _dump(pruner: Method) -> str:
     name = next((name for name, cls in METHODS.items() if cls is type(pruner)), None)
     if name is None:
         raise VlmpruneError(

@@ -12,7 +12,7 @@ from client import Answer, Asked
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from vlmprune.integrations.arguments import Arguments
 from vlmprune.io import sources
 from vlmprune.io.models import Loaded, enough_memory, load, prepare_texts, prompt_of
 from vlmprune.io.processors import has_template
-from vlmprune.pruner.handle import Handle
+from vlmprune.pruner import Handle
 
 SAMPLING = ("temperature", "top_p", "top_k")
 """Settings of `generate` that matter only where answers are drawn at random."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from vlmprune import spec
 from vlmprune.errors import VlmpruneError
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 
 NAMES = ("pretrained", "method", "device", "dtype", "batch_size", "max_new_tokens")
 """Arguments that are no settings of a method."""

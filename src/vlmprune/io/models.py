@@ -17,8 +17,7 @@ from vlmprune.hosts import pretrained
 from vlmprune.hosts.contract import Ledger
 from vlmprune.io import processors
 from vlmprune.io.sources import Source, reason
-from vlmprune.pruner.base import Pruner
-from vlmprune.pruner.handle import Handle
+from vlmprune.pruner import Handle, Pruner
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,9 @@ def attached(pruner: Pruner | None, model: Any) -> Iterator[Handle | None]:
         yield None
         return
     with pruner(model) as handle:
-        handle.ledger = _proved.setdefault(model, {}).setdefault(repr(pruner), handle.ledger)
+        proved = _proved.setdefault(model, {})
+        data = handle.attachment
+        data.ledger = proved.setdefault(repr(pruner), data.ledger)
         yield handle
 
 

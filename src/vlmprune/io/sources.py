@@ -17,7 +17,7 @@ from vlmprune.costs import plan
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import config as fields
 from vlmprune.hosts.families import FAMILIES, TOWERS, generic, towers
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.select.budget import Budget
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -249,7 +249,7 @@ def check_budget(source: Source, pruner: Pruner) -> None:
 def budget_of(pruner: Pruner) -> tuple[int | float | None, Budget]:
     """`keep` and `budget` of the method that sees all visual tokens; keep is None without one."""
     # Of several methods that choose, that is the first.
-    stage: Any = next((one for one in spec.stages(pruner) if "keep" in dir(one)), None)
+    stage: Any = next((one for one in pruner.links if "keep" in dir(one)), None)
     return (None, "crop") if stage is None else (stage.keep, stage.unit)
 
 

@@ -9,11 +9,11 @@ import torch
 
 from vlmprune import select
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts.families import Positions
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.select import scoring
 from vlmprune.select.budget import Budget, check_keep, resolve_keep
 from vlmprune.views import EncoderView, Reads, Selection
+from vlmprune.views.settings import Positions
 
 
 @dataclass(frozen=True)

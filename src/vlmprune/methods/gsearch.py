@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts.families import Positions
 from vlmprune.methods.bases.layered import check_positions
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.select import row_rules, schedule
 from vlmprune.views import Ask, Rows, RowView
+from vlmprune.views.settings import Positions
 
 
 @dataclass(frozen=True)

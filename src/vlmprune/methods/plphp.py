@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.select import retention
 from vlmprune.views import LayerView, Retention
 

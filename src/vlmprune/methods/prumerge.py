@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts.families import Positions
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.select import clusters
 from vlmprune.select.budget import check_keep, resolve_keep
 from vlmprune.views import EncoderView, Merge, Reads, Selection
+from vlmprune.views.settings import Positions
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts.families import Positions
 from vlmprune.methods.bases.layered import check_layers, check_positions
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.select import row_rules
 from vlmprune.views import Ask, Rows, RowView
+from vlmprune.views.settings import Positions
 
 
 @dataclass(frozen=True)

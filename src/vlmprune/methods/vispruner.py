@@ -9,11 +9,10 @@ import torch
 
 from vlmprune import select
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts.families import Positions
-from vlmprune.pruner.base import Pruner
-from vlmprune.runtime.attention.taps import Score
+from vlmprune.pruner import Pruner
 from vlmprune.select.budget import Budget, check_budget, check_keep, resolve_keep
 from vlmprune.views import EncoderView, Selection
+from vlmprune.views.settings import Positions, Score
 
 
 @dataclass(frozen=True)

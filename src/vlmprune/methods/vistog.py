@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts import families, sizes
+from vlmprune.hosts import sizes
 from vlmprune.hosts.decoder import layer_call
 from vlmprune.hosts.families.towers import Crops
 from vlmprune.methods.bases.learned import Learned
 from vlmprune.methods.bases.projector import Projector, widths
 from vlmprune.runtime.encoder import semantic_tokens
+from vlmprune.runtime.family import family_of
 from vlmprune.select.grouping import assigned, gumbel, means
 from vlmprune.select.scoring import uniform_places
 from vlmprune.views import EncoderView, Reads, Selection
@@ -99,7 +100,7 @@ class VisToG(Learned):
         number = not isinstance(temperature, bool) and isinstance(temperature, int | float)
         if not number or not 0 < temperature < float("inf"):
             raise VlmpruneError(f"temperature={temperature!r} is not a number above 0; use 1.")
-        medium = families.family_of(model).media[0]
+        medium = family_of(model).media[0]
         semantic_tokens.check(model, medium, {}, [], sizes.features, "VisToG")
         rows, columns = _grid(model)
         if tokens > rows * columns:
@@ -208,7 +209,7 @@ def blank_cells(model: Any, count: int) -> Tensor:
 
     They differ by their places alone.
     """
-    medium = families.family_of(model).media[0]
+    medium = family_of(model).media[0]
     assert isinstance(medium, Crops)
     encoder, (rows, columns) = medium.encoder(model, {}), _grid(model)
     patch = sizes.patch_size(model.config)

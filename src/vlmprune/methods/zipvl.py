@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.select import retention
 from vlmprune.views import LayerView, Probes, Retention
 

@@ -1,4 +1,10 @@
-"""What users hold: `Pruner`, `Chain`, and the `Handle` that an attachment gives.
+"""What users hold: `Pruner`, the base of every method, `Chain`, and an attachment's `Handle`.
 
-May import `runtime` and what stands below; methods import it.
+Here belongs what attaches a method to a model. May import `runtime` and what stands below it;
+methods import it.
 """
+
+from vlmprune.pruner.base import Chain, Pruner
+from vlmprune.pruner.handle import Handle
+
+__all__ = ["Chain", "Handle", "Pruner"]

@@ -9,51 +9,61 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from vlmprune.hosts import families
 from vlmprune.hosts.requests import FORWARD, GENERATE, base_of
-from vlmprune.runtime.call import run as calls
-
-if TYPE_CHECKING:
-    from vlmprune.pruner.handle import Handle
+from vlmprune.runtime.attachment import Attachment
 
 _hosts: WeakKeyDictionary[nn.Module, Host] = WeakKeyDictionary()
 _lock = threading.RLock()
 _ABSENT = object()
 
 
+@dataclass(frozen=True)
+class Functions:
+    """What stands in for a host's methods; each is given the acting attachment and the original.
+
+    Attributes:
+        generate: for `generate`: (attachment, original, *args, **kwargs).
+        forward: for `forward`, likewise.
+        features: for those that encode: (attachment, name, original, *args, **kwargs).
+    """
+
+    generate: Callable[..., Any]
+    forward: Callable[..., Any]
+    features: Callable[..., Any]
+
+
 class Host:
     """The shadows on one model, and the attachments that they serve."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.handles: list[Handle] = []
+    def __init__(self, attachment: Attachment, functions: Functions) -> None:
+        model, self.functions = attachment.model, functions
+        self.attachments: list[Attachment] = []
         self._places: dict[str, nn.Module] = {
             GENERATE: model,
             FORWARD: model,
         }
-        for medium in families.family_of(model).media:
+        for medium in attachment.family.media:
             self._places[medium.method] = base_of(model)
         self._originals: dict[str, Callable[..., Any]] = {}
         self._before: dict[str, Any] = {}
 
-    def original(self, name: str) -> Callable[..., Any]:
-        """The model's own method, as it was before the first attachment."""
-        return self._originals[name]
-
-    def add(self, handle: Handle) -> None:
+    def add(self, attachment: Attachment) -> None:
         """Make an attachment the acting one."""
-        if not self.handles:
+        if not self.attachments:
             self._shadow()
-        self.handles.append(handle)
+        attachment.originals = self._originals
+        self.attachments.append(attachment)
 
-    def remove(self, handle: Handle) -> bool:
+    def remove(self, attachment: Attachment) -> bool:
         """Take an attachment away; True if it was the last."""
-        self.handles.remove(handle)
-        if self.handles:
+        self.attachments.remove(attachment)
+        if self.attachments:
             return False
         for name, place in self._places.items():
             if self._before[name] is _ABSENT:
@@ -72,11 +82,13 @@ class Host:
         # `wraps` keeps the signatures, which Transformers inspects.
         @functools.wraps(originals[GENERATE])
         def generate(*args: Any, **kwargs: Any) -> Any:
-            return calls.generate(self.handles[-1], originals[GENERATE], *args, **kwargs)
+            return self.functions.generate(
+                self.attachments[-1], originals[GENERATE], *args, **kwargs
+            )
 
         @functools.wraps(originals[FORWARD])
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return calls.forward(self.handles[-1], originals[FORWARD], *args, **kwargs)
+            return self.functions.forward(self.attachments[-1], originals[FORWARD], *args, **kwargs)
 
         for name, function in ((GENERATE, generate), (FORWARD, forward)):
             vars(self._places[name])[name] = function
@@ -88,24 +100,23 @@ class Host:
 
         @functools.wraps(original)
         def features(*args: Any, **kwargs: Any) -> Any:
-            return calls.features(self.handles[-1], name, original, *args, **kwargs)
+            return self.functions.features(self.attachments[-1], name, original, *args, **kwargs)
 
         return features
 
 
-def join(model: nn.Module, handle: Handle) -> Host:
-    """Attach a handle to a model."""
+def join(attachment: Attachment, functions: Functions) -> None:
+    """Let an attachment act in its model's calls."""
     with _lock:
-        host = _hosts.get(model)
+        host = _hosts.get(attachment.model)
         if host is None:
-            host = _hosts[model] = Host(model)
-        host.add(handle)
-        return host
+            host = _hosts[attachment.model] = Host(attachment, functions)
+        host.add(attachment)
 
 
-def leave(model: nn.Module, handle: Handle) -> None:
-    """Detach a handle from its model."""
+def leave(attachment: Attachment) -> None:
+    """Take an attachment off its model."""
     with _lock:
-        host = _hosts.get(model)
-        if host is not None and handle in host.handles and host.remove(handle):
-            del _hosts[model]
+        host = _hosts.get(attachment.model)
+        if host is not None and attachment in host.attachments and host.remove(attachment):
+            del _hosts[attachment.model]

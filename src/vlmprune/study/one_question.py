@@ -15,11 +15,11 @@ from vlmprune.draw import overlay
 from vlmprune.draw.boxes import token_boxes
 from vlmprune.hosts import processed
 from vlmprune.hosts import sizes as tower_sizes
-from vlmprune.hosts.families import family_of
 from vlmprune.io.models import Loaded, attached, enough_memory
 from vlmprune.io.sources import at_least_one, check_decode
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.report import Report
+from vlmprune.runtime.family import family_of
 from vlmprune.study.measure import timed, wait
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlmprune.pruner.base import Pruner
-from vlmprune.pruner.handle import Handle
+from vlmprune.pruner import Handle, Pruner
 from vlmprune.report import Report
 from vlmprune.runtime.call import run as calls
 from vlmprune.runtime.encoder.visions import Vision
@@ -191,7 +190,7 @@ class Learner(nn.Module):
         first = [sum(counts[:i]) for i in range(len(counts))]
         self._tell(places)
         assert self.handle is not None
-        return calls.encode(self.handle, {k: v[first] for k, v in text.items()} | pixels)
+        return calls.encode(self.handle.attachment, {k: v[first] for k, v in text.items()} | pixels)
 
     def _tell(self, places: Tensor | None, order: Tensor | None = None) -> None:
         """Of which pictures the kept states are wanted next."""

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts import families
 from vlmprune.hosts.families.llava import LlavaImages
 from vlmprune.hosts.requests import base_of
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.runtime.attention.taps import passing
+from vlmprune.runtime.family import family_of
 from vlmprune.training.data import Entry, Turn
 from vlmprune.training.rows import Rows
 
@@ -80,7 +80,7 @@ class States:
         mixed: bool = False,
     ) -> None:
         self.model, self.rows, self.mixed = model, rows, mixed
-        medium = families.family_of(model).media[0]
+        medium = family_of(model).media[0]
         if not isinstance(medium, LlavaImages):
             raise VlmpruneError(
                 f"the encoder of {type(model).__name__} does not see each picture as one crop of "

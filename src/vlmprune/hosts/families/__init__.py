@@ -7,20 +7,18 @@ from typing import Any, Literal
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import config, contract, parts, sizes
-from vlmprune.hosts.families import generic, llava, pixtral, pooled, qwen, tiles, video
+from vlmprune.hosts.families import llava, pixtral, pooled, qwen, tiles, video
 from vlmprune.hosts.families.record import Family
 from vlmprune.hosts.families.towers import TOWERS
 from vlmprune.hosts.requests import base_of
-
-Positions = Literal["auto", "compact", "original"]
+from vlmprune.views.settings import Positions
 
 __all__ = [
     "FAMILIES",
     "TOWERS",
     "Family",
-    "Positions",
     "check_host",
-    "family_of",
+    "recorded",
 ]
 
 
@@ -34,18 +32,18 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def family_of(model: Any) -> Family:
-    """The record of a model: its family's, else one that a self-check of the model makes.
+def recorded(model: Any) -> Family | None:
+    """The record of a model's family; None where there is none for its class.
 
     Raises:
-        VlmpruneError: the model cannot be followed; one sentence says why.
+        VlmpruneError: the model lacks something of its record, or cannot be followed.
     """
     said = config.of_model(model)
     kind, tower = config.model_type(said), config.tower_type(said)
     # A family may have a record of its own for one of its towers.
     family = FAMILIES.get(f"{kind}:{tower}") or FAMILIES.get(kind)
     if family is None or type(model).__name__ != family.cls:
-        return generic.family(model)
+        return None
     check_host(model, family)
     for medium in family.media:
         medium.check(model)
@@ -90,12 +88,13 @@ def architecture(model: Any) -> str:
     )
 
 
-def resolve_positions(model: Any, positions: Positions) -> Literal["compact", "original"]:
+def resolve_positions(
+    model: Any, family: Family, positions: Positions
+) -> Literal["compact", "original"]:
     """What `positions="auto"` means for a model: its config's advice, else the release's way.
 
     A config gives advice by an extra entry `"vlmprune": {"positions": "original"}`.
     """
-    family = family_of(model)
     if family.rope is not None:
         if positions == "compact":
             raise VlmpruneError(

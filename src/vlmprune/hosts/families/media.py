@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import config, outputs
 from vlmprune.hosts.parts import Parts
-from vlmprune.runtime.attention.taps import Rows
 from vlmprune.views.layout import Layout
+from vlmprune.views.settings import TapRows
 
 Inputs = Mapping[str, Any]
 
@@ -34,7 +34,7 @@ class Scored:
     """
 
     layer: nn.Module
-    rows: Rows
+    rows: TapRows
     words: str
 
 
@@ -55,7 +55,7 @@ class Encoder:
     whole: frozenset[int]
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> TapRows:
         """Which attention of a layer scores tokens."""
         return {None: "received", 0: "cls", -1: "last"}[self.cls]  # type: ignore[return-value]
 

@@ -11,8 +11,8 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import towers
 from vlmprune.hosts.families.media import Encoder, Inputs, Medium, Scored, blocks, pooled
 from vlmprune.hosts.parts import Parts
-from vlmprune.runtime.attention.taps import Rows
 from vlmprune.views.layout import Layout
+from vlmprune.views.settings import TapRows
 
 # Towers of this kind, and whether they put a CLS token first.
 TOWERS: Mapping[str, bool] = {
@@ -130,7 +130,7 @@ class Crops(Medium):
         layers = self.layers(model)
         if self.has_cls(model):
             number = self.feature_layer(model, inputs)
-            rows: Rows = "last" if self.cls_last else "cls"
+            rows: TapRows = "last" if self.cls_last else "cls"
             return Scored(layers[number], rows, f"CLS attention, encoder layer {number}")
         number = len(layers) - 1
         return Scored(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlmprune.hosts.families.media import Inputs, Medium
 from vlmprune.hosts.families.towers import Crops
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.views.layout import Layout
 
 

@@ -16,11 +16,10 @@ from vlmprune.integrations.vllm.fields import field_of, unpack
 from vlmprune.integrations.vllm.host import Host, Served
 from vlmprune.integrations.vllm.journal import Recorder
 from vlmprune.integrations.vllm.positions import OriginalPositions
-from vlmprune.pruner.base import Pruner
-from vlmprune.runtime.call.geometry import Item, Plan
-from vlmprune.runtime.call.shorten import Span
+from vlmprune.pruner import Pruner
 from vlmprune.runtime.encoder import merging
 from vlmprune.runtime.encoder.encode import Encoded, encode
+from vlmprune.runtime.geometry import Geometry, Item, Span
 from vlmprune.views import EncoderView
 from vlmprune.views.layout import Layout
 
@@ -105,7 +104,7 @@ class PrunedModel(OriginalPositions):
         pruner = self.policy.pruner
         assert pruner is not None
         nowhere = Span(0, torch.zeros(0, dtype=torch.long))
-        plan = Plan(tuple(Item(0, i, one, nowhere) for i, one in enumerate(layouts)))
+        plan = Geometry(tuple(Item(0, i, one, nowhere) for i, one in enumerate(layouts)))
 
         def run(*given: Any) -> Any:
             reads = given[5]
@@ -114,7 +113,7 @@ class PrunedModel(OriginalPositions):
         return encode(
             host,  # type: ignore[arg-type]
             [medium],
-            lambda _: call,
+            {medium.method: call},
             [medium.joined(items)],
             plan,
             asked=pruner.reads,

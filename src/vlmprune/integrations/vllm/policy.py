@@ -21,12 +21,13 @@ from vlmprune import spec
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts.families import advised_positions
 from vlmprune.integrations.vllm import VARIABLE
+from vlmprune.method import Method
 from vlmprune.methods import METHODS
 from vlmprune.methods.average_pooling import AveragePooling
 from vlmprune.methods.evs import EVS
 from vlmprune.methods.fopru import FoPru
 from vlmprune.methods.prumerge import PruMerge
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.select.budget import check_budget, check_keep, resolve_keep
 from vlmprune.views import EncoderView
 from vlmprune.views.layout import Layout
@@ -89,7 +90,7 @@ class Policy:
             check_keep(keep)
         except VlmpruneError as error:
             raise VlmpruneError(f"{KEEP}: {error}") from None
-        if len(list(spec.stages(self.pruner))) > 1:
+        if len(list(self.pruner.links)) > 1:
             raise VlmpruneError(
                 f"{KEEP}={keep!r} does not say which method of {self.pruner!r} it is for; leave it "
                 f'out, or use "{ALL}" for all visual tokens.'
@@ -123,7 +124,7 @@ def check(pruner: Pruner) -> None:
     Raises:
         VlmpruneError: one sentence says why, and which methods serve.
     """
-    stages = list(spec.stages(pruner))
+    stages = list(pruner.links)
     for number, stage in enumerate(stages):
         why = _unfit(stage) or _unfit_chain(stages, number)
         if why:
@@ -133,7 +134,7 @@ def check(pruner: Pruner) -> None:
             )
 
 
-def _unfit(stage: Pruner) -> str:
+def _unfit(stage: Method) -> str:
     """Why a method cannot serve, in a few words; empty if it can."""
     if stage.drops or stage.cuts or not stage.shortens:
         return "acts inside the language model"
@@ -152,7 +153,7 @@ def _unfit(stage: Pruner) -> str:
     return ""
 
 
-def _unfit_chain(stages: list[Pruner], number: int) -> str:
+def _unfit_chain(stages: list[Method], number: int) -> str:
     """Why a method cannot serve where it stands in a chain."""
     stage = stages[number]
     if len(stages) > 1 and isinstance(stage, EVS | AveragePooling):
@@ -163,7 +164,7 @@ def _unfit_chain(stages: list[Pruner], number: int) -> str:
     return ""
 
 
-def _name(stage: Pruner) -> str:
+def _name(stage: Method) -> str:
     names = [name for name, cls in METHODS.items() if cls is type(stage)]
     return names[0] if names else repr(stage)
 
@@ -182,7 +183,7 @@ def count(method: Pruner | None, layout: Layout) -> int:
         return len(layout.labels)
     candidates = layout.candidates()
     video = layout.kind == "video"
-    stages: list[Any] = list(spec.stages(method))
+    stages: list[Any] = list(method.links)
     for stage in stages:
         check_budget(getattr(stage, "budget", "crop"), video or isinstance(stage, EVS))
     nothing = torch.zeros(*candidates.shape, 1)

@@ -26,7 +26,7 @@ from vlmprune.integrations.vllm.model import PrunedModel
 from vlmprune.integrations.vllm.positions import OriginalPositions
 from vlmprune.integrations.vllm.processing import PrunedProcessor
 from vlmprune.integrations.vllm.runs import Apart
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.runtime.encoder.reads import wanted
 from vlmprune.views.layout import Layout
 

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmprune import spec
 from vlmprune.errors import VlmpruneError
 from vlmprune.integrations.vllm.host import Served
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.select.budget import each_crop
 
 
@@ -110,7 +109,7 @@ class Apart(Served):
         Raises:
             VlmpruneError: one sentence names the method and the way out.
         """
-        for stage in () if method is None else spec.stages(method):
+        for stage in () if method is None else method.links:
             if not each_crop(getattr(stage, "budget", "crop")):
                 raise VlmpruneError(
                     f"{stage!r} has one budget for all frames of a video, which stand apart in "

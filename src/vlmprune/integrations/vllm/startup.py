@@ -11,7 +11,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vlmprune.errors import VlmpruneError
 from vlmprune.integrations.vllm import ARCHITECTURES, VARIABLE
 from vlmprune.integrations.vllm import policy as policies
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 
 
 def stop(sentence: str) -> NoReturn:

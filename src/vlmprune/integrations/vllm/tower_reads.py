@@ -18,7 +18,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.hosts.attention import read
 from vlmprune.integrations.vllm.host import Absent, Host, Served
 from vlmprune.runtime.attention.taps import KeyTap, PatchTap, Tap, tapped
-from vlmprune.runtime.encoder.encode import Seen
+from vlmprune.runtime.encoder.encode import TowerReads
 from vlmprune.views import Reads
 from vlmprune.views.layout import Layout
 
@@ -31,7 +31,7 @@ def run(
     layouts: Sequence[Layout],
     reads: Reads,
     attends: bool,
-) -> Seen:
+) -> TowerReads:
     """Encode one modality and record what is read on the way.
 
     Args:
@@ -87,7 +87,7 @@ def run(
     if unscored is not None:
         device = cells[0].device
         rows["score"] = [one.to(device) for one in unscored]
-    return Seen(
+    return TowerReads(
         output,
         scored.words if attends else "",
         rows["score"],

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts.families import Positions
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.select.budget import Budget, check_budget, check_keep, resolve_keep
 from vlmprune.views import EncoderView
+from vlmprune.views.settings import Positions
 
 
 @dataclass(frozen=True)

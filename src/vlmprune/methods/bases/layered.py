@@ -9,10 +9,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts.families import Positions
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.select import row_rules
 from vlmprune.select.budget import Budget, check_keep, resolve_keep
+from vlmprune.views.settings import Positions
 
 
 def check_positions(positions: str) -> None:

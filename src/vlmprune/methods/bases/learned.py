@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import families, sizes
-from vlmprune.hosts.families import Positions
+from vlmprune.method import Attached
 from vlmprune.methods.bases.lora import PREFIX, Lora
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
+from vlmprune.views.settings import Positions
 
 if TYPE_CHECKING:
     from typing import Self
 
-    from vlmprune.pruner.handle import Handle
 
 FORMAT = "vlmprune learned 1"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -255,13 +255,13 @@ class Learned(Pruner):
         """
         self.trained.lora = Lora.of_peft(peft_model, adapter)
 
-    def joined(self, handle: Handle) -> Callable[[], None] | None:
+    def joined(self, attachment: Attached) -> Callable[[], None] | None:
         """Check the architecture, move to the model's device and put the LoRA on.
 
         Raises:
             VlmpruneError: the weights are for another architecture.
         """
-        here = self.architecture_of(handle.model)
+        here = self.architecture_of(attachment.model)
         if here != self.trained.architecture:
             name = self.weights or "made by fresh()"
             raise VlmpruneError(
@@ -269,8 +269,8 @@ class Learned(Pruner):
                 f"({self.trained.architecture}) than this ({here}); run `vlmprune train "
                 f"{self.method}` on this one."
             )
-        self.on(handle.model.device)
-        return None if self.trained.lora is None else self.trained.lora.put_on(handle)
+        self.on(attachment.model.device)
+        return None if self.trained.lora is None else self.trained.lora.put_on(attachment)
 
 
 def shipped(method: str = "") -> list[str]:

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts.decoder import recomputes
-from vlmprune.runtime.call.state import active
-
-if TYPE_CHECKING:
-    from vlmprune.pruner.handle import Handle
+from vlmprune.method import Attached
+from vlmprune.runtime.scope import active
 
 # How PEFT's names begin, and how they end.
 PREFIX = "base_model.model."
@@ -96,7 +94,7 @@ class Lora:
         tensors = {name: tensor.detach().float().clone() for name, tensor in found.items()}
         return cls(config.r, config.lora_alpha, bool(config.use_rslora), tensors)
 
-    def put_on(self, handle: Handle) -> Callable[[], None]:
+    def put_on(self, attachment: Attached) -> Callable[[], None]:
         """Let it act in an attachment's calls; returns what takes it off.
 
         Raises:
@@ -106,19 +104,20 @@ class Lora:
         for name in self.targets:
             down, up = (self.tensors[f"{PREFIX}{name}{end}"] for end in (A, B))
             try:
-                layer: Any = handle.model.get_submodule(name)
+                layer: Any = attachment.model.get_submodule(name)
                 fits = (layer.in_features, layer.out_features) == (down.shape[1], up.shape[0])
             except AttributeError:
                 fits = False
             if not fits:
                 raise VlmpruneError(
-                    f"the LoRA of {handle.pruner!r} is for a linear layer {name!r} of "
+                    f"the LoRA of {attachment.method!r} is for a linear layer {name!r} of "
                     f"{down.shape[1]} to {up.shape[0]} features, which "
-                    f"{type(handle.model).__name__} lacks; use the model that it was trained with."
+                    f"{type(attachment.model).__name__} lacks; use the model that it was trained "
+                    "with."
                 )
             found.append((layer, down, up))
         hooks = [
-            layer.register_forward_hook(_added(handle, down, up, self.scaling))
+            layer.register_forward_hook(_added(attachment, down, up, self.scaling))
             for layer, down, up in found
         ]
 
@@ -129,15 +128,15 @@ class Lora:
         return take_off
 
 
-def _added(handle: Handle, down: Tensor, up: Tensor, scaling: float) -> Callable[..., Any]:
+def _added(attachment: Attached, down: Tensor, up: Tensor, scaling: float) -> Callable[..., Any]:
     """The hook of one linear layer."""
     placed = [down, up]
 
     def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        state = active.get()
-        if state is None or state.handle is not handle:
+        scope = active.get()
+        if scope is None or scope.attachment is not attachment:
             return None
-        if recomputes(handle.model):
+        if recomputes(attachment.model):
             raise VlmpruneError(
                 "a LoRA that is put on by hooks is not there when activations are recomputed; "
                 "train it by PEFT, or turn gradient checkpointing off."

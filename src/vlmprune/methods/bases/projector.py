@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts import families, pretrained, sizes
+from vlmprune.hosts import pretrained, sizes
 from vlmprune.hosts.families.towers import Crops
+from vlmprune.runtime.family import family_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def widths(model: Any, who: str) -> Widths:
     Raises:
         VlmpruneError: it is no such host.
     """
-    family = families.family_of(model)
+    family = family_of(model)
     medium = family.media[0]
     if not isinstance(medium, Crops) or not medium.cellwise:
         raise VlmpruneError(
@@ -91,7 +92,7 @@ class Projector(nn.Module):
     @torch.no_grad()
     def start(self, model: Any) -> None:
         """Begin with the host's own weights."""
-        first, second, _ = _layers(model, families.family_of(model).media[0], "the projector")
+        first, second, _ = _layers(model, family_of(model).media[0], "the projector")
         for mine, its in ((self.linear_1, first), (self.linear_2, second)):
             mine.weight.copy_(its.weight)
             if its.bias is not None:

@@ -2,167 +2,23 @@
 
 What was kept never changes while decoding, so it lies packed, without padding; new tokens go to
 a small dense tail. A query attends to both, and the two results are merged by log-sum-exp.
-Pure functions that import torch alone; `ragged_triton` is loaded only where it runs.
+Pure functions; `ragged_triton` is loaded only where it runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import accumulate, groupby
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmprune.runtime.attention import ragged_varlen
+from vlmprune.runtime.attention.ragged_tokens import Pair, Ragged
 from vlmprune.runtime.attention.ragged_varlen import nothing
 
 BACKENDS = ("reference", "cpu", "varlen", "triton")
-Pair = tuple[Tensor, Tensor]
 Mask = Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
-class Ragged:
-    """Keys and values of which every KV head of every sample keeps its own tokens.
-
-    Ordered by (sample, KV head, column): keys [S, D], values [S, Dv], columns [S] int32 (0-based
-    in the uncut sequence); offsets [batch · heads + 1] int32, cumulative, on the same device, and
-    lengths on the host, sample by sample, any of which may be 0.
-    """
-
-    keys: Tensor
-    values: Tensor
-    columns: Tensor
-    offsets: Tensor
-    lengths: tuple[int, ...]
-    batch: int
-    heads: int
-
-    @classmethod
-    def cut(cls, keys: Tensor, values: Tensor, keep: Tensor, offset: int = 0) -> Ragged:
-        """Copy what `keep` [B, H, L] bool says out of keys [B, H, L, D] and values [B, H, L, Dv].
-
-        Columns count from `offset`. Waits for the device once, for the sizes. Raises ValueError
-        where the shapes do not fit.
-        """
-        shapes = keys.shape[:3] == values.shape[:3] == keep.shape
-        if not shapes or keys.ndim != 4 or values.ndim != 4 or keep.dtype != torch.bool:
-            raise ValueError("Expected keys [B, H, L, D], values [B, H, L, Dv], bool [B, H, L].")
-        B, H, L = keep.shape
-        keep = keep.to(keys.device)
-        counts = keep.sum(dim=2).flatten()
-        lengths = tuple(counts.tolist())
-        # Indexed in three dimensions, as flattening would copy a cache that is not contiguous.
-        index = _where(keep.flatten(), sum(lengths))
-        column = index % max(L, 1)
-        at = index // max(H * L, 1), index // max(L, 1) % max(H, 1), column
-        columns = (column + offset).to(torch.int32)
-        return cls(keys[at], values[at], columns, _offsets(counts), lengths, B, H)
-
-    def join(self, other: Ragged) -> Ragged:
-        """Of each (sample, head) its tokens, then those of `other`; ValueError if shapes differ."""
-        if (self.batch, self.heads) != (other.batch, other.heads):
-            raise ValueError("Only caches of as many samples and KV heads can be joined.")
-        if not self.longest or not other.longest:
-            return self if self.longest else other
-        # Each token moves back by what the other cache has before it.
-        first = _spread(other.offsets[:-1], self)
-        second = _spread(self.offsets[1:], other)
-
-        def both(name: str) -> Tensor:
-            mine, new = getattr(self, name), getattr(other, name)
-            out = mine.new_empty(len(mine) + len(new), *mine.shape[1:])
-            return out.index_copy_(0, first, mine).index_copy_(0, second, new)
-
-        offsets = self.offsets + other.offsets
-        lengths = tuple(a + b for a, b in zip(self.lengths, other.lengths, strict=True))
-        tensors = both("keys"), both("values"), both("columns")
-        return Ragged(*tensors, offsets, lengths, self.batch, self.heads)
-
-    def select(self, rows: Tensor) -> Ragged:
-        """The samples that `rows` [B'] numbers, in any order; ValueError for one out of range."""
-        chosen, H = rows.tolist(), self.heads
-        if any(not 0 <= row < self.batch for row in chosen):
-            raise ValueError(f"Samples {chosen} are not all among 0 to {self.batch - 1}.")
-        if chosen == list(range(self.batch)):
-            return self
-        parts = [slice(self.starts[row * H], self.starts[(row + 1) * H]) for row in chosen]
-        counts = self.offsets.diff().view(self.batch, H)[rows.to(self.offsets.device).long()]
-        lengths = tuple(n for row in chosen for n in self.lengths[row * H : (row + 1) * H])
-        rest = (_offsets(counts.flatten()), lengths, len(chosen))
-        return self._map(lambda t: torch.cat([t[:0], *(t[part] for part in parts)]), *rest)
-
-    def before(self, column: int) -> Ragged:
-        """Only the tokens whose column is below `column`; waits for the device once."""
-        keep = self.columns < column
-        offsets = _offsets(keep).index_select(0, self.offsets)
-        lengths = tuple(offsets.diff().tolist())
-        if lengths == self.lengths:
-            return self
-        index = _where(keep, sum(lengths))
-        return self._map(lambda tensor: tensor.index_select(0, index), offsets, lengths, self.batch)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Ragged:
-        """The same on another device."""
-        offsets = self.offsets.to(device, non_blocking=non_blocking)
-        rest = (offsets, self.lengths, self.batch)
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking), *rest)
-
-    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Padded keys [B, H, longest, D], values [B, H, longest, Dv], bool [B, H, longest]."""
-        n, longest = len(self.lengths), self.longest
-        starts = torch.arange(n, device=self.offsets.device) * longest
-        place = _spread(starts - self.offsets[:-1], self)
-
-        def pad(tensor: Tensor) -> Tensor:
-            out = tensor.new_zeros(n * longest, *tensor.shape[1:]).index_copy_(0, place, tensor)
-            return out.view(self.batch, self.heads, longest, *tensor.shape[1:])
-
-        return pad(self.keys), pad(self.values), pad(torch.ones_like(place, dtype=torch.bool))
-
-    def _map(self, change: Callable[[Tensor], Tensor], *rest: Any) -> Ragged:
-        """`rest` are offsets, lengths and batch."""
-        kept: Any = map(change, (self.keys, self.values, self.columns))
-        return Ragged(*(*kept, *rest, self.heads))
-
-    @cached_property
-    def starts(self) -> tuple[int, ...]:
-        """`offsets` on the host."""
-        return (0, *accumulate(self.lengths))
-
-    @cached_property
-    def runs(self) -> list[tuple[slice, Pair]]:
-        """Neighbours of equal length, with keys and values as dense [n, 1, length, D] views."""
-        out, first = [], 0
-        for length, run in groupby(self.lengths):
-            last = first + len(list(run))
-            part = slice(self.starts[first], self.starts[last])
-            views = (t[part].view(last - first, 1, length, t.shape[1]) for t in self._pair)
-            out.append((slice(first, last), tuple(views)))
-            first = last
-        return out  # type: ignore[return-value]
-
-    @property
-    def _pair(self) -> Pair:
-        return self.keys, self.values
-
-    @property
-    def longest(self) -> int:
-        """The largest length; 0 where there is none."""
-        return max(self.lengths, default=0)
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of keys and values."""
-        return self.keys.nbytes + self.values.nbytes
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors held."""
-        return self.kv_bytes + self.columns.nbytes + self.offsets.nbytes
 
 
 def attend(
@@ -337,23 +193,3 @@ def _check(query: Tensor, prefix: Ragged) -> None:
     shape, B, H, D = tuple(query.shape), prefix.batch, prefix.heads, prefix.keys.shape[1]
     if len(shape) != 4 or shape[0] != B or shape[1] % max(H, 1) or shape[3] != D:
         raise ValueError(f"query {shape} does not fit {B} samples, {H} KV heads and keys of {D}.")
-
-
-def _offsets(counts: Tensor) -> Tensor:
-    """[n] counts (or bools) as [n + 1] cumulative int32."""
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-
-
-def _where(keep: Tensor, total: int) -> Tensor:
-    """Indices of the `total` true values of [N], without waiting for the device."""
-    # All that is false is written to one place past the end.
-    place = torch.where(keep, keep.cumsum(0) - 1, total)
-    numbers = torch.arange(len(keep), device=keep.device)
-    return numbers.new_empty(total + 1).scatter_(0, place, numbers)[:total]
-
-
-def _spread(shift: Tensor, prefix: Ragged) -> Tensor:
-    """Each token's number in `prefix`, plus the `shift` [B · H] of its (sample, head)."""
-    total, counts = prefix.starts[-1], prefix.offsets.diff()
-    shifts = shift.long().repeat_interleave(counts, output_size=total)
-    return torch.arange(total, device=shift.device) + shifts

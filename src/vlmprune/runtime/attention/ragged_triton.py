@@ -11,15 +11,13 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from vlmprune.runtime.attention.ragged import Ragged
+from vlmprune.runtime.attention.ragged_tokens import Ragged
 
 # Shorter chunks cost more in partial results than they gain in parallel work.
 CHUNK = 128

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import inspect
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from vlmprune.runtime.attention.ragged import Pair, Ragged
+from vlmprune.runtime.attention.ragged_tokens import Pair, Ragged
 
 
 def runs(query: Tensor, prefix: Ragged) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.runtime.attention import ragged
-from vlmprune.runtime.attention.ragged import Ragged
+from vlmprune.runtime.attention.ragged_tokens import Ragged
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +21,14 @@ from vlmprune.hosts.decoder import states_of
 from vlmprune.hosts.encoders import first_of
 from vlmprune.hosts.towers import pooled_attention
 from vlmprune.runtime.attention.interception import watching
-
-Rows = Literal["cls", "last", "received"]
-
-# Which attention scores visual tokens.
-Score = Literal["auto", "pooling"]
+from vlmprune.views.settings import TapRows
 
 # Queries a chunk when every row is needed: the extra memory is heads × CHUNK × N.
 CHUNK = 128
 
 
 def attention_rows(
-    query: Tensor, key: Tensor, scaling: float, rows: Rows, mask: Tensor | None = None
+    query: Tensor, key: Tensor, scaling: float, rows: TapRows, mask: Tensor | None = None
 ) -> Tensor:
     """Post-softmax attention that each key gets, averaged over heads.
 
@@ -107,7 +103,7 @@ def patch_attention(
 def _weights(
     query: Tensor, key: Tensor, scaling: float, start: int, stop: int, mask: Tensor | None
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """Rows `start` to `stop` of the attention matrix, a chunk at a time.
+    """TapRows `start` to `stop` of the attention matrix, a chunk at a time.
 
     Args:
         query: [B, H, L, D].
@@ -157,8 +153,8 @@ class Tap:
     # A tower's tokens see one another unless a mask hides them.
     causal, whole = False, True
 
-    def __init__(self, rows: Rows) -> None:
-        self.rows: Rows = rows
+    def __init__(self, rows: TapRows) -> None:
+        self.rows: TapRows = rows
         self.rows_seen: list[Tensor] = []
         # How many queries were seen in the layer's present run.
         self.tokens = 0
@@ -253,8 +249,8 @@ def tapped(layer: nn.Module, tap: Tap) -> Iterator[None]:
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for attachment in handles:
+            attachment.remove()
         while entered:
             entered.pop().__exit__(None, None, None)
 

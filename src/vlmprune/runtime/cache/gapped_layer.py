@@ -18,7 +18,7 @@ from vlmprune.hosts import caches, contract
 from vlmprune.hosts.caches import GrowingLayer, WindowLayer
 
 
-class ShortLayer(GrowingLayer):
+class GappedLayer(GrowingLayer):
     """A dynamic cache layer in which columns may be missing.
 
     Stored are the columns `held`, and behind them a tail in which none is missing.
@@ -49,7 +49,7 @@ class ShortLayer(GrowingLayer):
         self._coming: tuple[Tensor, int, bool] | bool = False
 
     @classmethod
-    def adopt(cls, old: GrowingLayer, rows: int, device: torch.device) -> ShortLayer:
+    def adopt(cls, old: GrowingLayer, rows: int, device: torch.device) -> GappedLayer:
         """A layer that holds what `old` holds."""
         new = cls()
         vars(new).update(caches.held_of(old))
@@ -191,19 +191,19 @@ class ShortLayer(GrowingLayer):
             self.shift = self.shift.index_select(0, rows.to(self.shift.device))
 
 
-def shorten_layer(cache: Any, index: int, rows: int, device: torch.device) -> ShortLayer:
+def gapped_at(cache: Any, index: int, rows: int, device: torch.device) -> GappedLayer:
     """The layer `index` of a dynamic cache, made one that may lack columns."""
     caches.fill(cache, index + 1)
     held = caches.layers_of(cache)
     if index >= len(held):
         raise contract.broken(cache, f"it has {len(held)} layers where number {index} is due")
     layer = held[index]
-    if not isinstance(layer, ShortLayer):
+    if not isinstance(layer, GappedLayer):
         if type(layer) not in (GrowingLayer, WindowLayer):
             raise contract.broken(
                 cache, f"it holds {type(layer).__name__}s, not {GrowingLayer.__name__}s"
             )
-        layer = ShortLayer.adopt(layer, rows, device)
+        layer = GappedLayer.adopt(layer, rows, device)
         caches.replace_layer(cache, index, layer)
     elif layer.held is None:
         # It was reset.
@@ -212,14 +212,14 @@ def shorten_layer(cache: Any, index: int, rows: int, device: torch.device) -> Sh
     return layer
 
 
-def short_layers(cache: Any) -> Iterator[tuple[int, ShortLayer]]:
+def gapped_layers(cache: Any) -> Iterator[tuple[int, GappedLayer]]:
     """The layers of a cache that lack columns, with their numbers."""
     for index, layer in enumerate(caches.layers_of(cache)):
-        if isinstance(layer, ShortLayer):
+        if isinstance(layer, GappedLayer):
             yield index, layer
 
 
 def refusal(cache: Any, layers: Sequence[int]) -> str | None:
     """Why a cache cannot lack columns at those decoder layers; None if it can."""
-    known = (GrowingLayer, WindowLayer, ShortLayer)
+    known = (GrowingLayer, WindowLayer, GappedLayer)
     return caches.refusal(cache, layers, known, "leave columns out of")

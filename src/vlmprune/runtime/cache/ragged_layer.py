@@ -23,7 +23,7 @@ from vlmprune.hosts.attention import AttentionCall
 from vlmprune.hosts.caches import GrowingLayer
 from vlmprune.runtime.attention import ragged, subset
 from vlmprune.runtime.attention.interception import GUEST
-from vlmprune.runtime.attention.ragged import Ragged
+from vlmprune.runtime.attention.ragged_tokens import Ragged
 
 # A tail grows by a share of its length at a time, so that growing costs little on the whole and
 # at most that share lies idle.

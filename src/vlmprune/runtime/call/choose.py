@@ -6,31 +6,29 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmprune.hosts import caches, config, outputs
 from vlmprune.report import make
+from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.cache.ragged_layer import RaggedLayer
-from vlmprune.runtime.call.geometry import Plan
 from vlmprune.runtime.call.shorten import Prompt
-from vlmprune.runtime.call.state import Pruned
-from vlmprune.runtime.decoder.cache_cut import Retaining, row_lengths
+from vlmprune.runtime.decoder.cache_cut import CacheCut, row_lengths
 from vlmprune.runtime.encoder import acting, merging, question_state, relevance, semantic_tokens
 from vlmprune.runtime.encoder.encode import Encoded, encode
+from vlmprune.runtime.encoder.pruned import Pruned
+from vlmprune.runtime.encoder.visions import Vision
+from vlmprune.runtime.geometry import Geometry
 from vlmprune.views import Inside, Reads, Selection
-
-if TYPE_CHECKING:
-    from vlmprune.pruner.handle import Handle
-    from vlmprune.runtime.encoder.visions import Vision
 
 
 def choose(
-    handle: Handle,
+    attachment: Attachment,
     inputs: Sequence[Mapping[str, Any]],
-    planned: Plan,
+    planned: Geometry,
     batch: int,
     vision: Vision | None = None,
     question: relevance.Question | None = None,
@@ -38,7 +36,7 @@ def choose(
     """Encode and select, and report it.
 
     Args:
-        handle: the attachment.
+        attachment: the attachment.
         inputs: for each modality of the family what the request brings of it.
         planned: the geometry of its items.
         batch: rows.
@@ -52,27 +50,29 @@ def choose(
     if not planned.items:
         return [], {}
     if vision is not None:
-        seen = vision.in_order(planned, handle)
+        seen = vision.in_order(planned, attachment)
         kept, roles = [item.kept for item in seen], [item.roles for item in seen]
         patches = [n for item in seen for n in item.patches]
         into = [item.members for item in seen if item.members is not None]
         members = into if len(into) == len(seen) else None
-        _report(handle, planned, inputs, kept, roles, batch, vision.score, 0.0, patches, members)
-        return kept, vision.pruned(handle, planned, batch)
+        _report(
+            attachment, planned, inputs, kept, roles, batch, vision.score, 0.0, patches, members
+        )
+        return kept, vision.pruned(attachment, planned, batch)
     videos = any(one.kind == "video" for one in planned.layouts)
-    handle.pruner.check_request(planned.candidates, planned.images, videos)
-    if not handle.pruner.shortens:
+    attachment.method.check_request(planned.candidates, planned.images, videos)
+    if not attachment.method.shortens:
         # The host encodes by itself, in its own time; every token goes on.
         kept = [torch.ones_like(one.labels, dtype=torch.bool) for one in planned.layouts]
-        _report(handle, planned, inputs, kept, [{} for _ in kept], batch, "", 0.0)
+        _report(attachment, planned, inputs, kept, [{} for _ in kept], batch, "", 0.0)
         return kept, {}
-    media = handle.family.media
+    media = attachment.family.media
     items = [[planned.items[i].layout for i in planned.of(n)] for n in range(len(media))]
-    acts = acting.plans(handle.model, media, inputs, items, handle.pruner)
-    encoded = _encoded(handle, inputs, planned, question, acts)
+    acts = acting.acts_of(attachment.model, media, inputs, items, attachment.method)
+    encoded = _encoded(attachment, inputs, planned, question, acts)
     _synchronize(encoded.view.attention)
     begin = time.perf_counter()
-    selection = handle.pruner.select(encoded.view)
+    selection = attachment.method.select(encoded.view)
     kept = _to_tokens(planned, selection.kept, always=True)
     _synchronize(encoded.view.attention)
     seconds = time.perf_counter() - begin
@@ -82,11 +82,11 @@ def choose(
     if selection.members is not None:
         members = merging.to_tokens(planned.layouts, kept, selection.members)
     score = encoded.score
-    _report(handle, planned, inputs, kept, roles, batch, score, seconds, members=members)
+    _report(attachment, planned, inputs, kept, roles, batch, score, seconds, members=members)
 
     pruned = {}
-    order = _order(handle, planned, selection, kept)
-    tokens = _tokens(handle, planned, encoded, selection)
+    order = _order(attachment, planned, selection, kept)
+    tokens = _tokens(attachment, planned, encoded, selection)
     for number, output in encoded.outputs.items():
         own = planned.of(number)
         layouts = [planned.items[i].layout for i in own]
@@ -100,7 +100,7 @@ def choose(
         features = left([tokens[i] for i in own])
         extra = [left(layer) for layer in media[number].extra(output, layouts)]
         rows = planned.rows(batch, number)
-        deep = outputs.deep_of(output, config.deepstack_layers(handle.model.config))
+        deep = outputs.deep_of(output, config.deepstack_layers(attachment.model.config))
         flat = bool(deep) and isinstance(deep[0], Tensor)
         own_order = None if order is None else [order[i] for i in own]
         pruned[media[number].method] = Pruned(
@@ -110,9 +110,9 @@ def choose(
 
 
 def _encoded(
-    handle: Handle,
+    attachment: Attachment,
     inputs: Sequence[Mapping[str, Any]],
-    planned: Plan,
+    planned: Geometry,
     question: relevance.Question | None,
     acts: Sequence[Inside | None],
 ) -> Encoded:
@@ -121,39 +121,39 @@ def _encoded(
 
     def reads(depth: int, feature: int) -> Reads:
         nonlocal source, stated
-        wanted = handle.pruner.reads(depth, feature)
+        wanted = attachment.method.reads(depth, feature)
         source, stated = wanted.relevance, wanted.question
         if stated:
             assert question is not None
             question_state.check(question, planned)
         if source:
             assert question is not None
-            relevance.check(handle, source, question, planned)
+            relevance.check(attachment, source, question, planned)
         asked.append(wanted.projected)
         return replace(wanted, projected=wanted.projected or bool(source))
 
     encoded = encode(
-        handle.model,
-        handle.family.media,
-        handle.host.original,
+        attachment.model,
+        attachment.family.media,
+        attachment.originals,
         inputs,
         planned,
-        handle.pruner.score,
+        attachment.method.score,
         reads,
-        repr(handle.pruner),
+        repr(attachment.method),
         acts,
-        handle.pruner.attends,
+        attachment.method.attends,
     )
     if stated:
         assert question is not None
-        states = question_state.states(handle, question, planned)
+        states = question_state.states(attachment, question, planned)
         view = replace(encoded.view, question=states.to(encoded.view.features.device))
         words = "; ".join(filter(None, (encoded.score, question_state.WORDS)))
         encoded = replace(encoded, view=view, score=words)
     if not source:
         return encoded
     assert question is not None
-    likeness, words = relevance.to_cells(handle, source, question, planned, encoded.view)
+    likeness, words = relevance.to_cells(attachment, source, question, planned, encoded.view)
     shown = encoded.view.projected if asked[0] else None
     by_words = words == relevance.BY_WORDS
     view = replace(encoded.view, relevance=likeness, projected=shown, by_words=by_words)
@@ -161,7 +161,7 @@ def _encoded(
 
 
 def _tokens(
-    handle: Handle, planned: Plan, encoded: Encoded, selection: Selection
+    attachment: Attachment, planned: Geometry, encoded: Encoded, selection: Selection
 ) -> dict[int, Tensor]:
     """Of each item all visual tokens [n, D], those that the method makes made anew.
 
@@ -170,10 +170,10 @@ def _tokens(
     out: dict[int, Tensor] = {}
     projects: dict[int, Callable[[Tensor], Tensor | None]] = {}
     for number, output in encoded.outputs.items():
-        medium, own = handle.family.media[number], planned.of(number)
+        medium, own = attachment.family.media[number], planned.of(number)
         split = medium.split(output, [planned.items[i].layout for i in own])
         out |= dict(zip(own, split, strict=True))
-        projects |= {i: partial(medium.project, handle.model) for i in own}
+        projects |= {i: partial(medium.project, attachment.model) for i in own}
     if selection.tokens is not None:
         return merging.replaced(selection, planned.layouts, out)
     if selection.merge is None or not len(selection.merge.into):
@@ -191,10 +191,10 @@ def _tokens(
 
 
 def _order(
-    handle: Handle, planned: Plan, selection: Selection, kept: list[Tensor]
+    attachment: Attachment, planned: Geometry, selection: Selection, kept: list[Tensor]
 ) -> list[Tensor] | None:
     """The order of each item's kept tokens; None as they lie in the image."""
-    if selection.last is None or handle.positions != "compact":
+    if selection.last is None or attachment.positions != "compact":
         return None
     last = _to_tokens(planned, selection.last)
     return [
@@ -203,7 +203,7 @@ def _order(
     ]
 
 
-def _to_tokens(planned: Plan, cells: Tensor, always: bool = False) -> list[Tensor]:
+def _to_tokens(planned: Geometry, cells: Tensor, always: bool = False) -> list[Tensor]:
     """A choice of cells [crops, cells] as [n] bools over each item's visual tokens.
 
     Args:
@@ -219,8 +219,8 @@ def _to_tokens(planned: Plan, cells: Tensor, always: bool = False) -> list[Tenso
 
 
 def _report(
-    handle: Handle,
-    planned: Plan,
+    attachment: Attachment,
+    planned: Geometry,
     inputs: Sequence[Mapping[str, Any]],
     kept: list[Tensor],
     roles: list[dict[str, Tensor]],
@@ -230,27 +230,29 @@ def _report(
     patches: list[int] | None = None,
     members: list[Tensor] | None = None,
 ) -> None:
-    media = handle.family.media
+    media = attachment.family.media
     items = [[planned.items[i].layout for i in planned.of(n)] for n in range(len(media))]
     encoded = [
-        medium.patches(handle.model, given, [planned.items[i].layout for i in planned.of(number)])
-        for number, (medium, given) in enumerate(zip(handle.family.media, inputs, strict=True))
+        medium.patches(
+            attachment.model, given, [planned.items[i].layout for i in planned.of(number)]
+        )
+        for number, (medium, given) in enumerate(zip(attachment.family.media, inputs, strict=True))
         if given and patches is None
     ]
-    tower = acting.flops(handle.model, media, inputs, items, handle.pruner)
+    tower = acting.flops(attachment.model, media, inputs, items, attachment.method)
     if tower is None:
-        tower = semantic_tokens.flops(handle.model, media, items, handle.pruner)
-    handle.report = make(
-        config=handle.model.config,
-        method=repr(handle.pruner),
-        positions=handle.positions,
+        tower = semantic_tokens.flops(attachment.model, media, items, attachment.method)
+    attachment.report = make(
+        config=attachment.model.config,
+        method=repr(attachment.method),
+        positions=attachment.positions,
         score=score,
         layouts=planned.layouts,
         kept=kept,
         roles=roles,
         rows=planned.rows(batch),
         patches=[n for part in encoded for n in part] if patches is None else patches,
-        dtype=handle.model.dtype,
+        dtype=attachment.model.dtype,
         seconds=seconds,
         members=members,
         tower=tower,
@@ -258,18 +260,18 @@ def _report(
 
 
 def check_prompt(
-    handle: Handle, prompt: Prompt, visual: Tensor, items: list[int], cache: Any
+    attachment: Attachment, prompt: Prompt, visual: Tensor, items: list[int], cache: Any
 ) -> None:
     """Let the method look at the size of the cache that it is to cut, before any work.
 
     Args:
-        handle: the attachment.
+        attachment: the attachment.
         prompt: all columns, nothing dropped.
         visual: [B, L] bool, which of its last columns are new visual tokens.
         items: of each row.
         cache: the cache to continue, or None.
     """
-    sizes = handle.model.config
+    sizes = attachment.model.config
     heads, head_dim = config.kv_heads(sizes), config.head_dim(sizes)
     stays = prompt.mask != 0
     stays[:, stays.shape[1] - visual.shape[1] :] &= ~visual
@@ -281,24 +283,24 @@ def check_prompt(
             held.append(row_lengths(layer.prefix).to(tail.device) + tail)
     most = torch.stack(held[1:] or held).amax(dim=0)
     worst = int((most + torch.tensor(items, device=most.device) * heads).argmax())
-    token_bytes = 2 * head_dim * (torch.finfo(handle.model.dtype).bits // 8)
-    handle.pruner.check_prompt(int(most[worst]), items[worst], heads, token_bytes)
+    token_bytes = 2 * head_dim * (torch.finfo(attachment.model.dtype).bits // 8)
+    attachment.method.check_prompt(int(most[worst]), items[worst], heads, token_bytes)
 
 
-def retaining(
-    handle: Handle, prompt: Prompt, short: Prompt, planned: Plan, kept: list[Tensor]
-) -> tuple[Retaining, list[Tensor]]:
+def cache_cut(
+    attachment: Attachment, prompt: Prompt, short: Prompt, planned: Geometry, kept: list[Tensor]
+) -> tuple[CacheCut, list[Tensor]]:
     """The cut of a prompt's cache, and each row's numbers of the visual tokens that it has.
 
     Args:
-        handle: the attachment.
+        attachment: the attachment.
         prompt: all columns after pruning, those of the cache included.
         short: its new columns.
         planned: the geometry of its items.
         kept: of each item.
     """
     visual = torch.zeros_like(prompt.mask, dtype=torch.bool)
-    new = torch.stack([short.ids == token for token in handle.tokens]).any(dim=0)
+    new = torch.stack([short.ids == token for token in attachment.tokens]).any(dim=0)
     visual[:, prompt.mask.shape[1] - short.mask.shape[1] :] = new & (short.mask != 0)
     batch = prompt.mask.shape[0]
     lengths: list[list[int]] = [[] for _ in range(batch)]
@@ -310,7 +312,7 @@ def retaining(
         lengths[row].append(len(found))
         numbers[row].append(found + before[row])
         before[row] += len(stays)
-    cut = Retaining(handle.pruner, prompt.mask, visual, lengths)
+    cut = CacheCut(attachment.method, prompt.mask, visual, lengths)
     return cut, [torch.cat(parts) for parts in numbers]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +12,20 @@ from torch import Tensor, nn
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import caches, config, requests
 from vlmprune.hosts.requests import ALIGNED, LABELS, ModelCall
-from vlmprune.runtime.call.choose import check_prompt, choose, retaining
-from vlmprune.runtime.call.geometry import Plan, plan
-from vlmprune.runtime.call.progress import Progress
+from vlmprune.runtime.attachment import Attachment
+from vlmprune.runtime.call.choose import cache_cut, check_prompt, choose
 from vlmprune.runtime.call.shorten import Prefix, Prompt, dropped_columns, join, latest, shorten
-from vlmprune.runtime.call.state import Active, Pruned, made
+from vlmprune.runtime.call.state import Active, Progress
 from vlmprune.runtime.decoder.dropping import Dropping
 from vlmprune.runtime.decoder.skipping import Skipping, frames_of
+from vlmprune.runtime.encoder.pruned import Pruned
 from vlmprune.runtime.encoder.relevance import Question
 from vlmprune.runtime.encoder.visions import Vision, gather
-
-if TYPE_CHECKING:
-    from vlmprune.pruner.handle import Handle
+from vlmprune.runtime.geometry import Geometry, geometry_of
+from vlmprune.runtime.scope import made
 
 # The name under which a cache carries its Prefix; on the cache, so that a copy carries it too.
-MARK = "vlmprune_prefix"
+PREFIX_ATTRIBUTE = "vlmprune_prefix"
 # Stands for the id of a column that a cache holds but nobody told us.
 UNKNOWN = -1
 
@@ -53,7 +52,7 @@ class Prepared:
 
 
 def prepare(
-    handle: Handle,
+    attachment: Attachment,
     ids: Tensor,
     mask: Tensor | None,
     given_positions: Tensor | None,
@@ -66,7 +65,7 @@ def prepare(
     """Encode the images of a request, choose, and shorten its columns.
 
     Args:
-        handle: the attachment.
+        attachment: the attachment.
         ids: [B, L] ids, or those of the new columns alone.
         mask: [B, L] mask over all columns, or None for ones.
         given_positions: the user's own positions of the columns in `ids`, or None.
@@ -79,7 +78,7 @@ def prepare(
     cached, inputs = caches.length_of(cache), call.given
     # Ids may come with or without the columns that the cache holds.
     whole = not (plain and cached > 0) and (mask is None or mask.shape[1] == ids.shape[1])
-    prefix = _prefix(handle, cache, cached, ids, whole, mask)
+    prefix = _prefix(attachment, cache, cached, ids, whole, mask)
     tail = cached - prefix.prompt.ids.shape[1]
     start = prefix.full_ids.shape[1]
     known = start + tail
@@ -107,33 +106,33 @@ def prepare(
             f"{known} of the cache, counted before pruning, and {ids.shape[1]} new ones."
         )
 
-    rope = handle.family.rope is not None
+    rope = attachment.family.rope is not None
     new_mask = mask[:, known:]
-    visual = [ids == token for token in handle.tokens]
+    visual = [ids == token for token in attachment.tokens]
     if bool((torch.stack(visual).any(dim=0) & (new_mask == 0)).any()):
         raise VlmpruneError(
             "attention_mask hides image placeholders, whose features would then go to others; "
             "leave those images out of the prompt."
         )
     if vision is None:
-        brought = _new_items(handle, call, prefix.items, visual)
-        planned = plan(handle.model, handle.family.media, brought, visual)
+        brought = _new_items(attachment, call, prefix.items, visual)
+        planned = geometry_of(attachment.model, attachment.family.media, brought, visual)
     else:
-        brought, planned = vision.brought(handle, inputs, visual)
+        brought, planned = vision.brought(attachment, inputs, visual)
 
     steps = torch.ones_like(mask[:, start:]) if plain else mask[:, start:].long()
     local = prefix.next_position[:, None] + steps.cumsum(dim=1) - 1
     local = local if plain else local.masked_fill(mask[:, start:] == 0, 0)
-    held = _known(seen[:, start:], handle.pad_id)
+    held = _known(seen[:, start:], attachment.pad_id)
     between = Prompt(held, mask[:, start:known], _three(local[:, :tail], rope))
     positions = _three(local[:, tail:], rope)
     after = prefix.next_position if not tail else _after(between, prefix)
     if given_positions is not None:
         own = given_positions[..., -ids.shape[1] :].to(ids.device)
         own = own[-3:] if own.ndim == 3 else own.expand(ids.shape[0], -1)
-        positions = _three(own, rope) - prefix.shift[:, None] - handle.family.first * plain
-    elif handle.family.rope is not None and planned.items:
-        found = handle.family.rope(handle.model, ids, new_mask, visual, brought)
+        positions = _three(own, rope) - prefix.shift[:, None] - attachment.family.first * plain
+    elif attachment.family.rope is not None and planned.items:
+        found = attachment.family.rope(attachment.model, ids, new_mask, visual, brought)
         positions = (found + after[:, None]).masked_fill(new_mask == 0, 0)
     aligned = {
         name: inputs[name][:, -ids.shape[1] :]
@@ -143,17 +142,17 @@ def prepare(
     new = Prompt(ids, new_mask, positions, aligned)
     already = join(prefix.prompt, between)
 
-    _check_flash(handle, ids)
-    cutting = handle.pruner.cuts and caching and bool(planned.items)
+    _check_flash(attachment, ids)
+    cutting = attachment.method.cuts and caching and bool(planned.items)
     if cutting:
         any_visual = torch.stack(visual).any(dim=0)
         rows = planned.rows(ids.shape[0])
-        check_prompt(handle, join(already, new), any_visual, rows, cache)
+        check_prompt(attachment, join(already, new), any_visual, rows, cache)
     answers = None if LABELS not in aligned else aligned[LABELS] != ALIGNED[LABELS]
     question = Question(ids, new_mask != 0, torch.stack(visual).any(dim=0), answers)
-    kept, pruned = choose(handle, brought, planned, ids.shape[0], vision, question)
+    kept, pruned = choose(attachment, brought, planned, ids.shape[0], vision, question)
     dropped = dropped_columns(ids, [item.span for item in planned.items], kept)
-    short, following = shorten(new, dropped, handle.positions, handle.pad_id)
+    short, following = shorten(new, dropped, attachment.positions, attachment.pad_id)
     # A row that brings padding alone stays where it was.
     following = torch.where((new_mask != 0).any(dim=1), following, after)
     prompt = join(already, short)
@@ -170,27 +169,27 @@ def prepare(
         drift = new.positions[..., -1] - short.positions[..., -1]
         due = new.positions[..., -1] + 1
     shift = prefix.shift
-    if handle.positions == "compact":
+    if attachment.positions == "compact":
         shift = shift + dropped.sum(dim=1)
     counts = tuple(before + len(planned.of(number)) for number, before in enumerate(prefix.items))
-    pixels = _pixels(handle, brought, planned, kept, set(pruned))
+    pixels = _pixels(attachment, brought, planned, kept, set(pruned))
     cut, numbers = None, list[Tensor]()
     if cutting:
-        cut, numbers = retaining(handle, prompt, short, planned, kept)
+        cut, numbers = cache_cut(attachment, prompt, short, planned, kept)
     inside = None
-    if (handle.asks or handle.skips) and planned.items:
-        inside = dropping(handle, prompt, short, planned, kept, pruned)
+    if (attachment.asks or attachment.skips) and planned.items:
+        inside = dropping(attachment, prompt, short, planned, kept, pruned)
     return Prepared(
         (known, cached),
         prompt,
         pixels,
         Prefix(torch.cat((seen, ids), dim=1), prompt, following, counts, shift),
         Active(
-            handle,
+            attachment,
             pruned,
-            last + handle.family.first,
+            last + attachment.family.first,
             drift if bool((drift != 0).any()) else None,
-            handle.positions == "original" and not rope and bool(dropped.any()),
+            attachment.positions == "original" and not rope and bool(dropped.any()),
             len(planned.items),
             cut,
             numbers,
@@ -199,13 +198,13 @@ def prepare(
             dropping=inside,
             report=made.get() if planned.items else None,
             progress=Progress(
-                handed(prompt, slice(cached, None)) + handle.family.first,
-                due + handle.family.first,
+                handed(prompt, slice(cached, None)) + attachment.family.first,
+                due + attachment.family.first,
                 prompt.ids.shape[1],
                 prompt.ids[:, cached:],
             ),
         ),
-        lambda: gather(handle, planned, brought, kept, pruned),
+        lambda: gather(attachment, planned, brought, kept, pruned),
     )
 
 
@@ -233,24 +232,24 @@ def _three(positions: Tensor, rope: bool) -> Tensor:
 
 def mark(cache: Any) -> Prefix | None:
     """What a cache was filled with under a pruner, if it was."""
-    return None if cache is None else vars(cache).get(MARK)
+    return None if cache is None else vars(cache).get(PREFIX_ATTRIBUTE)
 
 
 def remember(cache: Any, prefix: Prefix, refusal: str = "") -> None:
     """Put on a cache what it was filled with, or why it cannot be continued."""
     if caches.is_cache(cache):
-        setattr(cache, MARK, replace(prefix, refusal=refusal or prefix.refusal))
+        setattr(cache, PREFIX_ATTRIBUTE, replace(prefix, refusal=refusal or prefix.refusal))
 
 
-def leave_deltas(handle: Handle, prefix: Prefix, positions: Any) -> None:
+def leave_deltas(attachment: Attachment, prefix: Prefix, positions: Any) -> None:
     """Let the host count on by itself, as it may after a call that was given no positions.
 
     A model with three positions a column keeps, from one call to the next, how far they are from
     the number of its columns, of which there are fewer now.
     """
-    if handle.family.rope is not None and positions is None:
+    if attachment.family.rope is not None and positions is None:
         ahead = prefix.next_position - (prefix.prompt.mask != 0).sum(dim=1)
-        requests.set_deltas(handle.model, ahead[:, None])
+        requests.set_deltas(attachment.model, ahead[:, None])
 
 
 def _known(ids: Tensor, pad_id: int) -> Tensor:
@@ -259,7 +258,7 @@ def _known(ids: Tensor, pad_id: int) -> Tensor:
 
 
 def _prefix(
-    handle: Handle, cache: Any, cached: int, ids: Tensor, whole: bool, mask: Tensor | None
+    attachment: Attachment, cache: Any, cached: int, ids: Tensor, whole: bool, mask: Tensor | None
 ) -> Prefix:
     """The record of a cache; an empty one without a cache, a plain one for any other cache."""
     known = mark(cache)
@@ -280,28 +279,28 @@ def _prefix(
             )
         return known
     rows, device = ids.shape[0], ids.device
-    rope = handle.family.rope is not None
+    rope = attachment.family.rope is not None
     held = ids[:, :cached] if whole else torch.full((rows, cached), UNKNOWN, device=device)
     real = torch.ones_like(held) if mask is None else mask[:, :cached].long()
     positions = real.cumsum(dim=1) - 1
     following = real.sum(dim=1)
     if rope and cached:
         # Of a cache that the host filled by itself it remembers how far positions are from columns.
-        ahead = requests.deltas_of(handle.model)
+        ahead = requests.deltas_of(attachment.model)
         if ahead is not None and rows % len(ahead) == 0:
             ahead = ahead.to(device).repeat_interleave(rows // len(ahead), dim=0)
             positions, following = positions + ahead, following + ahead[:, 0]
     zeros = torch.zeros(rows, dtype=torch.long, device=device)
-    prompt = Prompt(_known(held, handle.pad_id), real, _three(positions.clamp(min=0), rope))
-    return Prefix(held, prompt, following, (0,) * len(handle.tokens), zeros)
+    prompt = Prompt(_known(held, attachment.pad_id), real, _three(positions.clamp(min=0), rope))
+    return Prefix(held, prompt, following, (0,) * len(attachment.tokens), zeros)
 
 
 def _new_items(
-    handle: Handle, call: ModelCall, known: tuple[int, ...], visual: list[Tensor]
+    attachment: Attachment, call: ModelCall, known: tuple[int, ...], visual: list[Tensor]
 ) -> list[dict[str, Any]]:
     """For each modality the inputs without items that a cache holds already; {} if none is new."""
     out: list[dict[str, Any]] = []
-    for medium, before, columns in zip(handle.family.media, known, visual, strict=True):
+    for medium, before, columns in zip(attachment.family.media, known, visual, strict=True):
         brought = call.brings(medium.inputs[0])
         if not brought or not bool(columns.any()):
             if brought and before == 0:
@@ -312,22 +311,22 @@ def _new_items(
             out.append({})
             continue
         # A processor that is given the whole conversation brings the earlier items again.
-        out.append(dict(medium.new(handle.model, call.given, before, columns)))
+        out.append(dict(medium.new(attachment.model, call.given, before, columns)))
     return out
 
 
 def dropping(
-    handle: Handle,
+    attachment: Attachment,
     prompt: Prompt,
     short: Prompt,
-    planned: Plan,
+    planned: Geometry,
     kept: list[Tensor],
     pruned: dict[str, Pruned],
 ) -> Dropping:
     """What a method may drop between decoder layers, or let skip some.
 
     Args:
-        handle: the attachment.
+        attachment: the attachment.
         prompt: all columns, those of the cache included.
         short: its new columns.
         planned: the geometry of its items.
@@ -335,50 +334,50 @@ def dropping(
         pruned: encoder outputs by the name of the host's method.
     """
     visual = torch.zeros_like(prompt.mask, dtype=torch.bool)
-    new = torch.stack([short.ids == token for token in handle.tokens]).any(dim=0)
+    new = torch.stack([short.ids == token for token in attachment.tokens]).any(dim=0)
     visual[:, prompt.mask.shape[1] - short.mask.shape[1] :] = new & (short.mask != 0)
     lengths: list[list[int]] = [[] for _ in range(prompt.mask.shape[0])]
     numbers = [stays.nonzero()[:, 0].cpu() for stays in kept]
-    for number, medium in enumerate(handle.family.media):
+    for number, medium in enumerate(attachment.family.media):
         order = pruned[medium.method].order if medium.method in pruned else None
         for i, places in zip(planned.of(number), order or (), strict=bool(order)):
             numbers[i] = numbers[i][places.cpu()]
     for item, found in zip(planned.items, numbers, strict=True):
         lengths[item.span.row].append(len(found))
     dropped = Dropping(
-        handle.pruner.dropper,
-        handle.asks,
-        handle.inside,
+        attachment.method.dropper,
+        attachment.asks,
+        attachment.decoder_positions,
         prompt.mask != 0,
         visual,
         lengths,
         numbers,
         planned.lengths,
     )
-    if not handle.skips:
+    if not attachment.skips:
         return dropped
     frames = [frames_of(i.layout, n) for i, n in zip(planned.items, numbers, strict=True)]
-    return Skipping(**vars(dropped), layers=handle.skips, frames=frames)
+    return Skipping(**vars(dropped), layers=attachment.skips, frames=frames)
 
 
 def _pixels(
-    handle: Handle,
+    attachment: Attachment,
     brought: list[dict[str, Any]],
-    planned: Plan,
+    planned: Geometry,
     kept: list[Tensor],
     pruned: set[str],
 ) -> dict[str, Any]:
     """The inputs that hold new items, as the host is given them.
 
     Args:
-        handle: the attachment.
+        attachment: the attachment.
         brought: for each modality the request's inputs.
         planned: the geometry.
         kept: of each item.
         pruned: the host's methods whose output is pruned.
     """
     out: dict[str, Any] = {}
-    for number, (medium, given) in enumerate(zip(handle.family.media, brought, strict=True)):
+    for number, (medium, given) in enumerate(zip(attachment.family.media, brought, strict=True)):
         if given and medium.method in pruned:
             own = planned.of(number)
             layouts = [planned.items[i].layout for i in own]
@@ -387,9 +386,9 @@ def _pixels(
     return out
 
 
-def _check_flash(handle: Handle, ids: Tensor) -> None:
-    kind = config.attention_implementation(config.of_text(handle.model.config))
-    gaps = handle.positions == "original" and handle.family.rope is None
+def _check_flash(attachment: Attachment, ids: Tensor) -> None:
+    kind = config.attention_implementation(config.of_text(attachment.model.config))
+    gaps = attachment.positions == "original" and attachment.family.rope is None
     if "flash" in kind and gaps and ids.shape[0] == 1:
         raise VlmpruneError(
             f"positions='original' leaves gaps that {kind} takes for packed sequences at batch 1; "

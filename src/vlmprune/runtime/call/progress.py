@@ -11,8 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +19,8 @@ from torch import Tensor
 from vlmprune.hosts import caches, contract, decoder, release
 from vlmprune.hosts.contract import broken
 from vlmprune.hosts.requests import ModelCall
-
-if TYPE_CHECKING:
-    from vlmprune.pruner.handle import Handle
-    from vlmprune.runtime.call.state import Active
+from vlmprune.runtime.attachment import Attachment
+from vlmprune.runtime.call.state import Active, Progress
 
 # By what share an embedded visual token may differ from its feature, in float32 and in half
 # precision, besides a factor that all of them have, as some hosts scale them.
@@ -32,70 +29,8 @@ _OFF = {True: 1e-4, False: 2e-2}
 _STEPS = 2
 
 
-@dataclass
-class Progress:
-    """How far a call has come.
-
-    Attributes:
-        positions: [B, S] or [3 or 4, B, S] of the prompt's new columns, as they were handed to the
-            host; None where nothing is to be compared.
-        following: [B] the position after the prompt, as the host's forward counts it, or [3, B].
-        columns: of the prompt, those of a cache included.
-        ids: [B, S] the prompt's new columns.
-        taken: names of the host's methods whose pruned features were taken.
-        cache: the cache that the prompt fills; None before it is known, and without one.
-        length: columns that it has seen.
-        begun: whether the prompt was run.
-    """
-
-    positions: Tensor | None = None
-    following: Tensor | None = None
-    columns: int = 0
-    ids: Tensor | None = None
-    taken: set[str] = field(default_factory=set)
-    cache: Any = None
-    length: int = 0
-    begun: bool = False
-
-    def is_own(self, call: ModelCall) -> bool:
-        """Whether a forward is one of the call's, and not one that somebody makes meanwhile.
-
-        A streamer, or a logits processor, may run the model on something else.
-        """
-        cache, ids = call.cache, call.ids
-        if self.begun:
-            # Without a cache each forward reads all anew, and nothing tells them apart.
-            return self.cache is None or (
-                cache is not None
-                and (cache is self.cache or caches.length_of(cache) == self.length > 0)
-            )
-        if ids is None or self.ids is None:
-            return True
-        rows, width = ids.shape
-        times = max(1, rows // len(self.ids))
-        due = self.ids[:, :width].repeat_interleave(times, dim=0).to(ids.device)
-        return due.shape == ids.shape and torch.equal(due, ids)
-
-    def check_end(self, model: Any, columns: int) -> None:
-        """Refuse an answer that was not made from the cache that the prompt filled.
-
-        Args:
-            model: the host.
-            columns: of the prompt and the answer, less the last, which no step has read.
-
-        Raises:
-            ContractError: the cache was not continued.
-        """
-        if self.cache is not None and contract.checks() and self.length < columns:
-            raise broken(
-                model,
-                f"decoding left the cache that the prompt filled at {self.length} columns, where "
-                f"{columns} are due",
-            )
-
-
 @contextmanager
-def following(handle: Handle, state: Active, call: ModelCall) -> Iterator[None]:
+def following(attachment: Attachment, state: Active, call: ModelCall) -> Iterator[None]:
     """Follow one forward of a pruned call.
 
     Raises:
@@ -113,46 +48,50 @@ def following(handle: Handle, state: Active, call: ModelCall) -> Iterator[None]:
     elif cache is not progress.cache and caches.length_of(cache) == progress.length > 0:
         # A copy goes on as the original does; a nested call has a cache of another length.
         if not caches.alike(cache, progress.cache):
-            raise broken(handle.model, "a step reads another cache than the prompt filled")
+            raise broken(attachment.model, "a step reads another cache than the prompt filled")
         progress.cache = cache
     own = cache is not None and cache is progress.cache
     if own and caches.length_of(cache) != progress.length:
         raise broken(
-            handle.model,
+            attachment.model,
             f"a step begins at {caches.length_of(cache)} columns of a cache that was left at "
             f"{progress.length}",
         )
     with ExitStack() as stack:
         ahead = progress.length - progress.columns
         if first or (own and 0 <= ahead < _STEPS):
-            stack.enter_context(_compared(handle, state, call, first))
+            stack.enter_context(_compared(attachment, state, call, first))
         try:
             yield
         except ValueError as error:
             # The host compares the number of features with that of placeholders.
             if first and state.pruned and release.miscounts(error):
                 why = " ".join(str(error).split()).rstrip(".")
-                raise broken(handle.model, f"it refuses the shorter request ({why})") from error
+                raise broken(attachment.model, f"it refuses the shorter request ({why})") from error
             raise
     if first and not progress.taken.issuperset(state.pruned):
         left = ", ".join(sorted(state.pruned.keys() - progress.taken))
-        raise broken(handle.model, f"it makes its features otherwise than by {left}")
+        raise broken(attachment.model, f"it makes its features otherwise than by {left}")
     if own:
-        _check_grown(handle, progress, call)
+        _check_grown(attachment, progress, call)
 
 
-def _check_grown(handle: Handle, progress: Progress, call: ModelCall) -> None:
+def _check_grown(attachment: Attachment, progress: Progress, call: ModelCall) -> None:
     ids = call.ids
     assert ids is not None
     due, progress.length = progress.length + ids.shape[1], caches.length_of(progress.cache)
     if progress.length != due:
-        raise broken(handle.model, f"its cache holds {progress.length} columns where {due} are due")
+        raise broken(
+            attachment.model, f"its cache holds {progress.length} columns where {due} are due"
+        )
 
 
 @contextmanager
-def _compared(handle: Handle, state: Active, call: ModelCall, first: bool) -> Iterator[None]:
+def _compared(
+    attachment: Attachment, state: Active, call: ModelCall, first: bool
+) -> Iterator[None]:
     """Compare tensors that reach the language model with those that are due, the first time."""
-    progress, ledger, ids = state.progress, handle.ledger, call.ids
+    progress, ledger, ids = state.progress, attachment.ledger, call.ids
     assert ids is not None
     start, several = caches.length_of(call.cache), ids.shape[0] > 1
     # Several rows may be told apart where one cannot, and so may the two modalities.
@@ -165,7 +104,7 @@ def _compared(handle: Handle, state: Active, call: ModelCall, first: bool) -> It
         yield
         return
     if placed:
-        _check_handed(handle, progress, call, first)
+        _check_handed(attachment, progress, call, first)
     thread, seen = threading.get_ident(), dict[str, Tensor]()
 
     def turned(module: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -180,24 +119,24 @@ def _compared(handle: Handle, state: Active, call: ModelCall, first: bool) -> It
 
     with ExitStack() as stack:
         if placed:
-            for module in decoder.rotary_modules(handle.model):
+            for module in decoder.rotary_modules(attachment.model):
                 hook = module.register_forward_hook(turned, with_kwargs=True)
                 stack.callback(hook.remove)
         if embedded:
-            into = decoder.decoder_of(handle.model)
+            into = decoder.decoder_of(attachment.model)
             stack.callback(into.register_forward_pre_hook(entered, with_kwargs=True).remove)
         yield
     if placed and "positions" in seen:
-        _check_turned(handle, call, seen["positions"], start)
+        _check_turned(attachment, call, seen["positions"], start)
     if embedded and "embedded" in seen:
-        _check_embedded(handle, state, call, seen["embedded"])
+        _check_embedded(attachment, state, call, seen["embedded"])
         ledger.prove(*inserted)
     # Positions that only count columns say nothing of a host that counts columns by itself.
     if placed and not _counts(call, start):
         ledger.prove(*handed)
 
 
-def _check_handed(handle: Handle, progress: Progress, call: ModelCall, first: bool) -> None:
+def _check_handed(attachment: Attachment, progress: Progress, call: ModelCall, first: bool) -> None:
     """The positions that a forward is given are those that are due."""
     assert progress.positions is not None and progress.following is not None
     ids, given = call.ids, call.positions
@@ -213,14 +152,14 @@ def _check_handed(handle: Handle, progress: Progress, call: ModelCall, first: bo
     expected = expected.repeat_interleave(max(1, rows // batch), dim=expected.ndim - 2).cpu()
     if given is None:
         # The host counts by itself, the columns of its cache included.
-        found = torch.arange(width) + start + handle.family.first
+        found = torch.arange(width) + start + attachment.family.first
     else:
         found = given[..., -width:].cpu()
     # Of four positions a column the first only tells packed samples apart.
     found, expected = (one[-3:] if one.ndim == 3 else one for one in (found, expected))
     if not bool(((found == expected) | ~_real(call, start)).all()):
         what = "its prompt" if first else "a step after it"
-        raise broken(handle.model, f"{what} does not come at the positions that are due")
+        raise broken(attachment.model, f"{what} does not come at the positions that are due")
 
 
 def _real(call: ModelCall, start: int) -> Tensor:
@@ -243,7 +182,7 @@ def _counts(call: ModelCall, start: int) -> bool:
     return bool((given[..., -ids.shape[1] :].cpu() == columns).all())
 
 
-def _check_turned(handle: Handle, call: ModelCall, positions: Tensor, start: int) -> None:
+def _check_turned(attachment: Attachment, call: ModelCall, positions: Tensor, start: int) -> None:
     """The positions that a forward is given are those that its rotary angles are made for."""
     given, ids = call.positions, call.ids
     if given is None or ids is None:
@@ -252,16 +191,18 @@ def _check_turned(handle: Handle, call: ModelCall, positions: Tensor, start: int
     given, positions = (one[-3:] if one.ndim == 3 else one for one in (given, positions))
     same = given.shape[-1] == positions.shape[-1]
     if not same or not bool(((given == positions) | ~_real(call, start)).all()):
-        raise broken(handle.model, "its decoder turns by other positions than it is given")
+        raise broken(attachment.model, "its decoder turns by other positions than it is given")
 
 
-def _check_embedded(handle: Handle, state: Active, call: ModelCall, embedded: Tensor) -> None:
+def _check_embedded(
+    attachment: Attachment, state: Active, call: ModelCall, embedded: Tensor
+) -> None:
     """The pruned features stand where the placeholders were."""
     ids = call.ids
     assert ids is not None
     if embedded.shape[:2] != ids.shape:
         return
-    for medium, token in zip(handle.family.media, handle.tokens, strict=True):
+    for medium, token in zip(attachment.family.media, attachment.tokens, strict=True):
         pruned = state.pruned.get(medium.method)
         places = ids == token
         if pruned is None or not medium.entering or not bool(places.any()):
@@ -274,7 +215,8 @@ def _check_embedded(handle: Handle, state: Active, call: ModelCall, embedded: Te
         exact = embedded.dtype == wanted.dtype == torch.float32
         if float(_off(found.float(), wanted.float()).max()) > _OFF[exact]:
             raise broken(
-                handle.model, f"the pruned features of {medium.kind}s do not stand in their places"
+                attachment.model,
+                f"the pruned features of {medium.kind}s do not stand in their places",
             )
 
 

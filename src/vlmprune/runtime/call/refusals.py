@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from vlmprune.errors import VlmpruneError
@@ -17,11 +15,9 @@ from vlmprune.hosts.requests import (
     Settings,
     is_compiled,
 )
+from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.cache import gapped_layer
 from vlmprune.runtime.cache.ragged_cache import refusal
-
-if TYPE_CHECKING:
-    from vlmprune.pruner.handle import Handle
 
 
 def check_encoded(call: ModelCall) -> None:
@@ -67,23 +63,23 @@ def check_generate(call: ModelCall, ids: Tensor | None, setting: Settings) -> No
         )
 
 
-def check_cutting(handle: Handle, call: ModelCall, setting: Settings) -> None:
+def check_cutting(attachment: Attachment, call: ModelCall, setting: Settings) -> None:
     """Refuse, before any work, what a method that cuts caches cannot do."""
-    method = repr(handle.pruner)
+    method = repr(attachment.method)
     if not setting.caches:
         raise VlmpruneError(f"{method} cuts the KV cache and needs one; leave out use_cache=False.")
-    _check_decoder(handle, setting, "cut")
+    _check_decoder(attachment, setting, "cut")
     cache = call.cache
-    why = None if cache is None else refusal(cache, handle.cuttable)
+    why = None if cache is None else refusal(cache, attachment.cuttable)
     if why is not None:
         raise VlmpruneError(f"{method} {why}")
 
 
-def check_dropping(handle: Handle, call: ModelCall, setting: Settings) -> None:
+def check_dropping(attachment: Attachment, call: ModelCall, setting: Settings) -> None:
     """Refuse, before any work, what a method whose layers lack rows cannot do."""
-    method = repr(handle.pruner)
-    model = handle.model
-    _check_decoder(handle, setting, "drop tokens from")
+    method = repr(attachment.method)
+    model = attachment.model
+    _check_decoder(attachment, setting, "drop tokens from")
     if setting.chunked:
         raise VlmpruneError(
             f"{method} chooses from the whole prompt; leave out prefill_chunk_size."
@@ -102,21 +98,21 @@ def check_dropping(handle: Handle, call: ModelCall, setting: Settings) -> None:
             f"{columns}; shorten it, or prune before the language model."
         )
     cache = call.cache
-    layers = handle.skips or range(min(handle.asks), len(decoder.decoder_layers(model)))
+    layers = attachment.skips or range(min(attachment.asks), len(decoder.decoder_layers(model)))
     why = None if cache is None else gapped_layer.refusal(cache, layers)
     if why is not None:
         raise VlmpruneError(f"{method} {why}")
 
 
-def _check_decoder(handle: Handle, setting: Settings, does: str) -> None:
+def _check_decoder(attachment: Attachment, setting: Settings, does: str) -> None:
     """Refuse what changes caches and attention inside the language model cannot go with.
 
     Args:
-        handle: the attachment.
+        attachment: the attachment.
         setting: settings of the call.
         does: what the method does to caches.
     """
-    method = repr(handle.pruner)
+    method = repr(attachment.method)
     if setting.attentions:
         raise VlmpruneError(
             f"{method} has no full attention weights to return; leave out output_attentions."
@@ -126,13 +122,13 @@ def _check_decoder(handle: Handle, setting: Settings, does: str) -> None:
             f"{method} cannot {does} a cache of cache_implementation={setting.cache_kind!r}; leave "
             "it out, for the dynamic cache."
         )
-    text = config.of_text(handle.model.config)
+    text = config.of_text(attachment.model.config)
     if config.attention_implementation(text) == "flex_attention":
         raise VlmpruneError(
             f"{method} does not work with flex_attention; load the model with "
             "attn_implementation='sdpa'."
         )
-    if is_compiled(handle.model, handle.host.original(FORWARD)):
+    if is_compiled(attachment.model, attachment.originals[FORWARD]):
         raise VlmpruneError(
             f"{method} does not work with a compiled model, whose graphs pass its cache by; use "
             "the model as it is, or prune before the language model alone."

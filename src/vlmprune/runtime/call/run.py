@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from vlmprune import costs
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import caches, contract, decoder, outputs, release
 from vlmprune.hosts.requests import ModelCall, PlainSettings, Settings, model_call
+from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.cache.ragged_cache import adopt, attending, binding_of
 from vlmprune.runtime.call import progress
 from vlmprune.runtime.call.prepare import handed, leave_deltas, mark, prepare, remember
@@ -27,117 +28,124 @@ from vlmprune.runtime.call.refusals import (
     check_encoded,
     check_generate,
 )
-from vlmprune.runtime.call.state import Active, active, outside
+from vlmprune.runtime.call.state import Active
 from vlmprune.runtime.decoder.skipping import Skipping, reported, skipping_layers
 from vlmprune.runtime.encoder import visions
-
-if TYPE_CHECKING:
-    from vlmprune.pruner.handle import Handle
-    from vlmprune.runtime.encoder.visions import Vision
+from vlmprune.runtime.encoder.visions import Vision
+from vlmprune.runtime.scope import active, outside, within
 
 
-def generate(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def generate(
+    attachment: Attachment, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
     """`generate` with fewer visual tokens; returns what the host would have returned."""
-    with _kept_or_given_back(handle):
-        return _generate(handle, original, args, kwargs)
+    with _kept_or_given_back(attachment):
+        return _generate(attachment, original, args, kwargs)
 
 
 def _generate(
-    handle: Handle, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    attachment: Attachment,
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
-    call, given = model_call(handle.model, original, args, kwargs)
-    vision = _vision(handle, given)
+    call, given = model_call(attachment.model, original, args, kwargs)
+    vision = _vision(attachment, given)
     ids, cache, setting = call.prompt, call.cache, Settings(call)
     check_encoded(call)
-    if vision is None and not _brings_items(handle, call) and mark(cache) is None:
-        handle.report_nothing()
+    if vision is None and not _brings_items(attachment, call) and mark(cache) is None:
+        attachment.report_nothing()
         with outside():
             return call.run(original)
     # As the host's own `generate` runs, for what is recomputed depends on it.
     with torch.no_grad():
         check_generate(call, ids, setting)
-        if handle.pruner.cuts:
-            check_cutting(handle, call, setting)
-        if handle.asks or handle.skips:
-            check_dropping(handle, call, setting)
+        if attachment.method.cuts:
+            check_cutting(attachment, call, setting)
+        if attachment.asks or attachment.skips:
+            check_dropping(attachment, call, setting)
 
     assert ids is not None
     mask = _mask_of(ids, setting) if call.mask is None else call.mask
     given_positions = call.positions
     with torch.no_grad():
-        prepared = prepare(handle, ids, mask, given_positions, cache, call, False, vision=vision)
+        prepared = prepare(
+            attachment, ids, mask, given_positions, cache, call, False, vision=vision
+        )
     if not prepared.state.items:
-        handle.report_nothing()
+        attachment.report_nothing()
     left = prepared.prompt.ids
     limits = setting.shorter(mask.shape[1] - left.shape[1])
     if ids.shape[1] < mask.shape[1]:
         # Ids that came without the columns of the cache go on without them.
         left = left[:, prepared.known[1] :]
-    short = call.without(n for medium in handle.family.media for n in medium.inputs)
+    short = call.without(n for medium in attachment.family.media for n in medium.inputs)
     short = short.with_prompt(left).also(prepared.pixels | limits | prepared.prompt.aligned)
     short = short.with_(mask=prepared.prompt.mask, positions=handed(prepared.prompt))
     if call.streamer is not None:
         short = short.with_(streamer=_FullPrompt(call.streamer, ids))
 
-    token = active.set(prepared.state)
-    try:
+    with within(prepared.state):
         result = short.run(original)
-    finally:
-        active.reset(token)
 
     sequences = outputs.sequences_of(result)
     new = sequences.shape[1] - left.shape[1]
-    prepared.state.check_end(handle.model, prepared.prompt.ids.shape[1] + new - 1)
+    prepared.state.check_end(attachment.model, prepared.prompt.ids.shape[1] + new - 1)
     times = sequences.shape[0] // ids.shape[0]
     prompt = ids.repeat_interleave(times, 0).to(sequences.device)
     sequences = torch.cat((prompt, sequences[:, left.shape[1] :]), dim=1)
     for holder in (cache, prepared.state.progress.cache, release.cache_returned(result)):
         searched = "it comes from a beam search" * (setting.beams > 1)
         remember(holder, prepared.prefix.repeat(times), searched)
-    leave_deltas(handle, prepared.prefix, given_positions)
+    leave_deltas(attachment, prepared.prefix, given_positions)
     return outputs.with_sequences(result, sequences)
 
 
-def forward(handle: Handle, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def forward(attachment: Attachment, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A plain forward with fewer visual tokens; logits are those of the shorter sequence."""
     state = active.get()
-    with _kept_or_given_back(handle):
-        if state is not None and state.handle is handle:
+    with _kept_or_given_back(attachment):
+        if isinstance(state, Active) and state.attachment is attachment:
             given = release.by_name(original, *args, **kwargs) if args else kwargs
-            call = ModelCall(handle.model, given)
+            call = ModelCall(attachment.model, given)
             if state.progress.is_own(call):
-                return _step(handle, state, original, call)
+                return _step(attachment, state, original, call)
         with outside():
-            return _forward(handle, original, args, kwargs)
+            return _forward(attachment, original, args, kwargs)
 
 
-def _step(handle: Handle, state: Active, original: Callable[..., Any], call: ModelCall) -> Any:
+def _step(
+    attachment: Attachment, state: Active, original: Callable[..., Any], call: ModelCall
+) -> Any:
     """A forward that a pruned `generate` makes."""
     call, ids = _inside(state, call), call.ids
     if ids is None:
-        raise contract.broken(handle.model, "a forward within generate is given no input_ids")
+        raise contract.broken(attachment.model, "a forward within generate is given no input_ids")
     state.running = ids.shape[0]
     ahead: dict[str, Any] = {
         medium.kind: state.pruned[medium.method].repeated(call.encoded[medium.kind], state.times)
-        for medium in handle.family.media
+        for medium in attachment.family.media
         if medium.kind in call.encoded and medium.method in state.pruned
     }
     if ahead:
         call = call.with_encoded(ahead)
-        taken = [m.method for m in handle.family.media if m.kind in ahead]
+        taken = [m.method for m in attachment.family.media if m.kind in ahead]
         state.progress.taken.update(taken)
-    with _inside_decoder(handle, state, call):
+    with _inside_decoder(attachment, state, call):
         return call.run(original)
 
 
 def _forward(
-    handle: Handle, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    attachment: Attachment,
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
-    call, given = model_call(handle.model, original, args, kwargs)
-    vision = _vision(handle, given)
+    call, given = model_call(attachment.model, original, args, kwargs)
+    vision = _vision(attachment, given)
     cache, ids = call.cache, call.ids
     check_encoded(call)
-    brings = vision is not None or _brings_items(handle, call)
+    brings = vision is not None or _brings_items(attachment, call)
     if not brings and mark(cache) is None:
         return call.run(original)
     check_common(call, ids)
@@ -147,63 +155,63 @@ def _forward(
         )
     assert ids is not None
     caching, settings = _caches(call), PlainSettings(call)
-    if handle.pruner.cuts and (caching or handle.pruner.probes is not None):
-        check_cutting(handle, call, settings)
+    if attachment.method.cuts and (caching or attachment.method.probes is not None):
+        check_cutting(attachment, call, settings)
         if cache is None and brings:
-            cache = caches.new_cache(handle.model)
+            cache = caches.new_cache(attachment.model)
             call = call.with_cache(cache)
-    if handle.asks or handle.skips:
-        check_dropping(handle, call, settings)
+    if attachment.asks or attachment.skips:
+        check_dropping(attachment, call, settings)
     given_positions = call.positions
-    prepared = prepare(handle, ids, call.mask, given_positions, cache, call, True, caching, vision)
+    prepared = prepare(
+        attachment, ids, call.mask, given_positions, cache, call, True, caching, vision
+    )
     new = slice(prepared.known[1], None)
-    short = call.without(name for medium in handle.family.media for name in medium.inputs)
+    short = call.without(name for medium in attachment.family.media for name in medium.inputs)
     short = short.also(prepared.pixels).also(prepared.prompt.aligned)
     short = short.with_(
         ids=prepared.prompt.ids[:, new],
         mask=prepared.prompt.mask,
-        positions=handed(prepared.prompt, new) + handle.family.first,
+        positions=handed(prepared.prompt, new) + attachment.family.first,
     )
     prepared.state.running = prepared.prompt.ids.shape[0]
-    token = active.set(prepared.state)
-    try:
-        with _inside_decoder(handle, prepared.state, short):
-            result = short.run(original)
-    finally:
-        active.reset(token)
+    with within(prepared.state), _inside_decoder(attachment, prepared.state, short):
+        result = short.run(original)
     returned = release.cache_returned(result)
     filled = prepared.state.progress.cache
     after = next((one for one in (returned, cache, filled) if one is not None), None)
     if after is None and caching and contract.checks():
         raise contract.broken(result, "it holds no KV cache where one was filled")
-    leave_deltas(handle, prepared.prefix, given_positions)
+    leave_deltas(attachment, prepared.prefix, given_positions)
     # Tokens without an image need no new record: the old one still says what was dropped.
     if prepared.state.items or mark(after) is None:
         remember(after, prepared.prefix, "")
     return result
 
 
-def encode(handle: Handle, inputs: dict[str, Any]) -> Vision:
+def encode(attachment: Attachment, inputs: dict[str, Any]) -> Vision:
     """The images and videos of a request after pruning, for later requests."""
-    visions.check(handle)
-    call = ModelCall(handle.model, inputs)
+    visions.check(attachment)
+    call = ModelCall(attachment.model, inputs)
     check_common(call, call.ids)
-    if not _brings_items(handle, call):
+    if not _brings_items(attachment, call):
         raise VlmpruneError(
             "there is no image or video to encode; pass all that the model's processor returns."
         )
     assert call.ids is not None
-    with _kept_or_given_back(handle):
-        prepared = prepare(handle, call.ids, call.mask, None, None, call, False, False)
+    with _kept_or_given_back(attachment):
+        prepared = prepare(attachment, call.ids, call.mask, None, None, call, False, False)
     return prepared.vision()
 
 
 def features(
-    handle: Handle, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any
+    attachment: Attachment, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """`get_image_features` and its like: pruned inside a pruned call, the host's own elsewhere."""
     state = active.get()
-    if state is None or state.handle is not handle or name not in state.pruned:
+    if not isinstance(state, Active) or state.attachment is not attachment:
+        return original(*args, **kwargs)
+    if name not in state.pruned:
         return original(*args, **kwargs)
     pruned = state.pruned[name]
     state.progress.taken.add(name)
@@ -214,46 +222,48 @@ def features(
 
 
 @contextmanager
-def _kept_or_given_back(handle: Handle) -> Iterator[None]:
+def _kept_or_given_back(attachment: Attachment) -> Iterator[None]:
     """Prove the contract inside the block; where it does not hold, give the model back."""
     try:
-        with contract.proving(handle.ledger):
+        with contract.proving(attachment.ledger):
             yield
     except contract.ContractError:
-        handle.detach()
+        attachment.leave()
         raise
 
 
 @contextmanager
-def _inside_decoder(handle: Handle, state: Active, call: ModelCall) -> Iterator[None]:
+def _inside_decoder(attachment: Attachment, state: Active, call: ModelCall) -> Iterator[None]:
     """Let a forward drop rows between layers, and cut or continue a cache."""
     cache, dropping = call.cache, state.dropping
     if dropping is not None and dropping.done and cache is not None:
         dropping = None
     with (
-        progress.following(handle, state, call),
-        skipping_layers(handle.model, dropping, cache, call.states_wanted),
-        _cutting(handle, state, cache),
+        progress.following(attachment, state, call),
+        skipping_layers(attachment.model, dropping, cache, call.states_wanted),
+        _cutting(attachment, state, cache),
     ):
         yield
     if dropping is None or dropping.done:
         return
     dropping.done = True
     if isinstance(dropping, Skipping) and state.report is not None:
-        policy = handle.positions if handle.pruner.shortens else handle.inside
-        config, dtype = handle.model.config, handle.model.dtype
-        handle.report = reported(state.report, config, dropping, dtype, policy)
+        policy = (
+            attachment.positions if attachment.method.shortens else attachment.decoder_positions
+        )
+        config, dtype = attachment.model.config, attachment.model.dtype
+        attachment.report = reported(state.report, config, dropping, dtype, policy)
         return
     stages = dropping.stages()
     if stages and state.report is not None:
-        positions: str = handle.inside
-        if handle.pruner.shortens and positions != handle.positions:
-            positions = f"{handle.positions}, inside the language model {positions}"
-        handle.report = state.report.with_rows(
-            handle.model.config,
+        positions: str = attachment.decoder_positions
+        if attachment.method.shortens and positions != attachment.positions:
+            positions = f"{attachment.positions}, inside the language model {positions}"
+        attachment.report = state.report.with_rows(
+            attachment.model.config,
             stages,
             [len(row) for row in dropping.lengths],
-            handle.model.dtype,
+            attachment.model.dtype,
             positions,
             dropping.seconds,
             dropping.members(),
@@ -261,48 +271,48 @@ def _inside_decoder(handle: Handle, state: Active, call: ModelCall) -> Iterator[
 
 
 @contextmanager
-def _cutting(handle: Handle, state: Active, cache: Any) -> Iterator[None]:
+def _cutting(attachment: Attachment, state: Active, cache: Any) -> Iterator[None]:
     """Let a forward attend to a cache that was cut, and cut what a prompt brings."""
-    retaining = state.retaining
-    if retaining is not None and retaining.done:
-        retaining = None
-    if retaining is not None and cache is not None:
-        adopt(cache, handle.cuttable, len(decoder.decoder_layers(handle.model)))
+    cut = state.cut
+    if cut is not None and cut.done:
+        cut = None
+    if cut is not None and cache is not None:
+        adopt(cache, attachment.cuttable, len(decoder.decoder_layers(attachment.model)))
     if binding_of(cache) is None:
         yield
     else:
-        with attending(cache, handle.attention, retaining):
+        with attending(cache, attachment.attention, cut):
             yield
     # A forward with its prompt in parts is done when the last has come.
-    if retaining is not None and (cache is None or retaining.due(caches.length_of(cache))):
-        retaining.check_cut(handle.model, handle.cuttable)
-        retaining.done = True
+    if cut is not None and (cache is None or cut.due(caches.length_of(cache))):
+        cut.check_cut(attachment.model, attachment.cuttable)
+        cut.done = True
         if state.report is not None:
-            cached = costs.kv_layers(handle.model.config)
-            handle.report = state.report.with_layers(
-                retaining.layers, cached, retaining.seconds, state.numbers
+            cached = costs.kv_layers(attachment.model.config)
+            attachment.report = state.report.with_layers(
+                cut.layers, cached, cut.seconds, state.numbers
             )
 
 
-def _vision(handle: Handle, vision: Any) -> Vision | None:
+def _vision(attachment: Attachment, vision: Any) -> Vision | None:
     """The argument that is ours, once it is sure that it fits."""
     if vision is None:
         return None
-    visions.check(handle, vision)
-    found: Vision = vision.to(handle.model.device)
+    visions.check(attachment, vision)
+    found: Vision = vision.to(attachment.model.device)
     return found
 
 
-def _brings_items(handle: Handle, call: ModelCall) -> bool:
+def _brings_items(attachment: Attachment, call: ModelCall) -> bool:
     """Whether a call comes with images or videos."""
-    for medium in handle.family.media:
+    for medium in attachment.family.media:
         for name in medium.replaced:
             if call.brings(name):
                 raise VlmpruneError(
                     f"{name} is called {medium.inputs[0]} in this release of transformers; pass "
                     "it under that name."
                 )
-    return any(call.brings(medium.inputs[0]) for medium in handle.family.media)
+    return any(call.brings(medium.inputs[0]) for medium in attachment.family.media)
 
 
 def _caches(call: ModelCall) -> bool:

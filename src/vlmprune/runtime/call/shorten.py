@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlmprune.errors import VlmpruneError
 from vlmprune.hosts.requests import ALIGNED
+from vlmprune.runtime.geometry import Span
 
 
 @dataclass(frozen=True)
@@ -131,54 +131,6 @@ def shorten(
         {name: take(values, ALIGNED[name]) for name, values in aligned.items()},
     )
     return short, following
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where an item's visual tokens lie in a prompt.
-
-    Attributes:
-        row: row of the batch.
-        columns: [n] int64 columns, ascending.
-    """
-
-    row: int
-    columns: Tensor
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Sorts spans as the prompt has them."""
-        return self.row, int(self.columns[0]) if len(self.columns) else 0
-
-
-def spans(visual: Tensor, lengths: list[int], kind: str) -> list[Span]:
-    """Give a modality's placeholders to its items, in order.
-
-    Args:
-        visual: [B, L] bool; columns that are its placeholders.
-        lengths: visual tokens of each item.
-        kind: "image" or "video".
-
-    Raises:
-        VlmpruneError: their numbers differ, or an item's tokens run across two rows.
-    """
-    rows, columns = visual.nonzero(as_tuple=True)
-    if len(columns) != sum(lengths):
-        raise VlmpruneError(
-            f"the prompt holds {len(columns)} {kind} placeholders but the {kind}s make "
-            f"{sum(lengths)} visual tokens; pass ids and pixels from one call of the model's own "
-            "processor, untruncated."
-        )
-    out = []
-    for row, part in zip(rows.split(lengths), columns.split(lengths), strict=True):
-        own = row.unique().tolist()
-        if len(own) > 1:
-            raise VlmpruneError(
-                f"the {kind} placeholders of a prompt do not match its {kind}s; pass ids and "
-                "pixels from one call of the model's own processor, untruncated."
-            )
-        out.append(Span(own[0] if own else 0, part))
-    return out
 
 
 def dropped_columns(like: Tensor, places: Sequence[Span], kept: Sequence[Tensor]) -> Tensor:

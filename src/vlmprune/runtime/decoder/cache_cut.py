@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,12 @@ from torch import Tensor, nn
 from vlmprune import costs
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts.contract import Reached
+from vlmprune.method import Method
 from vlmprune.report import LayerReport
 from vlmprune.runtime.attention import ragged
-from vlmprune.runtime.attention.ragged import Ragged
+from vlmprune.runtime.attention.ragged_tokens import Ragged
 from vlmprune.runtime.cache.ragged_layer import Guest
 from vlmprune.views import LayerView, Probes, Retention
-
-if TYPE_CHECKING:
-    from vlmprune.pruner.base import Pruner
-
 
 # Numbers of keys that are scored at once.
 SCORED = 2**24
@@ -49,7 +46,7 @@ class Choice:
     whole: bool
 
 
-class Retaining:
+class CacheCut:
     """One prompt under a method that cuts caches.
 
     Attributes:
@@ -59,7 +56,7 @@ class Retaining:
     """
 
     def __init__(
-        self, method: Pruner, mask: Tensor, visual: Tensor, lengths: Sequence[Sequence[int]]
+        self, method: Method, mask: Tensor, visual: Tensor, lengths: Sequence[Sequence[int]]
     ) -> None:
         """Prepare the cut of a prompt.
 

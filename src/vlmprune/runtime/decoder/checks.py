@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import config, decoder, families
 from vlmprune.hosts.attention import attention_of
+from vlmprune.hosts.families import Family
+from vlmprune.method import Method
+from vlmprune.views import Ask
 
-if TYPE_CHECKING:
-    from vlmprune.pruner.base import Pruner
-    from vlmprune.views import Ask
 
-
-def resolve_positions(model: Any, pruner: Pruner) -> Literal["compact", "original"]:
+def resolve_positions(model: Any, family: Family, pruner: Method) -> Literal["compact", "original"]:
     """The position policy of layers that lack tokens: what was asked for, else the release's."""
     # Tokens that skip a layer come back for the next, in their places.
-    if pruner.routes or families.family_of(model).rope is not None:
+    if pruner.routes or family.rope is not None:
         return "original"
     if pruner.positions != "auto":
         return pruner.positions
     return families.advised_positions(model) or pruner.dropper.released
 
 
-def asked(model: Any, pruner: Pruner) -> Mapping[int, Ask]:
+def asked(model: Any, family: Family, pruner: Method) -> Mapping[int, Ask]:
     """What a method wants to see, by layer, once it is sure that the model can be followed.
 
     Raises:
@@ -61,7 +60,7 @@ def asked(model: Any, pruner: Pruner) -> Mapping[int, Ask]:
             f"the decoder layers of {name} do not take rotary angles from outside, so {pruner!r} "
             "cannot give them those of the tokens that go on; prune before the language model."
         )
-    compact = resolve_positions(model, pruner) == "compact"
+    compact = resolve_positions(model, family, pruner) == "compact"
     if compact and not decoder.rotary_modules(model):
         raise VlmpruneError(
             f"{name} has no module that makes rotary angles, so tokens cannot be renumbered "

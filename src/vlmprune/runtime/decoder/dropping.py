@@ -5,18 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.method import Method
 from vlmprune.runtime.decoder import rows as ops
 from vlmprune.runtime.decoder.rows import Going
 from vlmprune.views import Ask, Rows, RowView
-
-if TYPE_CHECKING:
-    from vlmprune.pruner.base import Pruner
 
 
 @dataclass
@@ -40,7 +38,7 @@ class Dropping:
         done: whether the prompt is through.
     """
 
-    method: Pruner
+    method: Method
     asks: Mapping[int, Ask]
     positions: Literal["compact", "original"]
     real: Tensor
@@ -96,7 +94,7 @@ class Dropping:
         return out
 
 
-class Prompt:
+class PromptRows:
     """The new columns of a prompt while a forward runs over them.
 
     Attributes:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +23,13 @@ from vlmprune.hosts import attention, caches, config, decoder
 from vlmprune.hosts.contract import Reached, broken
 from vlmprune.hosts.decoder import LayerCall, RotaryCall
 from vlmprune.runtime.attention.interception import watching
-from vlmprune.runtime.cache.gapped_layer import ShortLayer, short_layers, shorten_layer
+from vlmprune.runtime.cache.gapped_layer import GappedLayer, gapped_at, gapped_layers
 from vlmprune.runtime.decoder import rows as ops
-from vlmprune.runtime.decoder.dropping import Dropping, Prompt, Timer
+from vlmprune.runtime.decoder.dropping import Dropping, PromptRows, Timer
 from vlmprune.runtime.decoder.looks import Look, glance
 from vlmprune.runtime.decoder.rotary_angles import Angles, Same
 from vlmprune.runtime.decoder.rows import Going
-
-if TYPE_CHECKING:
-    from vlmprune.views import Ask
+from vlmprune.views import Ask
 
 
 class Pass:
@@ -52,7 +50,7 @@ class Pass:
         self.last, self.whole = last, whole
         self.angles = Angles()
         self.thread = threading.get_ident()
-        self.prompt: Prompt | None = None
+        self.prompt: PromptRows | None = None
         self.look: Look | None = None
         # What looks at the layer that runs.
         self.watched: Look | None = None
@@ -60,7 +58,7 @@ class Pass:
         # States of all rows, once any were dropped: those that were as they left.
         self.full: Tensor | None = None
         # Whether the host has all rows in their places.
-        self.spread = False
+        self.restored = False
         self.memo: dict[Any, Any] = {}
         self.reached = Reached()
 
@@ -77,10 +75,10 @@ class Pass:
         given = hidden = call.hidden
         start = caches.length_of(call.cache, index)
         if self.dropping is not None and self.prompt is None:
-            self.prompt = Prompt(self.dropping, hidden.shape[0], hidden.shape[1], start)
+            self.prompt = PromptRows(self.dropping, hidden.shape[0], hidden.shape[1], start)
             self._rate(hidden)
-        if self.going is not None and self.spread:
-            self.full, self.spread = hidden, False
+        if self.going is not None and self.restored:
+            self.full, self.restored = hidden, False
             hidden = ops.gather_rows(hidden, self.going.source)
         ask = None if self.dropping is None else self.dropping.asks.get(index)
         if ask is not None:
@@ -108,7 +106,7 @@ class Pass:
             return None
         assert self.full is not None
         full = self.full = self.going.scatter(self.full, decoder.states_of(output))
-        self.spread = True
+        self.restored = True
         return decoder.with_states(output, full)
 
     def close(self) -> None:
@@ -188,7 +186,7 @@ class Pass:
         cache, going = call.cache, self.going
         layers = caches.layers_of(cache)
         held = layers[index] if index < len(layers) else None
-        if not isinstance(held, ShortLayer) or held.held is None:
+        if not isinstance(held, GappedLayer) or held.held is None:
             held = None
         if going is None and held is None:
             return call
@@ -197,7 +195,7 @@ class Pass:
         if going is not None:
             _check_arguments(call, length)
             if held is None and cache is not None:
-                held = shorten_layer(cache, index, batch, device)
+                held = gapped_at(cache, index, batch, device)
                 # One tensor for all layers, so that they share what is made of it.
                 held.held = self._once(("all", held.start, held.stored), lambda: held.held)
             rows, real = going.slot.to(device), going.real.to(device) if going.padded else None
@@ -224,7 +222,7 @@ class Pass:
         return out
 
     def _columns(
-        self, held: ShortLayer | None, rows: Tensor, real: Tensor | None, start: int
+        self, held: GappedLayer | None, rows: Tensor, real: Tensor | None, start: int
     ) -> Tensor:
         """[B, C] column of all keys that rows [B, R] of a layer attend to, -1 for padding."""
 
@@ -236,7 +234,7 @@ class Pass:
             return self._once(("columns", Same(self.going)), made)
         return self._once(("columns", Same(self.going), Same(held.held), held.tail), made)
 
-    def _place(self, call: LayerCall, held: ShortLayer | None) -> tuple[LayerCall, Tensor | None]:
+    def _place(self, call: LayerCall, held: GappedLayer | None) -> tuple[LayerCall, Tensor | None]:
         """Put in the rotary angles of the rows; returns the layer's shift from now on, too."""
         shift = None if held is None else held.shift
         angles, going = call.angles, self.going
@@ -304,7 +302,7 @@ def dropping_rows(
         cache: the cache that it continues, or None.
         wanted: whether the states behind every layer are asked for.
     """
-    short = dict(short_layers(cache))
+    short = dict(gapped_layers(cache))
     if dropping is None and not any(one.held is not None for one in short.values()):
         yield
         return

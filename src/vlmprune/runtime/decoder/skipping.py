@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +22,14 @@ from vlmprune import costs
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import caches, config, decoder
 from vlmprune.hosts.decoder import LayerCall
+from vlmprune.method import Method
 from vlmprune.report import Report, RowsReport
-from vlmprune.runtime.cache.gapped_layer import short_layers
+from vlmprune.runtime.cache.gapped_layer import gapped_layers
 from vlmprune.runtime.decoder import rows as ops
-from vlmprune.runtime.decoder.dropping import Dropping, Prompt, Timer
+from vlmprune.runtime.decoder.dropping import Dropping, PromptRows, Timer
 from vlmprune.runtime.decoder.row_pass import Pass, dropping_rows, hooked
 from vlmprune.views import FrameView
-
-if TYPE_CHECKING:
-    from vlmprune.pruner.base import Pruner
-    from vlmprune.views.layout import Layout
+from vlmprune.views.layout import Layout
 
 
 @dataclass
@@ -48,7 +46,7 @@ class Skipping(Dropping):
     frames: Sequence[Tensor] = field(default_factory=list)
 
 
-def skipped(model: Any, pruner: Pruner) -> tuple[int, ...]:
+def skipped(model: Any, pruner: Method) -> tuple[int, ...]:
     """The layers that a method lets tokens skip, once it is sure that the model can be followed.
 
     Raises:
@@ -112,7 +110,7 @@ class SkipPass(Pass):
         hidden = call.hidden
         start = caches.length_of(call.cache, index)
         if self.prompt is None:
-            self.prompt = Prompt(self.skipping, hidden.shape[0], hidden.shape[1], start)
+            self.prompt = PromptRows(self.skipping, hidden.shape[0], hidden.shape[1], start)
             self.frames = Frames(self.skipping, self.prompt)
         rows = hidden
         if index in self.skipping.layers:
@@ -148,7 +146,7 @@ class SkipPass(Pass):
             keep = prompt.real.scatter(
                 1, frames.places, torch.where(frames.there, kept, frames.spare)
             )
-            self.weight = None if found.weight is None else frames.spread(found.weight)
+            self.weight = None if found.weight is None else frames.weights_of_rows(found.weight)
             self.given = hidden
             if bool((keep == prompt.real).all()):
                 return hidden
@@ -174,7 +172,7 @@ class Frames:
         counts: [B, F] int64.
     """
 
-    def __init__(self, skipping: Skipping, prompt: Prompt) -> None:
+    def __init__(self, skipping: Skipping, prompt: PromptRows) -> None:
         flat, most, at = list[Tensor](), 0, iter(skipping.frames)
         for row in skipping.lengths:
             first = 0
@@ -198,7 +196,7 @@ class Frames:
         """What the method sees of states [B, L, D]."""
         return FrameView(ops.gather_rows(hidden, self.places), self.frames, self.counts)
 
-    def spread(self, weight: Tensor) -> Tensor:
+    def weights_of_rows(self, weight: Tensor) -> Tensor:
         """[B, L] weights of all rows, from those [B, V] of the visual tokens; not a number: text.
 
         Not a number is told apart from every weight, and never enters a sum.
@@ -234,7 +232,7 @@ def skipping_layers(
         return
     flash = "flash" in config.attention_implementation(config.of_text(model.config))
     run = SkipPass(dropping, len(decoder.decoder_layers(model)) - 1, flash)
-    indices = sorted({*dropping.layers, *dict(short_layers(cache))})
+    indices = sorted({*dropping.layers, *dict(gapped_layers(cache))})
     with hooked(model, run, indices, True, True):
         yield
 

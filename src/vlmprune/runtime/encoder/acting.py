@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,17 +29,15 @@ from vlmprune.hosts.families.record import Family
 from vlmprune.hosts.families.towers import Crops
 from vlmprune.hosts.release import recomputes
 from vlmprune.hosts.towers import TowerCall
+from vlmprune.method import Method
 from vlmprune.runtime.attention.interception import changing
 from vlmprune.runtime.attention.taps import KeyTap, tapped
 from vlmprune.select import bipartite, coarse_grid
 from vlmprune.views import Inside
 from vlmprune.views.layout import Layout
 
-if TYPE_CHECKING:
-    from vlmprune.pruner.base import Pruner
 
-
-def check(model: Any, family: Family, pruner: Pruner) -> None:
+def check(model: Any, family: Family, pruner: Method) -> None:
     """Refuse, at attach, a family none of whose towers the method can act inside.
 
     Raises:
@@ -55,12 +53,12 @@ def check(model: Any, family: Family, pruner: Pruner) -> None:
         )
 
 
-def plans(
+def acts_of(
     model: Any,
     media: Sequence[Medium],
     inputs: Sequence[Inputs],
     layouts: Sequence[Sequence[Layout]],
-    pruner: Pruner,
+    pruner: Method,
 ) -> list[Inside | None]:
     """What a method does inside the tower of each medium; None for nothing.
 
@@ -77,13 +75,13 @@ def plans(
     if not pruner.acts:
         return [None] * len(media)
     return [
-        _plan(model, medium, given, items, pruner) if items else None
+        _act(model, medium, given, items, pruner) if items else None
         for medium, given, items in zip(media, inputs, layouts, strict=True)
     ]
 
 
-def _plan(
-    model: Any, medium: Medium, inputs: Inputs, layouts: Sequence[Layout], pruner: Pruner
+def _act(
+    model: Any, medium: Medium, inputs: Inputs, layouts: Sequence[Layout], pruner: Method
 ) -> Inside:
     why = _unfit(model, medium, pruner) or _unfit_request(model, medium, inputs, layouts, pruner)
     if why is not None:
@@ -97,9 +95,8 @@ def _plan(
             f"{pruner!r} changes the tokens of the vision encoder and then reads layers of it; "
             "chain a method that reads none, such as VisPruner."
         )
-    from vlmprune.pruner.chain import stages_of
 
-    shortening = [stage for stage in stages_of(pruner) if stage.shortens]
+    shortening = [stage for stage in pruner.links if stage.shortens]
     return replace(found, alone=len(shortening) == 1)
 
 
@@ -108,7 +105,7 @@ def flops(
     media: Sequence[Medium],
     inputs: Sequence[Inputs],
     layouts: Sequence[Sequence[Layout]],
-    pruner: Pruner,
+    pruner: Method,
 ) -> float | None:
     """FLOPs of the towers by `costs.encoder_flops`, of pixels seen now or before.
 
@@ -132,7 +129,7 @@ def flops(
     return total
 
 
-def _unfit(model: Any, medium: Medium, pruner: Pruner) -> str | None:
+def _unfit(model: Any, medium: Medium, pruner: Method) -> str | None:
     """Why a method cannot act inside a medium's tower, whatever is asked of it."""
     if not isinstance(medium, Crops):
         return f"{type(model).__name__} encodes images at their own resolution"
@@ -153,7 +150,7 @@ def _unfit(model: Any, medium: Medium, pruner: Pruner) -> str | None:
 
 
 def _unfit_request(
-    model: Any, medium: Medium, inputs: Inputs, layouts: Sequence[Layout], pruner: Pruner
+    model: Any, medium: Medium, inputs: Inputs, layouts: Sequence[Layout], pruner: Method
 ) -> str | None:
     """Why a method cannot act in a request."""
     assert isinstance(medium, Crops)
@@ -202,7 +199,7 @@ class Run:
         """Whether the running thread is the one that the run belongs to."""
         return threading.get_ident() == self.thread
 
-    def spread(self, layer: nn.Module | None, rows: list[Tensor]) -> list[Tensor]:
+    def per_patch(self, layer: nn.Module | None, rows: list[Tensor]) -> list[Tensor]:
         """Attention to a layer's tokens [B, T], handed out to those that the tower began with.
 
         Tokens that became one share equally what it gets. None is a head behind all layers.
@@ -318,7 +315,7 @@ class _Merging(Run):
         """[B, T, C] states by the layer's own merge, in float32."""
         return (self.weights @ states.float()).to(states.dtype)
 
-    def spread(self, layer: nn.Module | None, rows: list[Tensor]) -> list[Tensor]:
+    def per_patch(self, layer: nn.Module | None, rows: list[Tensor]) -> list[Tensor]:
         """Each call's rows by where each token was as the layer began."""
         if layer is None or layer not in self.begun:
             return rows
@@ -370,7 +367,7 @@ class _Scaling(Run):
         stack.callback(tower.register_forward_pre_hook(before, with_kwargs=True).remove)
         stack.callback(tower.register_forward_hook(after).remove)
 
-    def spread(self, layer: nn.Module | None, rows: list[Tensor]) -> list[Tensor]:
+    def per_patch(self, layer: nn.Module | None, rows: list[Tensor]) -> list[Tensor]:
         """Each call's rows on the full grid; the layer makes no difference."""
         return [_put(row / self.index.bincount().to(row.device), self.index) for row in rows]
 

@@ -19,16 +19,17 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import contract
 from vlmprune.hosts.encoders import encoder_call, first_of
 from vlmprune.hosts.families.media import Encoder, Medium
-from vlmprune.runtime.attention.taps import KeyTap, PatchTap, Score, Tap, passing, pooling, tapped
-from vlmprune.runtime.call.geometry import Plan, wide
-from vlmprune.runtime.call.state import outside
+from vlmprune.runtime.attention.taps import KeyTap, PatchTap, Tap, passing, pooling, tapped
 from vlmprune.runtime.encoder import proof, semantic_tokens
 from vlmprune.runtime.encoder.acting import acting
-from vlmprune.runtime.encoder.merging import spread
+from vlmprune.runtime.encoder.merging import per_cell
 from vlmprune.runtime.encoder.proof import Encoding
 from vlmprune.runtime.encoder.reads import also, check_calls, wanted
+from vlmprune.runtime.geometry import Geometry, wide
+from vlmprune.runtime.scope import outside
 from vlmprune.views import EncoderView, Inside, Reads
 from vlmprune.views.layout import Layout
+from vlmprune.views.settings import Score
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Encoded:
 
 
 @dataclass
-class Seen:
+class TowerReads:
     """What was seen of one call of the host's own method, call by call of the tower.
 
     Attributes:
@@ -80,15 +81,15 @@ class Seen:
 def encode(
     model: nn.Module,
     media: Sequence[Medium],
-    originals: Callable[[str], Callable[..., Any]],
+    originals: Mapping[str, Callable[..., Any]],
     inputs: Sequence[Mapping[str, Any]],
-    planned: Plan,
+    planned: Geometry,
     score: Score = "auto",
     asked: Callable[[int, int], Reads] | None = None,
     who: str = "the method",
     inside: Sequence[Inside | None] = (),
     attends: bool = True,
-    run: Callable[..., Seen] | None = None,
+    run: Callable[..., TowerReads] | None = None,
 ) -> Encoded:
     """Run the vision encoder once for each modality that the request brings.
 
@@ -132,7 +133,7 @@ def encode(
         given = inputs[number]
         acts = inside[number] if inside else None
         layouts = [planned.items[i].layout for i in own]
-        method = originals(medium.method)
+        method = originals[medium.method]
         seen = (run or _run)(model, medium, method, given, score, reads, acts, layouts)
         outputs[number] = seen.output
         rows, cells = medium.cells(model, given, layouts, seen.attention, seen.features)
@@ -157,7 +158,7 @@ def encode(
             _deal(beside, own, layouts, [crop for call in seen.semantic for crop in call])
         if reads.projected:
             tokens = medium.projected(model, seen.output, layouts)
-            flat = [spread(one, t.detach()) for one, t in zip(layouts, tokens, strict=True)]
+            flat = [per_cell(one, t.detach()) for one, t in zip(layouts, tokens, strict=True)]
             grids = [
                 f.view(one.crops, one.patches, -1) for one, f in zip(layouts, flat, strict=True)
             ]
@@ -221,7 +222,7 @@ def _run(
     inside: Inside | None,
     layouts: Sequence[Layout],
     looked: frozenset[nn.Module] = frozenset(),
-) -> Seen:
+) -> TowerReads:
     """One call of the host's own method, and what was seen of it.
 
     `looked` has the layers whose attention is proved; empty for those that are read.
@@ -299,10 +300,10 @@ def _run(
             proof.check(again)
     if tap.rows_seen and contract.checks():
         medium.check_seen(model, inputs, layouts, tap.rows_seen)
-    return Seen(
+    return TowerReads(
         output,
         run.words(words),
-        run.spread(scored.layer if head is None else None, tap.rows_seen or _none(states)),
+        run.per_patch(scored.layer if head is None else None, tap.rows_seen or _none(states)),
         features,
         {layer: rows[layer] for layer in reads.layers},
         rows.get("patches", []),

@@ -99,7 +99,7 @@ def places_of(layout: Layout) -> Tensor:
     return places.index_put((layout.labels[real],), real)
 
 
-def spread(layout: Layout, tokens: Tensor) -> Tensor:
+def per_cell(layout: Layout, tokens: Tensor) -> Tensor:
     """[crops · patches, D] features by cell, of visual tokens [n, D]; zeros where there is none."""
     labels = layout.labels.to(tokens.device)
     real = labels != NO_PATCH
@@ -156,7 +156,7 @@ def merged(
             if after is None:
                 every = [
                     torch.nn.functional.pad(
-                        spread(layout, given).view(layout.crops, layout.patches, -1),
+                        per_cell(layout, given).view(layout.crops, layout.patches, -1),
                         (0, 0, 0, wide - layout.patches),
                     )
                     for layout, given in zip(layouts, tokens, strict=True)

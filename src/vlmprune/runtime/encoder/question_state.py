@@ -8,7 +8,6 @@ visual token and without anything dropped.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,12 +15,10 @@ from torch import Tensor
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import config
 from vlmprune.hosts.decoder import states_alone
-from vlmprune.runtime.call.geometry import Plan
-from vlmprune.runtime.call.state import Active, active
+from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.encoder.relevance import Question
-
-if TYPE_CHECKING:
-    from vlmprune.pruner.handle import Handle
+from vlmprune.runtime.geometry import Geometry
+from vlmprune.runtime.scope import Scope, within
 
 WORDS = "the language model's state of the question"
 
@@ -54,7 +51,7 @@ def of_row(question: Question, row: int, bos: int | None = None) -> Tensor:
     return ids[chosen]
 
 
-def check(question: Question, planned: Plan) -> None:
+def check(question: Question, planned: Geometry) -> None:
     """Refuse, before anything is encoded, an image that nothing is asked about.
 
     Raises:
@@ -64,18 +61,18 @@ def check(question: Question, planned: Plan) -> None:
         of_row(question, row)
 
 
-def states(handle: Handle, question: Question, planned: Plan) -> Tensor:
+def states(attachment: Attachment, question: Question, planned: Geometry) -> Tensor:
     """[crops, D] state of the question behind the last layer, for each crop that of its row.
 
     Questions of one length run together and none is padded, so that neither the padding of the
     request nor the other rows matter, whatever mask the decoder would make of them.
 
     Args:
-        handle: the attachment.
+        attachment: the attachment.
         question: the request's columns.
         planned: the geometry of its items.
     """
-    model = handle.model
+    model = attachment.model
     bos = config.bos_id(model.config)
     rows = sorted({item.span.row for item in planned.items})
     found = {row: of_row(question, row, bos) for row in rows}
@@ -84,12 +81,9 @@ def states(handle: Handle, question: Question, planned: Plan) -> Tensor:
         lengths[len(ids)].append(row)
     last: dict[int, Tensor] = {}
     # A call of this attachment, of which nothing is cut or dropped.
-    token = active.set(Active(handle, {}, torch.zeros(0), None, False))
-    try:
+    with within(Scope(attachment)):
         for own in lengths.values():
             ids = torch.stack([found[row] for row in own])
             last |= dict(zip(own, states_alone(model, ids)[:, -1], strict=True))
-    finally:
-        active.reset(token)
     crops = [item.span.row for item in planned.items for _ in range(item.layout.crops)]
     return torch.stack([last[row] for row in crops])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,11 +17,9 @@ from torch import Tensor, nn
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import clip, pretrained, processed
-from vlmprune.runtime.call.geometry import Item, Plan
+from vlmprune.runtime.attachment import Attachment
+from vlmprune.runtime.geometry import Geometry, Item
 from vlmprune.views import EncoderView
-
-if TYPE_CHECKING:
-    from vlmprune.pruner.handle import Handle
 
 
 @dataclass(frozen=True)
@@ -103,14 +101,14 @@ class Dual:
 BY_WORDS = "relevance by the language model's text embeddings"
 
 # What was loaded for an attachment; it goes when the attachment goes.
-_loaded: WeakKeyDictionary[Handle, dict[str, Any]] = WeakKeyDictionary()
+_loaded: WeakKeyDictionary[Attachment, dict[str, Any]] = WeakKeyDictionary()
 
 
-def check(handle: Handle, source: str, question: Question, planned: Plan) -> None:
+def check(attachment: Attachment, source: str, question: Question, planned: Geometry) -> None:
     """Refuse, before anything is encoded, what cannot be compared; load what compares.
 
     Args:
-        handle: the attachment.
+        attachment: the attachment.
         source: as in `Reads`.
         question: the request's columns.
         planned: the geometry of its items.
@@ -118,20 +116,20 @@ def check(handle: Handle, source: str, question: Question, planned: Plan) -> Non
     Raises:
         VlmpruneError: the source cannot be loaded, or an image comes without any text.
     """
-    dual, _ = _dual(handle, source)
+    dual, _ = _dual(attachment, source)
     if dual is not None:
-        _tokenizer(handle)
+        _tokenizer(attachment)
     for item in planned.items:
         question.of(item)
 
 
 def to_cells(
-    handle: Handle, source: str, question: Question, planned: Plan, view: EncoderView
+    attachment: Attachment, source: str, question: Question, planned: Geometry, view: EncoderView
 ) -> tuple[Tensor, str]:
     """The mean cosine of each cell to the parts of the question.
 
     Args:
-        handle: the attachment.
+        attachment: the attachment.
         source: as in `Reads`.
         question: the request's columns.
         planned: the geometry of its items.
@@ -144,7 +142,7 @@ def to_cells(
         VlmpruneError: the source does not fit the model's vision tower.
     """
     device = view.features.device
-    dual, words = _dual(handle, source)
+    dual, words = _dual(attachment, source)
     if source == "auto" and dual is not None and dual.width != view.features.shape[-1]:
         # The host joins or mixes features, which its text tower was not trained with.
         dual, words = None, BY_WORDS
@@ -156,15 +154,15 @@ def to_cells(
         crops = values[start : start + item.layout.crops]
         start += item.layout.crops
         if dual is None:
-            parts = handle.model.get_input_embeddings()(ids).to(device)
+            parts = attachment.model.get_input_embeddings()(ids).to(device)
         else:
             if values.shape[-1] != dual.width:
                 raise VlmpruneError(
                     f"relevance={source!r} compares features of width {dual.width}, but the "
-                    f"vision tower of {type(handle.model).__name__} makes {values.shape[-1]}; "
+                    f"vision tower of {type(attachment.model).__name__} makes {values.shape[-1]}; "
                     "give the CLIP model that its tower comes from, or relevance='auto'."
                 )
-            text = _tokenizer(handle).decode(ids, skip_special_tokens=True)
+            text = _tokenizer(attachment).decode(ids, skip_special_tokens=True)
             parts = dual.embedded(text, device)
             crops = dual.image(crops)
         out.append(mean_cosine(crops.detach(), parts.detach()))
@@ -186,27 +184,27 @@ def mean_cosine(features: Tensor, parts: Tensor) -> Tensor:
     return nn.functional.normalize(features.float(), dim=-1) @ mean.to(features.device)
 
 
-def _dual(handle: Handle, source: str) -> tuple[Dual | None, str]:
+def _dual(attachment: Attachment, source: str) -> tuple[Dual | None, str]:
     """The CLIP-like model that compares; None where the language model's embeddings do."""
-    kept = _loaded.setdefault(handle, {})
+    kept = _loaded.setdefault(attachment, {})
     if source not in kept:
         if source == "auto":
-            dual = _own(handle)
+            dual = _own(attachment)
             words = "relevance by the model's own text tower" if dual else BY_WORDS
         else:
-            dual = _load(source, handle.model)
+            dual = _load(source, attachment.model)
             words = f"relevance by the text tower of {source}"
         kept[source] = dual, words
     found: tuple[Dual | None, str] = kept[source]
     return found
 
 
-def _own(handle: Handle) -> Dual | None:
+def _own(attachment: Attachment) -> Dual | None:
     """The model's own text tower, if its vision tower is a whole CLIP-like model.
 
     One that does not say where it came from has no tokenizer, and does not count.
     """
-    for module in clip.within(handle.model):
+    for module in clip.within(attachment.model):
         name = pretrained.source_of(module.config)
         if name:
             return _parts(module, _pretrained(pretrained.TOKENIZER, name))
@@ -240,15 +238,15 @@ def _parts(towers: Any, tokenizer: Any) -> Dual:
     )
 
 
-def _tokenizer(handle: Handle) -> Any:
+def _tokenizer(attachment: Attachment) -> Any:
     """The tokenizer of the model, which turns its ids back into text."""
-    kept = _loaded.setdefault(handle, {})
+    kept = _loaded.setdefault(attachment, {})
     if "" not in kept:
-        name = pretrained.source_of(handle.model)
+        name = pretrained.source_of(attachment.model)
         if not name:
             raise VlmpruneError(
-                f"{type(handle.model).__name__} does not say where it was loaded from, so its ids "
-                "cannot be turned into text; set model.name_or_path, or use relevance='auto'."
+                f"{type(attachment.model).__name__} does not say where it was loaded from, so its "
+                "ids cannot be turned into text; set model.name_or_path, or use relevance='auto'."
             )
         kept[""] = _pretrained(pretrained.TOKENIZER, name)
     return kept[""]

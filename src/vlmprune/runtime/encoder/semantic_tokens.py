@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,9 @@ from vlmprune.hosts.decoder import LayerCall, layer_call, states_of
 from vlmprune.hosts.families.media import Encoder, Inputs, Medium
 from vlmprune.hosts.families.towers import Crops
 from vlmprune.hosts.release import computed_once
+from vlmprune.method import Method
 from vlmprune.runtime.attention.interception import GUEST, watching
 from vlmprune.views.layout import Layout
-
-if TYPE_CHECKING:
-    from vlmprune.pruner.base import Pruner
 
 
 def unfit(model: Any, medium: Medium) -> str | None:
@@ -84,7 +82,7 @@ def flops(
     model: Any,
     media: Sequence[Medium],
     layouts: Sequence[Sequence[Layout]],
-    pruner: Pruner,
+    pruner: Method,
 ) -> float | None:
     """FLOPs of the towers with the tokens that go through them beside the patches.
 
@@ -94,10 +92,7 @@ def flops(
         layouts: for each of them one an item.
         pruner: the method, or a chain; None comes back of one that sends none.
     """
-    # Here, for a chain is a pruner, and pruners import this module.
-    from vlmprune.pruner.chain import stages_of
-
-    tokens = sum(stage.beside for stage in stages_of(pruner))
+    tokens = sum(stage.beside for stage in pruner.links)
     if not tokens:
         return None
     total = 0.0

@@ -10,26 +10,23 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import outputs, requests
-from vlmprune.runtime.call.geometry import Item, Plan
-from vlmprune.runtime.call.shorten import spans
-from vlmprune.runtime.call.state import Pruned
+from vlmprune.runtime.attachment import Attachment
+from vlmprune.runtime.encoder.pruned import Pruned
+from vlmprune.runtime.geometry import Geometry, Item, spans
 from vlmprune.views.layout import Layout
-
-if TYPE_CHECKING:
-    from vlmprune.pruner.handle import Handle
 
 FORMAT = "vlmprune vision 1"
 
 
 @dataclass(frozen=True)
-class Seen:
+class StoredItem:
     """One image or video after pruning.
 
     Attributes:
@@ -76,7 +73,7 @@ class Vision:
         architecture: the model that encoded them.
     """
 
-    items: tuple[Seen, ...]
+    items: tuple[StoredItem, ...]
     method: str
     score: str
     architecture: str
@@ -108,7 +105,7 @@ class Vision:
     def to(self, device: torch.device | str) -> Vision:
         """The same on another device."""
 
-        def moved(item: Seen) -> Seen:
+        def moved(item: StoredItem) -> StoredItem:
             return replace(
                 item,
                 layout=replace(item.layout, labels=item.layout.labels.to(device)),
@@ -187,7 +184,7 @@ class Vision:
             labels = tensors[f"{number}.labels"]
             extra = sorted(named(number, "extra").items(), key=lambda pair: int(pair[0]))
             items.append(
-                Seen(
+                StoredItem(
                     kind,
                     Layout(labels, about["crops"], grid, about["blended"], kind),
                     tensors[f"{number}.kept"],
@@ -203,12 +200,12 @@ class Vision:
         return cls(tuple(items), meta["method"], meta["score"], meta["architecture"])
 
     def brought(
-        self, handle: Handle, inputs: Mapping[str, Any], visual: list[Tensor]
-    ) -> tuple[list[dict[str, Any]], Plan]:
+        self, attachment: Attachment, inputs: Mapping[str, Any], visual: list[Tensor]
+    ) -> tuple[list[dict[str, Any]], Geometry]:
         """What a request would bring, and the geometry of its items, without pixels.
 
         Args:
-            handle: the attachment.
+            attachment: the attachment.
             inputs: the request's inputs.
             visual: for each modality [B, L] bool, its placeholders.
 
@@ -217,7 +214,9 @@ class Vision:
         """
         out: list[dict[str, Any]] = []
         items: list[Item] = []
-        for number, (medium, columns) in enumerate(zip(handle.family.media, visual, strict=True)):
+        for number, (medium, columns) in enumerate(
+            zip(attachment.family.media, visual, strict=True)
+        ):
             own = [item for item in self.items if item.kind == medium.kind]
             places = spans(columns, [len(item.kept) for item in own], medium.kind)
             if not own:
@@ -234,12 +233,12 @@ class Vision:
                 Item(number, i, item.layout, place)
                 for i, (item, place) in enumerate(zip(own, places, strict=True))
             ]
-        return out, Plan(tuple(sorted(items, key=lambda item: item.span.order)))
+        return out, Geometry(tuple(sorted(items, key=lambda item: item.span.order)))
 
-    def pruned(self, handle: Handle, planned: Plan, batch: int) -> dict[str, Pruned]:
+    def pruned(self, attachment: Attachment, planned: Geometry, batch: int) -> dict[str, Pruned]:
         """Encoder outputs of a request that brings these items."""
         out = {}
-        for number, medium in enumerate(handle.family.media):
+        for number, medium in enumerate(attachment.family.media):
             own = [item for item in self.items if item.kind == medium.kind]
             if not own:
                 continue
@@ -251,37 +250,37 @@ class Vision:
                 [[item.extra[i] for item in own] for i in range(depth)],
                 planned.rows(batch, number),
                 # Releases that encode within their forward do not part the items.
-                not requests.encodes_ahead(handle.model),
-                cls=outputs.output_class(handle.host.original(medium.method)),
+                not requests.encodes_ahead(attachment.model),
+                cls=outputs.output_class(attachment.originals[medium.method]),
             )
         return out
 
-    def in_order(self, planned: Plan, handle: Handle) -> list[Seen]:
+    def in_order(self, planned: Geometry, attachment: Attachment) -> list[StoredItem]:
         """The items as the prompt has them."""
         queues = {
             number: iter([item for item in self.items if item.kind == medium.kind])
-            for number, medium in enumerate(handle.family.media)
+            for number, medium in enumerate(attachment.family.media)
         }
         return [next(queues[item.medium]) for item in planned.items]
 
 
 def gather(
-    handle: Handle,
-    planned: Plan,
+    attachment: Attachment,
+    planned: Geometry,
     inputs: list[dict[str, Any]],
     kept: list[Tensor],
     pruned: dict[str, Pruned],
 ) -> Vision:
     """What `encode` returns, from what a request came to."""
-    assert handle.report is not None
-    items: list[Seen | None] = [None] * len(planned.items)
-    for number, medium in enumerate(handle.family.media):
+    assert attachment.report is not None
+    items: list[StoredItem | None] = [None] * len(planned.items)
+    for number, medium in enumerate(attachment.family.media):
         own = planned.of(number)
         if not own:
             continue
         left, given = pruned[medium.method], inputs[number]
         layouts = [planned.items[i].layout for i in own]
-        patches = iter(medium.patches(handle.model, given, layouts))
+        patches = iter(medium.patches(attachment.model, given, layouts))
         others = {
             name: given[name]
             for name in medium.inputs[1:]
@@ -289,44 +288,40 @@ def gather(
         }
         for at, i in enumerate(own):
             one = planned.items[i].layout
-            items[i] = Seen(
+            items[i] = StoredItem(
                 medium.kind,
                 one,
                 kept[i],
                 left.features[at],
                 tuple(layer[at] for layer in left.extra),
-                handle.report.roles[i],
+                attachment.report.roles[i],
                 {name: rows[at] for name, rows in others.items()},
                 tuple(next(patches) for _ in range(one.crops)),
-                handle.report.members[i] if handle.report.members else None,
+                attachment.report.members[i] if attachment.report.members else None,
             )
     done = tuple(item for item in items if item is not None)
-    return Vision(done, shortening(handle), handle.report.score, handle.architecture)
+    return Vision(done, shortening(attachment), attachment.report.score, attachment.architecture)
 
 
-def shortening(handle: Handle) -> str:
+def shortening(attachment: Attachment) -> str:
     """The part of a pruner that acts before the language model, with its settings."""
-    # Here, for a chain is a pruner, and pruners import this module.
-    from vlmprune.pruner.chain import stages_of
-
-    stages = stages_of(handle.pruner)
+    stages = attachment.method.links
     return " | ".join(repr(stage) for stage in stages if stage.shortens)
 
 
-def check(handle: Handle, vision: Vision | None = None) -> None:
+def check(attachment: Attachment, vision: Vision | None = None) -> None:
     """Refuse what cannot be reused, before any work.
 
     Raises:
         VlmpruneError: the method looks at the question or chooses nothing, or the vision comes
             from another method or model.
     """
-    from vlmprune.pruner.chain import stages_of
 
-    stages = [stage for stage in stages_of(handle.pruner) if stage.shortens]
+    stages = [stage for stage in attachment.method.links if stage.shortens]
     if not stages:
         raise VlmpruneError(
-            f"{handle.pruner!r} chooses nothing before the language model, so there is nothing to "
-            "store; chain it after a method that does."
+            f"{attachment.method!r} chooses nothing before the language model, so there is nothing "
+            "to store; chain it after a method that does."
         )
     for stage in stages:
         if not stage.text_agnostic:
@@ -341,8 +336,8 @@ def check(handle: Handle, vision: Vision | None = None) -> None:
             "what Vision.load reads."
         )
     for what, before, now in (
-        ("method", vision.method, shortening(handle)),
-        ("model", vision.architecture, handle.architecture),
+        ("method", vision.method, shortening(attachment)),
+        ("model", vision.architecture, attachment.architecture),
     ):
         if before != now:
             raise VlmpruneError(

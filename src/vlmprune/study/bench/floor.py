@@ -35,8 +35,10 @@ from vlmprune.hosts.families.media import Medium
 from vlmprune.hosts.release import by_name
 from vlmprune.hosts.requests import base_of
 from vlmprune.report import Report
-from vlmprune.runtime.call.shorten import ALIGNED, Prompt, dropped_columns, shorten, spans
-from vlmprune.runtime.call.state import Pruned
+from vlmprune.runtime.call.shorten import ALIGNED, Prompt, dropped_columns, shorten
+from vlmprune.runtime.encoder.pruned import Pruned
+from vlmprune.runtime.family import family_of
+from vlmprune.runtime.geometry import spans
 from vlmprune.views.layout import Layout
 
 _ABSENT = object()
@@ -145,7 +147,7 @@ def floor_of(model: Any, inputs: Mapping[str, Any], counts: Sequence[int]) -> Fl
             prompt of another length, or the counts do not fit.
     """
     model = families.unwrapped(model)
-    family = families.family_of(model)
+    family = family_of(model)
     medium = next(one for one in family.media if one.kind == "image")
     others = [one for one in family.media if one is not medium]
     if any(inputs.get(one.inputs[0]) is not None for one in others):

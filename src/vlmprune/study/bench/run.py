@@ -18,8 +18,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import processed
 from vlmprune.io import sources
 from vlmprune.io.models import attached, enough_memory
-from vlmprune.pruner.base import Pruner
-from vlmprune.pruner.handle import Handle
+from vlmprune.pruner import Handle, Pruner
 from vlmprune.report import Report
 from vlmprune.study.bench.floor import Floor, counts_of, floor_of
 from vlmprune.study.bench.results import ALL_TOKENS, Figures, Result, Spread

@@ -14,7 +14,7 @@ from vlmprune import embedded
 from vlmprune.errors import VlmpruneError
 from vlmprune.io import sources
 from vlmprune.io.models import enough_memory, load, prepare_batch
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.select.budget import resolve_keep
 from vlmprune.study.bench import shapes
 

@@ -10,7 +10,7 @@ from vlmprune import spec
 from vlmprune.errors import VlmpruneError
 from vlmprune.io import sources
 from vlmprune.methods import METHODS
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 
 RANDOM = "random"
 """The control that the others are compared with."""

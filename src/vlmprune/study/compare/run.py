@@ -18,7 +18,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.io import sources
 from vlmprune.io.models import Loaded, attached, prepare_texts
 from vlmprune.io.processors import scaled
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.study import one_question
 from vlmprune.study.bench import run as bench
 from vlmprune.study.bench.workload import Work

@@ -13,7 +13,7 @@ from PIL import Image
 import vlmprune
 from vlmprune.io.models import Loaded
 from vlmprune.io.sources import Source
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.study.evals import run as evaluate
 from vlmprune.study.tasks import Task
 

@@ -16,14 +16,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlmprune import spec
 from vlmprune.hosts import families, processed
 from vlmprune.hosts.decoder import decoder_layers
 from vlmprune.io.models import Loaded, enough_memory, prepare_texts
 from vlmprune.io.processors import scaled
 from vlmprune.io.sources import at_least_one
-from vlmprune.pruner.base import Pruner
-from vlmprune.pruner.handle import Handle
+from vlmprune.pruner import Handle, Pruner
 from vlmprune.report import Report, RowsReport
 from vlmprune.runtime.encoder.visions import Vision
 from vlmprune.study.evals.results import UNPRUNED, Evaluation, Mean, Result
@@ -134,7 +132,7 @@ class _Runner:
         self.loaded, self.task = loaded, task
         self.shared = visions is not None
         self.visions = {} if visions is None else visions
-        stages = [] if pruner is None else list(spec.stages(pruner))
+        stages = [] if pruner is None else list(pruner.links)
         shortening = [stage for stage in stages if stage.shortens]
         self.reuses = all(stage.text_agnostic for stage in shortening)
         everything = Everything()

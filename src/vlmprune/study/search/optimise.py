@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmprune import spec
 from vlmprune.errors import VlmpruneError
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.study.search.spaces import Choice, Range, Space
 
 if TYPE_CHECKING:

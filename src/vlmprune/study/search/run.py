@@ -16,7 +16,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import families
 from vlmprune.hosts.decoder import decoder_layers
 from vlmprune.io.models import Loaded
-from vlmprune.pruner.base import Pruner
+from vlmprune.pruner import Pruner
 from vlmprune.runtime.encoder.visions import Vision
 from vlmprune.study.calibrate.run import check_target
 from vlmprune.study.evals.results import Evaluation, Mean

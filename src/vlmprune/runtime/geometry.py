@@ -9,9 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmprune.errors import VlmpruneError
 from vlmprune.hosts.families.media import Medium
-from vlmprune.runtime.call.shorten import Span, spans
 from vlmprune.views.layout import Layout
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where an item's visual tokens lie in a prompt.
+
+    Attributes:
+        row: row of the batch.
+        columns: [n] int64 columns, ascending.
+    """
+
+    row: int
+    columns: Tensor
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts spans as the prompt has them."""
+        return self.row, int(self.columns[0]) if len(self.columns) else 0
 
 
 @dataclass(frozen=True)
@@ -32,7 +50,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Geometry:
     """The geometry of a request's items, in prompt order, known before any is encoded."""
 
     items: tuple[Item, ...] = ()
@@ -75,12 +93,42 @@ class Plan:
         return counts
 
 
-def plan(
+def spans(visual: Tensor, lengths: list[int], kind: str) -> list[Span]:
+    """Give a modality's placeholders to its items, in order.
+
+    Args:
+        visual: [B, L] bool; columns that are its placeholders.
+        lengths: visual tokens of each item.
+        kind: "image" or "video".
+
+    Raises:
+        VlmpruneError: their numbers differ, or an item's tokens run across two rows.
+    """
+    rows, columns = visual.nonzero(as_tuple=True)
+    if len(columns) != sum(lengths):
+        raise VlmpruneError(
+            f"the prompt holds {len(columns)} {kind} placeholders but the {kind}s make "
+            f"{sum(lengths)} visual tokens; pass ids and pixels from one call of the model's own "
+            "processor, untruncated."
+        )
+    out = []
+    for row, part in zip(rows.split(lengths), columns.split(lengths), strict=True):
+        own = row.unique().tolist()
+        if len(own) > 1:
+            raise VlmpruneError(
+                f"the {kind} placeholders of a prompt do not match its {kind}s; pass ids and "
+                "pixels from one call of the model's own processor, untruncated."
+            )
+        out.append(Span(own[0] if own else 0, part))
+    return out
+
+
+def geometry_of(
     model: nn.Module,
     media: Sequence[Medium],
     inputs: Sequence[Mapping[str, Any]],
     visual: Sequence[Tensor],
-) -> Plan:
+) -> Geometry:
     """Follow each cell of each item to its place in the prompt.
 
     Args:
@@ -101,7 +149,7 @@ def plan(
             Item(number, i, layout, place)
             for i, (layout, place) in enumerate(zip(layouts, places, strict=True))
         ]
-    return Plan(tuple(sorted(items, key=lambda item: item.span.order)))
+    return Geometry(tuple(sorted(items, key=lambda item: item.span.order)))
 
 
 def wide(values: Tensor, length: int) -> Tensor:

@@ -1,0 +1,214 @@
+"""What a method may declare: the base of every method, without what attaches it to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from vlmprune.select.budget import Budget, check_budget
+from vlmprune.views import (
+    Ask,
+    EncoderView,
+    FrameView,
+    Inside,
+    LayerView,
+    Probes,
+    Reads,
+    Retention,
+    Routed,
+    Rows,
+    RowView,
+    Selection,
+)
+from vlmprune.views.settings import Positions, Score
+
+
+class Attached(Protocol):
+    """What a method is told of an attachment.
+
+    Attributes:
+        method: the method, or the chain that it is a stage of.
+        model: the host.
+    """
+
+    method: Any
+    model: Any
+
+
+class Method:
+    """What a method declares: its settings, what it wants to see, and its choice.
+
+    Knows nothing of models and of how it is attached to one; `Pruner` adds that.
+    """
+
+    positions: Positions = "auto"
+    score: Score = "auto"
+    # Of methods that cut caches: how many of the prompt's last tokens are asked, and the
+    # architecture that its thresholds are for.
+    window: int = 1
+    calibrated_on: str | None = None
+    # Of methods that act inside the vision encoder: how, and what to do where they cannot.
+    acts: Literal["merging", "scaling", ""] = ""
+    instead: str = ""
+    # Of methods that send tokens of their own through the encoder: how many beside each crop.
+    beside: int = 0
+    needs: ClassVar[str] = ""
+    stage: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    text_agnostic: ClassVar[bool] = False
+    # What of it is trained, for people.
+    training: ClassVar[str] = "none"
+    # Of methods that choose before the language model: whether by the family's own score.
+    attends: ClassVar[bool] = True
+    # Whether kept tokens may be made of several (`Selection.merge`).
+    merges: ClassVar[bool] = False
+    # Of methods that drop rows inside the language model: what positions="auto" means.
+    released: ClassVar[Literal["compact", "original"]] = "original"
+
+    @property
+    def shortens(self) -> bool:
+        """Whether it chooses visual tokens before the language model."""
+        return type(self).select is not Method.select
+
+    @property
+    def cuts(self) -> bool:
+        """Whether it cuts the KV cache after prefill."""
+        return type(self).retain is not Method.retain
+
+    @property
+    def drops(self) -> bool:
+        """Whether it drops visual tokens between decoder layers."""
+        return type(self).drop is not Method.drop
+
+    @property
+    def routes(self) -> bool:
+        """Whether it lets visual tokens skip single decoder layers."""
+        return type(self).route is not Method.route
+
+    @property
+    def probes(self) -> Probes | None:
+        """Of methods that act on prefill too: the rows that they look at before a layer attends.
+
+        Such a layer attends among what `retain` keeps; None for methods that cut after prefill.
+        """
+        return None
+
+    @property
+    def links(self) -> tuple[Method, ...]:
+        """The methods that it is made of, left to right: of a chain its stages, else itself."""
+        return (self,)
+
+    @property
+    def dropper(self) -> Method:
+        """The stage that drops visual tokens between decoder layers, or lets them skip some."""
+        return self
+
+    def reads(self, depth: int, feature: int) -> Reads:
+        """What `select` wants to see beside the family's own score and features.
+
+        Args:
+            depth: number of encoder layers.
+            feature: 0-based layer whose output the model takes as features.
+        """
+        return Reads()
+
+    def inside(self, grid: tuple[int, int], layers: int) -> Inside:
+        """What to do while the vision encoder runs, for methods that act inside it.
+
+        Args:
+            grid: (rows, columns) of patches of a crop.
+            layers: encoder layers up to the one whose output the model takes as features.
+
+        Raises:
+            VlmpruneError: the settings are out of reach.
+        """
+        return Inside()
+
+    def select(self, view: EncoderView) -> Selection:
+        """Choose cells after the vision encoder."""
+        raise NotImplementedError
+
+    def asks(self, depth: int) -> Mapping[int, Ask]:
+        """The decoder layers at whose input `drop` is asked, and what it wants to see there.
+
+        Args:
+            depth: number of decoder layers. Layer 0 cannot be asked.
+        """
+        return {}
+
+    def raters(self, view: RowView) -> Tensor:
+        """[B, X] bool; the text tokens whose attention counts, from the embedded prompt."""
+        return view.text
+
+    def drop(self, layer: int, view: RowView) -> Rows | None:
+        """Choose the rows that go on into a decoder layer; None lets all go on."""
+        raise NotImplementedError
+
+    def skips(self, depth: int) -> tuple[int, ...]:
+        """The decoder layers that visual tokens may skip, ascending.
+
+        Args:
+            depth: number of decoder layers. Layer 0 cannot be skipped.
+        """
+        return ()
+
+    def route(self, layer: int, view: FrameView) -> Routed:
+        """Choose the visual tokens that a decoder layer works on."""
+        raise NotImplementedError
+
+    def retain(self, layer: int, view: LayerView) -> Retention | None:
+        """Choose what a decoder layer's cache keeps of a prompt; None keeps everything."""
+        raise NotImplementedError
+
+    def check(self, counts: list[int]) -> None:
+        """Refuse settings that do not fit, before anything is encoded.
+
+        Args:
+            counts: visual tokens of each unit of the method's budget.
+        """
+
+    def check_request(self, candidates: Tensor, images: tuple[int, ...], videos: bool) -> None:
+        """Refuse a request that the settings do not fit, before anything is encoded.
+
+        Args:
+            candidates: [crops, N] bool, as in `EncoderView`.
+            images: image of each crop.
+            videos: whether any of the images is a video.
+        """
+        nothing = torch.empty(0)
+        view = EncoderView(nothing, nothing, candidates, images)
+        check_budget(self.unit, videos)
+        self.check(view.counts(self.unit))
+
+    def check_prompt(self, others: int, images: int, heads: int, token_bytes: int) -> None:
+        """Refuse a prompt whose cache the settings cannot hold, before it is run.
+
+        Args:
+            others: tokens of a sample that stay whatever is chosen, all KV heads together.
+            images: the sample's images.
+            heads: KV heads.
+            token_bytes: bytes of one token's key and value in one KV head.
+        """
+
+    def joined(self, attachment: Attached) -> Callable[[], None] | None:
+        """Check a model before it is attached to, and put on it what else the method needs there.
+
+        Args:
+            attachment: it is not complete yet; its model and family are there.
+
+        Returns:
+            What takes it away again when the attachment ends; None for nothing.
+
+        Raises:
+            VlmpruneError: the method does not fit the model.
+        """
+        return None
+
+    @property
+    def unit(self) -> Budget:
+        """What the method's setting `budget` counts by; crops where it has none."""
+        found: Budget = getattr(self, "budget", "crop")
+        return found

@@ -1,0 +1,109 @@
+"""From a method and a model to an attachment's data, once it is sure that they fit each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from vlmprune.errors import VlmpruneError
+from vlmprune.hosts import attention, caches, config, contract, decoder, families, release, requests
+from vlmprune.hosts.families import Family
+from vlmprune.method import Method
+from vlmprune.runtime.attachment import Attachment
+from vlmprune.runtime.cache.gapped_layer import GappedLayer
+from vlmprune.runtime.cache.ragged_layer import RaggedLayer
+from vlmprune.runtime.decoder import checks, skipping
+from vlmprune.runtime.encoder import acting
+from vlmprune.runtime.family import family_of
+
+
+def attachment_of(method: Method, model: nn.Module) -> Attachment:
+    """What an attachment of a method to a model knows.
+
+    Raises:
+        VlmpruneError: they do not fit, or the release of Transformers does not; one sentence says
+            why.
+    """
+    release.check_release()
+    model = families.unwrapped(model)
+    family = family_of(model)
+    release.check_class(model, family.fails)
+    if contract.checks():
+        _check_contract(model, family, method)
+    acting.check(model, family, method)
+    positions = families.resolve_positions(model, family, method.positions)
+    cuttable = decoder.full_attention_layers(model) if method.cuts else []
+    if method.cuts:
+        _check_decoder(model, method, cuttable)
+    asks = checks.asked(model, family, method) if method.drops else {}
+    skips = skipping.skipped(model, method) if method.routes else ()
+    decoder_positions = checks.resolve_positions(model, family, method)
+    if method.drops:
+        _check_schedule(model, method)
+    said: Any = model.config
+    return Attachment(
+        method,
+        model,
+        family,
+        positions,
+        [config.placeholder(said, medium.token) for medium in family.media],
+        config.pad_id(said),
+        cuttable,
+        asks,
+        skips,
+        decoder_positions,
+    )
+
+
+def _check_contract(model: Any, family: Family, method: Method) -> None:
+    """Refuse what the release does otherwise, by signatures alone."""
+    requests.check_model(model, [medium.inputs[0] for medium in family.media])
+    if family.rope is not None:
+        requests.deltas_of(model)
+    if method.shortens and method.attends:
+        for medium in family.media:
+            layers = {type(one): one for one in medium.encoder(model, {}).layers}
+            for layer in layers.values():
+                attention.check_tappable(layer, "use a method that does not look at attention")
+    if method.drops or method.routes:
+        decoder.check_layers(model)
+        caches.check_layers(caches.GrowingLayer, GappedLayer)
+    if method.cuts:
+        caches.check_layers(caches.GrowingLayer, RaggedLayer)
+        for index in decoder.full_attention_layers(model)[:1]:
+            layer = decoder.decoder_layers(model)[index]
+            attention.check_tappable(layer, "prune before the language model")
+    if method.drops or method.routes or method.cuts:
+        caches.check_made(model)
+
+
+def _check_decoder(model: Any, method: Method, cuttable: Sequence[int]) -> None:
+    here = families.architecture(model)
+    asked = method.calibrated_on
+    if asked is not None and asked != here:
+        raise VlmpruneError(
+            f"the thresholds were calibrated on another model ({asked}) than this ({here}); "
+            "run `vlmprune calibrate` on it, or give alpha and beta yourself."
+        )
+    if config.is_capped(model.config):
+        raise VlmpruneError(
+            f"{type(model).__name__} has a language model whose attention is capped "
+            f"(attn_logit_softcapping), which {method!r} cannot cut; prune before the "
+            "language model."
+        )
+    if not cuttable:
+        raise VlmpruneError(
+            f"every layer of {type(model).__name__} has sliding-window or linear "
+            f"attention, which {method!r} leaves whole; prune before the language model."
+        )
+
+
+def _check_schedule(model: Any, method: Method) -> None:
+    here, found = families.architecture(model), method.dropper.calibrated_on
+    if found is not None and found != here:
+        raise VlmpruneError(
+            f"the schedule of {method!r} was found on another model ({found}) than this "
+            f"({here}); run `vlmprune search` on this one."
+        )

@@ -1,0 +1,98 @@
+"""An attachment's data: one plain object that what acts is given. It knows nothing of what acts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from torch import nn
+
+from vlmprune.hosts import attention, contract, decoder, families
+from vlmprune.hosts.families import Family
+from vlmprune.method import Method
+from vlmprune.report import Report, make
+from vlmprune.runtime.scope import made
+from vlmprune.views import Ask
+
+
+@dataclass
+class Latest:
+    """Holds the report of an attachment's last call."""
+
+    report: Report | None = None
+
+
+@dataclass(eq=False)
+class Attachment:
+    """A method on a model.
+
+    Attributes:
+        method: the method, or a chain of several.
+        model: the host.
+        family: the host's record.
+        positions: the position policy of what is kept before the language model.
+        tokens: for each modality of the family the id of its placeholders.
+        pad_id: the id of padding.
+        cuttable: decoder layers whose cache the method may cut.
+        asks: what the method wants to see at the input of decoder layers, by layer.
+        skips: decoder layers that visual tokens may skip.
+        decoder_positions: the position policy of decoder layers that lack tokens.
+        originals: the host's own methods by name, as they were before the first attachment.
+        latest: holds the report of the last call.
+        ledger: what its first calls proved of the contract with Transformers.
+        leave: gives the model back.
+    """
+
+    method: Method
+    model: Any
+    family: Family
+    positions: Literal["compact", "original"]
+    tokens: Sequence[int]
+    pad_id: int
+    cuttable: Sequence[int] = ()
+    asks: Mapping[int, Ask] = field(default_factory=dict)
+    skips: tuple[int, ...] = ()
+    decoder_positions: Literal["compact", "original"] = "original"
+    originals: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    latest: Latest = field(default_factory=Latest)
+    ledger: contract.Ledger = field(default_factory=contract.Ledger)
+    leave: Callable[[], None] = lambda: None
+
+    @property
+    def report(self) -> Report | None:
+        """What the last call kept and saved; None before the first."""
+        return self.latest.report
+
+    @report.setter
+    def report(self, report: Report | None) -> None:
+        self.latest.report = report
+        made.set(report)
+
+    @cached_property
+    def attention(self) -> nn.Module:
+        """The attention module of a decoder layer with full attention."""
+        layers = decoder.decoder_layers(self.model)
+        return attention.attention_of(layers[decoder.full_attention_layers(self.model)[0]])
+
+    @property
+    def architecture(self) -> str:
+        """The model's language model, in words."""
+        return families.architecture(self.model)
+
+    def report_nothing(self) -> None:
+        """Report a call that held no image."""
+        self.report = make(
+            config=self.model.config,
+            method=repr(self.method),
+            positions=self.positions,
+            score="",
+            layouts=[],
+            kept=[],
+            roles=[],
+            rows=[],
+            patches=[],
+            dtype=self.model.dtype,
+            seconds=0.0,
+        )

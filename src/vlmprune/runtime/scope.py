@@ -1,0 +1,46 @@
+"""Which pruned call is under way in this thread, and the report that it made last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from vlmprune.report import Report
+
+
+@dataclass
+class Scope:
+    """A call under way; `runtime.call.state.Active` adds what a pruned one knows.
+
+    Attributes:
+        attachment: the attachment that it belongs to.
+    """
+
+    attachment: Any
+
+
+active: ContextVar[Scope | None] = ContextVar("vlmprune_active", default=None)
+# The report that this thread made last.
+made: ContextVar[Report | None] = ContextVar("vlmprune_made", default=None)
+
+
+@contextmanager
+def within(scope: Scope | None) -> Iterator[None]:
+    """Make a call the one under way inside the block; None for no pruned call."""
+    token = active.set(scope)
+    try:
+        yield
+    finally:
+        active.reset(token)
+
+
+def outside() -> Any:
+    """A block outside of any pruned call.
+
+    A method of the host's may call another, whose shadow must not give what an outer call has
+    pruned; and a call within a call is one of its own.
+    """
+    return within(None)
