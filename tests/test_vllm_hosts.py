@@ -64,7 +64,9 @@ def test_there_are_some() -> None:
     }
 
 
-@pytest.mark.parametrize(("host", "name", "given"), STAND_INS, ids=lambda x: str(x)[:30])
+@pytest.mark.parametrize(
+    ("host", "name", "given"), STAND_INS, ids=[f"{host}.{name}" for host, name, _ in STAND_INS]
+)
 def test_stand_ins_take_arguments_by_the_names_that_records_use(
     host: str, name: str, given: ast.arguments
 ) -> None:

@@ -34,8 +34,7 @@ def methods(names: Sequence[str] = ()) -> dict[str, Any]:
 
 def _method(name: str, cls: type) -> dict[str, Any]:
     from vlmprune import spec
-    from vlmprune.learned import Learned
-    from vlmprune.methods.bases.learned import shipped
+    from vlmprune.methods.bases.learned import Learned, shipped
 
     settings = {}
     for field in fields(cls):

@@ -15,8 +15,8 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.hosts.config import longest_prompt
 from vlmprune.io import libraries
 from vlmprune.io.models import Loaded
-from vlmprune.learned import Learned
 from vlmprune.methods import METHODS
+from vlmprune.methods.bases.learned import Learned
 from vlmprune.study.tasks import Task
 from vlmprune.training.data import Entry
 from vlmprune.training.samples import held_out

@@ -104,7 +104,7 @@ class PrunedModel(OriginalPositions):
         pruner = self.policy.pruner
         assert pruner is not None
         nowhere = Span(0, torch.zeros(0, dtype=torch.long))
-        plan = Geometry(tuple(Item(0, i, one, nowhere) for i, one in enumerate(layouts)))
+        geometry = Geometry(tuple(Item(0, i, one, nowhere) for i, one in enumerate(layouts)))
 
         def run(*given: Any) -> Any:
             reads = given[5]
@@ -115,7 +115,7 @@ class PrunedModel(OriginalPositions):
             [medium],
             {medium.method: call},
             [medium.joined(items)],
-            plan,
+            geometry,
             asked=pruner.reads,
             who=repr(pruner),
             attends=pruner.attends,

@@ -28,7 +28,7 @@ from vlmprune.views import Inside, Reads, Selection
 def choose(
     attachment: Attachment,
     inputs: Sequence[Mapping[str, Any]],
-    planned: Geometry,
+    geometry: Geometry,
     batch: int,
     vision: Vision | None = None,
     question: relevance.Question | None = None,
@@ -38,7 +38,7 @@ def choose(
     Args:
         attachment: the attachment.
         inputs: for each modality of the family what the request brings of it.
-        planned: the geometry of its items.
+        geometry: of its items.
         batch: rows.
         vision: what was encoded before, and is not encoded again.
         question: the columns of the request, for methods that look at the text.
@@ -47,49 +47,49 @@ def choose(
         For each item a [n] bool over its visual tokens, and the encoder outputs that are left;
         none where the pruner leaves encoding to the host.
     """
-    if not planned.items:
+    if not geometry.items:
         return [], {}
     if vision is not None:
-        seen = vision.in_order(planned, attachment)
+        seen = vision.in_order(geometry, attachment)
         kept, roles = [item.kept for item in seen], [item.roles for item in seen]
         patches = [n for item in seen for n in item.patches]
         into = [item.members for item in seen if item.members is not None]
         members = into if len(into) == len(seen) else None
         _report(
-            attachment, planned, inputs, kept, roles, batch, vision.score, 0.0, patches, members
+            attachment, geometry, inputs, kept, roles, batch, vision.score, 0.0, patches, members
         )
-        return kept, vision.pruned(attachment, planned, batch)
-    videos = any(one.kind == "video" for one in planned.layouts)
-    attachment.method.check_request(planned.candidates, planned.images, videos)
+        return kept, vision.pruned(attachment, geometry, batch)
+    videos = any(one.kind == "video" for one in geometry.layouts)
+    attachment.method.check_request(geometry.candidates, geometry.images, videos)
     if not attachment.method.shortens:
         # The host encodes by itself, in its own time; every token goes on.
-        kept = [torch.ones_like(one.labels, dtype=torch.bool) for one in planned.layouts]
-        _report(attachment, planned, inputs, kept, [{} for _ in kept], batch, "", 0.0)
+        kept = [torch.ones_like(one.labels, dtype=torch.bool) for one in geometry.layouts]
+        _report(attachment, geometry, inputs, kept, [{} for _ in kept], batch, "", 0.0)
         return kept, {}
     media = attachment.family.media
-    items = [[planned.items[i].layout for i in planned.of(n)] for n in range(len(media))]
+    items = [[geometry.items[i].layout for i in geometry.of(n)] for n in range(len(media))]
     acts = acting.acts_of(attachment.model, media, inputs, items, attachment.method)
-    encoded = _encoded(attachment, inputs, planned, question, acts)
+    encoded = _encoded(attachment, inputs, geometry, question, acts)
     _synchronize(encoded.view.attention)
     begin = time.perf_counter()
     selection = attachment.method.select(encoded.view)
-    kept = _to_tokens(planned, selection.kept, always=True)
+    kept = _to_tokens(geometry, selection.kept, always=True)
     _synchronize(encoded.view.attention)
     seconds = time.perf_counter() - begin
-    by_role = {name: _to_tokens(planned, cells) for name, cells in selection.roles.items()}
+    by_role = {name: _to_tokens(geometry, cells) for name, cells in selection.roles.items()}
     roles = [{name: parts[i] for name, parts in by_role.items()} for i in range(len(kept))]
     members = None
     if selection.members is not None:
-        members = merging.to_tokens(planned.layouts, kept, selection.members)
+        members = merging.to_tokens(geometry.layouts, kept, selection.members)
     score = encoded.score
-    _report(attachment, planned, inputs, kept, roles, batch, score, seconds, members=members)
+    _report(attachment, geometry, inputs, kept, roles, batch, score, seconds, members=members)
 
     pruned = {}
-    order = _order(attachment, planned, selection, kept)
-    tokens = _tokens(attachment, planned, encoded, selection)
+    order = _order(attachment, geometry, selection, kept)
+    tokens = _tokens(attachment, geometry, encoded, selection)
     for number, output in encoded.outputs.items():
-        own = planned.of(number)
-        layouts = [planned.items[i].layout for i in own]
+        own = geometry.of(number)
+        layouts = [geometry.items[i].layout for i in own]
 
         def left(features: Sequence[Tensor], own: list[int] = own) -> list[Tensor]:
             short = [f[kept[i].to(f.device)] for f, i in zip(features, own, strict=True)]
@@ -99,7 +99,7 @@ def choose(
 
         features = left([tokens[i] for i in own])
         extra = [left(layer) for layer in media[number].extra(output, layouts)]
-        rows = planned.rows(batch, number)
+        rows = geometry.rows(batch, number)
         deep = outputs.deep_of(output, config.deepstack_layers(attachment.model.config))
         flat = bool(deep) and isinstance(deep[0], Tensor)
         own_order = None if order is None else [order[i] for i in own]
@@ -112,7 +112,7 @@ def choose(
 def _encoded(
     attachment: Attachment,
     inputs: Sequence[Mapping[str, Any]],
-    planned: Geometry,
+    geometry: Geometry,
     question: relevance.Question | None,
     acts: Sequence[Inside | None],
 ) -> Encoded:
@@ -125,10 +125,10 @@ def _encoded(
         source, stated = wanted.relevance, wanted.question
         if stated:
             assert question is not None
-            question_state.check(question, planned)
+            question_state.check(question, geometry)
         if source:
             assert question is not None
-            relevance.check(attachment, source, question, planned)
+            relevance.check(attachment, source, question, geometry)
         asked.append(wanted.projected)
         return replace(wanted, projected=wanted.projected or bool(source))
 
@@ -137,7 +137,7 @@ def _encoded(
         attachment.family.media,
         attachment.originals,
         inputs,
-        planned,
+        geometry,
         attachment.method.score,
         reads,
         repr(attachment.method),
@@ -146,14 +146,14 @@ def _encoded(
     )
     if stated:
         assert question is not None
-        states = question_state.states(attachment, question, planned)
+        states = question_state.states(attachment, question, geometry)
         view = replace(encoded.view, question=states.to(encoded.view.features.device))
         words = "; ".join(filter(None, (encoded.score, question_state.WORDS)))
         encoded = replace(encoded, view=view, score=words)
     if not source:
         return encoded
     assert question is not None
-    likeness, words = relevance.to_cells(attachment, source, question, planned, encoded.view)
+    likeness, words = relevance.to_cells(attachment, source, question, geometry, encoded.view)
     shown = encoded.view.projected if asked[0] else None
     by_words = words == relevance.BY_WORDS
     view = replace(encoded.view, relevance=likeness, projected=shown, by_words=by_words)
@@ -161,7 +161,7 @@ def _encoded(
 
 
 def _tokens(
-    attachment: Attachment, planned: Geometry, encoded: Encoded, selection: Selection
+    attachment: Attachment, geometry: Geometry, encoded: Encoded, selection: Selection
 ) -> dict[int, Tensor]:
     """Of each item all visual tokens [n, D], those that the method makes made anew.
 
@@ -170,19 +170,19 @@ def _tokens(
     out: dict[int, Tensor] = {}
     projects: dict[int, Callable[[Tensor], Tensor | None]] = {}
     for number, output in encoded.outputs.items():
-        medium, own = attachment.family.media[number], planned.of(number)
-        split = medium.split(output, [planned.items[i].layout for i in own])
+        medium, own = attachment.family.media[number], geometry.of(number)
+        split = medium.split(output, [geometry.items[i].layout for i in own])
         out |= dict(zip(own, split, strict=True))
         projects |= {i: partial(medium.project, attachment.model) for i in own}
     if selection.tokens is not None:
-        return merging.replaced(selection, planned.layouts, out)
+        return merging.replaced(selection, geometry.layouts, out)
     if selection.merge is None or not len(selection.merge.into):
         return out
-    every = range(len(planned.items))
+    every = range(len(geometry.items))
     made = merging.merged(
         selection.merge,
         selection.kept,
-        planned.layouts,
+        geometry.layouts,
         encoded.cells,
         [out[i] for i in every],
         [projects[i] for i in every],
@@ -191,36 +191,36 @@ def _tokens(
 
 
 def _order(
-    attachment: Attachment, planned: Geometry, selection: Selection, kept: list[Tensor]
+    attachment: Attachment, geometry: Geometry, selection: Selection, kept: list[Tensor]
 ) -> list[Tensor] | None:
     """The order of each item's kept tokens; None as they lie in the image."""
     if selection.last is None or attachment.positions != "compact":
         return None
-    last = _to_tokens(planned, selection.last)
+    last = _to_tokens(geometry, selection.last)
     return [
         merging.order(one, stays, behind)
-        for one, stays, behind in zip(planned.layouts, kept, last, strict=True)
+        for one, stays, behind in zip(geometry.layouts, kept, last, strict=True)
     ]
 
 
-def _to_tokens(planned: Geometry, cells: Tensor, always: bool = False) -> list[Tensor]:
+def _to_tokens(geometry: Geometry, cells: Tensor, always: bool = False) -> list[Tensor]:
     """A choice of cells [crops, cells] as [n] bools over each item's visual tokens.
 
     Args:
-        planned: the geometry.
+        geometry: of the items.
         cells: the choice.
         always: what holds for tokens that belong to no cell.
     """
-    parts = cells.split([one.crops for one in planned.layouts])
+    parts = cells.split([one.crops for one in geometry.layouts])
     return [
         one.to_tokens(part[:, : one.patches]) & ((one.labels >= 0) | always)
-        for one, part in zip(planned.layouts, parts, strict=True)
+        for one, part in zip(geometry.layouts, parts, strict=True)
     ]
 
 
 def _report(
     attachment: Attachment,
-    planned: Geometry,
+    geometry: Geometry,
     inputs: Sequence[Mapping[str, Any]],
     kept: list[Tensor],
     roles: list[dict[str, Tensor]],
@@ -231,10 +231,10 @@ def _report(
     members: list[Tensor] | None = None,
 ) -> None:
     media = attachment.family.media
-    items = [[planned.items[i].layout for i in planned.of(n)] for n in range(len(media))]
+    items = [[geometry.items[i].layout for i in geometry.of(n)] for n in range(len(media))]
     encoded = [
         medium.patches(
-            attachment.model, given, [planned.items[i].layout for i in planned.of(number)]
+            attachment.model, given, [geometry.items[i].layout for i in geometry.of(number)]
         )
         for number, (medium, given) in enumerate(zip(attachment.family.media, inputs, strict=True))
         if given and patches is None
@@ -247,10 +247,10 @@ def _report(
         method=repr(attachment.method),
         positions=attachment.positions,
         score=score,
-        layouts=planned.layouts,
+        layouts=geometry.layouts,
         kept=kept,
         roles=roles,
-        rows=planned.rows(batch),
+        rows=geometry.rows(batch),
         patches=[n for part in encoded for n in part] if patches is None else patches,
         dtype=attachment.model.dtype,
         seconds=seconds,
@@ -288,7 +288,7 @@ def check_prompt(
 
 
 def cache_cut(
-    attachment: Attachment, prompt: Prompt, short: Prompt, planned: Geometry, kept: list[Tensor]
+    attachment: Attachment, prompt: Prompt, short: Prompt, geometry: Geometry, kept: list[Tensor]
 ) -> tuple[CacheCut, list[Tensor]]:
     """The cut of a prompt's cache, and each row's numbers of the visual tokens that it has.
 
@@ -296,7 +296,7 @@ def cache_cut(
         attachment: the attachment.
         prompt: all columns after pruning, those of the cache included.
         short: its new columns.
-        planned: the geometry of its items.
+        geometry: of its items.
         kept: of each item.
     """
     visual = torch.zeros_like(prompt.mask, dtype=torch.bool)
@@ -306,7 +306,7 @@ def cache_cut(
     lengths: list[list[int]] = [[] for _ in range(batch)]
     numbers: list[list[Tensor]] = [[torch.zeros(0, dtype=torch.long)] for _ in range(batch)]
     before = [0] * batch
-    for item, stays in zip(planned.items, kept, strict=True):
+    for item, stays in zip(geometry.items, kept, strict=True):
         row = item.span.row
         found = stays.nonzero()[:, 0].cpu()
         lengths[row].append(len(found))

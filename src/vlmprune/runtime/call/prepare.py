@@ -116,9 +116,9 @@ def prepare(
         )
     if vision is None:
         brought = _new_items(attachment, call, prefix.items, visual)
-        planned = geometry_of(attachment.model, attachment.family.media, brought, visual)
+        geometry = geometry_of(attachment.model, attachment.family.media, brought, visual)
     else:
-        brought, planned = vision.brought(attachment, inputs, visual)
+        brought, geometry = vision.brought(attachment, inputs, visual)
 
     steps = torch.ones_like(mask[:, start:]) if plain else mask[:, start:].long()
     local = prefix.next_position[:, None] + steps.cumsum(dim=1) - 1
@@ -131,7 +131,7 @@ def prepare(
         own = given_positions[..., -ids.shape[1] :].to(ids.device)
         own = own[-3:] if own.ndim == 3 else own.expand(ids.shape[0], -1)
         positions = _three(own, rope) - prefix.shift[:, None] - attachment.family.first * plain
-    elif attachment.family.rope is not None and planned.items:
+    elif attachment.family.rope is not None and geometry.items:
         found = attachment.family.rope(attachment.model, ids, new_mask, visual, brought)
         positions = (found + after[:, None]).masked_fill(new_mask == 0, 0)
     aligned = {
@@ -143,15 +143,15 @@ def prepare(
     already = join(prefix.prompt, between)
 
     _check_flash(attachment, ids)
-    cutting = attachment.method.cuts and caching and bool(planned.items)
+    cutting = attachment.method.cuts and caching and bool(geometry.items)
     if cutting:
         any_visual = torch.stack(visual).any(dim=0)
-        rows = planned.rows(ids.shape[0])
+        rows = geometry.rows(ids.shape[0])
         check_prompt(attachment, join(already, new), any_visual, rows, cache)
     answers = None if LABELS not in aligned else aligned[LABELS] != ALIGNED[LABELS]
     question = Question(ids, new_mask != 0, torch.stack(visual).any(dim=0), answers)
-    kept, pruned = choose(attachment, brought, planned, ids.shape[0], vision, question)
-    dropped = dropped_columns(ids, [item.span for item in planned.items], kept)
+    kept, pruned = choose(attachment, brought, geometry, ids.shape[0], vision, question)
+    dropped = dropped_columns(ids, [item.span for item in geometry.items], kept)
     short, following = shorten(new, dropped, attachment.positions, attachment.pad_id)
     # A row that brings padding alone stays where it was.
     following = torch.where((new_mask != 0).any(dim=1), following, after)
@@ -171,14 +171,14 @@ def prepare(
     shift = prefix.shift
     if attachment.positions == "compact":
         shift = shift + dropped.sum(dim=1)
-    counts = tuple(before + len(planned.of(number)) for number, before in enumerate(prefix.items))
-    pixels = _pixels(attachment, brought, planned, kept, set(pruned))
+    counts = tuple(before + len(geometry.of(number)) for number, before in enumerate(prefix.items))
+    pixels = _pixels(attachment, brought, geometry, kept, set(pruned))
     cut, numbers = None, list[Tensor]()
     if cutting:
-        cut, numbers = cache_cut(attachment, prompt, short, planned, kept)
-    inside = None
-    if (attachment.asks or attachment.skips) and planned.items:
-        inside = dropping(attachment, prompt, short, planned, kept, pruned)
+        cut, numbers = cache_cut(attachment, prompt, short, geometry, kept)
+    drops = None
+    if (attachment.asks or attachment.skips) and geometry.items:
+        drops = dropping_of(attachment, prompt, short, geometry, kept, pruned)
     return Prepared(
         (known, cached),
         prompt,
@@ -190,13 +190,13 @@ def prepare(
             last + attachment.family.first,
             drift if bool((drift != 0).any()) else None,
             attachment.positions == "original" and not rope and bool(dropped.any()),
-            len(planned.items),
+            len(geometry.items),
             cut,
             numbers,
             ids.shape[0],
             columns=prompt.ids.shape[1],
-            dropping=inside,
-            report=made.get() if planned.items else None,
+            dropping=drops,
+            report=made.get() if geometry.items else None,
             progress=Progress(
                 handed(prompt, slice(cached, None)) + attachment.family.first,
                 due + attachment.family.first,
@@ -204,7 +204,7 @@ def prepare(
                 prompt.ids[:, cached:],
             ),
         ),
-        lambda: gather(attachment, planned, brought, kept, pruned),
+        lambda: gather(attachment, geometry, brought, kept, pruned),
     )
 
 
@@ -315,11 +315,11 @@ def _new_items(
     return out
 
 
-def dropping(
+def dropping_of(
     attachment: Attachment,
     prompt: Prompt,
     short: Prompt,
-    planned: Geometry,
+    geometry: Geometry,
     kept: list[Tensor],
     pruned: dict[str, Pruned],
 ) -> Dropping:
@@ -329,7 +329,7 @@ def dropping(
         attachment: the attachment.
         prompt: all columns, those of the cache included.
         short: its new columns.
-        planned: the geometry of its items.
+        geometry: of its items.
         kept: of each item.
         pruned: encoder outputs by the name of the host's method.
     """
@@ -340,9 +340,9 @@ def dropping(
     numbers = [stays.nonzero()[:, 0].cpu() for stays in kept]
     for number, medium in enumerate(attachment.family.media):
         order = pruned[medium.method].order if medium.method in pruned else None
-        for i, places in zip(planned.of(number), order or (), strict=bool(order)):
+        for i, places in zip(geometry.of(number), order or (), strict=bool(order)):
             numbers[i] = numbers[i][places.cpu()]
-    for item, found in zip(planned.items, numbers, strict=True):
+    for item, found in zip(geometry.items, numbers, strict=True):
         lengths[item.span.row].append(len(found))
     dropped = Dropping(
         attachment.method.dropper,
@@ -352,18 +352,18 @@ def dropping(
         visual,
         lengths,
         numbers,
-        planned.lengths,
+        geometry.lengths,
     )
     if not attachment.skips:
         return dropped
-    frames = [frames_of(i.layout, n) for i, n in zip(planned.items, numbers, strict=True)]
+    frames = [frames_of(i.layout, n) for i, n in zip(geometry.items, numbers, strict=True)]
     return Skipping(**vars(dropped), layers=attachment.skips, frames=frames)
 
 
 def _pixels(
     attachment: Attachment,
     brought: list[dict[str, Any]],
-    planned: Geometry,
+    geometry: Geometry,
     kept: list[Tensor],
     pruned: set[str],
 ) -> dict[str, Any]:
@@ -372,15 +372,15 @@ def _pixels(
     Args:
         attachment: the attachment.
         brought: for each modality the request's inputs.
-        planned: the geometry.
+        geometry: of the items.
         kept: of each item.
         pruned: the host's methods whose output is pruned.
     """
     out: dict[str, Any] = {}
     for number, (medium, given) in enumerate(zip(attachment.family.media, brought, strict=True)):
         if given and medium.method in pruned:
-            own = planned.of(number)
-            layouts = [planned.items[i].layout for i in own]
+            own = geometry.of(number)
+            layouts = [geometry.items[i].layout for i in own]
             given = given | medium.left(given, layouts, [kept[i] for i in own])
         out |= {name: given[name] for name in medium.inputs if name in given}
     return out

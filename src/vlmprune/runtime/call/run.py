@@ -118,7 +118,7 @@ def _step(
     attachment: Attachment, state: Active, original: Callable[..., Any], call: ModelCall
 ) -> Any:
     """A forward that a pruned `generate` makes."""
-    call, ids = _inside(state, call), call.ids
+    call, ids = _mended(state, call), call.ids
     if ids is None:
         raise contract.broken(attachment.model, "a forward within generate is given no input_ids")
     state.running = ids.shape[0]
@@ -131,7 +131,7 @@ def _step(
         call = call.with_encoded(ahead)
         taken = [m.method for m in attachment.family.media if m.kind in ahead]
         state.progress.taken.update(taken)
-    with _inside_decoder(attachment, state, call):
+    with _in_decoder(attachment, state, call):
         return call.run(original)
 
 
@@ -175,7 +175,7 @@ def _forward(
         positions=handed(prepared.prompt, new) + attachment.family.first,
     )
     prepared.state.running = prepared.prompt.ids.shape[0]
-    with within(prepared.state), _inside_decoder(attachment, prepared.state, short):
+    with within(prepared.state), _in_decoder(attachment, prepared.state, short):
         result = short.run(original)
     returned = release.cache_returned(result)
     filled = prepared.state.progress.cache
@@ -233,7 +233,7 @@ def _kept_or_given_back(attachment: Attachment) -> Iterator[None]:
 
 
 @contextmanager
-def _inside_decoder(attachment: Attachment, state: Active, call: ModelCall) -> Iterator[None]:
+def _in_decoder(attachment: Attachment, state: Active, call: ModelCall) -> Iterator[None]:
     """Let a forward drop rows between layers, and cut or continue a cache."""
     cache, dropping = call.cache, state.dropping
     if dropping is not None and dropping.done and cache is not None:
@@ -320,7 +320,7 @@ def _caches(call: ModelCall) -> bool:
     return call.caches and not decoder.recomputes(call.model)
 
 
-def _inside(state: Active, call: ModelCall) -> ModelCall:
+def _mended(state: Active, call: ModelCall) -> ModelCall:
     """Mend what `generate` hands to the model: later positions, and gaps without a mask."""
     positions, ids = call.positions, call.ids
     if positions is None:

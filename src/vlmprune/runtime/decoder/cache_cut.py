@@ -194,8 +194,8 @@ class CacheCut:
             row = query.gather(2, at.clamp(min=0)[:, None, None, None].expand_as(query[:, :, :1]))
             sees = self._before(columns[:, None], start, times)
             attention = self._attention(row, guest, sees, scale)[:, :, 0]
-            inside = (at >= 0)[:, None, None]
-            total, rows = total + attention * inside, rows + inside.long()
+            there = (at >= 0)[:, None, None]
+            total, rows = total + attention * there, rows + there.long()
         places = _repeat(self.places, times).to(query.device) - start
         images = _repeat(self.images, times).to(query.device)
         index = places.clamp(min=0)[:, None].expand(-1, query.shape[1], -1)

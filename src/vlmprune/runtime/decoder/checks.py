@@ -13,29 +13,29 @@ from vlmprune.method import Method
 from vlmprune.views import Ask
 
 
-def resolve_positions(model: Any, family: Family, pruner: Method) -> Literal["compact", "original"]:
+def resolve_positions(model: Any, family: Family, method: Method) -> Literal["compact", "original"]:
     """The position policy of layers that lack tokens: what was asked for, else the release's."""
     # Tokens that skip a layer come back for the next, in their places.
-    if pruner.routes or family.rope is not None:
+    if method.routes or family.rope is not None:
         return "original"
-    if pruner.positions != "auto":
-        return pruner.positions
-    return families.advised_positions(model) or pruner.dropper.released
+    if method.positions != "auto":
+        return method.positions
+    return families.advised_positions(model) or method.dropper.released
 
 
-def asked(model: Any, family: Family, pruner: Method) -> Mapping[int, Ask]:
+def asked(model: Any, family: Family, method: Method) -> Mapping[int, Ask]:
     """What a method wants to see, by layer, once it is sure that the model can be followed.
 
     Raises:
         VlmpruneError: it cannot; one sentence says why.
     """
     layers = decoder.decoder_layers(model)
-    asks = pruner.dropper.asks(len(layers))
+    asks = method.dropper.asks(len(layers))
     name = type(model).__name__
     for index in asks:
         if not 0 < index < len(layers):
             raise VlmpruneError(
-                f"{pruner!r} would drop tokens before decoder layer {index}, and {name} has "
+                f"{method!r} would drop tokens before decoder layer {index}, and {name} has "
                 f"layers 1 to {len(layers) - 1} to drop before."
             )
     if not asks:
@@ -44,7 +44,7 @@ def asked(model: Any, family: Family, pruner: Method) -> Mapping[int, Ask]:
     odd = next((kind for kind in kinds if kind not in decoder.ATTENDING), None)
     if odd is not None:
         raise VlmpruneError(
-            f"{name} has layers of {odd.replace('_', ' ')}, behind which {pruner!r} cannot drop "
+            f"{name} has layers of {odd.replace('_', ' ')}, behind which {method!r} cannot drop "
             "tokens; prune before the language model."
         )
     try:
@@ -57,10 +57,10 @@ def asked(model: Any, family: Family, pruner: Method) -> Mapping[int, Ask]:
         raise VlmpruneError(f"{error}; prune before the language model.") from error
     if not decoder.takes_angles(layers[min(asks)]):
         raise VlmpruneError(
-            f"the decoder layers of {name} do not take rotary angles from outside, so {pruner!r} "
+            f"the decoder layers of {name} do not take rotary angles from outside, so {method!r} "
             "cannot give them those of the tokens that go on; prune before the language model."
         )
-    compact = resolve_positions(model, family, pruner) == "compact"
+    compact = resolve_positions(model, family, method) == "compact"
     if compact and not decoder.rotary_modules(model):
         raise VlmpruneError(
             f"{name} has no module that makes rotary angles, so tokens cannot be renumbered "

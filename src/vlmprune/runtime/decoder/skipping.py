@@ -46,19 +46,19 @@ class Skipping(Dropping):
     frames: Sequence[Tensor] = field(default_factory=list)
 
 
-def skipped(model: Any, pruner: Method) -> tuple[int, ...]:
+def skipped(model: Any, method: Method) -> tuple[int, ...]:
     """The layers that a method lets tokens skip, once it is sure that the model can be followed.
 
     Raises:
         VlmpruneError: it cannot; one sentence says why.
     """
     layers = decoder.decoder_layers(model)
-    found = tuple(pruner.dropper.skips(len(layers)))
+    found = tuple(method.dropper.skips(len(layers)))
     name = type(model).__name__
     for index in found:
         if not 0 < index < len(layers):
             raise VlmpruneError(
-                f"{pruner!r} would let tokens skip decoder layer {index}, and {name} has layers 1 "
+                f"{method!r} would let tokens skip decoder layer {index}, and {name} has layers 1 "
                 f"to {len(layers) - 1} that can be skipped."
             )
     kinds = config.layer_kinds(model.config)
@@ -66,13 +66,13 @@ def skipped(model: Any, pruner: Method) -> tuple[int, ...]:
         if kinds[index] not in decoder.ATTENDING:
             raise VlmpruneError(
                 f"decoder layer {index} of {name} has {kinds[index].replace('_', ' ')}, whose "
-                f"state every token passes through, so {pruner!r} cannot let tokens skip it; prune "
+                f"state every token passes through, so {method!r} cannot let tokens skip it; prune "
                 "before the language model."
             )
         if not decoder.takes_angles(layers[index]):
             raise VlmpruneError(
                 f"the decoder layers of {name} do not take rotary angles from outside, so "
-                f"{pruner!r} cannot give them those of the tokens that they work on; prune before "
+                f"{method!r} cannot give them those of the tokens that they work on; prune before "
                 "the language model."
             )
     return found

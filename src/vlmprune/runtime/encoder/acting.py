@@ -37,19 +37,19 @@ from vlmprune.views import Inside
 from vlmprune.views.layout import Layout
 
 
-def check(model: Any, family: Family, pruner: Method) -> None:
+def check(model: Any, family: Family, method: Method) -> None:
     """Refuse, at attach, a family none of whose towers the method can act inside.
 
     Raises:
         VlmpruneError: there is none.
     """
-    if not pruner.acts:
+    if not method.acts:
         return
-    found = [_unfit(model, medium, pruner) for medium in family.media]
+    found = [_unfit(model, medium, method) for medium in family.media]
     reasons = [why for why in found if why]
     if len(reasons) == len(found):
         raise VlmpruneError(
-            f"{pruner!r} acts in the vision encoder, but {reasons[0]}; {pruner.instead}."
+            f"{method!r} acts in the vision encoder, but {reasons[0]}; {method.instead}."
         )
 
 
@@ -58,7 +58,7 @@ def acts_of(
     media: Sequence[Medium],
     inputs: Sequence[Inputs],
     layouts: Sequence[Sequence[Layout]],
-    pruner: Method,
+    method: Method,
 ) -> list[Inside | None]:
     """What a method does inside the tower of each medium; None for nothing.
 
@@ -67,36 +67,36 @@ def acts_of(
         media: the family's modalities.
         inputs: for each of them the request's inputs.
         layouts: for each of them one an item; empty where the request brings none.
-        pruner: the method, or a chain.
+        method: the method, or a chain.
 
     Raises:
         VlmpruneError: it cannot act there, or its budget is out of reach.
     """
-    if not pruner.acts:
+    if not method.acts:
         return [None] * len(media)
     return [
-        _act(model, medium, given, items, pruner) if items else None
+        _act(model, medium, given, items, method) if items else None
         for medium, given, items in zip(media, inputs, layouts, strict=True)
     ]
 
 
 def _act(
-    model: Any, medium: Medium, inputs: Inputs, layouts: Sequence[Layout], pruner: Method
+    model: Any, medium: Medium, inputs: Inputs, layouts: Sequence[Layout], method: Method
 ) -> Inside:
-    why = _unfit(model, medium, pruner) or _unfit_request(model, medium, inputs, layouts, pruner)
+    why = _unfit(model, medium, method) or _unfit_request(model, medium, inputs, layouts, method)
     if why is not None:
-        raise VlmpruneError(f"{pruner!r} acts in the vision encoder, but {why}; {pruner.instead}.")
+        raise VlmpruneError(f"{method!r} acts in the vision encoder, but {why}; {method.instead}.")
     encoder = medium.encoder(model, inputs)
-    found = pruner.inside(layouts[0].grid, encoder.feature + 1)
-    reads = pruner.reads(len(encoder.layers), encoder.feature)
+    found = method.inside(layouts[0].grid, encoder.feature + 1)
+    reads = method.reads(len(encoder.layers), encoder.feature)
     several = reads.layers or reads.states or reads.semantic is not None
     if found.acts and (several or reads.patches is not None or reads.keys is not None):
         raise VlmpruneError(
-            f"{pruner!r} changes the tokens of the vision encoder and then reads layers of it; "
+            f"{method!r} changes the tokens of the vision encoder and then reads layers of it; "
             "chain a method that reads none, such as VisPruner."
         )
 
-    shortening = [stage for stage in pruner.links if stage.shortens]
+    shortening = [stage for stage in method.links if stage.shortens]
     return replace(found, alone=len(shortening) == 1)
 
 
@@ -105,7 +105,7 @@ def flops(
     media: Sequence[Medium],
     inputs: Sequence[Inputs],
     layouts: Sequence[Sequence[Layout]],
-    pruner: Method,
+    method: Method,
 ) -> float | None:
     """FLOPs of the towers by `costs.encoder_flops`, of pixels seen now or before.
 
@@ -114,26 +114,26 @@ def flops(
         media: the family's modalities.
         inputs: for each of them the request's inputs, with or without pixels.
         layouts: for each of them one an item.
-        pruner: the method, or a chain; None comes back of one that does not act.
+        method: the method, or a chain; None comes back of one that does not act.
     """
-    if not pruner.acts:
+    if not method.acts:
         return None
     total = 0.0
     for medium, given, items in zip(media, inputs, layouts, strict=True):
         if items:
             grid, crops = items[0].grid, sum(one.crops for one in items)
-            inside = pruner.inside(grid, medium.encoder(model, given).feature + 1)
+            inside = method.inside(grid, medium.encoder(model, given).feature + 1)
             rows, columns = inside.grid or grid
             patches, merges = rows * columns, inside.merges
             total += costs.encoder_flops(model.config, crops, patches=patches, merges=merges)
     return total
 
 
-def _unfit(model: Any, medium: Medium, pruner: Method) -> str | None:
+def _unfit(model: Any, medium: Medium, method: Method) -> str | None:
     """Why a method cannot act inside a medium's tower, whatever is asked of it."""
     if not isinstance(medium, Crops):
         return f"{type(model).__name__} encodes images at their own resolution"
-    if pruner.acts == "merging":
+    if method.acts == "merging":
         encoder = medium.encoder(model, {})
         if encoder.cls == -1:
             return f"{type(model).__name__} puts its CLS token last"
@@ -150,14 +150,14 @@ def _unfit(model: Any, medium: Medium, pruner: Method) -> str | None:
 
 
 def _unfit_request(
-    model: Any, medium: Medium, inputs: Inputs, layouts: Sequence[Layout], pruner: Method
+    model: Any, medium: Medium, inputs: Inputs, layouts: Sequence[Layout], method: Method
 ) -> str | None:
     """Why a method cannot act in a request."""
     assert isinstance(medium, Crops)
     grid = medium.patch_grid(model, inputs)
     if any(one.grid != grid or one.blended for one in layouts):
         return f"{type(model).__name__} makes one visual token of several patches there"
-    if pruner.acts != "merging":
+    if method.acts != "merging":
         return None
     chosen = medium.chosen_layers(model, inputs)
     if not isinstance(chosen, int) and len(chosen) > 1:

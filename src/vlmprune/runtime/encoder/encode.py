@@ -83,7 +83,7 @@ def encode(
     media: Sequence[Medium],
     originals: Mapping[str, Callable[..., Any]],
     inputs: Sequence[Mapping[str, Any]],
-    planned: Geometry,
+    geometry: Geometry,
     score: Score = "auto",
     asked: Callable[[int, int], Reads] | None = None,
     who: str = "the method",
@@ -98,7 +98,7 @@ def encode(
         media: the family's modalities.
         originals: the host's own methods by name.
         inputs: for each modality the request's inputs.
-        planned: the geometry.
+        geometry: of the items.
         score: which attention scores tokens: "auto", as the family says, or "pooling", that of
             the tower's pooling head.
         asked: `Pruner.reads`; None for nothing more.
@@ -118,21 +118,21 @@ def encode(
     shared: dict[int, list[Tensor]] = {}
     more: dict[str | int, dict[int, list[Tensor]]] = {}
     words: list[str] = []
-    present = [bool(planned.of(number)) for number in range(len(media))]
+    present = [bool(geometry.of(number)) for number in range(len(media))]
     reads = wanted(model, media, inputs, present, asked, who)
     beside: dict[int, list[Tensor]] = {}
     for number, medium in enumerate(media):
         if reads.semantic is not None and present[number]:
-            layouts = [planned.items[i].layout for i in planned.of(number)]
+            layouts = [geometry.items[i].layout for i in geometry.of(number)]
             width = reads.semantic.shape[1]
             semantic_tokens.check(model, medium, inputs[number], layouts, width, who)
     for number, medium in enumerate(media):
-        own = planned.of(number)
+        own = geometry.of(number)
         if not own:
             continue
         given = inputs[number]
         acts = inside[number] if inside else None
-        layouts = [planned.items[i].layout for i in own]
+        layouts = [geometry.items[i].layout for i in own]
         method = originals[medium.method]
         seen = (run or _run)(model, medium, method, given, score, reads, acts, layouts)
         outputs[number] = seen.output
@@ -165,28 +165,28 @@ def encode(
             _deal(more.setdefault("projected", {}), own, layouts, [c for g in grids for c in g])
         told = [seen.words] if attends else []
         words += [one for one in told + also(reads) if one not in words]
-    order = range(len(planned.items))
-    stacked = torch.stack([_tall(crop, planned.cells) for i in order for crop in features[i]])
-    attention = torch.stack([wide(row, planned.cells) for i in order for row in scores[i]])
+    order = range(len(geometry.items))
+    stacked = torch.stack([_tall(crop, geometry.cells) for i in order for crop in features[i]])
+    attention = torch.stack([wide(row, geometry.cells) for i in order for row in scores[i]])
 
     def all_of(name: str | int) -> Tensor | None:
         parts = more.get(name)
         if parts is None:
             return None
         rows = [row if row.ndim == 2 else row[:, None] for i in order for row in parts[i]]
-        return torch.stack([_tall(row, planned.cells).to(attention.device) for row in rows])
+        return torch.stack([_tall(row, geometry.cells).to(attention.device) for row in rows])
 
     patches = all_of("patches")
     layers = {layer: all_of(layer) for layer in reads.layers}
     states = {layer: all_of(f"state {layer}") for layer in reads.states}
-    alike = [wide(row, planned.cells) for i in order for row in shared.get(i, [])]
+    alike = [wide(row, geometry.cells) for i in order for row in shared.get(i, [])]
     view = EncoderView(
         attention,
         stacked.detach(),
-        planned.candidates,
-        planned.images,
-        tuple(one.grid for one in planned.layouts for _ in range(one.crops)),
-        tuple(one.kind == "video" for one in planned.layouts),
+        geometry.candidates,
+        geometry.images,
+        tuple(one.grid for one in geometry.layouts for _ in range(one.crops)),
+        tuple(one.kind == "video" for one in geometry.layouts),
         {layer: rows[..., 0] for layer, rows in layers.items() if rows is not None},
         None if patches is None else patches[..., 0],
         None if patches is None else patches[..., 1],

@@ -228,10 +228,10 @@ def to_tokens(layouts: Sequence[Layout], kept: Sequence[Tensor], members: Tensor
     for one, stays in zip(layouts, kept, strict=True):
         own = members[start : start + one.crops, : one.patches].flatten().to(stays.device)
         local = own - start * wide
-        inside = (own >= 0) & (local >= 0) & (local < one.crops * wide)
+        there = (own >= 0) & (local >= 0) & (local < one.crops * wide)
         local = local.clamp(min=0, max=one.crops * wide - 1)
         label = (local // wide * one.patches + local % wide).clamp(max=one.crops * one.patches - 1)
-        into = torch.where(inside, places_of(one).to(stays.device)[label], -1)
+        into = torch.where(there, places_of(one).to(stays.device)[label], -1)
         labels = one.labels.to(stays.device)
         found = torch.where(labels >= 0, into[labels.clamp(min=0)], -1)
         itself = torch.arange(len(stays), device=stays.device)

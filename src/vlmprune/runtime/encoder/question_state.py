@@ -51,17 +51,17 @@ def of_row(question: Question, row: int, bos: int | None = None) -> Tensor:
     return ids[chosen]
 
 
-def check(question: Question, planned: Geometry) -> None:
+def check(question: Question, geometry: Geometry) -> None:
     """Refuse, before anything is encoded, an image that nothing is asked about.
 
     Raises:
         VlmpruneError: a row holds an image and no text.
     """
-    for row in {item.span.row for item in planned.items}:
+    for row in {item.span.row for item in geometry.items}:
         of_row(question, row)
 
 
-def states(attachment: Attachment, question: Question, planned: Geometry) -> Tensor:
+def states(attachment: Attachment, question: Question, geometry: Geometry) -> Tensor:
     """[crops, D] state of the question behind the last layer, for each crop that of its row.
 
     Questions of one length run together and none is padded, so that neither the padding of the
@@ -70,11 +70,11 @@ def states(attachment: Attachment, question: Question, planned: Geometry) -> Ten
     Args:
         attachment: the attachment.
         question: the request's columns.
-        planned: the geometry of its items.
+        geometry: of its items.
     """
     model = attachment.model
     bos = config.bos_id(model.config)
-    rows = sorted({item.span.row for item in planned.items})
+    rows = sorted({item.span.row for item in geometry.items})
     found = {row: of_row(question, row, bos) for row in rows}
     lengths: dict[int, list[int]] = defaultdict(list)
     for row, ids in found.items():
@@ -85,5 +85,5 @@ def states(attachment: Attachment, question: Question, planned: Geometry) -> Ten
         for own in lengths.values():
             ids = torch.stack([found[row] for row in own])
             last |= dict(zip(own, states_alone(model, ids)[:, -1], strict=True))
-    crops = [item.span.row for item in planned.items for _ in range(item.layout.crops)]
+    crops = [item.span.row for item in geometry.items for _ in range(item.layout.crops)]
     return torch.stack([last[row] for row in crops])

@@ -104,14 +104,14 @@ BY_WORDS = "relevance by the language model's text embeddings"
 _loaded: WeakKeyDictionary[Attachment, dict[str, Any]] = WeakKeyDictionary()
 
 
-def check(attachment: Attachment, source: str, question: Question, planned: Geometry) -> None:
+def check(attachment: Attachment, source: str, question: Question, geometry: Geometry) -> None:
     """Refuse, before anything is encoded, what cannot be compared; load what compares.
 
     Args:
         attachment: the attachment.
         source: as in `Reads`.
         question: the request's columns.
-        planned: the geometry of its items.
+        geometry: of its items.
 
     Raises:
         VlmpruneError: the source cannot be loaded, or an image comes without any text.
@@ -119,12 +119,12 @@ def check(attachment: Attachment, source: str, question: Question, planned: Geom
     dual, _ = _dual(attachment, source)
     if dual is not None:
         _tokenizer(attachment)
-    for item in planned.items:
+    for item in geometry.items:
         question.of(item)
 
 
 def to_cells(
-    attachment: Attachment, source: str, question: Question, planned: Geometry, view: EncoderView
+    attachment: Attachment, source: str, question: Question, geometry: Geometry, view: EncoderView
 ) -> tuple[Tensor, str]:
     """The mean cosine of each cell to the parts of the question.
 
@@ -132,7 +132,7 @@ def to_cells(
         attachment: the attachment.
         source: as in `Reads`.
         question: the request's columns.
-        planned: the geometry of its items.
+        geometry: of its items.
         view: of all crops, with projected features.
 
     Returns:
@@ -149,7 +149,7 @@ def to_cells(
     values = view.projected if dual is None else view.features
     assert values is not None
     out, start = [], 0
-    for item in planned.items:
+    for item in geometry.items:
         ids = question.of(item)
         crops = values[start : start + item.layout.crops]
         start += item.layout.crops

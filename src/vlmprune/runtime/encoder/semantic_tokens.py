@@ -82,7 +82,7 @@ def flops(
     model: Any,
     media: Sequence[Medium],
     layouts: Sequence[Sequence[Layout]],
-    pruner: Method,
+    method: Method,
 ) -> float | None:
     """FLOPs of the towers with the tokens that go through them beside the patches.
 
@@ -90,9 +90,9 @@ def flops(
         model: the host.
         media: the family's modalities.
         layouts: for each of them one an item.
-        pruner: the method, or a chain; None comes back of one that sends none.
+        method: the method, or a chain; None comes back of one that sends none.
     """
-    tokens = sum(stage.beside for stage in pruner.links)
+    tokens = sum(stage.beside for stage in method.links)
     if not tokens:
         return None
     total = 0.0

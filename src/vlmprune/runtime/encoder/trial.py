@@ -132,8 +132,8 @@ def _lists(model: Any, depth: int) -> tuple[list[str], list[nn.ModuleList]]:
 
 
 def _holds(module: nn.Module, lists: Sequence[nn.ModuleList]) -> bool:
-    inside = set(module.modules())
-    return any(one in inside for one in lists)
+    held = set(module.modules())
+    return any(one in held for one in lists)
 
 
 class _Trial:

@@ -235,7 +235,7 @@ class Vision:
             ]
         return out, Geometry(tuple(sorted(items, key=lambda item: item.span.order)))
 
-    def pruned(self, attachment: Attachment, planned: Geometry, batch: int) -> dict[str, Pruned]:
+    def pruned(self, attachment: Attachment, geometry: Geometry, batch: int) -> dict[str, Pruned]:
         """Encoder outputs of a request that brings these items."""
         out = {}
         for number, medium in enumerate(attachment.family.media):
@@ -248,38 +248,38 @@ class Vision:
                 None,
                 [item.features for item in own],
                 [[item.extra[i] for item in own] for i in range(depth)],
-                planned.rows(batch, number),
+                geometry.rows(batch, number),
                 # Releases that encode within their forward do not part the items.
                 not requests.encodes_ahead(attachment.model),
                 cls=outputs.output_class(attachment.originals[medium.method]),
             )
         return out
 
-    def in_order(self, planned: Geometry, attachment: Attachment) -> list[StoredItem]:
+    def in_order(self, geometry: Geometry, attachment: Attachment) -> list[StoredItem]:
         """The items as the prompt has them."""
         queues = {
             number: iter([item for item in self.items if item.kind == medium.kind])
             for number, medium in enumerate(attachment.family.media)
         }
-        return [next(queues[item.medium]) for item in planned.items]
+        return [next(queues[item.medium]) for item in geometry.items]
 
 
 def gather(
     attachment: Attachment,
-    planned: Geometry,
+    geometry: Geometry,
     inputs: list[dict[str, Any]],
     kept: list[Tensor],
     pruned: dict[str, Pruned],
 ) -> Vision:
     """What `encode` returns, from what a request came to."""
     assert attachment.report is not None
-    items: list[StoredItem | None] = [None] * len(planned.items)
+    items: list[StoredItem | None] = [None] * len(geometry.items)
     for number, medium in enumerate(attachment.family.media):
-        own = planned.of(number)
+        own = geometry.of(number)
         if not own:
             continue
         left, given = pruned[medium.method], inputs[number]
-        layouts = [planned.items[i].layout for i in own]
+        layouts = [geometry.items[i].layout for i in own]
         patches = iter(medium.patches(attachment.model, given, layouts))
         others = {
             name: given[name]
@@ -287,7 +287,7 @@ def gather(
             if name in given and isinstance(given[name], Tensor) and len(given[name]) == len(own)
         }
         for at, i in enumerate(own):
-            one = planned.items[i].layout
+            one = geometry.items[i].layout
             items[i] = StoredItem(
                 medium.kind,
                 one,
