@@ -1,12 +1,13 @@
 """A fingerprint of what a method is made of, so that stale figures are found.
 
 It covers the method's class, its bases, and whatever definitions of this package they use, in turn:
-not the machinery around them, and no comments or docstrings.
+not the machinery around them, no comments or docstrings, and not which module each stands in.
 """
 
 from __future__ import annotations
 
 import ast
+import copy
 import hashlib
 import importlib.util
 from collections.abc import Iterator
@@ -14,8 +15,8 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = "vlmprune"
-MACHINERY = ("pruner", "views", "errors", "families", "taps", "report")
-"""Modules that all methods stand on; a change of them is no change of a method."""
+MACHINERY = ("method", "pruner", "views", "errors", "hosts.families", "runtime", "report")
+"""Rooms that all methods stand on; a change of them is no change of a method."""
 
 
 def fingerprint(cls: type) -> str:
@@ -23,14 +24,38 @@ def fingerprint(cls: type) -> str:
     found: dict[tuple[str, str], str] = {}
     todo = [(cls.__module__, cls.__name__)]
     while todo:
-        module, name = todo.pop()
+        module, name = home(*todo.pop())
         if (module, name) in found:
             continue
         for node in definitions(module).get(name, []):
-            found[module, name] = found.get((module, name), "") + ast.unparse(node)
+            found[module, name] = found.get((module, name), "") + text_of(module, node)
             todo += uses(module, node)
-    text = "\n".join(f"{module}.{name}\n{code}" for (module, name), code in sorted(found.items()))
+    text = "\n".join(sorted(f"{name}\n{code}" for (_, name), code in found.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def home(module: str, name: str) -> tuple[str, str]:
+    """Where a name is defined that a module has, perhaps from another one."""
+    while name not in definitions(module):
+        there, inner = imports(module).get(name, ("", None))
+        if inner is None:
+            break
+        module, name = there, inner
+    return module, name
+
+
+def text_of(module: str, node: ast.stmt) -> str:
+    """The code of a definition, in which `module.name` is `name`."""
+    known = imports(module)
+
+    class Bare(ast.NodeTransformer):
+        def visit_Attribute(self, one: ast.Attribute) -> ast.AST:
+            of = one.value.id if isinstance(one.value, ast.Name) else ""
+            if of in known and known[of][1] is None:
+                return ast.Name(one.attr, one.ctx)
+            return self.generic_visit(one)
+
+    return ast.unparse(Bare().visit(copy.deepcopy(node)))
 
 
 @cache
@@ -65,14 +90,16 @@ def definitions(module: str) -> dict[str, list[ast.stmt]]:
 def imports(module: str) -> dict[str, tuple[str, str | None]]:
     """What a module has from this package: by name there (module, name), or (module, None)."""
     found: dict[str, tuple[str, str | None]] = {}
-    for node in tree(module).body:
+    nodes = list(tree(module).body)
+    # A room that gives names when they are asked for imports them for type checkers alone.
+    nodes += [inner for node in nodes if isinstance(node, ast.If) for inner in node.body]
+    for node in nodes:
         if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != PACKAGE:
             continue
         for one in node.names:
             inner = f"{node.module}.{one.name}"
-            there = importlib.util.find_spec(inner) if node.module == PACKAGE else None
-            home = (inner, None) if there else (str(node.module), one.name)
-            found[one.asname or one.name] = home
+            there = (inner, None) if _is_module(inner) else (str(node.module), one.name)
+            found[one.asname or one.name] = there
     return found
 
 
@@ -81,17 +108,25 @@ def uses(module: str, node: ast.AST) -> Iterator[tuple[str, str]]:
     known = imports(module)
     for one in ast.walk(node):
         if isinstance(one, ast.Name) and one.id in known and known[one.id][1] is not None:
-            home = known[one.id]
+            where, name = home(known[one.id][0], str(known[one.id][1]))
         elif isinstance(one, ast.Name):
-            home = (module, one.id)
+            where, name = module, one.id
         elif isinstance(one, ast.Attribute) and isinstance(one.value, ast.Name):
-            if known.get(one.value.id, ("", ""))[1] is not None:
+            if one.value.id not in known or known[one.value.id][1] is not None:
                 continue
-            home = (known[one.value.id][0], one.attr)
+            where, name = home(known[one.value.id][0], one.attr)
         else:
             continue
-        if not home[0].removeprefix(f"{PACKAGE}.").startswith(MACHINERY):
-            yield home[0], str(home[1])
+        rooms = (f"{PACKAGE}.{room}." for room in MACHINERY)
+        if not f"{where}.".startswith(tuple(rooms)):
+            yield where, name
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _is_text(node: ast.stmt) -> bool:

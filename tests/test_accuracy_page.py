@@ -108,7 +108,7 @@ def test_a_fingerprint_follows_what_a_method_uses(monkeypatch: pytest.MonkeyPatc
 
     def changed(module: str) -> dict[str, list[ast.stmt]]:
         found = original(module)
-        if module == "vlmprune.select":
+        if module == "vlmprune.select.rules":
             found = found | {"vispruner": ast.parse("def vispruner(): return 1").body}
         return found
 
