@@ -9,7 +9,7 @@ import torch
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.methods.bases.budgeted import Budgeted
-from vlmprune.methods.uniform_grid import columns_of, per_crop
+from vlmprune.methods.uniform import columns_of, per_crop
 from vlmprune.select import clusters, scoring
 from vlmprune.views import EncoderView, Merge, Selection
 

@@ -145,7 +145,7 @@ class VisToG(Learned):
     def select(self, view: EncoderView) -> Selection:
         """Make the tokens of all crops of a request; gradients reach the module alone."""
         # `methods` imports this module.
-        from vlmprune.methods.uniform_grid import UniformGrid
+        from vlmprune.methods.uniform import UniformGrid
 
         assert view.semantic is not None
         kept = UniformGrid(keep=self.settings["tokens"]).select(view).kept

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -80,7 +80,7 @@ def check(wanted: Wanted) -> type[Learned]:
     return cls
 
 
-def _learns(cls: Any) -> bool:
+def _learns(cls: type[Any]) -> TypeGuard[type[Learned]]:
     return issubclass(cls, Learned)
 
 
