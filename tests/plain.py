@@ -74,3 +74,16 @@ def unlike(
         unlikeness = [-cosine(taker, vector) for vector in vectors]
         kept |= set(best(unlikeness, left, share))
     return sorted(kept)
+
+
+def tiled(rows: int, columns: int, side: int) -> list[list[tuple[int, int]]]:
+    """Of each window (place within it, cell), row by row."""
+    out = []
+    for top in range(0, rows, side):
+        for left in range(0, columns, side):
+            out.append([
+                ((r - top) * side + c - left, r * columns + c)
+                for r in range(top, min(top + side, rows))
+                for c in range(left, min(left + side, columns))
+            ])  # fmt: skip
+    return out

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from repository import ROOT
 from stock import cache_of
 from tiny import IMAGE, model, request
 from vlmprune.methods import METHODS
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = ROOT / "docs"
 
 
 def code(page: str) -> str:

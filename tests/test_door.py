@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from repository import ROOT
+
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import door  # noqa: E402  (the scripts' folder is no package)
+import door
 
 PLACE = "runtime.py"
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from typer.testing import CliRunner
 
+from repository import ROOT
 from tiny import model, request
 from vlmprune.cli import app
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -84,6 +84,24 @@ def model(
     return unusual_scales(built.eval())
 
 
+def text_config(kv_heads: int = 2, **changes: Any) -> Any:
+    return LlamaConfig(
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": kv_heads,
+            "max_position_embeddings": 512,
+            "pad_token_id": PAD,
+            "bos_token_id": 1,
+            "eos_token_id": EOS,
+            **changes,
+        }
+    )
+
+
 @dataclass
 class Request:
     """A batch as a processor would make it."""

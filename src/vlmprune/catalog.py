@@ -152,7 +152,7 @@ def models() -> dict[str, Any]:
 
 
 def _proved(media: list[str]) -> str:
-    """What tests/test_families.py proves of every record, with the media that it has."""
+    """What tests/hosts/families/test_every_family.py proves of each record, with its media."""
     videos = ", videos, both in one prompt" if "video" in media else ""
     return (
         f"equal to masking with SDPA and eager attention: padding, several images{videos}; cut "

@@ -1,6 +1,7 @@
 """What cannot serve stops `vllm serve` at once, with one sentence and a status other than 0.
 
-That each method serves or is refused by name is tested without vLLM (tests/test_vllm_policy.py).
+That each method serves or is refused by name is tested without vLLM, in
+`tests/integrations/vllm/test_policy.py`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 No tokenizer, no image library and no download is needed. `ZOO` is the table that tests are
 generated from: `EVERY` without what a fault of the installed release keeps from being pruned, which
-`tests/test_releases.py` holds to be refused. `WINDOWED` has the families that look back no further
-than a window, with a window shorter than the requests.
+`tests/hosts/test_release.py` holds to be refused. `WINDOWED` has the families that look back no
+further than a window, with a window shorter than the requests.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Classes of Transformers with a fault in some release, without the fault.
 
-So what we do with them is tested on those releases, too; `tests/test_releases.py` holds that the
-classes themselves fail there, and that attaching to them is refused.
+So what we do with them is tested on those releases, too; `tests/hosts/test_release.py` holds that
+the classes themselves fail there, and that attaching to them is refused.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Releases rename arguments without notice; whoever asks for a former name gets nothing and goes on
 with nothing. So a name is looked up here, in the signature of what it is handed to and not by
 version number, and a name that is not there is an error. By version go the bound and faults of a
-release alone; `tests/test_releases.py` and `tests/test_release_calls.py` hold on every release
-that they are where we say.
+release alone; `tests/hosts/test_release.py` and `test_release_calls.py` hold on every release that
+they are where we say.
 """
 
 from __future__ import annotations

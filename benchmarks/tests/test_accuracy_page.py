@@ -1,0 +1,146 @@
+"""The table of accuracies: its marks, and that the page shows what was stored."""
+
+from __future__ import annotations
+
+import ast
+import json
+from typing import Any
+
+import pytest
+from vlmprune.learned import Learned
+
+import accuracy_tables
+import definitions
+from repository import ROOT
+from vlmprune import METHODS
+
+LISTED = [[f"{group}-{kind}", kind, group] for group in "abcd" for kind in accuracy_tables.KINDS]
+
+
+def row(label: str, digit: str, repeats: int = 1, **changes: Any) -> dict[str, Any]:
+    """A row that has the same score in every sample."""
+    shares = {"visual_tokens": 0.5, "decoder_flops": 0.25, "flops": 1, "kv_bytes": 0.125}
+    made = {"label": label, "budget": 0.33, "repeats": repeats, "shares": shares}
+    return made | {"scores": digit * len(LISTED), "cells": [8 * repeats] * 4} | changes
+
+
+def stored(*rows: dict[str, Any]) -> dict[str, Any]:
+    about = {"model": "M", "torch": "1", "transformers": "2", "batch": 32}
+    full = row("unpruned", "1", cells=[16] * 4)
+    return {"about": about, "samples": LISTED, "unpruned": full, "rows": list(rows)}
+
+
+def test_random_with_as_many_bytes() -> None:
+    def at(share: float, digit: str, repeats: int = 1) -> dict[str, Any]:
+        return row("random", digit, repeats, budget=share, shares={"kv_bytes": share})
+
+    # Nothing at 0, a third at 0.2, all from 0.6 on.
+    table = accuracy_tables.Table(stored(at(0.2, "1", 3), at(0.6, "1"), row("none", "0")))
+    for share, expected in ((0.2, 1 / 3), (0.4, 2 / 3), (0.05, 1 / 12), (0.0, 0.0), (0.9, 1.0)):
+        assert table.random_at(share).accuracy == pytest.approx(expected)
+    # The row has 0.125 of the bytes.
+    gain = table.gain("none", 0.33)
+    assert gain is not None
+    assert gain.value == pytest.approx(-0.125 / 0.2 / 3)
+    assert table.gains().splitlines()[2] == "| none | -20.8 ± 0.0 |"
+
+
+def test_marks() -> None:
+    # One draw of three is right in every sample: 33 per cent.
+    random = row("random", "1", 3)
+    mixed = "".join("1" if group in "ab" else "0" for _, _, group in LISTED)
+    table = accuracy_tables.Table(
+        stored(
+            random,
+            row("better", "1"),
+            row("worse", "0"),
+            row("here and there", "1", scores=mixed),
+            row("its own", "0", budget=None),
+        )
+    )
+    assert [table.mark(label, 0.33) for label in table.labels] == ["", "", " ▼", " ≈"]
+    lines = table.accuracy().splitlines()
+    assert lines[0] == "| method | 33% |"
+    assert lines[2:5] == [
+        "| *random* | 33.3 ± 0.0 |",
+        "| better | 100.0 ± 0.0 |",
+        "| worse | 0.0 ± 0.0 ▼ |",
+    ]
+    assert table.cost().splitlines()[2] == "| *random* | 50 · 25 · 12 |"
+    assert table.own().splitlines()[2] == (
+        "| its own | 50 · 25 · 12 | 0.0 ± 0.0 | -100.0 ± 0.0 | -33.3 ± 0.0 |"
+    )
+    kinds = table.kinds().splitlines()
+    assert kinds[0] == "**33%**"
+    assert kinds[4].startswith("| unpruned | 100.0")
+    assert kinds[5].endswith("| 33.3 ± 0.0 | 50.0 ± 0.0 |")
+
+
+def test_the_page_shows_what_is_stored() -> None:
+    import accuracy
+
+    found = json.loads((ROOT / "benchmarks" / "results" / "accuracy.json").read_text())
+    text = (ROOT / "docs" / "results.md").read_text()
+    shown = found | {"rows": list(accuracy.in_order(found["rows"]))}
+    assert accuracy_tables.page(text, shown, accuracy.NOT_HERE) == text
+    for name in ("setup", "accuracy", "gains", "cost", "own", "kinds", "left out"):
+        assert f"<!-- {name} -->\n<!--" not in text
+
+
+def test_every_method_is_planned_or_left_out_by_name() -> None:
+    import accuracy
+
+    assert {one.method for one in accuracy.planned([])} | set(accuracy.NOT_HERE) == set(METHODS)
+    for one in accuracy.planned([]):
+        assert len(one.pruners) == len(one.settings)
+
+
+def test_a_fingerprint_follows_what_a_method_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("vispruner", "fastervlm", "divprune", "plphp", "fastv")
+    before = {name: definitions.fingerprint(METHODS[name]) for name in names}
+    assert len(set(before.values())) == len(names)
+    original = definitions.definitions
+
+    def changed(module: str) -> dict[str, list[ast.stmt]]:
+        found = original(module)
+        if module == "vlmprune.select.rules":
+            found = found | {"vispruner": ast.parse("def vispruner(): return 1").body}
+        return found
+
+    monkeypatch.setattr(definitions, "definitions", changed)
+    after = {name: definitions.fingerprint(METHODS[name]) for name in names}
+    assert {name for name in names if after[name] != before[name]} == {"vispruner"}
+
+
+def test_the_study_is_shown_as_stored() -> None:
+    import equal_compute
+
+    found = json.loads(equal_compute.RESULTS.read_text())
+    text = (ROOT / "docs" / "results.md").read_text()
+    assert equal_compute.rendered(text, found) == text
+    # What a budget buys is within it, and the next larger grid is not.
+    for row in found["rows"]:
+        for layers in (2, 3, 5):
+            bought = equal_compute.affordable(found, layers, row["mflops"])
+            others = [one for one in found["rows"] if one["layers"] == layers]
+            fitting = [one["tokens"] for one in others if one["mflops"] <= row["mflops"]]
+            assert (bought or {"tokens": None})["tokens"] == max(fitting, default=None)
+    full = {row["layers"]: row["mflops"] for row in found["rows"] if row["tokens"] == 256}
+    n, d, m = 256 + found["text"], 192, 512
+    layer = 2 * (2 * n * d * d + 2 * n * d * 96 + 2 * n * n * d + 3 * n * d * m) / 1e6
+    assert full == pytest.approx({layers: layers * layer for layers in (2, 3, 5)})
+
+
+def test_learned_methods_are_shown_as_stored() -> None:
+    import learned
+
+    found = json.loads(learned.LEARNED.read_text())
+    text = (ROOT / "docs" / "results.md").read_text()
+    rows = {(row["label"], row["budget"]): row for row in found["rows"]}
+    planned = learned.planned()
+    assert {row.key for row in planned} == set(rows)
+    shown = found | {"rows": [rows[row.key] for row in planned]}
+    assert learned.rendered(text, shown) == text
+    for row in planned:
+        if issubclass(METHODS[row.method], Learned):
+            assert rows[row.key]["weights"] == [repr(one) for one in row.pruners]

@@ -1,0 +1,152 @@
+"""Models that no record knows: followed by a self-check, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Cohere2VisionForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from answers import DIFFERENT, TOLERANCE, distance
+from unrecorded import MAKES, SIDE, built_by, cohere2_vision, deepseek_vl, got_ocr2, request
+from vlmprune import VisPruner, VlmpruneError
+from vlmprune.hosts.families import FAMILIES
+from vlmprune.runtime.encoder import trial
+from vlmprune.runtime.family import family_of
+from zoo.base import IMAGE, TEXT
+
+
+def generate(built: Any, inputs: dict[str, Tensor]) -> Any:
+    settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    config = built.generation_config
+    # Some of these classes have no pad token of their own.
+    config.pad_token_id = TEXT["pad_token_id"]
+    return built.generate(**inputs, **settings, output_logits=True)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("make", MAKES, ids=lambda make: make.__name__)
+def test_models_of_no_record_equal_masking(make: Callable[[], Any], attention: str) -> None:
+    built = built_by(make, attention)
+    assert built.config.model_type not in FAMILIES
+    inputs = request(built, [2, 1, 0])
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with VisPruner(keep=0.4, positions="original")(built) as handle:
+        pruned = generate(built, inputs)
+    report = handle.report
+    assert report is not None and "encoder layer" in report.score
+    places = (ids == IMAGE).nonzero().split([len(one.labels) for one in report.layouts])
+    for chosen in (report.kept, [(kept + 1) % 9 for kept in report.kept]):
+        dropped = torch.zeros_like(mask, dtype=torch.bool)
+        for place, kept in zip(places, chosen, strict=True):
+            goes = torch.ones(len(place), dtype=torch.bool)
+            goes[kept] = False
+            dropped[place[goes, 0], place[goes, 1]] = True
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        changed = {"attention_mask": mask * ~dropped, "position_ids": positions}
+        expected = generate(built, inputs | changed)
+        if chosen is report.kept:
+            assert torch.equal(pruned.sequences, expected.sequences)
+            assert distance(pruned, expected) < TOLERANCE
+        else:
+            assert distance(pruned, expected) > DIFFERENT
+
+
+@pytest.mark.parametrize("make", MAKES, ids=lambda make: make.__name__)
+def test_keeping_everything_changes_no_bit(make: Callable[[], Any]) -> None:
+    built = built_by(make)
+    inputs = request(built, [2, 1])
+    plain = generate(built, inputs)
+    with VisPruner(keep=1.0)(built):
+        same = generate(built, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(plain.logits, same.logits, strict=True))
+
+
+def test_the_self_check_runs_once_and_leaves_no_trace(monkeypatch: Any) -> None:
+    built = built_by(cohere2_vision)
+    trial._found.clear()
+    calls = []
+    check = trial._self_check
+    monkeypatch.setattr(trial, "_self_check", lambda model: calls.append(1) or check(model))
+    built.train()
+    before = {name: dict(vars(module)) for name, module in built.named_modules()}
+    first = family_of(built)
+    assert family_of(built_by(cohere2_vision)) is first and len(calls) == 1
+    for name, module in built.named_modules():
+        assert module.training and not module._forward_hooks and not module._forward_pre_hooks
+        assert vars(module).keys() == before[name].keys()
+    assert all(weight.grad is None for weight in built.parameters())
+
+
+class Swapped(Cohere2VisionForConditionalGeneration):
+    """Two of its visual tokens change places, which nothing but a measurement can tell."""
+
+
+class MixedForConditionalGeneration(Cohere2VisionForConditionalGeneration):
+    """The same with a class name that qualifies."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        inner = self.model.multi_modal_projector
+        self.model.multi_modal_projector = Exchange(inner)
+
+
+class Exchange(nn.Module):
+    """A projector whose first two tokens are exchanged."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, features: Tensor) -> Tensor:
+        out = self.inner(features).flatten(1, 2)
+        return torch.cat((out[:, 1:2], out[:, :1], out[:, 2:]), dim=1)
+
+
+def mixed() -> Any:
+    return MixedForConditionalGeneration(cohere2_vision().config)
+
+
+def swapped() -> Any:
+    return Swapped(cohere2_vision().config)
+
+
+def t5() -> Any:
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (got_ocr2, "its image features do not come from one list of layers"),
+        (mixed, "its visual tokens are not each made of one square of patches"),
+        (swapped, "its class is no …ForConditionalGeneration"),
+        (t5, "it has no get_image_features"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_unfit_classes_are_refused_by_name(make: Callable[[], Any], why: str) -> None:
+    torch.manual_seed(0)
+    built = make().eval()
+    with pytest.raises(VlmpruneError) as refusal:
+        VisPruner(keep=0.5).attach(built)
+    said = f"vlmprune cannot follow {type(built).__name__}: {why}; `vlmprune models` lists"
+    assert str(refusal.value).startswith(said)
+
+
+def test_images_of_another_size_are_refused() -> None:
+    built = built_by(deepseek_vl)
+    inputs = request(built, [1])
+    inputs["pixel_values"] = inputs["pixel_values"][..., : SIDE - 8, :]
+    with VisPruner(keep=0.5)(built), pytest.raises(VlmpruneError, match="checked at 48 x 48"):
+        generate(built, inputs)

@@ -1,0 +1,72 @@
+"""What a harness asks, as a conversation and settings of `generate`, and where its answers end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from vlmprune import VlmpruneError
+from vlmprune.integrations.answering import conversation, cut, generation
+
+
+@pytest.mark.parametrize(
+    ("given", "drawn", "limit"),
+    [
+        (None, False, 5),
+        ({"temperature": 0, "do_sample": True, "top_p": 0.9}, False, 5),
+        ({"temperature": 0.7, "do_sample": False, "max_new_tokens": 9}, False, 9),
+        ({"temperature": 0.7, "top_p": 0.9, "until": ["\n"]}, True, 5),
+        ({"do_sample": True}, True, 5),
+        ({"image_aspect_ratio": "original", "top_p": None}, False, 5),
+    ],
+)
+def test_generation_settings(given: Any, drawn: bool, limit: int) -> None:
+    chosen = generation(given, 5)
+    assert (chosen["do_sample"], chosen["max_new_tokens"], chosen["num_beams"]) == (drawn, limit, 1)
+    assert ("temperature" in chosen) == (drawn and "temperature" in given)
+    assert not {"until", "image_aspect_ratio"} & set(chosen)
+
+
+def test_unknown_generation_settings_are_refused_by_name() -> None:
+    with pytest.raises(VlmpruneError, match="'visual_cot' is not supported"):
+        generation({"visual_cot": "x"}, 5)
+
+
+def test_answers_end_at_the_first_stop() -> None:
+    assert cut("\n yes.\n\nno", ["\n\n", "."]) == "yes"
+    assert cut(" yes. ", None) == "yes."
+    assert cut("a;b", ";") == "a"
+
+
+def test_messages_become_parts_and_pictures(tmp_path: Path) -> None:
+    path = tmp_path / "one.png"
+    Image.new("L", (3, 2)).save(path)
+    one = conversation(
+        [
+            {"role": "system", "content": "be brief."},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image", "url": str(path)},
+                    {"type": "text", "text": "what?"},
+                    {"type": "image", "url": Image.new("RGB", (5, 4))},
+                ],
+            },
+        ]
+    )
+    assert [image.size for image in one.images] == [(3, 2), (5, 4)]
+    assert [image.mode for image in one.images] == ["RGB", "RGB"]
+    assert one.messages == [
+        {"role": "system", "content": [{"type": "text", "text": "be brief."}]},
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": "what?"}, {"type": "image"}],
+        },
+    ]
+    with pytest.raises(VlmpruneError, match="holds 'video'"):
+        conversation([{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}])
+    with pytest.raises(VlmpruneError, match="picture is a int"):
+        conversation([{"role": "user", "content": [{"type": "image", "url": 3}]}])

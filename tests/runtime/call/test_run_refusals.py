@@ -1,0 +1,92 @@
+"""Calls that are refused, before any work is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tiny import IMAGE, model, request
+from vlmprune import VisPruner, VlmpruneError
+
+pytestmark = pytest.mark.oracle
+
+
+REFUSED: dict[str, Any] = {
+    "assisted decoding": {"prompt_lookup_num_tokens": 2},
+    "use_mtp": {"use_mtp": True},
+    "guidance_scale=1.5": {"guidance_scale": 1.5},
+    "cache_params is called": {"cache_params": object()},
+    "inputs_embeds": {"input_ids": None, "inputs_embeds": torch.zeros(1, 4, 32)},
+    "dimensions": {"attention_mask": torch.ones(1, 1, 4, 4)},
+    "mm_encoder_outputs": {"mm_encoder_outputs": {"image": object()}},
+}
+
+
+def test_images_that_were_encoded_before_are_refused() -> None:
+    """Without pixels, too: they would go through whole."""
+    built = model()
+    inputs = request(built, [1]).inputs
+    pixels = inputs.pop("pixel_values")
+    with torch.no_grad():
+        given = {"mm_encoder_outputs": {"image": built.get_image_features(pixels)}}
+    with VisPruner(keep=4)(built):
+        for call in (built, built.generate):
+            with pytest.raises(VlmpruneError, match=r"^mm_encoder_outputs cannot be pruned"):
+                call(**inputs, **given)
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_refusals_come_before_any_work(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = model()
+    req = request(built, [1])
+
+    def encode(*_: Any, **__: Any) -> None:
+        raise AssertionError("the encoder ran")
+
+    with VisPruner(keep=4)(built):
+        monkeypatch.setattr(built.model.vision_tower, "forward", encode)
+        with pytest.raises(VlmpruneError, match=words) as caught:
+            built.generate(**(req.inputs | REFUSED[words]), max_new_tokens=2)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("budget", ["crop", "image"])
+def test_too_large_a_budget_is_refused_before_encoding(
+    budget: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = model()
+    req = request(built, [1])
+    monkeypatch.setattr(
+        built.model.vision_tower, "forward", lambda *_, **__: pytest.fail("the encoder ran")
+    )
+    with (
+        VisPruner(keep=17, budget=budget)(built),
+        pytest.raises(VlmpruneError, match=r"keep=17 is more than the 16 visual tokens"),
+    ):
+        built.generate(**req.inputs, max_new_tokens=2)
+
+
+def test_ids_and_pixels_that_do_not_fit_are_refused() -> None:
+    built = model()
+    req = request(built, [2])
+    with VisPruner(keep=4)(built):
+        cut = {k: req.inputs[k][:, :-12] for k in ("input_ids", "attention_mask")}
+        with pytest.raises(VlmpruneError, match="placeholders"):
+            built.generate(**(req.inputs | cut), max_new_tokens=2)
+        text = {k: req.inputs[k][:, -4:] for k in ("input_ids", "attention_mask")}
+        with pytest.raises(VlmpruneError, match="without image placeholders"):
+            built.generate(**(req.inputs | text), max_new_tokens=2)
+
+
+def test_a_mask_that_hides_placeholders_is_refused() -> None:
+    built = model()
+    req = request(built, [1, 1])
+    mask = req.inputs["attention_mask"].clone()
+    mask[0, (req.inputs["input_ids"][0] == IMAGE).nonzero()[3, 0]] = 0
+    with (
+        pytest.raises(VlmpruneError, match="attention_mask hides image placeholders"),
+        VisPruner(keep=4)(built),
+    ):
+        built.generate(**(req.inputs | {"attention_mask": mask}), max_new_tokens=1)
