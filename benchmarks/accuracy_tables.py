@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vlmprune.study.evals.results import Evaluation, Mean, Result
+from vlmprune.study.evals.results import Evaluation
+from vlmprune.study.stats import Mean
+from vlmprune.study.tasks.answered import Answered
 
 BUDGETS = (0.5, 0.33, 0.22, 0.11, 0.05)
 CONTROLS = ("random", "uniform grid", "average pooling", "downsampling")
@@ -59,7 +61,7 @@ class Table:
     def evaluation(self, row: Mapping[str, Any]) -> Evaluation:
         """Scores by sample; what was spent is not by sample and left at nought."""
         results = tuple(
-            Result(one, group, kind, "", int(score) / row["repeats"], *[0.0] * 9)
+            Answered(one, group, kind, "", int(score) / row["repeats"], *[0.0] * 9)
             for (one, kind, group), score in zip(self.found["samples"], row["scores"], strict=True)
         )
         return Evaluation("scenes", row.get("label", "unpruned"), "", results)
@@ -68,7 +70,7 @@ class Table:
         """The share of each listing's cells that are right."""
         listings = [one for one in self.found["samples"] if one[1] == "listing"]
         results = tuple(
-            Result(one, group, CELLS, "", cells / 16 / row["repeats"], *[0.0] * 9)
+            Answered(one, group, CELLS, "", cells / 16 / row["repeats"], *[0.0] * 9)
             for (one, _, group), cells in zip(listings, row["cells"], strict=True)
         )
         return Evaluation("scenes", row.get("label", "unpruned"), "", results)

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmprune.study.bench import page as benchpage
+from vlmprune.study.bench import tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
@@ -59,7 +59,7 @@ def section(files: Mapping[str, Any]) -> str:
             made = makers[name](files[name])
         else:
             # What the columns are is said once.
-            made = benchpage.markdown(files[name], with_legend=not explained)
+            made = tables.markdown(files[name], with_legend=not explained)
             explained = True
         parts += [f"### {NAMES.get(name, name)}", made.strip()]
     return "\n\n".join(parts) + "\n"

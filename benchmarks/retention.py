@@ -40,10 +40,9 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from vlmprune import PLPHP, Pruner, VisPruner, embedded
+from vlmprune import PLPHP, Pruner, VisPruner, calibrate, embedded
 from vlmprune.report import Report
 from vlmprune.select import retention
-from vlmprune.study.calibrate import run as calibrate
 from vlmprune.views import LayerView, Retention
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training" / "embedded"))

@@ -6,8 +6,15 @@ from typing import Any
 
 from PIL import Image
 
-from vlmprune.study.compare import page
-from vlmprune.study.compare.results import Answer, Interval, Result, Row, Shown, Skipped
+from vlmprune.study.compare.results import (
+    SIDE,
+    Comparison,
+    Row,
+    Shown,
+    ShownAnswer,
+    Skipped,
+)
+from vlmprune.study.stats import Interval
 
 HOSTILE = '</title><script>alert(1)</script><img src="https://evil.example/x" onerror=alert(2)>'
 
@@ -32,7 +39,7 @@ def row(name: str, keep: Any, spec: str, score: float, **changes: Any) -> Row:
     )
 
 
-def result(hostile: str = "") -> Result:
+def result(hostile: str = "") -> Comparison:
     rows = [
         row("all tokens", None, "", 0.9, flops=2e12, prefill_ratio=1.0),
         row("random", 0.25, "random:keep=0.25", 0.5, control=True),
@@ -41,15 +48,15 @@ def result(hostile: str = "") -> Result:
         row(f"plphp{hostile}", None, f"plphp{hostile}", 0.85, visual_tokens=256.0),
     ]
     answers = [
-        Answer("a cat", 1.0, True, kept=256, before=256),
-        Answer("a dog", 0.0, False, [picture("red")], 64, 256, 0.25),
-        Answer("a cat", 1.0, True, [picture("lime", (2 * page.SIDE, page.SIDE))], 64, 256, 0.25),
-        Answer(f"a\ncow {hostile}", 0.5, False, [picture("blue")], 64, 256, 0.25),
-        Answer("a cat", 1.0, True, [], 256, 256, 0.4, f"nothing to draw on{hostile}"),
+        ShownAnswer("a cat", 1.0, True, kept=256, before=256),
+        ShownAnswer("a dog", 0.0, False, [picture("red")], 64, 256, 0.25),
+        ShownAnswer("a cat", 1.0, True, [picture("lime", (2 * SIDE, SIDE))], 64, 256, 0.25),
+        ShownAnswer(f"a\ncow {hostile}", 0.5, False, [picture("blue")], 64, 256, 0.25),
+        ShownAnswer("a cat", 1.0, True, [], 256, 256, 0.4, f"nothing to draw on{hostile}"),
     ]
     shown = [Shown(f"what is it?{hostile}", (f"a cat{hostile}",), [picture("white")], answers)]
     skipped = [Skipped(f"evs:keep=0.25{hostile}", f"there is no video{hostile}.")]
-    return Result(
+    return Comparison(
         *(f"a model{hostile}", f"folder:x{hostile}", True, 120, rows, skipped, shown),
         *("cpu", "float32", 5, 4),
     )
@@ -62,7 +69,7 @@ FACTS = {
 }
 
 
-def sliding(hostile: str = "") -> Result:
+def sliding(hostile: str = "") -> Comparison:
     """A control and a method at two budgets, and two methods that tell what each layer keeps."""
     rows = [
         row("all tokens", None, "", 0.9, visual_tokens=64.0),
@@ -75,13 +82,15 @@ def sliding(hostile: str = "") -> Result:
     ]
     parts = {"important": 5, "diverse": 3}
     answers = [
-        Answer("a cat", 1.0, True, kept=64, before=64),
-        Answer("random, 16", 0.0, False, [picture("red")], 16, 64, 0.25),
-        Answer("vispruner, 16", 1.0, True, [picture("lime")], 16, 64, 0.25),
-        Answer("random, 8", 0.0, False, [picture("blue")], 8, 64, 0.125),
-        Answer(f"vispruner, 8{hostile}", 0.0, False, [picture("lime")], 8, 64, 0.125, "", parts),
-        Answer("plphp", 1.0, True, [], 64, 64, heads=[[0.0, 0.5], [1.0, 1.0], []]),
-        Answer("fastv", 1.0, True, [], 32, 64, reached=[64, 32, 16]),
+        ShownAnswer("a cat", 1.0, True, kept=64, before=64),
+        ShownAnswer("random, 16", 0.0, False, [picture("red")], 16, 64, 0.25),
+        ShownAnswer("vispruner, 16", 1.0, True, [picture("lime")], 16, 64, 0.25),
+        ShownAnswer("random, 8", 0.0, False, [picture("blue")], 8, 64, 0.125),
+        ShownAnswer(
+            f"vispruner, 8{hostile}", 0.0, False, [picture("lime")], 8, 64, 0.125, "", parts
+        ),
+        ShownAnswer("plphp", 1.0, True, [], 64, 64, heads=[[0.0, 0.5], [1.0, 1.0], []]),
+        ShownAnswer("fastv", 1.0, True, [], 32, 64, reached=[64, 32, 16]),
     ]
     shown = [Shown(f"what is it?{hostile}", (), [picture("white")], answers)]
-    return Result("model", "task", True, 120, rows, [], shown, "cpu", "float32", 5, 4)
+    return Comparison("model", "task", True, 120, rows, [], shown, "cpu", "float32", 5, 4)

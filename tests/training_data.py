@@ -12,7 +12,7 @@ from vlmprune import embedded
 from vlmprune.io.models import Loaded
 from vlmprune.training.data import Entry, read
 from vlmprune.training.learner import Learner
-from vlmprune.training.rows import Rows
+from vlmprune.training.rows import RowMaker
 from vlmprune.training.trainer import Run, Settings
 
 SIDE = 56
@@ -55,7 +55,7 @@ def run(loaded: Loaded, some: list[Entry], out: Path, pruner: Any = None, **sett
     torch.manual_seed(0)
     if pruner is None:
         pruner = QueCC.fresh(loaded.model, window=2, hidden=16)
-    rows = Rows(loaded.processor)
+    rows = RowMaker(loaded.processor)
     given = {"steps": 4, "batch": 2, "turns": 2, "warm_up": 1, "every": 2, "save_every": 2}
     chosen = Settings(**(given | settings))
     learner = Learner(loaded.model, pruner)

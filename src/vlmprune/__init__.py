@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from vlmprune.errors import VlmpruneError as VlmpruneError
+from vlmprune.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from vlmprune.methods import *  # noqa: F403
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
     from vlmprune.pruner import Pruner as Pruner
     from vlmprune.report import Report as Report
     from vlmprune.runtime.encoder.visions import Vision as Vision
-
-__version__ = "0.2.0"
 
 # Modules that moved are still found under their former names.
 __path__.append(f"{__path__[0]}/former")  # noqa: F405

@@ -1,18 +1,13 @@
-"""What there is: the methods and the supported models, as plain data and as Rich tables."""
+"""What there is: the methods and the supported models, as plain data."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlmprune.errors import VlmpruneError
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-HINT = "Give settings as in --method vispruner:keep=64,important_ratio=0.75; chain methods by +."
 
 
 def methods(names: Sequence[str] = ()) -> dict[str, Any]:
@@ -63,53 +58,6 @@ def _method(name: str, cls: type) -> dict[str, Any]:
     }
 
 
-def overview(found: dict[str, Any]) -> Table:
-    """One line a method of `methods()`."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for title in ("method", "stage", "needs", "reusable", "paper"):
-        table.add_column(title, style="bold" if title == "method" else "")
-    for one in found["methods"]:
-        reusable = "yes" if one["reusable_across_questions"] else "no"
-        paper = one["paper"].removeprefix("arXiv ")
-        table.add_row(one["name"], one["stage"], one["needs"], reusable, paper)
-    return table
-
-
-def method_table(method: dict[str, Any]) -> Table:
-    """One method of `methods()`."""
-    settings = ", ".join(
-        f"{name} (required)" if about["required"] else f"{name}={about['default']!r}"
-        for name, about in method["settings"].items()
-    )
-    if method["reads_files"]:
-        settings += ", or from=FILE and what to change of it"
-    reusable = (
-        "the question is not looked at: what is kept serves all questions about an image"
-        if method["reusable_across_questions"]
-        else "chosen anew for each question"
-    )
-    table = _grid(f"{method['name']}  ({method['class']})")
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column()
-    for title, text in (
-        ("what", method["summary"]),
-        ("stage", method["stage"]),
-        ("needs", method["needs"]),
-        ("question", reusable),
-        ("training", method["training"].replace("none", "")),
-        ("settings", settings),
-        ("weights", ", ".join(method["weights"])),
-        ("paper", method["paper"]),
-        ("deviations", method["deviations"]),
-    ):
-        if text:
-            table.add_row(title, text)
-    return table
-
-
 def models() -> dict[str, Any]:
     """The supported families, the vision towers behind them, and the embedded model."""
     import json
@@ -125,7 +73,7 @@ def models() -> dict[str, Any]:
             "media": [medium.kind for medium in family.media],
             "score": family.score,
             "positions": family.positions,
-            "proved": _proved([medium.kind for medium in family.media]),
+            "proved": proved([medium.kind for medium in family.media]),
             "note": family.note,
             "refused": dict(family.fails),
         }
@@ -151,8 +99,8 @@ def models() -> dict[str, Any]:
     return {"families": families, "towers": towers, "embedded": own}
 
 
-def _proved(media: list[str]) -> str:
-    """What tests/hosts/families/test_every_family.py proves of each record, with its media."""
+def proved(media: list[str]) -> str:
+    """What tests/test_families.py proves of every record, with the media that it has."""
     videos = ", videos, both in one prompt" if "video" in media else ""
     return (
         f"equal to masking with SDPA and eager attention: padding, several images{videos}; cut "
@@ -162,46 +110,3 @@ def _proved(media: list[str]) -> str:
 
 def _score(cls_token: bool) -> str:
     return "CLS attention" if cls_token else "attention received"
-
-
-def models_table(found: dict[str, Any]) -> Table:
-    """`models()` as one table of three parts."""
-    own = found["embedded"]
-    rows = [*found["families"], own | {"note": f"{own['bytes'] / 1e6:.0f} MB; {own['note']}"}]
-    table = _grid("Supported models")
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    table.add_column(no_wrap=True)
-    table.add_row("[dim not bold]family[/]", "[dim]class[/]", "[dim]positions[/]")
-    for one in rows:
-        table.add_row(one["name"], one["class"], one["positions"])
-        refused = [f"transformers {at}, where {why}" for at, why in one.get("refused", {}).items()]
-        parts = {"score": one.get("score"), "note": one.get("note"), "not on": "; ".join(refused)}
-        for part, words in parts.items():
-            if words:
-                table.add_row(f"[dim not bold]  {part}[/]", f"[dim]{words}[/]")
-    table.add_row()
-    table.add_row("proved on each", _proved(["image"]))
-    table.add_row("", "[dim]videos too, and both in one prompt, where a family has them[/]")
-    table.add_row(
-        "any other", "[dim]…ForConditionalGeneration is checked when a pruner attaches[/]"
-    )
-    table.add_row()
-    table.add_row("[dim not bold]vision tower[/]", "[dim]scored by[/]")
-    for tower in found["towers"]:
-        table.add_row(tower["model_type"], tower["score"])
-    return table
-
-
-def _grid(title: str) -> Table:
-    from rich.table import Table
-
-    return Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        show_header=False,
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-    )

@@ -8,3 +8,8 @@ class VlmpruneError(ValueError):
 
     The command line prints the sentence alone, without a traceback, and exits with code 2.
     """
+
+
+def reason(error: Exception) -> str:
+    """The first sentence of an error, for use in brackets."""
+    return " ".join(str(error).split()).partition(". ")[0].rstrip(".")

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from commandline import COFFEE, call, sentence
-from vlmprune.study.bench import page as benchpage
 from vlmprune.study.bench import plot as benchplot
 from vlmprune.study.bench import run as bench
-from vlmprune.study.bench import shapes, workload
+from vlmprune.study.bench import shapes, tables, workload
+from vlmprune.study.bench.results import BenchResult
 
 
 def figures_of(content: dict[str, Any]) -> dict[str, Any]:
@@ -140,15 +140,15 @@ def test_several_batches_and_counts_of_tokens(tmp_path: Path) -> None:
 
 def test_times_are_shown_of_a_gpu(benched: tuple[dict[str, Any], Path]) -> None:
     content = benched[0] | {"seconds_are": "measured on a GPU"}
-    text = benchpage.markdown(content)
+    text = tables.markdown(content)
     assert " ms (" in text and " tok/s (" in text
-    assert "what choosing takes" not in benchpage.markdown(content, with_legend=False)
+    assert "what choosing takes" not in tables.markdown(content, with_legend=False)
 
 
 def test_a_stopped_run_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, real = tmp_path / "o.json", bench.compare
 
-    def stopping(made: bench.Work, *rest: Any) -> bench.Result:
+    def stopping(made: workload.Work, *rest: Any) -> BenchResult:
         if len(made.inputs["input_ids"]) == 2:
             raise KeyboardInterrupt
         return real(made, *rest)

@@ -12,7 +12,7 @@ from PIL import Image
 from commandline import COFFEE, QUESTION, call, sentence
 from vlmprune import embedded, spec
 from vlmprune.io import models
-from vlmprune.study.compare import page
+from vlmprune.study.compare import results
 from vlmprune.study.compare import run as compare
 
 GRASS = str(embedded.scenes() / "grass.jpg")
@@ -49,7 +49,7 @@ def test_pictures_and_a_question(quick: None, tmp_path: Path) -> None:
 
     folder = tmp_path / "compare"
     content = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
-    assert content["made_by"] == page.MARK and content["score"] == "agreement"
+    assert content["made_by"] == results.MARK and content["score"] == "agreement"
     assert content["command"].startswith(f"vlmprune compare {COFFEE} {GRASS} ")
     assert "--methods random,vispruner --keep 0.25 --question" in content["command"]
     assert [(row["name"], row["keep"]) for row in content["rows"]] == [

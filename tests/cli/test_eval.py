@@ -16,9 +16,10 @@ from vlmprune.cli import eval as evaluating_command
 from vlmprune.io import models, sources
 from vlmprune.study.evals import kept_answers
 from vlmprune.study.evals import run as evaluating
-from vlmprune.study.evals.results import Evaluation, Result
+from vlmprune.study.evals.results import Evaluation
 from vlmprune.study.evals.tables import Assessed
 from vlmprune.study.tasks import Scenes, find_task
+from vlmprune.study.tasks.answered import Answered
 
 SPEC = ("--method", "vispruner:keep=64")
 
@@ -133,7 +134,7 @@ def test_without_labels_agreement_is_told(quick: None, tmp_path: Path) -> None:
 
 def evaluation(scores: list[float | None], method: str) -> Evaluation:
     results = tuple(
-        Result(str(i), f"g{i // 2}", "ab"[i % 2], f"{score}", score, 1, 4, 2, 4, 3, 4, 1, 4, 0.5)
+        Answered(str(i), f"g{i // 2}", "ab"[i % 2], f"{score}", score, 1, 4, 2, 4, 3, 4, 1, 4, 0.5)
         for i, score in enumerate(scores)
     )
     return Evaluation("t", method, "m", results)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from commandline import call, sentence
 from vlmprune import costs, embedded
-from vlmprune.costs import equal_compute
+from vlmprune.cli.plan import pairs_table
 from vlmprune.costs.equal_compute import LADDER, budget_of, pairs
 from vlmprune.errors import VlmpruneError
 
@@ -122,5 +122,5 @@ def test_mistakes_at_the_command_line(arguments, says):
 
 
 def test_caption_says_what_is_counted():
-    text = equal_compute.table(pairs(8.0), 8.0, 50).caption
+    text = pairs_table(pairs(8.0), 8.0, 50).caption
     assert "50 text tokens" in str(text) and "8 TFLOPs" in str(text)

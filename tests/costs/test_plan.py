@@ -12,7 +12,8 @@ from rich.console import Console
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
 
 from vlmprune import costs
-from vlmprune.costs.plan import KNOWN, MIB, Plan, plan, table
+from vlmprune.cli.plan import plans_table
+from vlmprune.costs.plan import KNOWN, MIB, Plan, plan
 from vlmprune.errors import VlmpruneError
 
 
@@ -175,7 +176,7 @@ def test_json_and_table() -> None:
     assert loaded["total_tflops_after"] == plans[1].total_tflops_after
     assert Plan(**{k: loaded[k] for k in Plan.__dataclass_fields__}) == plans[1]
     console = Console(file=StringIO(), width=160)
-    console.print(table(plans))
+    console.print(plans_table(plans))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for cell in (
         "2880 → 720",

@@ -15,8 +15,8 @@ from vlmprune import embedded
 from vlmprune.errors import VlmpruneError
 from vlmprune.io.processors import scale
 from vlmprune.training.data import Turn, read
-from vlmprune.training.rows import IGNORE, Rows
-from vlmprune.training.samples import Samples, held_out
+from vlmprune.training.draws import Draws, held_out
+from vlmprune.training.rows import IGNORE, RowMaker
 
 
 def small() -> Any:
@@ -116,7 +116,7 @@ def test_only_answers_carry_loss(tmp_path: Path) -> None:
     """Each row is prompt, answer and end token; its labels are the answer and the end alone."""
     some = entries(tmp_path)[:2]
     processor = small()
-    rows = Rows(processor)
+    rows = RowMaker(processor)
     batch = rows.batch(some, [(0, 2), (1,)])
     words = processor.tokenizer
     pairs = [(some[0], 0), (some[0], 2), (some[1], 1)]
@@ -144,7 +144,7 @@ def test_placeholders_are_spread_as_the_processor_spreads_them(tmp_path: Path) -
     content = [{"image": names, "conversations": said}]
     (entry,) = read(written(tmp_path, content), embedded.scenes())
     processor = small()
-    rows = Rows(processor)
+    rows = RowMaker(processor)
     for number, turn in enumerate(entry.turns):
         ids, start = rows.row(entry, number)
         prompt = f"USER: <image>\n<image>\n{turn.question} ASSISTANT:"
@@ -154,25 +154,25 @@ def test_placeholders_are_spread_as_the_processor_spreads_them(tmp_path: Path) -
 
 def test_a_row_that_is_too_long(tmp_path: Path) -> None:
     (entry, *_) = entries(tmp_path)
-    rows = Rows(small(), longest=20)
+    rows = RowMaker(small(), longest=20)
     with pytest.raises(VlmpruneError, match=r"turn 1 of entry 'scene-0' has \d+ tokens, more than"):
         rows.row(entry, 0)
 
 
 def test_samples_depend_on_the_seed_and_their_number_alone(tmp_path: Path) -> None:
     some = entries(tmp_path)
-    samples = Samples(some, 4 * len(some), 2, seed=3)
+    samples = Draws(some, 4 * len(some), 2, seed=3)
     order = [samples[i] for i in range(len(samples))]
-    again = Samples(some, 4 * len(some), 2, seed=3)
+    again = Draws(some, 4 * len(some), 2, seed=3)
     assert [again[i] for i in reversed(range(len(again)))] == order[::-1]
-    other = Samples(some, 4 * len(some), 2, seed=4)
+    other = Draws(some, 4 * len(some), 2, seed=4)
     assert [other[i] for i in range(len(other))] != order
     for epoch in range(4):
         part = order[epoch * len(some) : (epoch + 1) * len(some)]
         assert sorted(one.entry.number for one in part) == list(range(len(some)))
     assert all(len(set(one.turns)) == 2 for one in order)
     assert len({one.turns for one in order}) > 1
-    assert Samples(some, 1, 0, 0)[0].turns == (0, 1, 2, 3)
+    assert Draws(some, 1, 0, 0)[0].turns == (0, 1, 2, 3)
 
 
 def test_held_out_entries_share_no_picture_with_the_others(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ from vlmprune.hosts import contract
 from vlmprune.io.models import Loaded
 from vlmprune.io.processors import scale
 from vlmprune.training import curve
+from vlmprune.training.draws import Drawn
 from vlmprune.training.learner import Learner
-from vlmprune.training.rows import Rows
-from vlmprune.training.samples import Sample
+from vlmprune.training.rows import RowMaker
 from vlmprune.training.start import Wanted, build, check, finish
 from vlmprune.training.states import States
 from vlmprune.training.trainer import CHECKPOINTS, Collator, Settings, last_checkpoint
@@ -44,8 +44,8 @@ def weights(module: torch.nn.Module) -> dict[str, Tensor]:
 def batch_of(loaded: Loaded, folder: Path, states: States | None = None) -> dict[str, Tensor]:
     """Two scenes, three turns."""
     some = entries(folder)[:2]
-    rows = Rows(loaded.processor)
-    return Collator(rows, states)([Sample(some[0], (0, 2)), Sample(some[1], (1,))])
+    rows = RowMaker(loaded.processor)
+    return Collator(rows, states)([Drawn(some[0], (0, 2)), Drawn(some[1], (1,))])
 
 
 def test_the_loss_falls_on_a_fixed_batch_and_what_is_frozen_stays(
@@ -106,7 +106,7 @@ def test_the_loss_is_that_of_ordinary_calls(
     pruner = method.fresh(loaded.model, **hyper)
     learner = Learner(loaded.model, pruner)
     some = entries(tmp_path)[:2]
-    rows = Rows(loaded.processor)
+    rows = RowMaker(loaded.processor)
     passes: list[int] = []
     tower = loaded.model.model.vision_tower
     hook = tower.register_forward_hook(lambda _, args, __: passes.append(len(args[0])))
@@ -139,7 +139,7 @@ def test_answers_may_count_alike(loaded: Loaded, tmp_path: Path) -> None:
     batch = batch_of(loaded, tmp_path)
     lengths = (batch["labels"] != -100).sum(dim=1).tolist()
     assert len(set(lengths)) > 1
-    rows = Rows(loaded.processor)
+    rows = RowMaker(loaded.processor)
     some = entries(tmp_path)[:2]
     with torch.no_grad():
         alike = Learner(loaded.model, pruner, weigh="answer")
@@ -221,7 +221,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(loaded: Loaded, tmp_path: 
 def test_kept_states_stand_for_the_encoder(loaded: Loaded, tmp_path: Path) -> None:
     """The loss over states from the disk is the loss with the encoder, to half precision."""
     pruner = QueCC.fresh(loaded.model, window=2, hidden=16)
-    rows = Rows(loaded.processor)
+    rows = RowMaker(loaded.processor)
     some = entries(tmp_path)
     states = States(tmp_path / "cache", loaded.model, pruner, rows, some)
     assert states.layers == (5, 7, 10)

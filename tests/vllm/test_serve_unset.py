@@ -72,7 +72,7 @@ for call in plugins.values():
 assert dict(ModelRegistry.models) == models
 assert dict(MODELS_CONFIG_MAP) == hooks
 loaded = sorted(m for m in sys.modules if m.startswith("vlmprune.integrations.vllm"))
-assert loaded == ["vlmprune.integrations.vllm"], loaded
+assert loaded == ["vlmprune.integrations.vllm", "vlmprune.integrations.vllm.names"], loaded
 print("untouched")
 """
     done = subprocess.run(

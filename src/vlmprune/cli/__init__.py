@@ -1,31 +1,31 @@
-"""The command `vlmprune`: parses, and prints what other modules work out.
+"""The command `vlmprune`, one file a command, named as the command: it parses and prints.
 
-Nothing heavy is imported here before a command needs it.
+Beside the commands stand what they share: `app`, `options`, `printing`.
+May import every room; nothing heavy at a module's top, so that help needs no torch.
 """
 
 from __future__ import annotations
 
 import sys
 
-from vlmprune.cli import bench, calibrate, compare, lists, search, train
-from vlmprune.cli import eval as evaluating
-from vlmprune.cli import run as running
+from vlmprune.cli import bench, calibrate, compare, methods, models, plan, run, search, train
+from vlmprune.cli import eval as evaluate
 from vlmprune.cli.app import app
 
 for command in (
-    running.run,
+    run.run,
     bench.bench,
     compare.compare,
-    evaluating.evaluate,
+    evaluate.evaluate,
     search.search,
     calibrate.calibrate,
     train.train,
-    lists.plan,
-    lists.methods,
-    lists.models,
+    plan.plan,
+    methods.methods,
+    models.models,
 ):
     # The name `eval` is one of Python's own.
-    app.command("eval" if command is evaluating.evaluate else None)(command)
+    app.command("eval" if command is evaluate.evaluate else None)(command)
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from vlmprune import __version__
+        from vlmprune.version import __version__
 
         typer.echo(f"vlmprune {__version__}")
         raise typer.Exit

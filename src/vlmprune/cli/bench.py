@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from vlmprune.cli.options import AsJson, Device, Dtype, Model
-from vlmprune.cli.printing import console, print_json, progress
+from vlmprune.cli.printing import (
+    bare_table,
+    console,
+    flops,
+    mib,
+    print_json,
+    progress,
+    typed,
+)
 from vlmprune.errors import VlmpruneError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
-    from vlmprune.study.bench.results import Result
+    from rich.table import Table
+
+    from vlmprune.study.bench.results import BenchResult, Figures, Quartiles
 
 GPU, CPU = "measured on a GPU", "of a CPU: use the ratios only"
 """What the seconds in the JSON are."""
@@ -110,28 +118,28 @@ def bench(
     """
     _check_together(shape, model, images, visual_tokens, layers or tower_layers)
     with progress("Starting…") as say:
-        from vlmprune.cli.bench_tables import print_results
         from vlmprune.hosts.config import attention_implementation, of_text
-        from vlmprune.io import models, sources
+        from vlmprune.io import models, options, outputs, sources
+        from vlmprune.io.outputs import json_text, write
         from vlmprune.study import measure
-        from vlmprune.study.bench import page as benchpage
-        from vlmprune.study.bench import plot as benchplot
-        from vlmprune.study.bench import run as benching
         from vlmprune.study.bench import workload
+        from vlmprune.study.bench.plot import plot as draw
+        from vlmprune.study.bench.run import compare
+        from vlmprune.study.bench.tables import markdown as tables_of
 
         with models.quiet():
-            pruners = workload.parse_methods(method or [f"vispruner:keep={sources.KEEP}"])
+            pruners = workload.parse_methods(method or [f"vispruner:keep={options.KEEP}"])
             batches, wanted = batch or [1], visual_tokens or []
             for number in batches:
-                sources.at_least_one(batch=number)
-            sources.at_least_one(new_tokens=new_tokens, repeat=repeat, text_tokens=text_tokens)
+                options.at_least_one(batch=number)
+            options.at_least_one(new_tokens=new_tokens, repeat=repeat, text_tokens=text_tokens)
             for number in wanted:
-                sources.at_least_one(visual_tokens=number)
+                options.at_least_one(visual_tokens=number)
             pictures = workload.parse_images(images or ["1"])
-            place = sources.choose_device(device)
-            kind = sources.choose_dtype(dtype, place)
+            place = options.choose_device(device)
+            kind = options.choose_dtype(dtype, place)
             target, page, drawing = (
-                None if path is None else sources.result_path(path, option, ending)
+                None if path is None else outputs.result_path(path, option, ending)
                 for path, option, ending in (
                     (out, "--out", ".json"),
                     (markdown, "--markdown", ".md"),
@@ -146,39 +154,36 @@ def bench(
             else:
                 source = sources.find_model(model)
                 for pruner in pruners.values():
-                    sources.check_budget(source, pruner)
+                    options.check_budget(source, pruner)
                 say(f"Loading {source.label}…")
                 works = workload.from_model(source, place, kind, batches, pictures)
-            results: list[Result] = []
-            command, arguments = _command(context)
+            results: list[BenchResult] = []
             content: dict[str, Any] = {
-                "command": command,
-                "arguments": arguments,
+                "command": typed(context),
+                "arguments": dict(context.params),
                 **measure.facts(place),
                 "attention": "",
                 "seconds_are": GPU if place.type == "cuda" else CPU,
                 "runs": [],
             }
             for one in works:
-                results.append(
-                    benching.compare(one, pruners, new_tokens, repeat, say, floor, memory)
-                )
+                results.append(compare(one, pruners, new_tokens, repeat, say, floor, memory))
                 content["attention"] = attention_implementation(of_text(one.model.config))
                 content["runs"].append(results[-1].as_dict())
                 if target is not None:
                     # A run that is stopped keeps what it has.
-                    _write(target, _json(content))
+                    write(target, json_text(content))
     if as_json:
         print_json(content)
     else:
-        print_results(results, content)
+        _print(results, content)
     for path, what, made in (
-        (target, "all figures are", lambda: _json(content)),
-        (page, "the table is", lambda: benchpage.markdown(content).encode()),
-        (drawing, "the plot is", lambda: benchplot.plot(content)),
+        (target, "all figures are", lambda: json_text(content)),
+        (page, "the table is", lambda: tables_of(content)),
+        (drawing, "the plot is", lambda: draw(content)),
     ):
         if path is not None:
-            _write(path, made())
+            write(path, made())
             if not as_json:
                 console().print(f"{what} in {path}", markup=False, soft_wrap=True)
 
@@ -207,29 +212,184 @@ def _check_together(
         raise VlmpruneError("--images and --visual-tokens exclude each other; give one of them.")
 
 
-def _command(context: typer.Context) -> tuple[str, dict[str, Any]]:
-    """The command as it was given, and the value of every option."""
-    given = []
-    for one in context.command.params:
-        source = context.get_parameter_source(one.name or "")
-        if source is None or source.name != "COMMANDLINE":
-            continue
-        value = context.params[one.name]
-        option = max(one.opts, key=len)
-        if isinstance(value, bool):
-            given.append(option if value else (one.secondary_opts or [option])[0])
-            continue
-        for item in value if isinstance(value, list | tuple) else [value]:
-            given += [option, str(item)]
-    return shlex.join(["vlmprune", "bench", *given]), dict(context.params)
+def _print(results: list[BenchResult], content: dict[str, Any]) -> None:
+    """A table for each run, and what the figures depend on."""
+    from rich.text import Text
+
+    from vlmprune.study.bench.tables import on_gpu, setting
+
+    out, first = console(), results[0]
+    gpu = on_gpu(content)
+    for result in results:
+        work = f"{result.batch} prompt(s) of {result.images} image(s), {result.prompt_tokens}"
+        out.print(
+            Text.assemble(
+                (result.model, "bold"), f"; {work} tokens; {result.new_tokens} new tokens"
+            )
+        )
+        out.print()
+        single = len(result.methods) == 1
+        out.print(_details(result, gpu) if single else _overview(result, gpu))
+        if result.no_floor:
+            out.print(f"no floor: {result.no_floor}", style="dim", markup=False)
+        out.print()
+    around = "± half the distance between the quartiles"
+    lines = [
+        f"medians of {first.repeat} turn(s) {around if len(first.methods) == 1 else ''}".strip()
+    ]
+    if len(first.methods) > 1:
+        lines[0] += "; --json has all times and spreads"
+    if not gpu:
+        lines.append("a CPU's times say little, so speeds are ratios to all tokens")
+    lines += [
+        "first token: from the call to it, encoder included; prefill: language model",
+        "selecting: share of the unpruned time to the first token",
+    ]
+    if first.floors:
+        lines.append("x floor: time to the first token over that of a natively short prompt")
+    if first.full.peak_bytes is None:
+        lines.append("peak memory is not measured on a CPU without --memory")
+    lines.append("visual KV, FLOPs: of the visual tokens")
+    for line in [*lines, *setting(content).split("; ")[:2]]:
+        out.print(line, style="dim", markup=False, soft_wrap=True)
 
 
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+def _details(result: BenchResult, gpu: bool) -> Table:
+    """One method beside all tokens: ratios first, then what they come from."""
+    from rich.text import Text
+
+    from vlmprune.study.bench.tables import saved
+
+    full, one = result.full, result.methods[0]
+    floor = result.floor(one)
+    ways = (full, one, *(way for way in dict.fromkeys(floor or ()) if way is not full))
+    table = bare_table(*(way.name for way in ways))
+
+    def row(name: str, show: Callable[[Figures], str], change: Callable[[Figures], str]) -> None:
+        cells = [Text(show(full))]
+        cells += [Text(f"{change(way):>6}  {show(way)}".rstrip()) for way in ways[1:]]
+        table.add_row(name, *cells)
+
+    def times(name: str, ratio: str, rate: bool = False) -> None:
+        def show(way: Figures) -> str:
+            quartiles = getattr(way, name)
+            if quartiles is None or gpu:
+                return _rate(quartiles) if rate else _time(quartiles)
+            return _share(quartiles).strip()
+
+        row(name_of[name], show, lambda way: _times(way.against(full)[ratio]))
+
+    def sizes(name: str, show: Callable[[Any], str]) -> None:
+        row(
+            name_of[name],
+            lambda way: show(getattr(way, name)),
+            lambda way: saved(getattr(full, name), getattr(way, name)),
+        )
+
+    name_of = {
+        "visual_tokens": "visual tokens",
+        "first_ms": "first token",
+        "prefill_ms": "  prefill",
+        "decode_tokens_per_second": "decode",
+        "total_ms": "total",
+        "visual_kv_bytes": "visual KV",
+        "cache_bytes": "whole cache",
+        "peak_bytes": "peak memory",
+        "flops": "FLOPs",
+    }
+    sizes("visual_tokens", str)
+    times("first_ms", "first_token_speedup")
+    times("prefill_ms", "prefill_speedup")
+    row(
+        "  selecting",
+        lambda way: _time(way.selecting_ms) if gpu else "",
+        lambda way: _percent(way.against(full)["selecting_share"]),
+    )
+    times("decode_tokens_per_second", "decode_speedup", rate=True)
+    times("total_ms", "total_speedup")
+    if floor is not None:
+        row(
+            "x floor",
+            lambda way: "",
+            lambda way: f"{one.over(*floor)['first_token']:.2f}" if way is one else "",
+        )
+    sizes("visual_kv_bytes", mib)
+    sizes("cache_bytes", mib)
+    if full.peak_bytes is not None:
+        sizes("peak_bytes", lambda size: mib(size or 0))
+    sizes("flops", flops)
+    row(
+        "same first",
+        lambda way: "",
+        lambda way: (
+            _same(way.against(full)["same_first_tokens"], result.batch) if way is one else ""
+        ),
+    )
+    return table
 
 
-def _write(target: Path, content: bytes) -> None:
-    try:
-        target.write_bytes(content)
-    except OSError as error:
-        raise VlmpruneError(f"{str(target)!r} cannot be written ({error.strerror}).") from error
+def _overview(result: BenchResult, gpu: bool) -> Table:
+    """Several methods, a line each: ratios alone."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    from vlmprune.study.bench.tables import saved
+
+    full = result.full
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    table.add_column("", overflow="fold")
+    titles = ["visual\ntokens", "first\ntoken", "pre-\nfill", "decode", "total"]
+    titles += ["x\nfloor", "selec-\nting", "visual\nKV", "FLOPs"]
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    if gpu:
+        times = [_time(full.first_ms, False), _time(full.prefill_ms, False)]
+        decode = full.decode_tokens_per_second
+        times += ["" if decode is None else f"{decode.median:.0f}/s", _time(full.total_ms, False)]
+        table.add_row(full.name, str(full.visual_tokens), *times, "", "", "", "")
+    for one in result.methods:
+        against, floor = one.against(full), result.floor(one)
+        names = ("first_token", "prefill", "decode", "total")
+        table.add_row(
+            Text(one.name),
+            str(one.visual_tokens),
+            *(_times(against[f"{name}_speedup"]) for name in names),
+            "" if floor is None else f"{one.over(*floor)['first_token']:.2f}",
+            _percent(against["selecting_share"]),
+            *(
+                saved(getattr(full, name), getattr(one, name)) or "="
+                for name in ("visual_kv_bytes", "flops")
+            ),
+        )
+    return table
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2g} %"
+
+
+def _time(quartiles: Quartiles | None, around: bool = True) -> str:
+    if quartiles is None:
+        return ""
+    return f"{quartiles.median:.1f} ms{_share(quartiles) if around else ''}"
+
+
+def _rate(quartiles: Quartiles | None) -> str:
+    if quartiles is None:
+        return "–"  # noqa: RUF001 - a dash, as tables have
+    return f"{quartiles.median:.1f} tok/s{_share(quartiles)}"
+
+
+def _share(quartiles: Quartiles) -> str:
+    return f" ±{100 * quartiles.share:.0f} %" if len(quartiles.values) > 1 else ""
+
+
+def _same(count: int, rows: int) -> str:
+    if rows == 1:
+        return "yes" if count else "no"
+    return f"{count} of {rows}"

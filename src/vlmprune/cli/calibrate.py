@@ -57,39 +57,45 @@ def calibrate(
 ) -> None:
     """Find PLPHP's thresholds for a model: its vision attention over your pictures."""
     with progress("Starting…") as say:
-        from vlmprune.io import models, sources
+        from vlmprune.io import models, options, outputs, sources
+        from vlmprune.io.pictures import open_images
         from vlmprune.methods import PLPHP
-        from vlmprune.study.calibrate import run as calibrating
+        from vlmprune.study.calibrate.plot import plot as draw
+        from vlmprune.study.calibrate.results import document
+        from vlmprune.study.calibrate.run import (
+            check_quantiles,
+            measure,
+            questions_for,
+            thresholds,
+        )
 
         with models.quiet():
             probe = PLPHP(window=window)
-            sources.at_least_one(batch=batch)
-            calibrating.check_quantiles(beta_quantile, alpha_quantile)
-            target = calibrating.check_target(Path(out).expanduser())
+            options.at_least_one(batch=batch)
+            check_quantiles(beta_quantile, alpha_quantile)
+            target = outputs.check_target(Path(out).expanduser())
             picture = target.with_suffix(".png") if plot is None else Path(plot).expanduser()
-            calibrating.check_target(picture)
-            place = sources.choose_device(device)
-            kind = sources.choose_dtype(dtype, place)
+            outputs.check_target(picture)
+            place = options.choose_device(device)
+            kind = options.choose_dtype(dtype, place)
             source = sources.find_model(model)
             files = _files(images or [], model)
             say(f"Loading {source.label}…")
             loaded = models.load(source, place, kind)
             asked = question or _questions(model)
-            opened = (sources.open_images([file])[0] for file in files)
+            opened = (open_images([file])[0] for file in files)
             total = len(files) * len(asked)
-            gammas = calibrating.measure(
+            gammas = measure(
                 loaded.model,
-                calibrating.questions_for(loaded, opened, asked, batch),
+                questions_for(loaded, opened, asked, batch),
                 window,
                 lambda seen: say(f"{seen}, of {total}"),
             )
-            alpha, beta = calibrating.thresholds(gammas, beta_quantile, alpha_quantile)
-            content = calibrating.document(
-                gammas, alpha, beta, source.label, beta_quantile, alpha_quantile
-            )
-            calibrating.save(content, target)
+            alpha, beta = thresholds(gammas, beta_quantile, alpha_quantile)
+            content = document(gammas, alpha, beta, source.label, beta_quantile, alpha_quantile)
+            outputs.save_json(content, target)
             pruner = PLPHP(alpha=alpha, beta=beta, window=probe.window)
-            calibrating.plot(gammas, pruner, picture, source.label)
+            draw(gammas, pruner, picture, source.label)
     if as_json:
         print_json(content | {"file": str(target), "plot": str(picture)})
         return

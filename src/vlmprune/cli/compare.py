@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -15,7 +14,7 @@ from vlmprune.errors import VlmpruneError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vlmprune.study.compare.results import Result
+    from vlmprune.study.compare.results import Comparison
 
 # What is compared where nobody says.
 METHODS = "random,uniform,divprune,vispruner"
@@ -104,42 +103,45 @@ def compare(
     _check_together(pictures, question, task, limit, max_new_tokens)
     with bar() as tell:
         tell("Starting…", 0, 1)
-        from vlmprune.io import models, sources
+        from vlmprune.io import models, options, sources
+        from vlmprune.io.outputs import check_free, json_text, write
+        from vlmprune.io.pictures import open_images
         from vlmprune.study import measure, tasks
-        from vlmprune.study.compare import configurations, page
-        from vlmprune.study.compare import plot as pareto
-        from vlmprune.study.compare import run as comparing
+        from vlmprune.study.compare import configurations
+        from vlmprune.study.compare.page import render
+        from vlmprune.study.compare.plot import axes_of, dots_of, plot
+        from vlmprune.study.compare.results import MARK, MOST
+        from vlmprune.study.compare.run import SHOWN, Pictures
+        from vlmprune.study.compare.run import compare as compare_all
 
         with models.quiet():
             specs = [one for text in methods or [METHODS] for one in configurations.split(text)]
             found = configurations.ways_of(
                 specs, configurations.keeps_of(keep or KEEPS), keep is not None
             )
-            sources.at_least_one(batch=batch, repeat=repeat)
+            options.at_least_one(batch=batch, repeat=repeat)
             if limit is not None:
-                sources.at_least_one(limit=limit)
+                options.at_least_one(limit=limit)
             if show is not None and show < 0:
                 raise VlmpruneError(f"--show {show} is below 0; use 0 for none.")
-            if show is not None and show > page.MOST:
+            if show is not None and show > MOST:
                 raise VlmpruneError(
-                    f"--show {show} is above the {page.MOST} questions that a page holds; use "
-                    f"{page.MOST} or fewer."
+                    f"--show {show} is above the {MOST} questions that a page holds; use "
+                    f"{MOST} or fewer."
                 )
             asked: tasks.Task
             if pictures:
                 longest = 64 if max_new_tokens is None else max_new_tokens
-                sources.at_least_one(max_new_tokens=longest)
-                opened = sources.open_images(pictures)
-                asked = comparing.Pictures(
-                    tuple(pictures), tuple(opened), tuple(question or ()), longest
-                )
+                options.at_least_one(max_new_tokens=longest)
+                opened = open_images(pictures)
+                asked = Pictures(tuple(pictures), tuple(opened), tuple(question or ()), longest)
             else:
                 asked = tasks.find_task(task or TASK)
-            place = sources.choose_device(device)
-            kind = sources.choose_dtype(dtype, place)
+            place = options.choose_device(device)
+            kind = options.choose_dtype(dtype, place)
             source = sources.find_model(model)
             for way in found:
-                sources.check_budget(source, way.pruner)
+                options.check_budget(source, way.pruner)
             folder = Path(out).expanduser()
             targets = {
                 "page": Path(html).expanduser() if html else folder / "compare.html",
@@ -151,11 +153,11 @@ def compare(
                     f"--html {html!r} does not end in .html; use a name such as compare.html."
                 )
             for path in targets.values():
-                page.check_free(path)
+                check_free(path, MARK)
             tell(f"Loading {source.label}…", 0, 1)
             loaded = models.load(source, place, kind)
-            count = show if show is not None else None if pictures else comparing.SHOWN
-            result = comparing.compare(
+            count = show if show is not None else None if pictures else SHOWN
+            result = compare_all(
                 *(loaded, source, found, asked, limit, batch, repeat, count),
                 *(folder / "answers", tell),
             )
@@ -163,12 +165,11 @@ def compare(
             facts = measure.facts(place)
             command = typed(context)
             title = f"{result.model} on {result.task}"
-            plot = pareto.plot(result.dots(), result.axes, result.what, title)
-            content = {"made_by": page.MARK, "command": command, **facts, **result.as_dict()}
-            page.write(targets["plot"], plot)
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            page.write(targets["figures"], text)
-            page.write(targets["page"], page.render(result, plot, facts, command))
+            drawn = plot(dots_of(result), axes_of(result), result.what, title)
+            content = {"made_by": MARK, "command": command, **facts, **result.as_dict()}
+            write(targets["plot"], drawn)
+            write(targets["figures"], json_text(content))
+            write(targets["page"], render(result, drawn, facts, command))
     if as_json:
         print_json(content | {"files": {name: str(path) for name, path in targets.items()}})
     else:
@@ -203,7 +204,7 @@ def _check_together(
 
 
 def _print(
-    result: Result, facts: dict[str, Any], targets: dict[str, Path], answers: Path, own: bool
+    result: Comparison, facts: dict[str, Any], targets: dict[str, Path], answers: Path, own: bool
 ) -> None:
     from rich.text import Text
 
@@ -238,7 +239,7 @@ def _print(
         out.print(line, style="dim", markup=False, soft_wrap=True)
 
 
-def _scored(result: Result) -> str:
+def _scored(result: Comparison) -> str:
     words = (
         "accuracy: share of right answers"
         if result.scored
@@ -249,13 +250,13 @@ def _scored(result: Result) -> str:
     return f"{words}, with its 95 % interval, bootstrapped over pictures"
 
 
-def _table(result: Result, width: int) -> Table:
+def _table(result: Comparison, width: int) -> Table:
     """All rows; a narrow terminal does without the FLOPs of the vision tower."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    from vlmprune.study.compare.results import columns, sections
+    from vlmprune.study.compare.tables import columns, sections
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     names = [len(row.name) for row in result.rows]
@@ -276,13 +277,13 @@ def _table(result: Result, width: int) -> Table:
     return table
 
 
-def _answers(result: Result, question: str, texts: list[str]) -> Table:
+def _answers(result: Comparison, question: str, texts: list[str]) -> Table:
     """What all configurations answered to one question."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    from vlmprune.study.compare.results import budget
+    from vlmprune.study.wording import budget
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for title in ("", Text(question), ""):

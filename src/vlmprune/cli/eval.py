@@ -79,21 +79,22 @@ def evaluate(
     with bar() as tell:
         tell("Starting…", 0, 1)
         from vlmprune import spec
-        from vlmprune.io import models, sources
+        from vlmprune.io import models, options, sources
+        from vlmprune.io.outputs import write
         from vlmprune.study import tasks
-        from vlmprune.study.compare import page
         from vlmprune.study.evals import kept_answers
-        from vlmprune.study.evals import run as evaluating
-        from vlmprune.study.evals import tables as assessed
+        from vlmprune.study.evals.results import UNPRUNED
+        from vlmprune.study.evals.run import evaluate as answer
+        from vlmprune.study.evals.tables import Assessed
 
         with models.quiet():
             settings = {"keep": None if keep is None else keep_of(keep), "budget": budget}
             stages = spec.read(method)
-            pruner = sources.make_pruner(method, settings)
+            pruner = options.make_pruner(method, settings)
             _check_pictures(stages)
-            sources.at_least_one(batch=batch)
+            options.at_least_one(batch=batch)
             if limit is not None:
-                sources.at_least_one(limit=limit)
+                options.at_least_one(limit=limit)
             chosen = tasks.find_task(task)
             samples = chosen.samples(limit)
             if no_baseline and not any(one.answers for one in samples):
@@ -103,10 +104,10 @@ def evaluate(
                 )
             target = None if out is None else _store_path(out)
             table = None if markdown is None else _table_path(markdown)
-            place = sources.choose_device(device)
-            kind = sources.choose_dtype(dtype, place)
+            place = options.choose_device(device)
+            kind = options.choose_dtype(dtype, place)
             source = sources.find_model(model)
-            sources.check_budget(source, pruner)
+            options.check_budget(source, pruner)
             tell(f"Loading {source.label}…", 0, 1)
             loaded = models.load(source, place, kind)
             if target is None:
@@ -115,26 +116,24 @@ def evaluate(
                 names = "+".join(stage.name for stage in stages)
                 stores = [
                     folder / kept_answers.file_name(names, pruner),
-                    folder / kept_answers.file_name(evaluating.UNPRUNED, None),
+                    folder / kept_answers.file_name(UNPRUNED, None),
                 ]
             else:
-                stores = [target, target.with_suffix(f".{evaluating.UNPRUNED}{target.suffix}")]
+                stores = [target, target.with_suffix(f".{UNPRUNED}{target.suffix}")]
             ways = 1 if no_baseline else 2
             found = []
             # The unpruned model first: it also tells soonest whether the set can be answered.
             for turn, number in enumerate([0] if no_baseline else [1, 0]):
                 way = (pruner, None)[number]
-                title = (spec.dump(pruner), evaluating.UNPRUNED)[number]
+                title = (spec.dump(pruner), UNPRUNED)[number]
 
                 def say(done: int, total: int, title: str = title, turn: int = turn) -> None:
                     words = f"{title}: question {done} of {total}"
                     tell(words, turn * total + done, ways * total)
 
-                found.append(
-                    evaluating.evaluate(loaded, way, chosen, limit, batch, say, str(stores[number]))
-                )
+                found.append(answer(loaded, way, chosen, limit, batch, say, str(stores[number])))
             answers, full = found[-1], None if no_baseline else found[0]
-            result = assessed.Assessed(
+            result = Assessed(
                 label=source.label,
                 spec=spec.dump(pruner),
                 answers=answers,
@@ -143,7 +142,7 @@ def evaluate(
                 full_figures={} if full is None else chosen.summary(full.results),
             )
             if table is not None:
-                page.write(table, result.markdown(typed(context)))
+                write(table, result.markdown(typed(context)))
     kept = {"answers": str(stores[0])}
     if not no_baseline:
         kept["unpruned"] = str(stores[1])
@@ -173,6 +172,7 @@ def _store_path(out: str) -> Path:
 
 
 def _table_path(markdown: str) -> Path:
+    from vlmprune.io.outputs import is_marked
     from vlmprune.study.evals.tables import MARK
 
     path = Path(markdown).expanduser()
@@ -182,7 +182,7 @@ def _table_path(markdown: str) -> Path:
         )
     if path.is_dir() or not path.parent.is_dir():
         raise VlmpruneError(f"--markdown {markdown!r} cannot be written; choose another path.")
-    if path.exists() and MARK.encode() not in path.read_bytes():
+    if path.exists() and not is_marked(path, MARK):
         raise VlmpruneError(
             f"--markdown {markdown!r} is there already and not of `{MARK}`; give another name."
         )
@@ -219,7 +219,7 @@ def _table(result: Assessed, bracket: str) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from vlmprune.study.compare.results import ALL_TOKENS
+    from vlmprune.study.wording import ALL_TOKENS
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("", style="dim", no_wrap=True)

@@ -78,6 +78,21 @@ def bare_table(*ways: str) -> Table:
     return table
 
 
+def plain_grid(title: str) -> Table:
+    """A table without lines and headings, below a title."""
+    from rich.table import Table
+
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        show_header=False,
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
+
+
 def less(before: float, after: float) -> str:
     """What is saved, as a percentage; nothing where nothing is."""
     return "" if before == after else f"-{100 * (1 - after / before):.0f} %"
@@ -105,7 +120,8 @@ def typed(context: typer.Context) -> str:
             continue
         value = context.params[one.name or ""]
         if isinstance(value, bool):
-            given.append(max(one.opts, key=len))
+            option = max(one.opts, key=len)
+            given.append(option if value else (one.secondary_opts or [option])[0])
             continue
         for item in value if isinstance(value, list | tuple) else [value]:
             named = one.param_type_name == "option"

@@ -13,7 +13,7 @@ from vlmprune.errors import VlmpruneError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vlmprune.study.one_question import Measured, Outcome
+    from vlmprune.study.one_question import BothWays, OneWay
 
 
 def run(
@@ -62,11 +62,12 @@ def run(
     _check_question(question)
     with progress("Starting…") as say:
         from vlmprune import spec
-        from vlmprune.io import models, sources
+        from vlmprune.io import models, options, outputs, sources
+        from vlmprune.io.pictures import open_images, save
         from vlmprune.study import one_question
 
         with models.quiet():
-            pruner = sources.make_pruner(
+            pruner = options.make_pruner(
                 method,
                 {
                     "keep": None if keep is None else keep_of(keep),
@@ -75,14 +76,14 @@ def run(
                     "budget": budget,
                 },
             )
-            sources.at_least_one(max_new_tokens=max_new_tokens, repeat=repeat)
-            sources.check_decode(decode_tokens)
-            pictures = sources.open_images(images)
-            place = sources.choose_device(device)
-            kind = sources.choose_dtype(dtype, place)
+            options.at_least_one(max_new_tokens=max_new_tokens, repeat=repeat)
+            options.check_decode(decode_tokens)
+            pictures = open_images(images)
+            place = options.choose_device(device)
+            kind = options.choose_dtype(dtype, place)
             source = sources.find_model(model)
-            sources.check_budget(source, pruner)
-            targets = sources.overlay_paths(save_overlay, images) if save_overlay else []
+            options.check_budget(source, pruner)
+            targets = outputs.overlay_paths(save_overlay, images) if save_overlay else []
             say(f"Loading {source.label}…")
             loaded = models.load(source, place, kind)
             inputs = models.prepare(loaded, pictures, question)
@@ -92,7 +93,7 @@ def run(
             if targets:
                 say("Drawing…")
                 drawn = one_question.draw(loaded, inputs, pictures, outcome.report)
-                sources.save(drawn, targets)
+                save(drawn, targets)
     if as_json:
         about: dict[str, Any] = {"model": source.name, "method": spec.dump(pruner)}
         about |= {"images": images, "question": question}
@@ -113,14 +114,14 @@ def _check_question(question: str) -> None:
         )
 
 
-def _print_outcome(model: str, method: str, question: str, outcome: Outcome) -> None:
+def _print_outcome(model: str, method: str, question: str, outcome: BothWays) -> None:
     from rich.text import Text
 
     full, pruned, report = outcome.full, outcome.pruned, outcome.report
     table = bare_table("all tokens", method)
     table.add_column("", style="green", justify="right", no_wrap=True)
 
-    def row(name: str, show: Callable[[Measured], str], change: str) -> None:
+    def row(name: str, show: Callable[[OneWay], str], change: str) -> None:
         table.add_row(name, Text(show(full)), Text(show(pruned)), change)
 
     def saved(name: str) -> str:
@@ -163,6 +164,6 @@ def _print_outcome(model: str, method: str, question: str, outcome: Outcome) -> 
         out.print(line, style="dim", markup=False)
 
 
-def _rate(measured: Measured) -> str:
+def _rate(measured: OneWay) -> str:
     speed = measured.decode_tokens_per_second
     return "–" if speed is None else f"{speed:.0f} tok/s"  # noqa: RUF001 - a dash, as tables have

@@ -72,21 +72,21 @@ def search(
     A search that was stopped goes on where it was when it is asked for again.
     """
     with progress("Starting…") as say:
-        from vlmprune.io import libraries, models, sources
+        from vlmprune.io import libraries, models, options, sources
+        from vlmprune.io.outputs import check_target, save_json
         from vlmprune.study import tasks
-        from vlmprune.study.calibrate.run import check_target, save
-        from vlmprune.study.search import optimise as outcomes
-        from vlmprune.study.search import plot as tradeoff
-        from vlmprune.study.search import run as searching
         from vlmprune.study.search import spaces
+        from vlmprune.study.search.optimise import check_journal
+        from vlmprune.study.search.plot import plot
+        from vlmprune.study.search.run import COSTS, ask, run
 
         with models.quiet():
             libraries.module("optuna", "search")
-            sources.at_least_one(batch=batch)
+            options.at_least_one(batch=batch)
             if limit is not None:
-                sources.at_least_one(limit=limit)
+                options.at_least_one(limit=limit)
             target = Path(out).expanduser()
-            asked = searching.ask(
+            asked = ask(
                 method,
                 over or [],
                 cost,
@@ -98,19 +98,19 @@ def search(
                 target,
             )
             check_target(asked.picture)
-            outcomes.check_journal(asked.journal)
+            check_journal(asked.journal)
             chosen = tasks.find_task(task)
-            place = sources.choose_device(device)
-            kind = sources.choose_dtype(dtype, place)
+            place = options.choose_device(device)
+            kind = options.choose_dtype(dtype, place)
             source = sources.find_model(model)
             if restart:
                 asked.journal.unlink(missing_ok=True)
             say(f"Loading {source.label}…")
             loaded = models.load(source, place, kind)
-            outcome = searching.run(loaded, asked, chosen, say)
-            save(outcome.content, asked.out)
-            words = searching.COSTS[cost][1]
-            tradeoff.plot(outcome.found, asked.picture, words, f"{asked.stage.name}, {task}")
+            outcome = run(loaded, asked, chosen, say)
+            save_json(outcome.content, asked.out)
+            words = COSTS[cost][1]
+            plot(outcome.found, asked.picture, words, f"{asked.stage.name}, {task}")
     if as_json:
         print_json(outcome.content | {"file": str(asked.out), "plot": str(asked.picture)})
     else:
@@ -151,15 +151,12 @@ def _table(outcome: Outcome) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from vlmprune.study.search.optimise import front
-
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in ("settings", "accuracy", "loss", "cost"):
         table.add_column(name, justify="left" if name == "settings" else "right")
     found = outcome.found
     table.add_row("no pruning", f"{100 * found.full:.1f} %", "", "100 %", style="dim")
-    best = front(found.tried)
-    for one in best[-SHOWN:][::-1]:
+    for one in found.front[-SHOWN:][::-1]:
         settings = ", ".join(f"{name}={_short(value)}" for name, value in one.settings.items())
         table.add_row(
             settings,

@@ -126,7 +126,7 @@ def train(
         tell("Starting…", 0, 1)
         import torch
 
-        from vlmprune.io import models, sources
+        from vlmprune.io import models, options, sources
         from vlmprune.study import tasks
         from vlmprune.training import data as reading
         from vlmprune.training import start
@@ -139,9 +139,9 @@ def train(
             raise VlmpruneError(f"--weigh {weigh!r} is unknown; use {' or '.join(WEIGHED)}.")
         if store not in STORED:
             raise VlmpruneError(f"--store {store!r} is unknown; use one of {', '.join(STORED)}.")
-        sources.at_least_one(steps=steps, batch=batch, eval_every=eval_every, save_every=save_every)
+        options.at_least_one(steps=steps, batch=batch, eval_every=eval_every, save_every=save_every)
         if side is not None:
-            sources.at_least_one(side=side)
+            options.at_least_one(side=side)
         for name, number in (("turns", turns), ("held-out", held_out), ("warm-up", warm_up)):
             if number < 0:
                 raise VlmpruneError(f"--{name} {number} is below 0; use 0 or more.")
@@ -165,8 +165,8 @@ def train(
 
             entries = reading.read(data, images)
             chosen = None if task is None else tasks.find_task(task)
-            place = sources.choose_device(device)
-            kind = sources.choose_dtype(dtype, place)
+            place = options.choose_device(device)
+            kind = options.choose_dtype(dtype, place)
             source = sources.find_model(model)
             tell(f"Loading {source.label}…", 0, 1)
             loaded = models.load(source, place, kind)

@@ -10,18 +10,15 @@ pays for them too: at Q text tokens the paper's cost is proportional to paramete
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlmprune import costs
-from vlmprune.costs.plan import KNOWN, MIB, TERA, Decoder, architecture
+from vlmprune.costs.plan import KNOWN, TERA, Decoder, architecture
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import config as configs
 from vlmprune.hosts import sizes
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 # Language models of one family, then the two that the published tables are about. Sizes are those
 # of the models' own config files.
@@ -126,35 +123,6 @@ def pairs(
         held_bytes = costs.kv_bytes(config, held, kv_value_bytes)
         found.append(Pair(name, _parameters(config), tokens, spent, held_bytes))
     return sorted(found, key=lambda pair: pair.parameters)
-
-
-def table(found: Iterable[Pair], tflops: float, text_tokens: int) -> Table:
-    """The pairs as a Rich table."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    result = Table(
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
-        caption=(
-            f"Prefill of {text_tokens} text tokens and the most visual tokens within "
-            f"{tflops:.3g} TFLOPs, none where the text alone costs more; the vision tower comes "
-            "on top. KV in MiB."
-        ),
-    )
-    result.add_column("language model", overflow="fold")
-    for title in ("layers", "visual tokens", "TFLOPs", "KV"):
-        result.add_column(title, justify="right")
-    for pair in found:
-        size = f"{pair.parameters / 1e9:.3g} B"
-        if pair.visual_tokens is None:
-            result.add_row(pair.model, size, "none", "", "")
-        else:
-            held = f"{pair.kv_bytes / MIB:.3g}"
-            result.add_row(pair.model, size, str(pair.visual_tokens), f"{pair.tflops:.3g}", held)
-    return result
 
 
 def _most(config: Any, flops: float, text: int) -> int | None:

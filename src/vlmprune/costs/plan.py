@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlmprune import costs
-from vlmprune.errors import VlmpruneError
+from vlmprune.errors import VlmpruneError, reason
 from vlmprune.hosts.config import required
 from vlmprune.select.budget import Budget, resolve_keep
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 TERA = 1e12
 MIB = 2**20
@@ -180,46 +176,6 @@ def plan(
         raise VlmpruneError(str(error)) from error
 
 
-def table(plans: Iterable[Plan]) -> Table:
-    """The plans as a Rich table, one row each, "full → pruned" in a cell.
-
-    KV caches are in MiB, which the published tables call MB. FLOPs have three digits.
-    """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    result = Table(
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
-        caption="One image; LLM, vision and total in TFLOPs of visual tokens; KV in MiB.",
-    )
-    result.add_column("model", overflow="fold")
-    for title in ("tokens", "LLM", "vision", "total", "KV", "saved"):
-        result.add_column(title, justify="right")
-    for p in plans:
-        pruned = p.visual_tokens_after != p.visual_tokens_before
-        result.add_row(
-            p.model,
-            _change(str(p.visual_tokens_before), str(p.visual_tokens_after), pruned),
-            _change(_digits(p.llm_tflops_before), _digits(p.llm_tflops_after), pruned),
-            _digits(p.encoder_tflops),
-            _change(_digits(p.total_tflops_before), _digits(p.total_tflops_after), pruned),
-            _change(_digits(p.kv_bytes_before / MIB), _digits(p.kv_bytes_after / MIB), pruned),
-            f"{p.flops_saving:.0%}" if pruned else "",
-        )
-    return result
-
-
-def _digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
-
-
-def _change(before: str, after: str, pruned: bool) -> str:
-    return f"{before} → {after}" if pruned else before
-
-
 def architecture(model: str) -> Any:
     """The config of a known architecture or of a local folder.
 
@@ -269,10 +225,9 @@ def _local_config(folder: Path) -> Any:
         return pretrained.config_of(folder, local=True)
     # A broken config fails in many ways, none of which the caller could treat apart.
     except Exception as error:
-        reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
         raise VlmpruneError(
-            f"{folder / 'config.json'} cannot be read by Transformers ({reason}); use a valid "
-            f"config, or one of {', '.join(KNOWN)}."
+            f"{folder / 'config.json'} cannot be read by Transformers ({reason(error)}); use a "
+            f"valid config, or one of {', '.join(KNOWN)}."
         ) from error
 
 

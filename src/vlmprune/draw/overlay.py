@@ -18,7 +18,7 @@ Colour = tuple[int, int, int]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
-Entry = tuple[str, Colour | None]
+LegendEntry = tuple[str, Colour | None]
 
 # Brightened orange and sky blue of Okabe and Ito's palette, told apart by the colour-blind too.
 COLOURS: dict[str, Colour] = {
@@ -227,12 +227,12 @@ def _beside(panels: list[Image.Image], gap: int) -> Image.Image:
     return row
 
 
-def _title(name: str, labels: Ints) -> list[Entry]:
+def _title(name: str, labels: Ints) -> list[LegendEntry]:
     return [(name, None), (f"{int((labels > _MEMBER).sum())} of {len(labels)} kept", None)]
 
 
 def _page(
-    panels: list[Image.Image], titles: list[list[Entry]], labels: Ints, some_unseen: bool
+    panels: list[Image.Image], titles: list[list[LegendEntry]], labels: Ints, some_unseen: bool
 ) -> Image.Image:
     """The panels on a dark card, titles above, headline and legend below."""
     margin = 20
@@ -240,7 +240,7 @@ def _page(
     size = int(np.clip(row.width // 44, 15, 24))
     kept = int((labels > _MEMBER).sum())
     share = f" ({100 * kept / len(labels):.0f} %)" if len(labels) else ""
-    entries: list[Entry] = [(f"{kept} of {len(labels)} tokens kept{share}", None)]
+    entries: list[LegendEntry] = [(f"{kept} of {len(labels)} tokens kept{share}", None)]
     for role in ROLES:
         count = int((labels == _LABELS.index(role)).sum())
         if count:
@@ -265,7 +265,7 @@ def _page(
     return page
 
 
-def _strip(entries: list[Entry], width: int, size: int, ink: Colour) -> Image.Image:
+def _strip(entries: list[LegendEntry], width: int, size: int, ink: Colour) -> Image.Image:
     """Lines of text, each entry after its colour swatch where it has one, `width` pixels wide."""
     # Drawn larger and shrunk, since the font's spaces collapse when it is hinted at small sizes.
     scale = 4

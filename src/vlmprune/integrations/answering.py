@@ -12,8 +12,9 @@ from PIL import Image
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.integrations.arguments import Arguments
-from vlmprune.io import sources
+from vlmprune.io import options, sources
 from vlmprune.io.models import Loaded, enough_memory, load, prepare_texts, prompt_of
+from vlmprune.io.pictures import open_images
 from vlmprune.io.processors import has_template
 from vlmprune.pruner import Handle
 
@@ -137,10 +138,10 @@ class Answerer:
 
     def __init__(self, arguments: Arguments) -> None:
         source = sources.find_model(arguments.pretrained)
-        device = sources.choose_device(arguments.device)
-        dtype = sources.choose_dtype(arguments.dtype, device)
+        device = options.choose_device(arguments.device)
+        dtype = options.choose_dtype(arguments.dtype, device)
         if arguments.pruner is not None:
-            sources.check_budget(source, arguments.pruner)
+            options.check_budget(source, arguments.pruner)
         self.loaded: Loaded = load(source, device, dtype)
         self.handle: Handle | None = None
         if arguments.pruner is not None:
@@ -212,7 +213,7 @@ def _picture(given: Any) -> Image.Image:
     if isinstance(given, Image.Image):
         return given.convert("RGB")
     if isinstance(given, str):
-        return sources.open_images([given])[0]
+        return open_images([given])[0]
     raise VlmpruneError(
         f"a request's picture is a {type(given).__name__}; give a picture of Pillow, or its path."
     )

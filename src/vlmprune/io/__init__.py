@@ -1,4 +1,5 @@
-"""What goes in and comes out: models with their processors, and what processors do to pictures.
+"""What goes in and comes out: models, their processors, pictures, options, and files written.
 
-May import everything below in the list of rooms, the pruner included, and Transformers' loaders.
+Here belongs what is checked before a model is loaded, loading it, and an output file's policy.
+May import `spec` and what stands below it, the embedded model, and Transformers' loaders.
 """

@@ -12,11 +12,11 @@ from weakref import WeakKeyDictionary
 import torch
 from PIL import Image
 
-from vlmprune.errors import VlmpruneError
+from vlmprune.errors import VlmpruneError, reason
 from vlmprune.hosts import pretrained
 from vlmprune.hosts.contract import Ledger
 from vlmprune.io import processors
-from vlmprune.io.sources import Source, reason
+from vlmprune.io.sources import Source
 from vlmprune.pruner import Handle, Pruner
 
 

@@ -17,8 +17,18 @@ from torch import Tensor
 from vlmprune.hosts import processed, release
 from vlmprune.hosts.measured import prefill_module, stored_bytes
 from vlmprune.hosts.release import cache_returned
+from vlmprune.version import __version__
 
-__all__ = ["Stopwatch", "Timed", "facts", "peak_bytes", "stored_bytes", "timed", "wait"]
+__all__ = [
+    "Stopwatch",
+    "Timed",
+    "facts",
+    "peak_bytes",
+    "stored_bytes",
+    "timed",
+    "versions",
+    "wait",
+]
 
 
 @dataclass(frozen=True)
@@ -199,17 +209,19 @@ def wait(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def versions() -> dict[str, str]:
+    """Of what figures come from: this package, torch and Transformers."""
+    return {
+        "vlmprune": __version__,
+        "torch": torch.__version__,
+        "transformers": release.version(),
+    }
+
+
 def facts(device: torch.device) -> dict[str, Any]:
     """What figures depend on besides the work: versions, the device's name, threads."""
-    from vlmprune import __version__
-
     return {
-        "versions": {
-            "vlmprune": __version__,
-            "torch": torch.__version__,
-            "transformers": release.version(),
-            "python": platform.python_version(),
-        },
+        "versions": {**versions(), "python": platform.python_version()},
         "device_name": _device_name(device),
         "threads": torch.get_num_threads(),
     }

@@ -16,7 +16,7 @@ from vlmprune.draw.boxes import token_boxes
 from vlmprune.hosts import processed
 from vlmprune.hosts import sizes as tower_sizes
 from vlmprune.io.models import Loaded, attached, enough_memory
-from vlmprune.io.sources import at_least_one, check_decode
+from vlmprune.io.options import at_least_one, check_decode
 from vlmprune.pruner import Pruner
 from vlmprune.report import Report
 from vlmprune.runtime.family import family_of
@@ -24,7 +24,7 @@ from vlmprune.study.measure import timed, wait
 
 
 @dataclass(frozen=True)
-class Measured:
+class OneWay:
     """One way of answering.
 
     Attributes:
@@ -52,7 +52,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BothWays:
     """Both ways, and what the pruner reports.
 
     Attributes:
@@ -66,8 +66,8 @@ class Outcome:
         repeat: timed rounds, of which the medians were taken.
     """
 
-    full: Measured
-    pruned: Measured
+    full: OneWay
+    pruned: OneWay
     first_token_same: bool
     decode_tokens: int
     report: Report
@@ -116,7 +116,7 @@ def answer_twice(
     repeat: int,
     decode_tokens: int,
     say: Callable[[str], None] = lambda message: None,
-) -> Outcome:
+) -> BothWays:
     """Answer and time the same inputs without and with the pruner, turn by turn.
 
     Args:
@@ -177,10 +177,10 @@ def answer_twice(
 
     report = replace(report, seconds_selecting=statistics.median(selecting))
 
-    def measured(pruned: bool) -> Measured:
+    def measured(pruned: bool) -> OneWay:
         part = "after" if pruned else "before"
         tokens = getattr(report, f"visual_tokens_{part}")
-        return Measured(
+        return OneWay(
             answer=loaded.processor.decode(ids[pruned], skip_special_tokens=True).strip(),
             visual_tokens=tokens,
             new_tokens=len(ids[pruned]),
@@ -193,7 +193,7 @@ def answer_twice(
         )
 
     dtype = str(model.dtype).removeprefix("torch.")
-    return Outcome(
+    return BothWays(
         full=measured(False),
         pruned=measured(True),
         first_token_same=bool(ids[False][0] == ids[True][0]),

@@ -157,7 +157,7 @@ class Learner(nn.Module):
         text = {"input_ids": input_ids, "attention_mask": attention_mask}
         counts, each = rows.tolist(), pictures.tolist()
         starts = [sum(each[:i]) for i in range(len(each))]
-        spread = [
+        of_rows = [
             start + picture
             for start, amount, times in zip(starts, each, counts, strict=True)
             for _ in range(times)
@@ -166,10 +166,10 @@ class Learner(nn.Module):
         if self.pruner.shortens and self.pruner.text_agnostic:
             given: dict[str, Any] = {"vision": self._vision(text, counts, each, places, pixels)}
             vision = given["vision"]
-            given["vision"] = replace(vision, items=tuple(vision.items[i] for i in spread))
+            given["vision"] = replace(vision, items=tuple(vision.items[i] for i in of_rows))
             self._tell(None)
         else:
-            order = torch.tensor(spread, device=input_ids.device)
+            order = torch.tensor(of_rows, device=input_ids.device)
             given = {k: _taken(v, order) for k, v in pixels.items()}
             self._tell(places, order)
         with _attention(input_ids.device):

@@ -17,15 +17,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.io.models import prompt_of
+from vlmprune.io.pictures import open_images
 from vlmprune.io.processors import has_template, image_mark
-from vlmprune.io.sources import open_images
 from vlmprune.training.data import Entry, Turn
 
 IGNORE = -100
 
 
 @dataclass
-class Rows:
+class RowMaker:
     """Makes rows for one model.
 
     Attributes:

@@ -19,7 +19,7 @@ from vlmprune.methods import METHODS
 from vlmprune.methods.bases.learned import Learned
 from vlmprune.study.tasks import Task
 from vlmprune.training.data import Entry
-from vlmprune.training.samples import held_out
+from vlmprune.training.draws import held_out
 
 EXTRA = "train"
 STAGES = ("align", "tune")
@@ -119,7 +119,7 @@ def build(
     """
     from vlmprune.io.processors import scale
     from vlmprune.training.learner import Learner
-    from vlmprune.training.rows import Rows
+    from vlmprune.training.rows import RowMaker
     from vlmprune.training.states import States
     from vlmprune.training.trainer import Run
 
@@ -135,7 +135,7 @@ def build(
     longest = longest_prompt(model.config)
     if wanted.side is not None:
         scale(loaded.processor, wanted.side)
-    rows = Rows(loaded.processor, longest)
+    rows = RowMaker(loaded.processor, longest)
     states = None
     if wanted.cache is not None:
         mixed = settings.precision == "bfloat16"

@@ -28,7 +28,7 @@ from vlmprune.pruner import Pruner
 from vlmprune.runtime.attention.taps import passing
 from vlmprune.runtime.family import family_of
 from vlmprune.training.data import Entry, Turn
-from vlmprune.training.rows import Rows
+from vlmprune.training.rows import RowMaker
 
 BATCH = 16
 """Pictures that the encoder sees at once."""
@@ -75,7 +75,7 @@ class States:
         folder: Path,
         model: Any,
         pruner: Pruner,
-        rows: Rows,
+        rows: RowMaker,
         entries: Sequence[Entry],
         mixed: bool = False,
     ) -> None:

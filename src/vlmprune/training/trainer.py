@@ -20,9 +20,9 @@ from vlmprune.study.evals import run as evaluating
 from vlmprune.study.tasks import Task
 from vlmprune.training import curve
 from vlmprune.training.data import Entry
+from vlmprune.training.draws import Drawn, Draws
 from vlmprune.training.learner import Learner
-from vlmprune.training.rows import Rows
-from vlmprune.training.samples import Sample, Samples
+from vlmprune.training.rows import RowMaker
 from vlmprune.training.states import States
 
 CHECKPOINTS, RUN, STATE = "checkpoints", "run.json", "trainer_state.json"
@@ -69,10 +69,10 @@ class Collator:
         states: the encoder's states on disk; None to make pixels.
     """
 
-    rows: Rows
+    rows: RowMaker
     states: States | None = None
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    def __call__(self, samples: Sequence[Drawn]) -> dict[str, Tensor]:
         """All that a `Learner` takes."""
         entries = [one.entry for one in samples]
         batch = self.rows.batch(entries, [one.turns for one in samples])
@@ -162,7 +162,7 @@ class Run:
 
     loaded: Loaded
     learner: Learner
-    rows: Rows
+    rows: RowMaker
     entries: list[Entry]
     held_out: list[Entry]
     task: Task | None
@@ -220,8 +220,8 @@ class Run:
             None if self.task is None else self._accuracy,
             args=arguments,
             data_collator=Collator(self.rows, states),
-            train_dataset=Samples(self.entries, length, s.turns, s.seed),
-            eval_dataset=Samples(self.held_out, len(self.held_out), s.turns, s.seed),
+            train_dataset=Draws(self.entries, length, s.turns, s.seed),
+            eval_dataset=Draws(self.held_out, len(self.held_out), s.turns, s.seed),
             callbacks=[_Progress(tell, self.out, self.title)],
         )
         trainer.remove_callback(PrinterCallback)

@@ -13,24 +13,25 @@ from tiny import model, request
 from vlmprune import PLPHP, VisPruner
 from vlmprune.errors import VlmpruneError
 from vlmprune.study.bench import run as bench
+from vlmprune.study.bench.results import BenchResult, Quartiles
 
 CPU = torch.device("cpu")
 # Bytes of a tiny model's token in the cache: keys and values, 3 layers, 2 heads of 8, four bytes.
 TOKEN = 2 * 3 * 2 * 8 * 4
 
 
-def tiny_work(images: list[int]) -> bench.Work:
+def tiny_work(images: list[int]) -> workload.Work:
     built = model("llava")
-    return bench.Work(built, request(built, images).inputs, "tiny", images[0])
+    return workload.Work(built, request(built, images).inputs, "tiny", images[0])
 
 
 @pytest.fixture(scope="module")
-def compared() -> bench.Result:
+def compared() -> BenchResult:
     pruners = {"few": VisPruner(4), "all": VisPruner(1.0), "cut": PLPHP(r=0.5, dr=0)}
     return bench.compare(tiny_work([1, 1]), pruners, new_tokens=3, repeat=4)
 
 
-def test_what_was_counted(compared: bench.Result) -> None:
+def test_what_was_counted(compared: BenchResult) -> None:
     full, (few, whole, cut) = compared.full, compared.methods
     assert (compared.batch, compared.new_tokens, compared.repeat) == (2, 3, 4)
     assert [one.name for one in compared.methods] == ["few", "all", "cut"]
@@ -47,7 +48,7 @@ def test_what_was_counted(compared: bench.Result) -> None:
     assert full.peak_bytes is None
 
 
-def test_ways_against_all_tokens(compared: bench.Result) -> None:
+def test_ways_against_all_tokens(compared: BenchResult) -> None:
     full, (few, whole, cut) = compared.full, compared.methods
     # Nothing dropped, or dropped after prefill, changes no first token.
     for one in (whole, cut):
@@ -66,7 +67,7 @@ def test_ways_against_all_tokens(compared: bench.Result) -> None:
     assert all(value in (1, 2, None) for value in myself.values())
 
 
-def test_every_way_is_measured_in_every_turn(compared: bench.Result) -> None:
+def test_every_way_is_measured_in_every_turn(compared: BenchResult) -> None:
     for one in (compared.full, *compared.methods):
         assert one.decode_tokens_per_second is not None and one.prefill_ms is not None
         for spread in (one.first_ms, one.prefill_ms, one.decode_tokens_per_second, one.total_ms):
@@ -107,7 +108,7 @@ def test_one_new_token_has_no_decode_speed() -> None:
 
 @given(st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=9))
 def test_spread(values: list[float]) -> None:
-    spread = bench.Spread.of(values)
+    spread = Quartiles.of(values)
     assert spread is not None
     assert spread.median == pytest.approx(statistics.median(values))
     room = 1e-9 * max(values)
@@ -117,8 +118,8 @@ def test_spread(values: list[float]) -> None:
 
 
 def test_no_spread_of_nothing() -> None:
-    assert bench.Spread.of([]) is None
-    assert bench.Spread.of([2.0]) == bench.Spread(2.0, 2.0, 2.0, (2.0,))
+    assert Quartiles.of([]) is None
+    assert Quartiles.of([2.0]) == Quartiles(2.0, 2.0, 2.0, (2.0,))
 
 
 def test_peaks_are_measured_where_they_are_asked_for() -> None:

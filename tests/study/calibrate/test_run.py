@@ -13,11 +13,10 @@ import torch
 from PIL import Image
 
 from tiny import model, request, text_config
-from vlmprune import PLPHP, VlmpruneError, embedded
+from vlmprune import PLPHP, VlmpruneError, calibrate, embedded
 from vlmprune.hosts import families
 from vlmprune.io.models import Loaded
-from vlmprune.study.calibrate import run as calibrate
-from vlmprune.study.calibrate.run import Gammas
+from vlmprune.study.calibrate.results import Gammas
 
 
 def gammas(values: Any, layers: tuple[int, ...] | None = None) -> Gammas:

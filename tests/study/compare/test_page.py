@@ -17,9 +17,11 @@ from PIL import Image, PngImagePlugin
 from pages import FACTS, HOSTILE, picture, result, row, sliding
 from vlmprune.draw import layer_map
 from vlmprune.errors import VlmpruneError
+from vlmprune.io.outputs import check_free, write
 from vlmprune.study.compare import page
 from vlmprune.study.compare import plot as pareto
-from vlmprune.study.compare.results import Answer, Result, Shown, columns, sections
+from vlmprune.study.compare.results import MARK, MOST, SIDE, Comparison, Shown, ShownAnswer
+from vlmprune.study.compare.tables import columns, sections
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -66,7 +68,7 @@ class Reader(HTMLParser):
 @cache
 def plot() -> bytes:
     found = result()
-    return pareto.plot(found.dots(), found.axes, found.what)
+    return pareto.plot(pareto.dots_of(found), pareto.axes_of(found), found.what)
 
 
 @cache
@@ -156,9 +158,9 @@ def test_what_layers_keep_is_drawn_and_told() -> None:
 
 def test_a_page_holds_so_many_questions() -> None:
     one = sliding()
-    many = Result(**{**vars(one), "shown": one.shown * (page.MOST + 2)})
+    many = Comparison(**{**vars(one), "shown": one.shown * (MOST + 2)})
     text = page.render(many, b"", FACTS)
-    assert text.count("what is it?") == page.MOST
+    assert text.count("what is it?") == MOST
     assert "2 more questions, without pictures" in text
     assert "without pictures" not in page.render(one, b"", FACTS)
 
@@ -197,7 +199,7 @@ def test_pictures_are_in_the_page() -> None:
     for got, wanted in zip(seen, ["white", "red", "lime", "blue"], strict=True):
         wish = Image.new("RGB", (1, 1), wanted).getpixel((0, 0))
         assert max(abs(a - b) for a, b in zip(got, wish, strict=True)) < 8  # type: ignore[arg-type]
-    assert opened[1].size == (30, 20) and opened[3].size == (page.SIDE, page.SIDE // 2)
+    assert opened[1].size == (30, 20) and opened[3].size == (SIDE, SIDE // 2)
 
 
 def test_the_table_has_the_figures() -> None:
@@ -223,7 +225,7 @@ def test_the_table_has_the_figures() -> None:
 def test_a_gpus_times_are_told_and_no_control_needs_no_column() -> None:
     one = result()
     rows = [row("all tokens", None, "", 0.9, prefill_ms=12.34), row("a", 8, "a:keep=8", 0.5)]
-    plain = Result(**{**vars(one), "rows": rows, "shown": [], "skipped": []})
+    plain = Comparison(**{**vars(one), "rows": rows, "shown": [], "skipped": []})
     assert list(columns(plain)) == ["tokens", "score", "decoder", "flops", "kv", "prefill", "ms"]
     (_, first), (title, second) = sections(plain)
     assert first[0].texts["ms"] == "12.3" and second[0].texts["ms"] == ""
@@ -234,9 +236,9 @@ def test_a_gpus_times_are_told_and_no_control_needs_no_column() -> None:
 
 def test_an_agreement_is_not_called_right() -> None:
     one = result()
-    answers = [Answer("a cat", None, True), Answer("a dog", None, False)]
+    answers = [ShownAnswer("a cat", None, True), ShownAnswer("a dog", None, False)]
     shown = [Shown("what is it?", (), [picture("white")], answers)]
-    other = Result(**{**vars(one), "rows": one.rows[:2], "shown": shown, "scored": False})
+    other = Comparison(**{**vars(one), "rows": one.rows[:2], "shown": shown, "scored": False})
     text = page.render(other, b"", FACTS)
     assert "agreement %" in text and "since no true answers are known" in text
     assert 'class="bad">differs' in text and "right" not in re.sub(
@@ -246,8 +248,8 @@ def test_an_agreement_is_not_called_right() -> None:
 
 def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: Any) -> None:
     target = tmp_path / "new" / "page.html"
-    page.check_free(target)
-    page.write(target, "first")
+    check_free(target, MARK)
+    write(target, "first")
     assert target.read_text() == "first"
 
     def refuse(*_: Any) -> None:
@@ -256,7 +258,7 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: Any
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", refuse)
         with pytest.raises(VlmpruneError, match="No space left"):
-            page.write(target, "second")
+            write(target, "second")
     assert target.read_text() == "first"
     assert list(target.parent.iterdir()) == [target]
 
@@ -265,18 +267,18 @@ def test_only_files_of_its_own_are_overwritten(tmp_path: Path) -> None:
     foreign = tmp_path / "page.html"
     foreign.write_text("<html>my thesis</html>")
     with pytest.raises(VlmpruneError, match="not of `vlmprune compare`"):
-        page.check_free(foreign)
+        check_free(foreign, MARK)
     with pytest.raises(VlmpruneError, match="is a folder"):
-        page.check_free(tmp_path)
+        check_free(tmp_path, MARK)
     with pytest.raises(VlmpruneError, match="cannot be written"):
-        page.check_free(foreign / "page.html")
+        check_free(foreign / "page.html", MARK)
     foreign.write_text(made()[0])
-    page.check_free(foreign)
+    check_free(foreign, MARK)
     drawn = tmp_path / "plot.png"
     drawn.write_bytes(plot())
-    page.check_free(drawn)
+    check_free(drawn, MARK)
     about = PngImagePlugin.PngInfo()
     about.add_text("Software", "something else")
     picture("white").save(drawn, pnginfo=about)
     with pytest.raises(VlmpruneError, match="not of `vlmprune compare`"):
-        page.check_free(drawn)
+        check_free(drawn, MARK)

@@ -12,6 +12,7 @@ import pytest
 
 import browser
 from pages import FACTS, HOSTILE, sliding
+from vlmprune.io.outputs import write
 from vlmprune.study.compare import page
 from vlmprune.study.compare import plot as pareto
 
@@ -35,13 +36,13 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Brows
 
 def written(folder: Path, text: str) -> Path:
     path = folder / "compare.html"
-    page.write(path, text)
+    write(path, text)
     return path
 
 
 def html(hostile: str = "") -> str:
     result = sliding(hostile)
-    plot = pareto.plot(result.dots(), result.axes, result.what)
+    plot = pareto.plot(pareto.dots_of(result), pareto.axes_of(result), result.what)
     return page.render(result, plot, FACTS)
 
 

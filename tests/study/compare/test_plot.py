@@ -11,12 +11,14 @@ from PIL import Image
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.study.compare import plot as pareto
+from vlmprune.study.compare.results import MARK
+from vlmprune.study.stats import front
 
 
 def test_the_front_by_hand() -> None:
     points = [(1.0, 0.2), (2.0, 0.5), (2.0, 0.4), (3.0, 0.5), (4.0, 0.9), (5.0, 0.8), (2.0, 0.5)]
-    assert pareto.front(points) == [0, 1, 6, 4]
-    assert pareto.front([]) == []
+    assert front(points) == [0, 1, 6, 4]
+    assert front([]) == []
 
 
 numbers = st.integers(0, 4).map(float)
@@ -28,7 +30,7 @@ def test_the_front_is_all_that_is_not_beaten(points: list[tuple[float, float]]) 
         return any(b != a and b[0] <= a[0] and b[1] >= a[1] for b in points)
 
     expected = [i for i, a in enumerate(points) if not beaten(a)]
-    assert sorted(pareto.front(points)) == expected
+    assert sorted(front(points)) == expected
 
 
 def test_the_plot_has_a_panel_a_cost_and_says_who_made_it() -> None:
@@ -42,7 +44,7 @@ def test_the_plot_has_a_panel_a_cost_and_says_who_made_it() -> None:
         cut = [pareto.Dot(**{**vars(dot), "costs": dot.costs[:count]}) for dot in dots]
         content = pareto.plot(cut, ["cost"] * count, "accuracy", "title")
         with Image.open(io.BytesIO(content)) as picture:
-            assert picture.format == "PNG" and picture.info["Software"] == pareto.MARK
+            assert picture.format == "PNG" and picture.info["Software"] == MARK
             sizes.append(picture.size)
             # The unpruned model's line is dotted, controls are grey, the method has a colour.
             colours = {colour for _, colour in picture.convert("RGB").getcolors(2**24) or []}

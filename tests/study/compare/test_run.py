@@ -19,13 +19,13 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.io import models, sources
 from vlmprune.methods import METHODS, VisPruner
 from vlmprune.methods.bases.budgeted import Budgeted
-from vlmprune.study.compare import configurations, page
+from vlmprune.study.compare import configurations, results
 from vlmprune.study.compare import run as compare
-from vlmprune.study.compare.results import Result
+from vlmprune.study.compare.results import Comparison
 from vlmprune.study.evals import run as evaluate
 from vlmprune.study.evals.results import Evaluation
-from vlmprune.study.evals.results import Result as Answered
 from vlmprune.study.tasks import Folder
+from vlmprune.study.tasks.answered import Answered
 from vlmprune.views import EncoderView, Selection
 
 
@@ -269,7 +269,7 @@ def one_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "TIMED", 1)
 
 
-def ask(loaded: models.Loaded, task: Any, specs: list[str], **options: Any) -> Result:
+def ask(loaded: models.Loaded, task: Any, specs: list[str], **options: Any) -> Comparison:
     found = configurations.ways_of(specs, [0.5])
     return compare.compare(loaded, sources.find_model(None), found, task, repeat=1, **options)
 
@@ -320,7 +320,7 @@ def test_a_comparison_for_real(
             .getpixel((0, 0))
             for top in (20, drawn.height - 120)
         )
-        assert drawn.size == (page.SIDE, page.SIDE) and lower < 0.6 * upper  # type: ignore[operator]
+        assert drawn.size == (results.SIDE, results.SIDE) and lower < 0.6 * upper  # type: ignore[operator]
     assert all(done <= total for done, total in told) and len({total for _, total in told}) == 1
     assert told == sorted(told) and told[-1][0] == told[-1][1] - 1
     content = json.loads(json.dumps(result.as_dict()))
@@ -356,7 +356,7 @@ def test_a_comparison_goes_on(
     found = configurations.ways_of(["vispruner"], [0.5])
     source = sources.find_model(None)
 
-    def again() -> Result:
+    def again() -> Comparison:
         return compare.compare(loaded, source, found, task, repeat=1, show=0, store=store)
 
     first = again()

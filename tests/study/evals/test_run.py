@@ -24,9 +24,11 @@ from vlmprune.hosts import contract
 from vlmprune.io.models import Loaded, prepare
 from vlmprune.methods import FastV
 from vlmprune.study.evals import run as module
-from vlmprune.study.evals.results import DRAWS, Evaluation, Result
+from vlmprune.study.evals.results import Evaluation
 from vlmprune.study.evals.run import evaluate
+from vlmprune.study.stats import DRAWS
 from vlmprune.study.tasks import Sample, Scenes
+from vlmprune.study.tasks.answered import Answered
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +283,7 @@ def test_numbers_out_of_range(loaded: Loaded, name: str) -> None:
 def made(*scores: tuple[str, float | None], method: str = "m", kind: str = "k") -> Evaluation:
     """Results of groups with scores, in order."""
     results = tuple(
-        Result(str(i), group, kind, f"answer {score}", score, 2, 4, 3, 9, 1, 2, 5, 10, 0.5)
+        Answered(str(i), group, kind, f"answer {score}", score, 2, 4, 3, 9, 1, 2, 5, 10, 0.5)
         for i, (group, score) in enumerate(scores)
     )
     return Evaluation("t", method, "model", results)

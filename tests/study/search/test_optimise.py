@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vlmprune import VlmpruneError, spec
-from vlmprune.study.search.optimise import Found, Measured, Search, Tried, builder, document, front
+from vlmprune.study.search.optimise import Found, Measured, Search, Tried, builder, document
 from vlmprune.study.search.plot import plot
 from vlmprune.study.search.spaces import Choice, Range, share, space_of
 
@@ -147,8 +147,8 @@ def test_front_and_choice_by_hand() -> None:
         return Tried({"keep": cost}, accuracy, loss, cost, loss <= 0.05)
 
     some = [tried(0.5, 0.88), tried(0.2, 0.6), tried(0.3, 0.87), tried(0.4, 0.86), tried(0.1, 0.6)]
-    assert [one.cost for one in front(some)] == [0.1, 0.3, 0.5]
     found = Found(FULL, 0.05, some)
+    assert [one.cost for one in found.front] == [0.1, 0.3, 0.5]
     assert found.best is some[2]
     assert found.nearest is some[0]
     assert Found(FULL, 0.001, [tried(0.2, 0.6)]).best is None

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from vlmprune import VlmpruneError
-from vlmprune.study.evals.results import Result
 from vlmprune.study.tasks import COPIES, Sample, Task, find_task
+from vlmprune.study.tasks.answered import Answered
 from vlmprune.study.tasks.part import Part
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -166,11 +166,11 @@ def told(samples: list[Sample]) -> list[tuple[str, str, str, tuple[str, ...]]]:
     return [(one.id, one.group, one.kind, one.answers) for one in samples]
 
 
-def score(task: Task, samples: list[Sample], *answers: str) -> list[Result]:
+def score(task: Task, samples: list[Sample], *answers: str) -> list[Answered]:
     """Results as an evaluation has them."""
     assert len(samples) == len(answers)
     return [
-        Result(one.id, one.group, one.kind, text, task.score(one, text), *[1.0] * 9)
+        Answered(one.id, one.group, one.kind, text, task.score(one, text), *[1.0] * 9)
         for one, text in zip(samples, answers, strict=True)
     ]
 

@@ -10,20 +10,10 @@ Importing this package imports neither vLLM nor torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 
-VARIABLE = "VLMPRUNE"
+from vlmprune.integrations.vllm.names import ARCHITECTURES, VARIABLE
 
-# The architectures served, and our classes of them, which vLLM imports when it needs them.
-ARCHITECTURES: Mapping[str, str] = {
-    "LlavaForConditionalGeneration": "llava:PrunedLlava",
-    "LlavaNextForConditionalGeneration": "llava:PrunedLlavaNext",
-    "LlavaOnevisionForConditionalGeneration": "llava:PrunedLlavaOnevision",
-    "Qwen2VLForConditionalGeneration": "qwen:PrunedQwen2VL",
-    "Qwen2_5_VLForConditionalGeneration": "qwen:PrunedQwen25VL",
-    "Qwen3VLForConditionalGeneration": "qwen:PrunedQwen3VL",
-    "InternVLForConditionalGeneration": "internvl:PrunedInternVL",
-}
+__all__ = ["ARCHITECTURES", "VARIABLE", "register"]
 
 
 def register() -> None:

@@ -1,4 +1,4 @@
-"""A record of what was kept, for tests: one JSON file an image, if a folder is named for them."""
+"""A journal of what was kept, for tests: one JSON file an image, if a folder is named for them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from vlmprune.hosts.families.media import Medium
+from vlmprune.integrations.vllm.names import JOURNAL
 
-VARIABLE = "VLMPRUNE_VLLM_RECORD"
 
-
-class Recorder:
+class Journal:
     """Writes what is kept of each image or video that is encoded.
 
     A file holds the modality, the method, the visual tokens before, the kept ones' numbers, and
@@ -27,16 +26,16 @@ class Recorder:
         self.number = 0
 
     @staticmethod
-    def from_environment() -> Recorder:
+    def from_environment() -> Journal:
         """By the variable VLMPRUNE_VLLM_RECORD."""
-        return Recorder(os.environ.get(VARIABLE, ""))
+        return Journal(os.environ.get(JOURNAL, ""))
 
     def __call__(self, medium: Medium, inputs: Any, method: Any, kept: Tensor) -> None:
         """Write one file."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        record = {
+        entry = {
             "modality": medium.kind,
             "method": None if method is None else repr(method),
             "before": len(kept),
@@ -44,7 +43,7 @@ class Recorder:
             "pixels": digest(inputs[medium.inputs[0]]),
         }
         path = self.folder / f"{os.getpid()}-{self.number}.json"
-        path.write_text(json.dumps(record), encoding="utf-8")
+        path.write_text(json.dumps(entry), encoding="utf-8")
         self.number += 1
 
 

@@ -14,7 +14,7 @@ from vlmprune.integrations.vllm import policy as policies
 from vlmprune.integrations.vllm import tower_reads
 from vlmprune.integrations.vllm.fields import field_of, unpack
 from vlmprune.integrations.vllm.host import Host, Served
-from vlmprune.integrations.vllm.journal import Recorder
+from vlmprune.integrations.vllm.journal import Journal
 from vlmprune.integrations.vllm.positions import OriginalPositions
 from vlmprune.pruner import Pruner
 from vlmprune.runtime.encoder import merging
@@ -37,7 +37,7 @@ class PrunedModel(OriginalPositions):
         self.policy = policies.from_environment()
         config = vllm_config.model_config.hf_config
         self.original = policies.positions(self.policy, config) == "original"
-        self.recorder = Recorder.from_environment()
+        self.journal = Journal.from_environment()
         if self.original:
             self._prepare_positions(vllm_config)
 
@@ -86,7 +86,7 @@ class PrunedModel(OriginalPositions):
                 far = self.offsets(layouts[number], items[number])[numbers.cpu()]
                 short = self.with_offsets(short, far.to(features.device))
             out.append(short)
-            self.recorder(medium, items[number], methods[number], stays)
+            self.journal(medium, items[number], methods[number], stays)
         return out
 
     def offsets(self, layout: Layout, inputs: Any) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from vlmprune import spec
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts.families import advised_positions
-from vlmprune.integrations.vllm import VARIABLE
+from vlmprune.integrations.vllm.names import VARIABLE
 from vlmprune.method import Method
 from vlmprune.methods import METHODS
 from vlmprune.methods.average_pooling import AveragePooling

@@ -17,12 +17,12 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import EmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
 
-import vlmprune
 from vlmprune.errors import VlmpruneError
 from vlmprune.integrations.vllm import policy as policies
 from vlmprune.integrations.vllm.fields import field_of, pack, unpack
 from vlmprune.integrations.vllm.host import Host, Served
 from vlmprune.integrations.vllm.policy import Keep, Policy
+from vlmprune.version import __version__
 
 
 @dataclass
@@ -50,7 +50,7 @@ class PrunedProcessor:
     def _get_mm_hashes(self, inputs: Any) -> Any:
         keep, rest = policies.settings(inputs.hf_processor_mm_kwargs)
         # Caches may be shared by servers, so the server's own method is part of the name too.
-        named = {**rest, "vlmprune": f"{vlmprune.__version__} {self._named(keep)}"}
+        named = {**rest, "vlmprune": f"{__version__} {self._named(keep)}"}
         return super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=named))  # type: ignore[misc]
 
     def _named(self, keep: Keep) -> str:

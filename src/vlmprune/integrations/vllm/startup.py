@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.integrations.vllm import ARCHITECTURES, VARIABLE
 from vlmprune.integrations.vllm import policy as policies
+from vlmprune.integrations.vllm.names import ARCHITECTURES, VARIABLE
 from vlmprune.pruner import Pruner
 
 

@@ -1,4 +1,4 @@
-"""What a method reads of a vision tower in vLLM, recorded by hooks during a call."""
+"""What a method reads of a vision tower in vLLM, taken by hooks during a call."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(
     reads: Reads,
     attends: bool,
 ) -> TowerReads:
-    """Encode one modality and record what is read on the way.
+    """Encode one modality and take what is read on the way.
 
     Args:
         call: encodes.
@@ -61,7 +61,7 @@ def run(
     with ExitStack() as stack:
         lengths = medium.lengths(host, items)
         for layer, tap in wanted.values():
-            stack.enter_context(recorded(layer, tap, lengths))
+            stack.enter_context(watched(layer, tap, lengths))
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             features.append(args[0] if args else next(iter(kwargs.values())))
@@ -99,12 +99,12 @@ def run(
 
 
 @contextmanager
-def recorded(layer: nn.Module, tap: Tap, lengths: Sequence[int] | None = None) -> Iterator[None]:
-    """Record with `tap` whenever an encoder layer runs, vLLM's or Transformers'.
+def watched(layer: nn.Module, tap: Tap, lengths: Sequence[int] | None = None) -> Iterator[None]:
+    """Let `tap` see whenever an encoder layer runs, vLLM's or Transformers'.
 
     Args:
         layer: the encoder layer.
-        tap: what records.
+        tap: what sees.
         lengths: of the sequences in a call; None where vLLM's own arguments say it.
 
     Raises:

@@ -1,4 +1,5 @@
 """Speed and memory with and without pruning.
 
-May import what stands below `study`.
+The ways in turns, their floors, and models in known shapes with random weights.
+May import `study.measure`, `study.wording`, and what stands below `study`.
 """

@@ -9,10 +9,10 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune.study.bench.page import title
+from vlmprune.io.outputs import mark_of
+from vlmprune.study.bench.tables import title
 
-MARK = "vlmprune bench"
-"""Stands in the picture's `Software`, so that no other picture is overwritten."""
+MARK = mark_of("bench")
 
 _PANELS = (
     ("first token", "first_token_speedup", "first_ms", "floor"),
@@ -62,7 +62,7 @@ def _panel(
     run: Mapping[str, Any],
     name: str,
     ratio: str,
-    spread: str | None,
+    quartiles: str | None,
     floor: str | None,
     names: bool,
 ) -> None:
@@ -76,7 +76,7 @@ def _panel(
             continue
         reach = max(reach, value)
         panel.barh(place, value, height=0.6, color=_BAR, zorder=2)
-        found = one[spread] if spread else None
+        found = one[quartiles] if quartiles else None
         if found and found["median"]:
             around = value * (found["high"] - found["low"]) / 2 / found["median"]
             panel.errorbar(value, place, xerr=around, color=_INK, linewidth=1, capsize=2, zorder=3)

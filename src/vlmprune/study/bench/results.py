@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-ALL_TOKENS = "all tokens"
-
 
 @dataclass(frozen=True)
-class Spread:
+class Quartiles:
     """What was measured in all turns.
 
     Attributes:
@@ -27,8 +25,8 @@ class Spread:
     values: tuple[float, ...]
 
     @classmethod
-    def of(cls, values: list[float]) -> Spread | None:
-        """The spread of some values; None of none."""
+    def of(cls, values: list[float]) -> Quartiles | None:
+        """Those of some values; None of none."""
         if not values:
             return None
         low = middle = high = values[0]
@@ -65,11 +63,11 @@ class Figures:
 
     name: str
     visual_tokens: int
-    first_ms: Spread
-    prefill_ms: Spread | None
-    selecting_ms: Spread | None
-    decode_tokens_per_second: Spread | None
-    total_ms: Spread
+    first_ms: Quartiles
+    prefill_ms: Quartiles | None
+    selecting_ms: Quartiles | None
+    decode_tokens_per_second: Quartiles | None
+    total_ms: Quartiles
     visual_kv_bytes: int
     cache_bytes: int
     peak_bytes: int | None
@@ -110,13 +108,13 @@ class Figures:
         }
 
 
-def _ratio(one: Spread | None, other: Spread | None) -> float | None:
+def _ratio(one: Quartiles | None, other: Quartiles | None) -> float | None:
     """Of the medians; None where one is missing or nothing."""
     return one.median / other.median if one and other and other.median else None
 
 
 @dataclass(frozen=True)
-class Result:
+class BenchResult:
     """All ways over the same work.
 
     Attributes:

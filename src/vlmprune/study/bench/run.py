@@ -16,16 +16,15 @@ import torch
 from vlmprune import costs
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import processed
-from vlmprune.io import sources
+from vlmprune.io import options
 from vlmprune.io.models import attached, enough_memory
 from vlmprune.pruner import Handle, Pruner
 from vlmprune.report import Report
 from vlmprune.study.bench.floor import Floor, counts_of, floor_of
-from vlmprune.study.bench.results import ALL_TOKENS, Figures, Result, Spread
+from vlmprune.study.bench.results import BenchResult, Figures, Quartiles
 from vlmprune.study.bench.workload import Work
 from vlmprune.study.measure import Timed, peak_bytes, stored_bytes, timed, wait
-
-__all__ = ["ALL_TOKENS", "Figures", "Result", "Spread", "Work", "compare"]
+from vlmprune.study.wording import ALL_TOKENS
 
 
 @dataclass
@@ -71,7 +70,7 @@ def compare(
     say: Callable[[str], None] = lambda message: None,
     floor: bool = False,
     memory: bool = False,
-) -> Result:
+) -> BenchResult:
     """Measure all tokens and every pruner, turn by turn, after a warm-up.
 
     Args:
@@ -86,7 +85,7 @@ def compare(
     Raises:
         VlmpruneError: a number below 1, a pruner that refuses, or too little memory.
     """
-    sources.at_least_one(new_tokens=new_tokens, repeat=repeat)
+    options.at_least_one(new_tokens=new_tokens, repeat=repeat)
     # The pruned ways first, since they may refuse.
     ways = {name: _Way(pruner) for name, pruner in pruners.items()} | {ALL_TOKENS: _Way()}
     floors: dict[str, tuple[str, str]] = {}
@@ -122,7 +121,7 @@ def compare(
 
     made = {name: _figures(name, way, ways, work) for name, way in ways.items()}
     rows, prompt = processed.ids_of(work.inputs).shape
-    return Result(
+    return BenchResult(
         model=work.label,
         dtype=str(work.model.dtype).removeprefix("torch."),
         device=str(work.model.device),
@@ -200,16 +199,18 @@ def _figures(name: str, way: _Way, ways: Mapping[str, _Way], work: Work) -> Figu
         kv = costs.kv_bytes(config, tokens, size)
         encoder = report.flops_before - report.decoder_flops_before
         flops = encoder + sum(costs.prefill_flops(config, n) for n in way.floor.row_tokens)
-    first_ms = Spread.of([one.first_ms for one in way.calls])
-    total_ms = Spread.of([one.total_ms for one in way.calls])
+    first_ms = Quartiles.of([one.first_ms for one in way.calls])
+    total_ms = Quartiles.of([one.total_ms for one in way.calls])
     assert first_ms is not None and total_ms is not None
     return Figures(
         name=name,
         visual_tokens=tokens,
         first_ms=first_ms,
-        prefill_ms=Spread.of([one.prefill_ms for one in way.calls if one.prefill_ms is not None]),
-        selecting_ms=Spread.of(way.selecting),
-        decode_tokens_per_second=Spread.of(
+        prefill_ms=Quartiles.of(
+            [one.prefill_ms for one in way.calls if one.prefill_ms is not None]
+        ),
+        selecting_ms=Quartiles.of(way.selecting),
+        decode_tokens_per_second=Quartiles.of(
             [one.decode_rate for one in way.calls if one.decode_rate is not None]
         ),
         total_ms=total_ms,

@@ -12,8 +12,9 @@ from PIL import Image
 
 from vlmprune import embedded
 from vlmprune.errors import VlmpruneError
-from vlmprune.io import sources
+from vlmprune.io import options, sources
 from vlmprune.io.models import enough_memory, load, prepare_batch
+from vlmprune.io.pictures import open_images
 from vlmprune.pruner import Pruner
 from vlmprune.select.budget import resolve_keep
 from vlmprune.study.bench import shapes
@@ -86,7 +87,7 @@ def from_shape(
     counts = [shapes.images_for(config, n) if visual_tokens else images for n in one]
     for n in one:
         for pruner in pruners.values():
-            keep, budget = sources.budget_of(pruner)
+            keep, budget = options.budget_of(pruner)
             if keep is not None:
                 crops = shapes.crops_of(config) if budget == "image" else 1
                 resolve_keep(keep, crops * shapes.tokens_per_crop(config, n), budget)
@@ -158,7 +159,7 @@ def _scenes(batch: int, images: int) -> tuple[list[list[Image.Image]], list[str]
         [listed[(row * images + i) % len(listed)] for i in range(images)] for row in range(batch)
     ]
     files = {one["file"] for row in rows for one in row}
-    opened = {file: sources.open_images([str(folder / file)])[0] for file in files}
+    opened = {file: open_images([str(folder / file)])[0] for file in files}
     pictures = [[opened[one["file"]] for one in row] for row in rows]
     return pictures, [row[0]["questions"][0]["question"] for row in rows]
 
@@ -170,9 +171,9 @@ def parse_images(given: list[str]) -> int | list[Image.Image]:
         VlmpruneError: a number below 1, or a path that holds no picture.
     """
     if len(given) == 1 and given[0].lstrip("+-").isdecimal():
-        sources.at_least_one(images=int(given[0]))
+        options.at_least_one(images=int(given[0]))
         return int(given[0])
-    return sources.open_images(given)
+    return open_images(given)
 
 
 def parse_methods(specs: list[str]) -> dict[str, Pruner]:
@@ -185,5 +186,5 @@ def parse_methods(specs: list[str]) -> dict[str, Pruner]:
     for text in specs:
         if text in pruners:
             raise VlmpruneError(f"--method {text} is given twice; give it once.")
-        pruners[text] = sources.make_pruner(text, {})
+        pruners[text] = options.make_pruner(text, {})
     return pruners

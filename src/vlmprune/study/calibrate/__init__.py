@@ -1,4 +1,5 @@
 """Thresholds of PLPHP for a model.
 
-May import what stands below `study`.
+Vision attention over questions, its quantiles, and the file and the plot of them.
+May import `study.measure`, and what stands below `study`.
 """

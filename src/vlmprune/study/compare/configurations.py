@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vlmprune import spec
 from vlmprune.errors import VlmpruneError
-from vlmprune.io import sources
+from vlmprune.io import options
 from vlmprune.methods import METHODS
 from vlmprune.pruner import Pruner
 
@@ -113,7 +113,7 @@ def ways_of(methods: Sequence[str], keeps: Sequence[int | float], given: bool = 
         takes_any = takes_any or any(stage.file is None for stage in takes)
         filled = bool(takes) and all(stage.file is None for stage in takes)
         for keep in keeps if filled else [None]:
-            pruner = sources.make_pruner(text, {} if keep is None else {"keep": keep})
+            pruner = options.make_pruner(text, {} if keep is None else {"keep": keep})
             found.append(_way(stages, pruner))
     if given and not takes_any:
         raise VlmpruneError(
@@ -136,7 +136,7 @@ def ways_of(methods: Sequence[str], keeps: Sequence[int | float], given: bool = 
 
 
 def _way(stages: Sequence[spec.Stage], pruner: Pruner) -> Way:
-    keep, _ = sources.budget_of(pruner)
+    keep, _ = options.budget_of(pruner)
     single = stages[0] if len(stages) == 1 else None
     return Way(
         name=" + ".join(map(_name, stages)),

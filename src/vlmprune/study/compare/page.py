@@ -10,8 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,29 +17,15 @@ from typing import Any
 from PIL import Image
 
 from vlmprune.draw import layer_map, overlay
-from vlmprune.errors import VlmpruneError
-from vlmprune.study.compare.results import (
-    ALL_TOKENS,
-    MARK,
-    Answer,
-    Result,
-    Shown,
-    budget,
-    columns,
-    sections,
-)
+from vlmprune.study.compare.results import MARK, MOST, SIDE, Comparison, Shown, ShownAnswer
+from vlmprune.study.compare.tables import columns, sections
+from vlmprune.study.wording import ALL_TOKENS, budget
 
-# Pixels of a picture's long side, about twice what the page shows; grids of 16 and 24 divide it.
-SIDE = 384
-MOST = 12
-"""Questions that are drawn on a page, so that it stays small."""
 _QUALITY = 75
 _TEMPLATES = Path(__file__).parent / "templates"
-# Bytes at a file's beginning in which the mark is looked for.
-_HEAD = 4096
 
 
-def render(result: Result, plot: bytes, facts: Mapping[str, Any], command: str = "") -> str:
+def render(result: Comparison, plot: bytes, facts: Mapping[str, Any], command: str = "") -> str:
     """The page.
 
     Args:
@@ -111,7 +95,7 @@ def inlined(image: Image.Image) -> str:
     return data_uri(target.getvalue(), "jpeg")
 
 
-def _scale(result: Result) -> dict[str, Any]:
+def _scale(result: Comparison) -> dict[str, Any]:
     """For each row, where its score and interval lie between the lowest and the highest."""
     ends = [
         end
@@ -137,7 +121,7 @@ def _scale(result: Result) -> dict[str, Any]:
     return out
 
 
-def _steps(result: Result) -> list[int | float]:
+def _steps(result: Comparison) -> list[int | float]:
     """The budgets on the slider: those with a number, from few tokens to many."""
     found = {(type(row.keep), row.keep): row.keep for row in result.rows if row.keep is not None}
     every = result.rows[0].visual_tokens
@@ -149,12 +133,12 @@ def _step(keep: int | float | None, steps: list[int | float]) -> int | None:
     return next((i for i, x in enumerate(steps) if (type(x), x) == (type(keep), keep)), None)
 
 
-def _first(result: Result, steps: list[int | float]) -> int:
+def _first(result: Comparison, steps: list[int | float]) -> int:
     """The place that the slider begins at: the budget that was named first."""
     return next((at for row in result.rows if (at := _step(row.keep, steps)) is not None), 0)
 
 
-def _groups(result: Result, steps: list[int | float]) -> list[dict[str, Any]]:
+def _groups(result: Comparison, steps: list[int | float]) -> list[dict[str, Any]]:
     """Budgets with the number of configurations of each, in the order of the rows."""
     return [
         {
@@ -166,7 +150,7 @@ def _groups(result: Result, steps: list[int | float]) -> list[dict[str, Any]]:
     ]
 
 
-def _sample(result: Result, steps: list[int | float], shown: Shown) -> dict[str, Any]:
+def _sample(result: Comparison, steps: list[int | float], shown: Shown) -> dict[str, Any]:
     return {
         "question": shown.question,
         "truths": shown.truths,
@@ -210,7 +194,7 @@ def _map(heads: list[list[float]]) -> dict[str, Any] | None:
     }
 
 
-def _bars(answer: Answer) -> dict[str, Any] | None:
+def _bars(answer: ShownAnswer) -> dict[str, Any] | None:
     """The tokens that reach each layer, as heights in per cent."""
     counts = answer.reached
     if not counts:
@@ -223,11 +207,11 @@ def _bars(answer: Answer) -> dict[str, Any] | None:
     }
 
 
-def _good(result: Result, answer: Answer) -> bool:
+def _good(result: Comparison, answer: ShownAnswer) -> bool:
     return answer.score >= 0.5 if answer.score is not None else answer.same
 
 
-def _note(answer: Answer) -> str:
+def _note(answer: ShownAnswer) -> str:
     if answer.score is not None:
         return "right" if answer.score == 1 else "wrong" if answer.score == 0 else "partly right"
     return "same" if answer.same else "differs"
@@ -242,53 +226,3 @@ def _legend() -> list[tuple[str, str]]:
 
 def _hex(colour: tuple[int, int, int]) -> str:
     return "#{:02x}{:02x}{:02x}".format(*colour)
-
-
-def check_free(path: Path) -> Path:
-    """Refuse a file that could not be written, or that `compare` did not write; makes the folder.
-
-    Raises:
-        VlmpruneError: it is one of these.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise VlmpruneError(f"{str(path)!r} is a folder; give the name of a file in it.")
-        if path.exists():
-            with path.open("rb") as file:
-                head = file.read(_HEAD)
-            if MARK.encode() not in head:
-                raise VlmpruneError(
-                    f"{str(path)!r} is there already and not of `{MARK}`; give another name, or "
-                    "move it away."
-                )
-    except OSError as error:
-        raise VlmpruneError(f"{str(path)!r} cannot be written ({error.strerror}).") from error
-    if not os.access(path.parent, os.W_OK):
-        raise VlmpruneError(f"{str(path)!r} cannot be written (Permission denied).")
-    return path
-
-
-def write(path: Path, content: bytes | str) -> None:
-    """Write a file at once, so that nobody finds half of it.
-
-    Raises:
-        VlmpruneError: the disk refuses.
-    """
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    name = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            name = Path(file.name)
-            file.write(data)
-        # As any new file has them; a temporary one is the owner's alone.
-        mask = os.umask(0)
-        os.umask(mask)
-        name.chmod(0o666 & ~mask)
-        name.replace(path)
-    except OSError as error:
-        if name is not None:
-            name.unlink(missing_ok=True)
-        raise VlmpruneError(f"{str(path)!r} cannot be written ({error.strerror}).") from error

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmprune.errors import VlmpruneError
-
-MARK = "vlmprune compare"
-"""Stands in the picture's `Software`, so that no other picture is overwritten."""
+from vlmprune.study.compare.results import MARK, Comparison
+from vlmprune.study.compare.tables import unit_of
+from vlmprune.study.stats import front
+from vlmprune.study.wording import budget
 
 # Of Okabe and Ito's palette, which the colour-blind can tell apart; darker where it is too light.
 _COLOURS = ("#0072B2", "#C04F00", "#00785A", "#A4508B", "#3E9BD6", "#8A6D00", "#1B1F26")
@@ -46,24 +47,31 @@ class Dot:
     full: bool = False
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The points that no other beats.
+def dots_of(result: Comparison) -> list[Dot]:
+    """The configurations as the plot has them."""
+    _, scale = unit_of(result)
+    return [
+        Dot(
+            name=row.name,
+            label=budget(row.keep) if row.keep is not None else "",
+            score=row.score.value,
+            costs=(row.flops / scale, row.kv_bytes / 2**20, row.prefill_ratio),
+            low=row.score.low,
+            high=row.score.high,
+            control=row.control,
+            full=row.full,
+        )
+        for row in result.rows
+    ]
 
-    A point beats another if it costs no more, scores no less, and is better in one of the two; so
-    of equal points all stay.
 
-    Args:
-        points: (cost, score) of each.
-
-    Returns:
-        Their numbers, by rising cost and then by number.
-    """
-    order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i))
-    found: list[int] = []
-    for i in order:
-        if not found or points[i][1] > points[found[-1]][1] or points[i] == points[found[-1]]:
-            found.append(i)
-    return found
+def axes_of(result: Comparison) -> tuple[str, str, str]:
+    """What the costs of the plot are."""
+    return (
+        f"{unit_of(result)[0]}FLOPs of prefill (vision tower and visual tokens)",
+        "KV cache of visual tokens (MiB)",
+        f"prefill time on {result.device} (all tokens: 1)",
+    )
 
 
 def plot(dots: Sequence[Dot], axes: Sequence[str], score: str, title: str = "") -> bytes:

@@ -1,36 +1,24 @@
-"""What `compare` found: figures of every configuration, and the table that shows them."""
+"""What `compare` found: figures and answers of every configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from PIL import Image
 
-from vlmprune.study.compare.plot import Dot
+from vlmprune.io.outputs import mark_of
+from vlmprune.study.stats import Interval
 
-ALL_TOKENS = "all tokens"
-MARK = "vlmprune compare"
-"""Stands in all that `compare` writes, so that nothing else is overwritten."""
+MARK = mark_of("compare")
+SIDE = 384
+"""Pixels of a drawn picture's long side, about twice what the page shows; grids of 16 and 24 divide
+it."""
+MOST = 12
+"""Questions that are drawn, so that the page stays small."""
 
-# Of an `Answer`, what JSON has.
+# Of a `ShownAnswer`, what JSON has.
 _TOLD = ("text", "score", "same", "kept", "kv_share", "parts", "heads", "reached")
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its 95 % interval.
-
-    Attributes:
-        value: the mean.
-        low: lower end; None where there are too few questions to tell.
-        high: upper end.
-    """
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +84,7 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ShownAnswer:
     """What one configuration made of a question.
 
     Attributes:
@@ -140,11 +128,11 @@ class Shown:
     question: str
     truths: tuple[str, ...]
     images: list[Image.Image] = field(repr=False)
-    answers: list[Answer] = field(repr=False)
+    answers: list[ShownAnswer] = field(repr=False)
 
 
 @dataclass(frozen=True)
-class Result:
+class Comparison:
     """All configurations over the same questions.
 
     Attributes:
@@ -197,121 +185,3 @@ class Result:
             for one in self.shown
         ]
         return out
-
-    def dots(self) -> list[Dot]:
-        """The configurations as the plot has them."""
-        _, scale = flops_unit(self.rows)
-        return [
-            Dot(
-                name=row.name,
-                label=budget(row.keep) if row.keep is not None else "",
-                score=row.score.value,
-                costs=(row.flops / scale, row.kv_bytes / 2**20, row.prefill_ratio),
-                low=row.score.low,
-                high=row.score.high,
-                control=row.control,
-                full=row.full,
-            )
-            for row in self.rows
-        ]
-
-    @property
-    def axes(self) -> tuple[str, str, str]:
-        """What the costs of the plot are."""
-        return (
-            f"{flops_unit(self.rows)[0]}FLOPs of prefill (vision tower and visual tokens)",
-            "KV cache of visual tokens (MiB)",
-            f"prefill time on {self.device} (all tokens: 1)",
-        )
-
-
-@dataclass(frozen=True)
-class Line:
-    """A row of the table as text.
-
-    Attributes:
-        name: of the method.
-        texts: by column, as in `columns`.
-        row: where it comes from.
-    """
-
-    name: str
-    texts: dict[str, str]
-    row: Row
-
-
-def columns(result: Result) -> dict[str, str]:
-    """Titles of the table's columns behind the name; a line break parts their lines."""
-    unit, _ = flops_unit(result.rows)
-    has_random = any(row.against is not None for row in result.rows)
-    return {
-        "tokens": "visual\ntokens",
-        "score": f"{result.what}\n%",
-        **({"against": "against\nrandom"} if has_random else {}),
-        "decoder": f"LLM\n{unit}FLOPs",
-        "flops": f"all\n{unit}FLOPs",
-        "kv": "KV\nMiB",
-        "prefill": "prefill\nratio",
-        **({"ms": "prefill\nms"} if result.rows[0].prefill_ms is not None else {}),
-    }
-
-
-def sections(result: Result) -> Iterator[tuple[str, list[Line]]]:
-    """The table's rows as text, by budget: a heading, and the lines below it."""
-    _, scale = flops_unit(result.rows)
-    budgets = dict.fromkeys((row.full, row.keep) for row in result.rows)
-    for full, keep in budgets:
-        rows = [row for row in result.rows if (row.full, row.keep) == (full, keep)]
-        title = "" if full else "own budget" if keep is None else f"keep {budget(keep)}"
-        yield title, [Line(row.name, _texts(row, scale), row) for row in rows]
-
-
-def _texts(row: Row, scale: float) -> dict[str, str]:
-    return {
-        "tokens": f"{row.visual_tokens:.0f}",
-        "score": interval(row.score),
-        "against": difference(row),
-        "decoder": digits(row.decoder_flops / scale),
-        "flops": digits(row.flops / scale),
-        "kv": digits(row.kv_bytes / 2**20),
-        "prefill": f"{row.prefill_ratio:.2f}",
-        "ms": "" if row.prefill_ms is None else f"{row.prefill_ms:.1f}",
-    }
-
-
-def interval(one: Interval) -> str:
-    """Per cent with the ends of the interval."""
-    value = f"{100 * one.value:.1f}"
-    if one.low is None or one.high is None:
-        return value
-    return f"{value} ({100 * one.low:.0f}-{100 * one.high:.0f})"
-
-
-def difference(row: Row) -> str:
-    """Points more or less than the control, with half the interval's width and the verdict."""
-    one = row.against
-    if one is None:
-        return ""
-    value = f"{100 * one.value:+.1f}"
-    if one.low is not None and one.high is not None:
-        value += f" ±{50 * (one.high - one.low):.1f}"
-    return f"{value} {row.verdict}".rstrip()
-
-
-def digits(value: float) -> str:
-    """A number with three digits."""
-    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
-
-
-def budget(keep: int | float) -> str:
-    """A budget as people say it: 64, or 25 %."""
-    return str(keep) if isinstance(keep, int) else f"{100 * keep:.3g} %"
-
-
-def flops_unit(rows: Sequence[Row]) -> tuple[str, float]:
-    """The unit in which the most expensive configuration has a few digits, and its size."""
-    most = max(row.flops for row in rows)
-    for unit, size in (("T", 1e12), ("G", 1e9)):
-        if most >= size:
-            return unit, size
-    return "M", 1e6

@@ -1,6 +1,6 @@
 """Methods and budgets over the same questions: answers, costs and times. Prints nothing.
 
-`evaluate` answers, `bench` times all ways in turns, `running` draws what was kept.
+`evals` answers, `bench` times all ways in turns, `one_question` draws what was kept.
 """
 
 from __future__ import annotations
@@ -15,27 +15,34 @@ from PIL import Image
 from vlmprune import costs
 from vlmprune.draw import layer_map
 from vlmprune.errors import VlmpruneError
-from vlmprune.io import sources
+from vlmprune.io import options, sources
 from vlmprune.io.models import Loaded, attached, prepare_texts
 from vlmprune.io.processors import scaled
 from vlmprune.pruner import Pruner
 from vlmprune.study import one_question
-from vlmprune.study.bench import run as bench
+from vlmprune.study.bench.run import compare as compare_times
 from vlmprune.study.bench.workload import Work
 from vlmprune.study.compare.configurations import Way
-from vlmprune.study.compare.page import MOST, SIDE
-from vlmprune.study.compare.results import ALL_TOKENS, Answer, Interval, Result, Row, Shown, Skipped
+from vlmprune.study.compare.results import (
+    MOST,
+    SIDE,
+    Comparison,
+    Row,
+    Shown,
+    ShownAnswer,
+    Skipped,
+)
 from vlmprune.study.evals import kept_answers
-from vlmprune.study.evals import run as evaluate
-from vlmprune.study.evals.results import Evaluation, Mean
+from vlmprune.study.evals.results import Evaluation
+from vlmprune.study.evals.run import BATCH, evaluate
+from vlmprune.study.stats import interval_of
 from vlmprune.study.tasks import Sample, Task
+from vlmprune.study.wording import ALL_TOKENS
 
 TIMED = 4
 """Questions that a timed call answers at once."""
 SHOWN = 4
 """Questions of a task that are drawn where nobody says how many."""
-GROUPS = 10
-"""Groups of pictures below which no interval is told."""
 
 Tell = Callable[[str, int, int], None]
 """Told what goes on, and how many steps of how many are done."""
@@ -86,12 +93,12 @@ def compare(
     ways: Sequence[Way],
     task: Task,
     limit: int | None = None,
-    batch: int = evaluate.BATCH,
+    batch: int = BATCH,
     repeat: int = 5,
     show: int | None = SHOWN,
     store: Path | None = None,
     tell: Tell = lambda message, done, total: None,
-) -> Result:
+) -> Comparison:
     """Answer a task's questions in every way, and measure what each costs.
 
     Args:
@@ -126,9 +133,9 @@ def _compared(
     show: int | None,
     store: Path | None,
     tell: Tell,
-) -> Result:
+) -> Comparison:
     """`compare`, with the processor as the task wants it."""
-    sources.at_least_one(batch=batch, repeat=repeat)
+    options.at_least_one(batch=batch, repeat=repeat)
     samples = task.samples(limit)
     pictured = [one for one in samples if one.images]
     if not pictured:
@@ -139,7 +146,7 @@ def _compared(
 
     def answers(name: str, pruner: Pruner | None) -> Evaluation:
         file = None if stem is None else str(stem / kept_answers.file_name(name, pruner))
-        return evaluate.evaluate(
+        return evaluate(
             loaded,
             pruner,
             task,
@@ -171,7 +178,7 @@ def _compared(
     times = _times(loaded, source, [way for way, _ in found], task, pictured, repeat, steps)
     shown = _show(loaded, [(None, full), *found], task, chosen, full, steps)
     rows = _rows(full, found, times, loaded.model.device.type != "cpu")
-    return Result(
+    return Comparison(
         model=source.label,
         task=task.label,
         scored=full.mean is not None,
@@ -241,7 +248,7 @@ def _times(
         steps.at(message)
         steps.finish(steps.timed)
 
-    result = bench.compare(work, {way.spec: way.pruner for way in ways}, 1, repeat, say)
+    result = compare_times(work, {way.spec: way.pruner for way in ways}, 1, repeat, say)
     return {one.name: one.first_ms.median for one in (result.full, *result.methods)}
 
 
@@ -260,10 +267,10 @@ def _show(
         images = sample.opened()
         text = task.prompt(sample, loaded.processor)
         inputs = prepare_texts(loaded, [images], [text])
-        answers: list[Answer] = []
+        answers: list[ShownAnswer] = []
         for (way, _), results in zip(found, by_id, strict=True):
             said = results[sample.id]
-            answer = Answer(said.answer, said.score, said.answer == by_id[0][sample.id].answer)
+            answer = ShownAnswer(said.answer, said.score, said.answer == by_id[0][sample.id].answer)
             if way is not None:
                 steps.at(f"Drawing: {way.spec}…")
                 answer = _drawn(loaded, way.pruner, inputs, images, answer, number < MOST)
@@ -280,9 +287,9 @@ def _drawn(
     pruner: Pruner,
     inputs: Any,
     images: Sequence[Image.Image],
-    answer: Answer,
+    answer: ShownAnswer,
     drawn: bool,
-) -> Answer:
+) -> ShownAnswer:
     """An answer with what was kept for it, in figures and where wanted in pictures."""
     with attached(pruner, loaded.model) as handle:
         loaded.model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
@@ -344,14 +351,15 @@ def _row(
     score, same = scored.mean, answers.agreeing(full).mean
     difference = None if control is None else scored.minus(control)
     assert score is not None and same is not None
+    groups = [one.group for one in scored.scored]
     return Row(
         name=ALL_TOKENS if way is None else way.name,
         keep=None if way is None else way.keep,
         spec="" if way is None else way.spec,
         control=way is not None and way.control,
-        score=_interval(score, scored),
+        score=interval_of(score, groups),
         agreement=same.value,
-        against=None if difference is None else _interval(difference, scored),
+        against=None if difference is None else interval_of(difference, groups),
         visual_tokens=answers.total("visual_tokens") / count,
         decoder_flops=answers.total("decoder_flops") / count,
         flops=answers.total("flops") / count,
@@ -359,9 +367,3 @@ def _row(
         prefill_ratio=times[name] / times[ALL_TOKENS],
         prefill_ms=times[name] if absolute else None,
     )
-
-
-def _interval(mean: Mean, answers: Evaluation) -> Interval:
-    if len({one.group for one in answers.scored}) < GROUPS:
-        return Interval(mean.value)
-    return Interval(mean.value, mean.low, mean.high)

@@ -1,4 +1,5 @@
 """Accuracy of a method on a task.
 
-May import `study.tasks`, `study.bench` and what stands below `study`.
+Answers in batches, the store that keeps them, and scores beside the unpruned model's.
+May import `study.tasks`, `study.stats`, `study.wording`, and what stands below `study`.
 """

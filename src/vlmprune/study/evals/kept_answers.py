@@ -10,17 +10,17 @@ from typing import Any
 
 from PIL import Image
 
-import vlmprune
 from vlmprune.io.models import Loaded
 from vlmprune.io.sources import Source
 from vlmprune.pruner import Pruner
-from vlmprune.study.evals import run as evaluate
+from vlmprune.study.evals.run import method_name, model_name
 from vlmprune.study.tasks import Task
+from vlmprune.version import __version__
 
 
 def digest(loaded: Loaded, source: Source, task: Task) -> str:
     """A name for what answers depend on besides the method, so that no other's are taken up."""
-    seen: list[Any] = [vlmprune.__version__, source.name, evaluate.model_name(loaded.model)]
+    seen: list[Any] = [__version__, source.name, model_name(loaded.model)]
     seen += [loaded.model.device.type, task.label]
     if source.folder is not None:
         seen += [_stamp(file) for file in sorted(source.folder.iterdir()) if file.is_file()]
@@ -42,7 +42,7 @@ def file_name(name: str, pruner: Pruner | None) -> str:
         name: of the method, for people.
         pruner: the method, which alone counts.
     """
-    marked = hashlib.sha256(evaluate.method_name(pruner).encode()).hexdigest()[:8]
+    marked = hashlib.sha256(method_name(pruner).encode()).hexdigest()[:8]
     return f"{plain(name)}-{marked}.jsonl"
 
 

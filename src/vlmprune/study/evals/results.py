@@ -3,90 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from vlmprune.errors import VlmpruneError
+from vlmprune.study.stats import Mean, mean_of
+from vlmprune.study.tasks.answered import Answered
 
 FORMAT = "vlmprune evaluation 1"
 UNPRUNED = "unpruned"
-DRAWS = 2000
-"""Resamples of a bootstrap."""
-LEVEL = 0.95
-
-
-@dataclass(frozen=True)
-class Result:
-    """One sample's answer.
-
-    Figures of cost are those of a prefill by the published formulas, as the pruner reports them.
-    Samples that were answered together share their batch's figures alike.
-
-    Attributes:
-        id: the sample's.
-        group: the pictures that it shares with other samples.
-        kind: of the question.
-        answer: the text.
-        score: 0 to 1; None where the true answer is not known.
-        visual_tokens: that the language model's layers saw, on average over the layers.
-        visual_tokens_before: that it would have seen without pruning.
-        decoder_flops: of the language model on the visual tokens.
-        decoder_flops_before: without pruning.
-        flops: the same with the vision tower's, once for each question.
-        flops_before: without pruning.
-        kv_bytes: of the visual tokens' keys and values once the prompt is read.
-        kv_bytes_before: without pruning.
-        seconds: wall time; of what was done for several samples at once, the sample's share.
-    """
-
-    id: str
-    group: str
-    kind: str
-    answer: str
-    score: float | None
-    visual_tokens: float
-    visual_tokens_before: float
-    decoder_flops: float
-    decoder_flops_before: float
-    flops: float
-    flops_before: float
-    kv_bytes: float
-    kv_bytes_before: float
-    seconds: float
-
-    @classmethod
-    def from_dict(cls, given: dict[str, Any]) -> Result:
-        """What `dataclasses.asdict` made of one; unknown names are passed over.
-
-        Raises:
-            VlmpruneError: something is missing.
-        """
-        names = [one.name for one in fields(cls)]
-        missing = [name for name in names if name not in given]
-        if missing:
-            raise VlmpruneError(
-                f"a stored result lacks {', '.join(missing)}; evaluate anew into another file."
-            )
-        return cls(**{name: given[name] for name in names})
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean score with the ends of its 95 % interval, and of how many samples.
-
-    Attributes:
-        value: the mean.
-        low, high: 2.5th and 97.5th percentile over resamples of the groups.
-        count: samples.
-    """
-
-    value: float
-    low: float
-    high: float
-    count: int
 
 
 @dataclass(frozen=True)
@@ -103,10 +29,10 @@ class Evaluation:
     task: str
     method: str
     model: str
-    results: tuple[Result, ...]
+    results: tuple[Answered, ...]
 
     @cached_property
-    def scored(self) -> tuple[Result, ...]:
+    def scored(self) -> tuple[Answered, ...]:
         """Those whose true answer is known."""
         return tuple(one for one in self.results if one.score is not None)
 
@@ -128,7 +54,7 @@ class Evaluation:
     @cached_property
     def by_kind(self) -> dict[str, Mean]:
         """The mean score of each kind of question, in the order in which they come first."""
-        found: dict[str, list[Result]] = {}
+        found: dict[str, list[Answered]] = {}
         for one in self.scored:
             found.setdefault(one.kind, []).append(one)
         means = {kind: _mean(some) for kind, some in found.items()}
@@ -203,22 +129,9 @@ class Evaluation:
         """
         if given.get("format") != FORMAT:
             raise VlmpruneError(f"format {given.get('format')!r} is not {FORMAT!r}; evaluate anew.")
-        results = tuple(Result.from_dict(one) for one in given["results"])
+        results = tuple(Answered.from_dict(one) for one in given["results"])
         return cls(given["task"], given["method"], given["model"], results)
 
 
-def _mean(results: Sequence[Result]) -> Mean | None:
-    """Bootstrap over groups: each resample draws as many groups as there are, with replacement."""
-    if not results:
-        return None
-    numbers: dict[str, int] = {}
-    for one in results:
-        numbers.setdefault(one.group, len(numbers))
-    which = [numbers[one.group] for one in results]
-    sums = np.bincount(which, weights=[one.score or 0.0 for one in results])
-    counts = np.bincount(which)
-    # The same seed and number of groups give the same draws for every method.
-    drawn = np.random.default_rng(0).integers(len(sums), size=(DRAWS, len(sums)))
-    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Mean(float(sums.sum() / counts.sum()), float(low), float(high), len(results))
+def _mean(some: Sequence[Answered]) -> Mean | None:
+    return mean_of([one.score or 0.0 for one in some], [one.group for one in some])

@@ -19,17 +19,16 @@ import torch
 from vlmprune.hosts import families, processed
 from vlmprune.hosts.decoder import decoder_layers
 from vlmprune.io.models import Loaded, enough_memory, prepare_texts
+from vlmprune.io.options import at_least_one
 from vlmprune.io.processors import scaled
-from vlmprune.io.sources import at_least_one
 from vlmprune.pruner import Handle, Pruner
 from vlmprune.report import Report, RowsReport
 from vlmprune.runtime.encoder.visions import Vision
-from vlmprune.study.evals.results import UNPRUNED, Evaluation, Mean, Result
+from vlmprune.study.evals.results import UNPRUNED, Evaluation
 from vlmprune.study.evals.store import Store
 from vlmprune.study.tasks import Sample, Task
+from vlmprune.study.tasks.answered import Answered
 from vlmprune.views import EncoderView, Selection
-
-__all__ = ["Evaluation", "Mean", "Result", "evaluate", "model_name"]
 
 LEFT = "left before layer "
 """How reports call tokens that were dropped between decoder layers, with the layer's number."""
@@ -172,7 +171,7 @@ class _Runner:
                 self.visions.clear()
 
     @torch.inference_mode()
-    def answer(self, samples: Sequence[Sample]) -> list[Result]:
+    def answer(self, samples: Sequence[Sample]) -> list[Answered]:
         """Answers to one batch."""
         start = time.perf_counter()
         model, processor = self.loaded.model, self.loaded.processor
@@ -199,7 +198,7 @@ class _Runner:
         figures = _figures(report, layers, len(samples))
         seconds = (time.perf_counter() - start) / len(samples)
         return [
-            Result(
+            Answered(
                 id=one.id,
                 group=one.group,
                 kind=one.kind,

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import IO
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.study.evals.results import FORMAT, Evaluation, Result
+from vlmprune.study.evals.results import FORMAT, Evaluation
+from vlmprune.study.tasks.answered import Answered
 
 _NAMES = ("task", "method", "model")
 
@@ -29,7 +30,7 @@ class Store:
     def __init__(self, path: str | Path, evaluation: Evaluation) -> None:
         self.path = Path(path).expanduser()
         self.head = {"format": FORMAT} | {name: getattr(evaluation, name) for name in _NAMES}
-        self.results: dict[str, Result] = {}
+        self.results: dict[str, Answered] = {}
         self.file: IO[str] | None = None
 
     def __enter__(self) -> Store:
@@ -55,7 +56,7 @@ class Store:
         if self.file is not None:
             self.file.close()
 
-    def append(self, result: Result) -> None:
+    def append(self, result: Answered) -> None:
         """Add a sample's result, at once on its way to the disk."""
         self._write(asdict(result))
 
@@ -84,5 +85,5 @@ class Store:
                     "give another path."
                 )
         for one in rest:
-            result = Result.from_dict(one)
+            result = Answered.from_dict(one)
             self.results[result.id] = result

@@ -7,14 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from vlmprune.study.compare.results import ALL_TOKENS, Interval
-from vlmprune.study.evals.results import Evaluation, Mean
+from vlmprune.io.outputs import mark_of
+from vlmprune.study.evals.results import Evaluation
+from vlmprune.study.stats import GROUPS, Interval, Mean, interval_of
+from vlmprune.study.wording import ALL_TOKENS, percent, points
 
-MARK = "vlmprune eval"
-"""Stands in what `eval` writes, so that nothing else is overwritten."""
-
-GROUPS = 10
-"""Groups of pictures below which no interval is told, as in `compare`."""
+MARK = mark_of("eval")
 
 COSTS = {
     "visual tokens": "visual_tokens",
@@ -180,24 +178,10 @@ def _cell(text: str) -> str:
 
 
 def _line(one: Score, name: str) -> tuple[str, str, str, str]:
-    full = "" if one.full is None else _percent(one.full)
+    full = "" if one.full is None else percent(one.full)
     if one.difference is None:
-        return name, full, _percent(one.pruned), ""
-    return name, full, _percent(one.pruned), _points(one.difference)
-
-
-def _percent(one: Interval) -> str:
-    text = f"{100 * one.value:.1f} %"
-    if one.low is None or one.high is None:
-        return text
-    return f"{text} ({100 * one.low:.1f} to {100 * one.high:.1f})"
-
-
-def _points(one: Interval) -> str:
-    text = f"{100 * one.value:+.1f}"
-    if one.low is None or one.high is None:
-        return text
-    return f"{text} ({100 * one.low:+.1f} to {100 * one.high:+.1f})"
+        return name, full, percent(one.pruned), ""
+    return name, full, percent(one.pruned), points(one.difference)
 
 
 def _of(answers: Evaluation, kind: str) -> Evaluation:
@@ -216,9 +200,7 @@ def _score(name: str, answers: Evaluation, full: Evaluation | None) -> Score:
 
 
 def _interval(mean: Mean, answers: Evaluation) -> Interval:
-    if len({one.group for one in answers.scored}) < GROUPS:
-        return Interval(mean.value)
-    return Interval(mean.value, mean.low, mean.high)
+    return interval_of(mean, [one.group for one in answers.scored])
 
 
 def _dict(one: Score | None) -> dict[str, Any] | None:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 from vlmprune import spec
 from vlmprune.errors import VlmpruneError
 from vlmprune.pruner import Pruner
+from vlmprune.study.measure import versions
 from vlmprune.study.search.spaces import Choice, Range, Space
+from vlmprune.study.stats import front
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -83,6 +85,16 @@ class Found:
     def nearest(self) -> Tried | None:
         """The trial with the least loss."""
         return min(self.tried, key=lambda one: (one.loss, one.cost), default=None)
+
+    @property
+    def front(self) -> list[Tried]:
+        """The trials that no other beats in both cost and accuracy, of equals the first alone."""
+        out: list[Tried] = []
+        for i in front([(one.cost, -one.loss) for one in self.tried]):
+            one = self.tried[i]
+            if not out or (one.cost, one.loss) != (out[-1].cost, out[-1].loss):
+                out.append(one)
+        return out
 
 
 @dataclass
@@ -293,15 +305,6 @@ def check_journal(path: Path) -> None:
         )
 
 
-def front(tried: list[Tried]) -> list[Tried]:
-    """The trials that no other beats in both cost and accuracy, by rising cost."""
-    out: list[Tried] = []
-    for one in sorted(tried, key=lambda t: (t.cost, t.loss)):
-        if not out or one.loss < out[-1].loss:
-            out.append(one)
-    return out
-
-
 def document(found: Found, method: str, about: Mapping[str, Any]) -> dict[str, Any]:
     """What is written to the file of an outcome; JSON can hold it.
 
@@ -310,11 +313,6 @@ def document(found: Found, method: str, about: Mapping[str, Any]) -> dict[str, A
         method: the spec of the best setting, or "" where none is within the limit.
         about: what the search depended on.
     """
-    import torch
-
-    import vlmprune
-    from vlmprune.hosts import release
-
     return {
         "format": "vlmprune search 1",
         "method": method,
@@ -323,11 +321,7 @@ def document(found: Found, method: str, about: Mapping[str, Any]) -> dict[str, A
         "max_loss": found.max_loss,
         "about": dict(about),
         "tried": [asdict(one) for one in found.tried],
-        "versions": {
-            "vlmprune": vlmprune.__version__,
-            "torch": torch.__version__,
-            "transformers": release.version(),
-        },
+        "versions": versions(),
     }
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.study.calibrate.run import check_target
-from vlmprune.study.search.optimise import Found, front
+from vlmprune.io.outputs import check_target
+from vlmprune.study.search.optimise import Found
 
 # Colours that people with colour-blindness can tell apart.
 _BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#8a8a8a"
@@ -61,7 +61,7 @@ def _draw_trials(axes: Any, found: Found, cost: str) -> None:
             linewidths=0,
             label=f"{words} ({len(some)})",
         )
-    best = front(found.tried)
+    best = found.front
     axes.plot([b.cost for b in best], [b.accuracy for b in best], color=_BLUE, linewidth=1)
     axes.axhline(found.full, color=_GREY, linewidth=1)
     limit = found.full * (1 - found.max_loss)

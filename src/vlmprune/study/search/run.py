@@ -16,13 +16,14 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import families
 from vlmprune.hosts.decoder import decoder_layers
 from vlmprune.io.models import Loaded
+from vlmprune.io.outputs import check_target
 from vlmprune.pruner import Pruner
 from vlmprune.runtime.encoder.visions import Vision
-from vlmprune.study.calibrate.run import check_target
-from vlmprune.study.evals.results import Evaluation, Mean
+from vlmprune.study.evals.results import Evaluation
 from vlmprune.study.evals.run import evaluate, model_name
 from vlmprune.study.search import optimise
 from vlmprune.study.search.spaces import Space, space_of
+from vlmprune.study.stats import Mean
 from vlmprune.study.tasks import Task
 from vlmprune.study.tasks.part import Part
 

@@ -1,4 +1,8 @@
-"""Tasks, one a file: what is asked about which pictures, and how the answers are scored."""
+"""Tasks, one a file: what is asked about which pictures, and how the answers are scored.
+
+Here belong readers of question sets and scorers of answers; nothing here runs a model.
+May import `io`, the embedded model's pictures, and `errors`.
+"""
 
 from __future__ import annotations
 

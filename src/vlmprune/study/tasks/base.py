@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from PIL import Image
 
 from vlmprune.io.models import prompt_of
-from vlmprune.io.sources import open_images
-
-if TYPE_CHECKING:
-    from vlmprune.study.evals.results import Result
+from vlmprune.io.pictures import open_images
+from vlmprune.study.tasks.answered import Answered
 
 MAX_NEW_TOKENS = 64
 """Limit of an answer where a task sets none."""
@@ -93,7 +91,7 @@ class Task:
         """How right an answer is, 0 to 1; asked only about samples that have true answers."""
         raise NotImplementedError
 
-    def summary(self, results: Sequence[Result]) -> dict[str, float]:
+    def summary(self, results: Sequence[Answered]) -> dict[str, float]:
         """Figures beyond the mean score that the set is known for; by name, in their own units.
 
         Args:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.study.tasks.answered import Answered
 from vlmprune.study.tasks.base import Sample
-from vlmprune.study.tasks.local import WORD_OR_PHRASE, Entry, Local, below, field, read_json
+from vlmprune.study.tasks.local import WORD_OR_PHRASE, Listed, Local, below, field, read_json
 from vlmprune.study.tasks.scorers import gqa_words
-
-if TYPE_CHECKING:
-    from vlmprune.study.evals.results import Result
 
 _FILES = (
     "testdev_balanced_questions.json",
@@ -47,7 +45,7 @@ class Gqa(Local):
         """The file with the questions."""
         return [self.pick(*_FILES)]
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[Listed]:
         """Of the balanced set."""
         [path] = self.found()
         listed: Any = read_json(path)
@@ -59,7 +57,7 @@ class Gqa(Local):
                 continue
             types = one.get("types")
             answer = one.get("answer")
-            yield Entry(
+            yield Listed(
                 id=str(key),
                 picture=image,
                 files=below(_PLACES, f"{image}.jpg"),
@@ -72,7 +70,7 @@ class Gqa(Local):
         """1 for the same words."""
         return float(gqa_words(text) == sample.answers[0].lower())
 
-    def summary(self, results: Sequence[Result]) -> dict[str, float]:
+    def summary(self, results: Sequence[Answered]) -> dict[str, float]:
         """Accuracy in percent of open questions, and of those with two answers to choose from."""
         figures = {}
         for name, wanted in (("open %", True), ("binary %", False)):

@@ -18,7 +18,7 @@ _SHORT = 16
 
 
 @dataclass(frozen=True)
-class Entry:
+class Listed:
     """One question, before its picture has been looked for.
 
     Attributes:
@@ -74,7 +74,7 @@ class Local(Task):
         """
         raise NotImplementedError
 
-    def entries(self) -> Iterable[Entry]:
+    def entries(self) -> Iterable[Listed]:
         """All questions, in the files' order.
 
         Raises:
@@ -88,7 +88,7 @@ class Local(Task):
 
     def samples(self, limit: int | None = None) -> list[Sample]:
         """The questions, in the files' order but those about the same picture together."""
-        groups: dict[str, list[Entry]] = {}
+        groups: dict[str, list[Listed]] = {}
         seen: set[str] = set()
         for one in self.entries():
             if one.id in seen:
@@ -139,7 +139,7 @@ class Local(Task):
     def _expects(self) -> str:
         return f"{self.name}:PATH takes a folder with {self.names}"
 
-    def _picture(self, one: Entry) -> Path:
+    def _picture(self, one: Listed) -> Path:
         for name in one.files:
             path = self.folder / name
             if path.is_file():

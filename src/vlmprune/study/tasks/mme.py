@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.study.tasks.answered import Answered
 from vlmprune.study.tasks.base import Sample
-from vlmprune.study.tasks.local import WORD_OR_PHRASE, Entry, Local
+from vlmprune.study.tasks.local import WORD_OR_PHRASE, Listed, Local
 from vlmprune.study.tasks.scorers import mme_says
-
-if TYPE_CHECKING:
-    from vlmprune.study.evals.results import Result
 
 PERCEPTION = (
     *("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark"),
@@ -59,7 +57,7 @@ class Mme(Local):
                 return paths
         raise self.missing()
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[Listed]:
         """Of all categories that are there."""
         for path in self.found():
             split = path.parent.name == "questions_answers_YN"
@@ -84,7 +82,7 @@ class Mme(Local):
                         f"line {number + 1} of {path} is no question, tab, and Yes or No; give it "
                         "as it is published."
                     )
-                yield Entry(
+                yield Listed(
                     id=f"{picture}-{number}",
                     picture=picture,
                     files=files,
@@ -97,7 +95,7 @@ class Mme(Local):
         """1 for the right one of yes and no."""
         return float(mme_says(text) == sample.answers[0])
 
-    def summary(self, results: Sequence[Result]) -> dict[str, float]:
+    def summary(self, results: Sequence[Answered]) -> dict[str, float]:
         """Points by category, and their sums."""
         figures: dict[str, float] = {}
         points = _points(results)
@@ -109,7 +107,7 @@ class Mme(Local):
         return figures | points
 
 
-def _points(results: Sequence[Result]) -> dict[str, float]:
+def _points(results: Sequence[Answered]) -> dict[str, float]:
     """By category: percentage of right answers plus that of pictures with both right."""
     found: dict[str, dict[str, list[float]]] = {}
     for one in results:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vlmprune.study.tasks.answered import Answered
 from vlmprune.study.tasks.base import Sample, Task, first
-
-if TYPE_CHECKING:
-    from vlmprune.study.evals.results import Result
 
 
 class Part(Task):
@@ -51,6 +49,6 @@ class Part(Task):
         """The task's own."""
         return self.whole.score(sample, text)
 
-    def summary(self, results: Sequence[Result]) -> dict[str, float]:
+    def summary(self, results: Sequence[Answered]) -> dict[str, float]:
         """The task's own, of this half."""
         return self.whole.summary(results)

@@ -6,14 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from vlmprune.study.tasks.answered import Answered
 from vlmprune.study.tasks.base import Sample
-from vlmprune.study.tasks.local import WORD_OR_PHRASE, Entry, Local, below, field, read_lines
+from vlmprune.study.tasks.local import WORD_OR_PHRASE, Listed, Local, below, field, read_lines
 from vlmprune.study.tasks.scorers import pope_says, yes_no
-
-if TYPE_CHECKING:
-    from vlmprune.study.evals.results import Result
 
 SPLITS = ("random", "popular", "adversarial")
 _PLACES = (".", "val2014", "images", "../val2014", "../images")
@@ -51,13 +49,13 @@ class Pope(Local):
                 return there
         raise self.missing()
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[Listed]:
         """Of all splits."""
         for path in self.found():
             split = next((name for name in SPLITS if name in path.stem), path.stem)
             for one in read_lines(path):
                 image = field(path, one, "image", str)
-                yield Entry(
+                yield Listed(
                     id=f"{split}-{field(path, one, 'question_id')}",
                     picture=image,
                     files=below(_PLACES, image),
@@ -71,9 +69,9 @@ class Pope(Local):
         # As the authors have it, any label but "no" is a yes.
         return float((pope_says(text) == "no") == (sample.answers[0] == "no"))
 
-    def summary(self, results: Sequence[Result]) -> dict[str, float]:
+    def summary(self, results: Sequence[Answered]) -> dict[str, float]:
         """In percent: accuracy, precision, recall, F1 and share of yes; F1 of each split."""
-        splits: dict[str, list[Result]] = {}
+        splits: dict[str, list[Answered]] = {}
         for one in results:
             splits.setdefault(one.kind, []).append(one)
         found = {}

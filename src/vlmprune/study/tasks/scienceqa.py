@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.study.tasks.base import Sample
-from vlmprune.study.tasks.local import Entry, Local, below, field, read_json
+from vlmprune.study.tasks.local import Listed, Local, below, field, read_json
 from vlmprune.study.tasks.scorers import option_of
 
 SUFFIX = "\nAnswer with the option's letter from the given choices directly."
@@ -47,7 +47,7 @@ class ScienceQa(Local):
             raise self.missing()
         return paths
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[Listed]:
         """Of the test split."""
         path, splits = self.found()
         problems = read_json(path)
@@ -67,7 +67,7 @@ class ScienceQa(Local):
             lines.append(field(path, one, "question", str))
             lines += [f"{a}. {choice}" for a, choice in zip(LETTERS, choices, strict=False)]
             image = f"{key}/{field(path, one, 'image', str)}"
-            yield Entry(
+            yield Listed(
                 id=str(key),
                 picture=image,
                 files=below(_PLACES, image),

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.study.tasks.base import Sample
-from vlmprune.study.tasks.local import WORD_OR_PHRASE, Entry, Local, below, field, read_json
+from vlmprune.study.tasks.local import WORD_OR_PHRASE, Listed, Local, below, field, read_json
 from vlmprune.study.tasks.vqa_words import textvqa_accuracy
 
 _FILE = "TextVQA_0.5.1_val.json"
@@ -38,7 +38,7 @@ class TextVqa(Local):
         """The file with the questions."""
         return [self.pick(_FILE)]
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[Listed]:
         """Of the file."""
         [path] = self.found()
         for number, one in enumerate(field(path, read_json(path), "data", list)):
@@ -48,7 +48,7 @@ class TextVqa(Local):
                 raise VlmpruneError(
                     f"{path} has an entry without usable 'answers'; give it as it is published."
                 )
-            yield Entry(
+            yield Listed(
                 id=str(one.get("question_id", number)),
                 picture=image,
                 files=below(_PLACES, f"{image}.jpg"),

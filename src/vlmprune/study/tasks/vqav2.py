@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.study.tasks.base import Sample
-from vlmprune.study.tasks.local import WORD_OR_PHRASE, Entry, Local, below, field, read_json
+from vlmprune.study.tasks.local import WORD_OR_PHRASE, Listed, Local, below, field, read_json
 from vlmprune.study.tasks.vqa_words import textvqa_words, vqa_accuracy
 
 _FILE = "v2_OpenEnded_mscoco_val2014_questions.json"
@@ -51,7 +51,7 @@ class Vqav2(Local):
             f"{questions} has no {name} beside it, so that no answer is known; {self._expects()}."
         )
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[Listed]:
         """Of the questions file."""
         questions, *rest = self.found()
         known: dict[int, tuple[tuple[str, ...], str]] = {}
@@ -74,7 +74,7 @@ class Vqav2(Local):
                 )
             answers, kind = known.get(key, ((), ""))
             image = f"COCO_{subtype}_{field(questions, one, 'image_id', int):012d}.jpg"
-            yield Entry(
+            yield Listed(
                 id=str(key),
                 picture=image,
                 files=below((subtype, "images", "."), image),

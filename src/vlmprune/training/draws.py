@@ -16,21 +16,21 @@ from vlmprune.training.data import Entry
 
 
 @dataclass(frozen=True)
-class Sample:
+class Drawn:
     """An entry with the turns of it that are asked."""
 
     entry: Entry
     turns: tuple[int, ...]
 
 
-class Samples(Dataset[Sample]):
-    """Samples of a whole run, in the order in which it sees them.
+class Draws(Dataset[Drawn]):
+    """The draws of a whole run, in the order in which it sees them.
 
     Each pass over the entries has an order of its own.
 
     Args:
         entries: what there is.
-        length: samples of the run.
+        length: draws of the run.
         turns: of each entry at most, drawn anew each time it comes up; 0 for all.
         seed: of the draws.
     """
@@ -42,7 +42,7 @@ class Samples(Dataset[Sample]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, number: int) -> Sample:
+    def __getitem__(self, number: int) -> Drawn:
         if not 0 <= number < self.length:
             raise IndexError(number)
         epoch, place = divmod(number, len(self.entries))
@@ -50,7 +50,7 @@ class Samples(Dataset[Sample]):
             rng = np.random.default_rng([self.seed, 0, epoch])
             self._order = epoch, rng.permutation(len(self.entries))
         entry = self.entries[int(self._order[1][place])]
-        return Sample(entry, self._drawn(entry, number))
+        return Drawn(entry, self._drawn(entry, number))
 
     def _drawn(self, entry: Entry, number: int) -> tuple[int, ...]:
         """Numbers of the turns, ascending."""

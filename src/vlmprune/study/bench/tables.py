@@ -133,17 +133,17 @@ def _row(content: Content, run: Content, one: Content) -> list[str]:
     return [*cells, f"{_flops(one['flops'])}{_saved(one['flops'], full['flops'])}"]
 
 
-def measured(spread: Content | None, speedup: float | None, absolute: bool, unit: str) -> str:
-    """A median with its spread; where times say nothing, the speed-up in its place."""
-    if spread is None:
+def measured(quartiles: Content | None, speedup: float | None, absolute: bool, unit: str) -> str:
+    """A median with its quartiles' distance; where times say nothing, the speed-up instead."""
+    if quartiles is None:
         return DASH
     around = ""
-    if len(spread["values"]) > 1 and spread["median"]:
-        around = f" ± {50 * (spread['high'] - spread['low']) / spread['median']:.0f} %"
+    if len(quartiles["values"]) > 1 and quartiles["median"]:
+        around = f" ± {50 * (quartiles['high'] - quartiles['low']) / quartiles['median']:.0f} %"
     if not absolute:
         return f"{1 if speedup is None else speedup:.2f}x{around}"
     ratio = "" if speedup is None else f" ({speedup:.2f}x)"
-    return f"{spread['median']:.1f} {unit}{around}{ratio}"
+    return f"{quartiles['median']:.1f} {unit}{around}{ratio}"
 
 
 def _flops(value: float) -> str:

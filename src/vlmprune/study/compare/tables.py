@@ -1,0 +1,79 @@
+"""The table of a comparison: its columns, and its rows as text, by budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vlmprune.study.compare.results import Comparison, Row
+from vlmprune.study.wording import budget, digits, flops_unit, interval
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table as text.
+
+    Attributes:
+        name: of the method.
+        texts: by column, as in `columns`.
+        row: where it comes from.
+    """
+
+    name: str
+    texts: dict[str, str]
+    row: Row
+
+
+def columns(result: Comparison) -> dict[str, str]:
+    """Titles of the table's columns behind the name; a line break parts their lines."""
+    unit, _ = unit_of(result)
+    has_random = any(row.against is not None for row in result.rows)
+    return {
+        "tokens": "visual\ntokens",
+        "score": f"{result.what}\n%",
+        **({"against": "against\nrandom"} if has_random else {}),
+        "decoder": f"LLM\n{unit}FLOPs",
+        "flops": f"all\n{unit}FLOPs",
+        "kv": "KV\nMiB",
+        "prefill": "prefill\nratio",
+        **({"ms": "prefill\nms"} if result.rows[0].prefill_ms is not None else {}),
+    }
+
+
+def sections(result: Comparison) -> Iterator[tuple[str, list[Line]]]:
+    """The table's rows as text, by budget: a heading, and the lines below it."""
+    _, scale = unit_of(result)
+    budgets = dict.fromkeys((row.full, row.keep) for row in result.rows)
+    for full, keep in budgets:
+        rows = [row for row in result.rows if (row.full, row.keep) == (full, keep)]
+        title = "" if full else "own budget" if keep is None else f"keep {budget(keep)}"
+        yield title, [Line(row.name, _texts(row, scale), row) for row in rows]
+
+
+def _texts(row: Row, scale: float) -> dict[str, str]:
+    return {
+        "tokens": f"{row.visual_tokens:.0f}",
+        "score": interval(row.score),
+        "against": difference(row),
+        "decoder": digits(row.decoder_flops / scale),
+        "flops": digits(row.flops / scale),
+        "kv": digits(row.kv_bytes / 2**20),
+        "prefill": f"{row.prefill_ratio:.2f}",
+        "ms": "" if row.prefill_ms is None else f"{row.prefill_ms:.1f}",
+    }
+
+
+def difference(row: Row) -> str:
+    """Points more or less than the control, with half the interval's width and the verdict."""
+    one = row.against
+    if one is None:
+        return ""
+    value = f"{100 * one.value:+.1f}"
+    if one.low is not None and one.high is not None:
+        value += f" ±{50 * (one.high - one.low):.1f}"
+    return f"{value} {row.verdict}".rstrip()
+
+
+def unit_of(result: Comparison) -> tuple[str, float]:
+    """The unit in which the most expensive configuration has a few digits, and its size."""
+    return flops_unit(max(row.flops for row in result.rows))
