@@ -9,11 +9,13 @@ VENV_VLLM ?= .venv-vllm
 OLDEST_TORCH = 2.9.0
 OLDEST_TRANSFORMERS = 5.16.0
 export PYTHON TORCH TORCH_INDEX
+# What an environment is made of; where one of these is newer, it is made anew.
+SETUP = pyproject.toml packages/vlmprune-embedded/pyproject.toml scripts/setup.sh
 
-SCENE = src/vlmprune/embedded/scenes/coffee.jpg
+SCENE = packages/vlmprune-embedded/src/vlmprune_embedded/scenes/coffee.jpg
 QUESTION = what is in row three column one?
 KEEP = 96
-.PHONY: demo test test-oldest test-releases test-newest move-bound test-vllm lint bench train clean
+.PHONY: demo test test-oldest test-releases test-newest move-bound test-wheels test-vllm lint bench train clean
 
 demo: $(VENV)/.demo
 	@$(VENV)/bin/vlmprune run $(SCENE) "$(QUESTION)" --keep $(KEEP) --save-overlay demo-output/kept.png
@@ -37,6 +39,10 @@ test-newest: $(VENV)/.test
 move-bound: $(VENV)/.test
 	$(VENV)/bin/python scripts/releases.py move
 
+# Both wheels, installed in an empty environment outside the checkout and used there.
+test-wheels:
+	$(PYTHON) scripts/wheels.py
+
 # The vLLM plugin, in servers of vLLM's CPU build.
 test-vllm: $(VENV_VLLM)/.vllm
 	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest tests/vllm
@@ -57,28 +63,28 @@ train: $(VENV)/.train
 clean:
 	rm -rf $(VENV) $(OLDEST) $(VENV_VLLM) .venv-releases demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(VENV)/.demo: pyproject.toml scripts/setup.sh
+$(VENV)/.demo: $(SETUP)
 	@sh scripts/setup.sh $(VENV) ""
 	@touch $@
 
-$(VENV)/.test: pyproject.toml scripts/setup.sh
+$(VENV)/.test: $(SETUP)
 	@sh scripts/setup.sh $(VENV) "[test]"
 	@touch $@ $(VENV)/.demo
 
-$(VENV)/.dev: pyproject.toml scripts/setup.sh
+$(VENV)/.dev: $(SETUP)
 	@sh scripts/setup.sh $(VENV) "[dev]"
 	@touch $@ $(VENV)/.test $(VENV)/.demo
 
-$(VENV)/.train: pyproject.toml scripts/setup.sh
+$(VENV)/.train: $(SETUP)
 	@sh scripts/setup.sh $(VENV) "[train]"
 	@touch $@ $(VENV)/.demo
 
-$(OLDEST)/.test: pyproject.toml scripts/setup.sh
+$(OLDEST)/.test: $(SETUP)
 	@# The interpreter of that torch's Triton, which tests alone use, fails on later NumPys.
 	@TORCH=$(OLDEST_TORCH) EXACT=1 sh scripts/setup.sh $(OLDEST) "[test]" \
 	  "transformers==$(OLDEST_TRANSFORMERS)" "numpy<2.4"
 	@touch $@
 
-$(VENV_VLLM)/.vllm: pyproject.toml scripts/setup.sh scripts/setup-vllm.sh
+$(VENV_VLLM)/.vllm: $(SETUP) scripts/setup-vllm.sh
 	@sh scripts/setup-vllm.sh $(VENV_VLLM)
 	@touch $@

@@ -9,7 +9,7 @@
 # PYTHON, RESULTS, PAGE and LIMIT (seconds) may be set from outside.
 set -u
 cd "$(dirname "$0")/.." || exit 1
-export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD/src:$PWD/packages/vlmprune-embedded/src${PYTHONPATH:+:$PYTHONPATH}"
 PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-525}
 START=$(date +%s)

@@ -1,18 +1,18 @@
 #!/bin/sh
-# Make a virtual environment and install the package into it.
+# Make a virtual environment and install the package and the embedded model into it.
 #
 #   sh scripts/setup.sh FOLDER EXTRAS [REQUIREMENT…]
 #
 # Settings from the environment: PYTHON (python3), TORCH (the release wanted on a machine without a
 # GPU), TORCH_INDEX (a package index that has CPU builds of torch; else pip's own settings), EXACT
 # (if set, exactly that release, in whichever build pip finds), CPU (if set, the CPU build of exactly
-# that release, also on a machine with a GPU).
+# that release, also on a machine with a GPU), BARE (if set, torch is all that is installed).
 set -eu
 
 folder=$1
 extras=$2
 shift 2
-: "${PYTHON:=python3}" "${TORCH:=2.13.0}" "${TORCH_INDEX:=}" "${EXACT:=}" "${CPU:=}"
+: "${PYTHON:=python3}" "${TORCH:=2.13.0}" "${TORCH_INDEX:=}" "${EXACT:=}" "${CPU:=}" "${BARE:=}"
 
 if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     echo "vlmprune needs Python 3.11 or newer; name one with PYTHON=…" >&2
@@ -52,5 +52,6 @@ if ! "$folder/bin/python" -c 'import torch' 2>/dev/null; then
         install "torch${EXACT:+==$TORCH}"
     fi
 fi
-echo "Installing vlmprune."
-install -e ".$extras" "$@"
+[ -z "$BARE" ] || exit 0
+echo "Installing vlmprune and its embedded model."
+install -e ./packages/vlmprune-embedded -e ".$extras" "$@"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from vlmprune.errors import VlmpruneError
@@ -59,9 +60,7 @@ def _method(name: str, cls: type) -> dict[str, Any]:
 
 
 def models() -> dict[str, Any]:
-    """The supported families, the vision towers behind them, and the embedded model."""
-    import json
-
+    """The supported families, the vision towers behind them, and the embedded model or None."""
     from vlmprune import embedded
     from vlmprune.hosts.families import FAMILIES, TOWERS
 
@@ -82,11 +81,20 @@ def models() -> dict[str, Any]:
     towers = [
         {"model_type": kind, "cls_token": cls, "score": _score(cls)} for kind, cls in TOWERS.items()
     ]
-    folder = embedded.path()
+    own = _embedded(embedded.path()) if embedded.installed() else None
+    return {"families": families, "towers": towers, "embedded": own}
+
+
+def _embedded(folder: Path) -> dict[str, Any]:
+    """The embedded model, which lies in a folder."""
+    import json
+
+    from vlmprune.hosts.families import FAMILIES
+
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = config["model_type"]
     advised = (config.get("vlmprune") or {}).get("positions")
-    own = {
+    return {
         "name": "embedded model",
         "path": str(folder),
         "model_type": kind,
@@ -96,11 +104,10 @@ def models() -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
         "note": "used where no --model is given; works offline",
     }
-    return {"families": families, "towers": towers, "embedded": own}
 
 
 def proved(media: list[str]) -> str:
-    """What tests/test_families.py proves of every record, with the media that it has."""
+    """What tests/hosts/families/test_every_family.py proves of each record, with its media."""
     videos = ", videos, both in one prompt" if "video" in media else ""
     return (
         f"equal to masking with SDPA and eager attention: padding, several images{videos}; cut "

@@ -1,6 +1,6 @@
 """Make the demonstration scenes that ship with the model, and what is asked about them.
 
-    python demo.py --assets A --folder src/vlmprune/embedded/scenes
+    python demo.py --assets A --folder packages/vlmprune-embedded/src/vlmprune_embedded/scenes
 
 The photographs are held out of training, the placements chosen by hand here. The pictures are 448
 pixels a side, so that they are good to look at; the processor halves them. Questions that the

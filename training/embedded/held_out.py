@@ -1,6 +1,6 @@
 """Write the held-out scenes that ship with the model, with their questions.
 
-    python held_out.py --assets A --folder src/vlmprune/embedded/held_out
+    python held_out.py --assets A --folder packages/vlmprune-embedded/src/vlmprune_embedded/held_out
 
 The scenes, and what is asked about each, are the first of those that `evaluate.py` asks: the test
 split, with photographs, places and contents that training never saw. Nothing is left out, neither

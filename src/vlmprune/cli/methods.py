@@ -58,6 +58,11 @@ def overview(found: dict[str, Any]) -> Table:
 
 def method_table(method: dict[str, Any]) -> Table:
     """One method of `methods()`."""
+    from vlmprune import embedded
+
+    weights = ", ".join(method["weights"])
+    if method["training"] != "none" and not embedded.installed():
+        weights = embedded.MISSING
     settings = ", ".join(
         f"{name} (required)" if about["required"] else f"{name}={about['default']!r}"
         for name, about in method["settings"].items()
@@ -79,7 +84,7 @@ def method_table(method: dict[str, Any]) -> Table:
         ("question", reusable),
         ("training", method["training"].replace("none", "")),
         ("settings", settings),
-        ("weights", ", ".join(method["weights"])),
+        ("weights", weights),
         ("paper", method["paper"]),
         ("deviations", method["deviations"]),
     ):

@@ -25,9 +25,14 @@ def models(as_json: AsJson = False) -> None:
 def models_table(found: dict[str, Any]) -> Table:
     """`models()` as one table of three parts."""
     from vlmprune.catalog import proved
+    from vlmprune.embedded import MISSING
 
     own = found["embedded"]
-    rows = [*found["families"], own | {"note": f"{own['bytes'] / 1e6:.0f} MB; {own['note']}"}]
+    if own is None:
+        last = {"name": "embedded model", "class": "", "positions": "", "note": MISSING}
+    else:
+        last = own | {"note": f"{own['bytes'] / 1e6:.0f} MB; {own['note']}"}
+    rows = [*found["families"], last]
     table = plain_grid("Supported models")
     table.add_column(style="bold", no_wrap=True)
     table.add_column()

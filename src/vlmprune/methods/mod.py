@@ -37,9 +37,9 @@ class MoD(Learned):
     Computation", arXiv 2408.16730 (NeurIPS 2024), section 3.2; the authors published no code.
 
     Attributes:
-        weights: a folder as `vlmprune train mod` writes it, or the name of weights that the package
-            ships. It fixes which layers are skipped and how many tokens of each frame they work on
-            (20 % in every other layer, the paper's setting).
+        weights: a folder as `vlmprune train mod` writes it, or the name of weights that come with
+            the embedded model. It fixes which layers are skipped and how many tokens of each frame
+            they work on (20 % in every other layer, the paper's setting).
         positions: of a pruner before it in a chain; the method itself never renumbers.
 
     Where it deviates from the paper: an image counts as a frame, all of its crops together; the

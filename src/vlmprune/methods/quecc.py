@@ -33,9 +33,9 @@ class QueCC(Learned):
     which comes without weights.
 
     Attributes:
-        weights: a folder as `vlmprune train quecc` writes it, or the name of weights that the
-            package ships. It fixes the side of the windows: of 576 tokens 4, 6, 12 and 24 leave
-            36, 16, 4 and 1, the authors' settings.
+        weights: a folder as `vlmprune train quecc` writes it, or the name of weights that come
+            with the embedded model. It fixes the side of the windows: of 576 tokens 4, 6, 12 and
+            24 leave 36, 16, 4 and 1, the authors' settings.
         positions: "compact" renumbers the tokens (as the release does), "original" gives a token
             the position of the cell nearest its window's centre, "auto" takes what the model's
             config recommends, else the family's release.

@@ -47,8 +47,8 @@ class VisToG(Learned):
     the 64 tokens, the temperature and all widths are our reading.
 
     Attributes:
-        weights: a folder as `vlmprune train vistog` writes it, or the name of weights that the
-            package ships. It fixes the number of tokens of a crop: 64 or 16, our reading.
+        weights: a folder as `vlmprune train vistog` writes it, or the name of weights that come
+            with the embedded model. It fixes the number of tokens of a crop: 64 or 16, our reading.
         positions: "compact" renumbers the tokens, "original" gives the tokens the positions of
             cells at even distances over the image, "auto" takes what the model's config
             recommends, else the family's release.

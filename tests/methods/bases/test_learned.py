@@ -230,13 +230,13 @@ def test_a_fresh_projector_is_the_hosts() -> None:
 def test_shipped_names_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vlmprune.methods.bases import learned
 
-    monkeypatch.setattr(learned, "_home", lambda: tmp_path)
+    monkeypatch.setattr(learned.embedded, "learned", lambda: tmp_path)
     assert shipped() == []
     fresh(host()).save_pretrained(tmp_path / "some-s3")
     assert shipped("quecc") == ["some-s3"] == shipped() and shipped("mod") == []
     assert find("some-s3", "quecc") == tmp_path / "some-s3"
     assert spec.parse("quecc:weights=some-s3").settings["window"] == 3  # type: ignore[attr-defined]
-    with pytest.raises(VlmpruneError, match="ships some-s3"):
+    with pytest.raises(VlmpruneError, match="has some-s3"):
         QueCC("other")
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vlmprune import embedded
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import families, sizes
 from vlmprune.method import Attached
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 FORMAT = "vlmprune learned 1"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+# How the names of weights begin that come with the embedded model.
+NAMED = "embedded-"
 
 
 @dataclass
@@ -62,8 +65,8 @@ class Learned(Pruner):
     (or what else a pruner does) `start`, if a fresh module takes anything over from the host.
 
     Attributes:
-        weights: a folder as `save_pretrained` writes it, or the name of weights that the package
-            ships.
+        weights: a folder as `save_pretrained` writes it, or the name of weights that come with
+            the embedded model.
         positions: "compact" renumbers the tokens, "original" keeps gaps, "auto" takes what the
             model's config recommends, else the family's release.
         fingerprint: of the weights, read off them, so that answers of others are not taken for
@@ -274,9 +277,12 @@ class Learned(Pruner):
 
 
 def shipped(method: str = "") -> list[str]:
-    """Names of the weights that the package brings, of one method or of all."""
+    """Names of the weights that come with the embedded model, of one method or of all.
+
+    Without the embedded model there are none.
+    """
     found = []
-    for path in sorted(_home().glob(f"*/{CONFIG}")):
+    for path in sorted(embedded.learned().glob(f"*/{CONFIG}")) if embedded.installed() else ():
         if not method or json.loads(path.read_text(encoding="utf-8")).get("method") == method:
             found.append(path.parent.name)
     return found
@@ -293,24 +299,24 @@ def find(weights: Any, method: str) -> Path:
         VlmpruneError: there is none.
     """
     names = shipped(method)
-    has = f"the package ships {', '.join(names)}" if names else "the package ships none"
+    has = f"the embedded model has {', '.join(names)}" if names else "no named ones are installed"
     if not isinstance(weights, str) or not weights:
         raise VlmpruneError(
             f"weights={weights!r} of {method} names no weights; give a folder as `vlmprune train "
             f"{method}` writes it ({has})."
         )
-    for folder in (Path(weights).expanduser(), _home() / weights):
-        if (folder / CONFIG).is_file():
-            return folder
+    own = Path(weights).expanduser()
+    if (own / CONFIG).is_file():
+        return own
+    # Where the embedded model is not installed, asking for one of its folders says so.
+    if embedded.installed() or weights.startswith(NAMED):
+        named = embedded.learned() / weights
+        if (named / CONFIG).is_file():
+            return named
     raise VlmpruneError(
         f"weights={weights!r} of {method} is no folder with a {CONFIG}; give one as `vlmprune "
         f"train {method}` writes it, or a name ({has})."
     )
-
-
-def _home() -> Path:
-    """Folder of the weights that the package brings."""
-    return Path(__file__).parents[2] / "embedded" / "learned"
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -135,8 +135,11 @@ def from_model(
         The works, with the same model.
 
     Raises:
-        VlmpruneError: the model cannot be loaded.
+        VlmpruneError: the model cannot be loaded, or the scenes are not installed.
     """
+    if isinstance(images, int):
+        # So that it is told before any work.
+        embedded.scenes()
     loaded = load(source, device, dtype)
 
     def made() -> Iterator[Work]:

@@ -1,4 +1,4 @@
-"""Short clips of moving symbols, shipped with the package, for methods that watch videos."""
+"""Short clips of moving symbols, installed with the embedded model, for methods of videos."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ class Clips(Task):
 
     name: ClassVar[str] = "clips"
     side: ClassVar[int | None] = 112
+
+    def __post_init__(self) -> None:
+        # So that it is told before any work if they are not installed.
+        embedded.clips()
 
     def samples(self, limit: int | None = None) -> list[Sample]:
         """The samples, clip by clip."""

@@ -1,4 +1,4 @@
-"""The embedded model's own held-out scenes, shipped with the package."""
+"""The embedded model's own held-out scenes, installed with it."""
 
 from __future__ import annotations
 
@@ -36,6 +36,10 @@ class Scenes(Task):
     """
 
     name: ClassVar[str] = "scenes"
+
+    def __post_init__(self) -> None:
+        # So that it is told before any work if they are not installed.
+        embedded.held_out()
 
     def samples(self, limit: int | None = None) -> list[Sample]:
         """The samples, scene by scene."""
