@@ -23,7 +23,7 @@ import pytest
 import torch
 from PIL import Image
 
-from held_out import SCENES, picture
+from held_out_scenes import SCENES, picture
 from repository import ROOT
 from vlmprune import VisPruner, VlmpruneError, embedded
 from vlmprune.integrations import lmms_eval

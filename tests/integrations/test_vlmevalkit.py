@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from held_out import picture
+from held_out_scenes import picture
 from vlmprune.integrations import vlmevalkit
 
 RUN = """
