@@ -32,7 +32,7 @@ TESTED = (
     "cli/test_lists.py",
     "costs/test_plan.py",
     "draw/test_overlay.py",
-    "hosts/test_adapted_models.py",
+    "hosts/test_parts.py",
     "integrations/test_arguments.py",
     "methods/test_downsample.py",
     "pruner/test_base.py",
