@@ -52,6 +52,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python scripts/door.py
+	$(VENV)/bin/lint-imports --no-cache
 
 bench: $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/selection.py

@@ -47,6 +47,7 @@ from peaks import peak_of, table
 from vlmprune import METHODS, select
 from vlmprune.hosts.attention import attention_of
 from vlmprune.runtime.attention.taps import Tap, tapped
+from vlmprune.select import rules
 
 # Hidden state -2 is the output of this layer.
 LAYER = 22

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from plain_merging import Sums, by_prumerge, by_visionzip, cosine
 from vlmprune import select
-from vlmprune.select import clusters, scoring
+from vlmprune.select import clusters, rules, scoring
 
 
 def sums(entries: clusters.Entries, n: int) -> list[Sums]:
@@ -262,7 +262,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def rules(attention: Tensor, features: Tensor) -> dict[str, Any]:
+def choices(attention: Tensor, features: Tensor) -> dict[str, Any]:
     return {
         "farthest_point": lambda: select.farthest_point(features, 8),
         "conditional_dpp": lambda: select.conditional_dpp(features, attention, 8),
@@ -278,15 +278,15 @@ def test_no_square_matrix_is_made(name: str, monkeypatch: pytest.MonkeyPatch) ->
         torch.rand(1, 4096, generator=generator),
         torch.randn(1, 4096, 4, generator=generator),
     )
-    monkeypatch.setattr(select, "BLOCK", 1 << 17)
-    monkeypatch.setattr(select, "LEAST_ROWS", 16)
+    monkeypatch.setattr(rules, "BLOCK", 1 << 17)
+    monkeypatch.setattr(rules, "LEAST_ROWS", 16)
     with Largest() as seen:
-        in_blocks = rules(attention, features)[name]()
+        in_blocks = choices(attention, features)[name]()
     assert seen.numel <= 1 << 17
     # The blocks' size changes nothing, and the recorder sees a square where there is one.
-    monkeypatch.setattr(select, "BLOCK", 1 << 24)
+    monkeypatch.setattr(rules, "BLOCK", 1 << 24)
     with Largest() as seen:
-        assert torch.equal(rules(attention, features)[name](), in_blocks)
+        assert torch.equal(choices(attention, features)[name](), in_blocks)
     assert (seen.numel >= 4096**2) == (name == "farthest_point")
 
 
@@ -294,7 +294,7 @@ def test_rules_do_not_wait_for_the_device() -> None:
     """Tensors without values: whoever asks for one fails."""
     attention = torch.empty(2, 50, device="meta")
     features = torch.empty(2, 50, 4, device="meta")
-    found = rules(attention, features)
+    found = choices(attention, features)
     assert found["farthest_point"]().shape == found["conditional_dpp"]().shape == (2, 8)
     plan = clusters.visionzip(attention, features, 16, 4)
     assert plan.dominant.shape == (2, 12) and plan.contextual.shape == (2, 4)

@@ -62,17 +62,31 @@ def test_farthest_point_by_its_definition(
     got = select.farthest_point(features, keep)
     for b in range(B):
         unit = torch.nn.functional.normalize(features[b], dim=-1)
-        distance = (1 - unit @ unit.T).float()
-        apart = distance + torch.eye(N) * 9
-        chosen = [int(apart.amin(1).argmax())]
-        while len(chosen) < keep:
-            left = [i for i in range(N) if i not in chosen]
-            chosen.append(max(left, key=lambda i: float(min(distance[i, j] for j in chosen))))
-        # In few dimensions two candidates can be equally far to the last bit of float32.
-        reached = sorted(float(distance[i, j]) for i in chosen for j in chosen if i < j)
-        ours = got[b].tolist()
-        found = sorted(float(distance[i, j]) for i in ours for j in ours if i < j)
-        assert ours == sorted(chosen) or found == pytest.approx(reached, abs=1e-5)
+        assert tuple(got[b].tolist()) in greedy_choices(1 - unit @ unit.T, keep)
+
+
+def greedy_choices(distance: Tensor, keep: int) -> set[tuple[int, ...]]:
+    """All choices by the definition, for tokens may be equally far to the last bit of float32.
+
+    The first is, for two that are each other's nearest are equally far from their nearest.
+    """
+    every = range(len(distance))
+
+    def best(worth: dict[int, float]) -> list[int]:
+        most = max(worth.values())
+        return [i for i, value in worth.items() if value > most - 1e-6]
+
+    lonely = {i: min((float(distance[i, j]) for j in every if j != i), default=0.0) for i in every}
+    chosen = {(i,) for i in best(lonely)}
+    for _ in range(keep - 1):
+        chosen = {
+            tuple(sorted((*one, i)))
+            for one in chosen
+            for i in best(
+                {i: min(float(distance[i, j]) for j in one) for i in every if i not in one}
+            )
+        }
+    return chosen
 
 
 @given(shapes, st.data())

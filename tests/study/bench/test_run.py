@@ -13,6 +13,7 @@ from tiny import model, request
 from vlmprune import PLPHP, VisPruner
 from vlmprune.errors import VlmpruneError
 from vlmprune.study.bench import run as bench
+from vlmprune.study.bench import workload
 from vlmprune.study.bench.results import BenchResult, Quartiles
 
 CPU = torch.device("cpu")
