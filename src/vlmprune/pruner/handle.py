@@ -12,6 +12,7 @@ from vlmprune.method import Method
 from vlmprune.report import Report
 from vlmprune.runtime import shadows
 from vlmprune.runtime.attach import attachment_of
+from vlmprune.runtime.attachment import nothing
 from vlmprune.runtime.call import run
 from vlmprune.runtime.encoder.visions import Vision
 
@@ -62,6 +63,8 @@ class Handle:
     def detach(self) -> None:
         """Give the model back exactly as it was. May be called again."""
         shadows.leave(self.attachment)
+        # Without a circle all that was loaded for the attachment goes with the handle.
+        self.attachment.leave = nothing
         leave, self._leave = self._leave, None
         if leave is not None:
             leave()

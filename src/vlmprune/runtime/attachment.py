@@ -17,6 +17,10 @@ from vlmprune.runtime.scope import made
 from vlmprune.views import Ask
 
 
+def nothing() -> None:
+    """Gives back nothing."""
+
+
 @dataclass
 class Latest:
     """Holds the report of an attachment's last call."""
@@ -58,7 +62,7 @@ class Attachment:
     originals: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     latest: Latest = field(default_factory=Latest)
     ledger: contract.Ledger = field(default_factory=contract.Ledger)
-    leave: Callable[[], None] = lambda: None
+    leave: Callable[[], None] = nothing
 
     @property
     def report(self) -> Report | None:
