@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import traceback
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,27 @@ def pytest_configure(config: pytest.Config) -> None:
     modules = [path.stem for path in HELPERS.glob("*.py") if not path.stem.startswith("test_")]
     names = "|".join([*packages, *modules])
     config.addinivalue_line("filterwarnings", rf"error::DeprecationWarning:({names})(\.|$)")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--share K/N` takes one of N parts of the tests, and of those of `hosts` all."""
+    parser.addoption("--share", metavar="K/N", help="only the K-th of N parts, K from 0 on")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """By name, so that each test is always in the same part."""
+    share = config.getoption("--share")
+    if not share:
+        return
+    part, parts = map(int, share.split("/"))
+
+    def stays(item: pytest.Item) -> bool:
+        # Names and signatures of the host are looked at everywhere.
+        own = item.path.parent == HELPERS / "hosts"
+        return own or zlib.crc32(item.nodeid.encode()) % parts == part
+
+    config.hook.pytest_deselected(items=[item for item in items if not stays(item)])
+    items[:] = [item for item in items if stays(item)]
 
 
 # No test is timed. In CI the examples are the same each time; elsewhere they are new ones.

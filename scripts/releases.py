@@ -2,6 +2,7 @@
 
     python scripts/releases.py tested          # tests marked "oracle", on each allowed minor
     python scripts/releases.py tested 5.20     # on some
+    python scripts/releases.py between         # a third of them, on each between the outermost
     python scripts/releases.py whole [5.20 …]  # the whole suite there
     python scripts/releases.py newest          # the whole suite on what the index has beyond them
     python scripts/releases.py move            # the same, and allow each minor that passes
@@ -24,6 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".venv-releases"
+# Of how many parts of the tests one runs on a minor between the outermost.
+SHARES = 3
 # Where it stands which minors are allowed; tests hold that the places agree.
 PLACES = {
     "pyproject.toml": '"transformers>={major}.{lowest},<{major}.{beyond}"',
@@ -94,6 +97,20 @@ def tested(some: list[str], *more: str) -> bool:
     return passed
 
 
+def between() -> bool:
+    """A third of the tests on each minor between the lowest and the last, where all run anyway.
+
+    Another third on each, so that every test runs on at least two of them; those of `hosts`, which
+    look at names and signatures, run on all.
+    """
+    major, lowest, beyond = allowed()
+    passed = True
+    for minor in range(lowest + 1, beyond - 1):
+        share = f"--share={minor % SHARES}/{SHARES}"
+        passed &= tested([f"{major}.{minor}"], "-m", "oracle", share)
+    return passed
+
+
 def newest(move: bool) -> bool:
     """The whole suite on each minor beyond those that are allowed, up to the first that fails."""
     major, lowest, beyond = allowed()
@@ -137,6 +154,8 @@ def main(arguments: list[str]) -> bool:
     match arguments:
         case ["tested", *some]:
             return tested(some, "-m", "oracle")
+        case ["between"]:
+            return between()
         case ["whole", *some]:
             return tested(some)
         case ["newest"]:
