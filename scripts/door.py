@@ -1,5 +1,7 @@
 """Whether all that the package knows of Transformers stands in the rooms that may know it.
 
+And whether its own rooms are imported where the arrows between them can be seen.
+
     python scripts/door.py               # the whole package
     python scripts/door.py PATH [PATH …] # some files or folders of it
 
@@ -14,6 +16,13 @@ tree:
   families' records;
 - `attribute`: something may lack an attribute and is asked for it all the same, there.
 
+`make lint` holds the arrows between the rooms by what is imported, so an import that it cannot
+follow is found here, in every file outside `former`:
+
+- `former`: a module is imported, or named, as it was called before the rooms (`vlmprune.budget`,
+  which is `former/budget.py`), in whatever form; `former` is for users alone;
+- `by name`: a module of the package is imported by a string, but for the places in `BY_NAME`.
+
 It prints file, line and rule of each place, and fails if there is one.
 """
 
@@ -22,7 +31,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +47,11 @@ NO_HOSTS: dict[tuple[str, str], str] = {
     ("runtime/attention/interception.py", "vars(key)"): "looks for our own mark on a tensor",
     ("runtime/call/prepare.py", "vars(cache)"): "looks for our own mark on a cache",
 }
+# Where modules of the package are imported by a string, and why not by a statement.
+BY_NAME: dict[str, str] = {
+    "__init__.py": "gives names when they are first asked for, so that help needs no torch",
+    "integrations/vllm/startup.py": "vLLM names the class of a model by a string, in its registry",
+}
 # The object that a method belongs to is one of ours wherever it is written.
 OWN = ("self", "cls", "type(self)")
 
@@ -48,6 +62,8 @@ _READING = ("get", "pop", "setdefault", "__getitem__", "__contains__")
 _LOOKING = ("getattr", "hasattr")
 _IMPORTS = ("import_module", "__import__", "find_spec", "reload", "importorskip")
 _LIBRARY = re.compile(r"transformers(\.|$)")
+# A module of this package in a string, its whole name or one relative to where it is asked for.
+_OWN = re.compile(r"vlmprune(\.|$)|\.")
 
 
 @dataclass(frozen=True, order=True)
@@ -71,9 +87,10 @@ def findings(root: Path, paths: Sequence[Path] = ()) -> list[Finding]:
         paths: files and folders in it to look at; by default everything.
     """
     found: list[Finding] = []
+    former = {file.stem for file in (root / "former").glob("*.py")} - {"__init__"}
     for file in sorted(_files(paths or [root])):
         name = file.resolve().relative_to(root.resolve()).as_posix()
-        found += _File(name, ast.parse(file.read_text(encoding="utf-8"))).findings()
+        found += _File(name, ast.parse(file.read_text(encoding="utf-8")), former).findings()
     return sorted(found)
 
 
@@ -88,8 +105,8 @@ def _files(paths: Iterable[Path]) -> Iterator[Path]:
 class _File:
     """One file: its tree, and the names in it that stand for something."""
 
-    def __init__(self, name: str, tree: ast.Module) -> None:
-        self.name = name
+    def __init__(self, name: str, tree: ast.Module, former: Collection[str]) -> None:
+        self.name, self.former = name, former
         self.room = name.split("/")[0]
         self.nodes = list(ast.walk(tree))
         self.bound = list(_bound(self.nodes))
@@ -106,6 +123,9 @@ class _File:
             if self.room not in IMPORTING:
                 yield from self._reads(node)
                 yield from self._looks(node)
+            if self.room != "former":
+                yield from self._formers(node)
+                yield from self._by_name(node)
 
     def _at(self, node: ast.AST, rule: str, why: str) -> Finding:
         line: int = getattr(node, "lineno", 0)
@@ -193,28 +213,68 @@ class _File:
                 if _LIBRARY.match(module):
                     yield self._at(node, "import", told)
             case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name), args=[first, *_]):
-                if name in _IMPORTS and self._is_library(first):
+                if name in _IMPORTS and self._is_text(first, _LIBRARY):
                     yield self._at(node, "import", told)
             case ast.Subscript(value=ast.Attribute(attr="modules"), slice=key):
-                if self._is_library(key):
+                if self._is_text(key, _LIBRARY):
                     yield self._at(node, "import", told)
         match node:
             case ast.Call(
                 func=ast.Attribute(value=ast.Attribute(attr="modules"), attr=name), args=[key, *_]
-            ) if name in _READING and self._is_library(key):
+            ) if name in _READING and self._is_text(key, _LIBRARY):
                 yield self._at(node, "import", told)
 
-    def _is_library(self, node: ast.expr) -> bool:
+    def _is_text(self, node: ast.expr, pattern: re.Pattern[str]) -> bool:
+        """Whether an expression is a string that begins as a pattern says."""
         match node:
             case ast.Constant(value=str(word)):
-                return bool(_LIBRARY.match(word))
+                return bool(pattern.match(word))
             case ast.Name(id=name):
-                return bool(_LIBRARY.match(self.words.get(name, "")))
+                return bool(pattern.match(self.words.get(name, "")))
             case ast.JoinedStr(values=[first, *_]):
-                return self._is_library(first)
+                return self._is_text(first, pattern)
             case ast.BinOp(left=left):
-                return self._is_library(left)
+                return self._is_text(left, pattern)
         return False
+
+    def _formers(self, node: ast.AST) -> Iterator[Finding]:
+        told = "is a former name; import the module that it stands for"
+        named: list[str] = []
+        match node:
+            case ast.Import(names=names):
+                named = [one.name for one in names]
+            case ast.ImportFrom(module=module, names=names, level=level):
+                base = self._package(level, module)
+                named = [f"{base}.{one.name}" for one in names]
+            case ast.Attribute(value=ast.Name(id="vlmprune"), attr=name):
+                named = [f"vlmprune.{name}"]
+            case ast.Constant(value=str(word)) if not re.search(r"\s", word):
+                named = [word]
+        for one in named:
+            package, _, rest = one.partition(".")
+            if package == "vlmprune" and rest.split(".")[0] in self.former:
+                yield self._at(node, "former", told)
+                return
+
+    def _package(self, level: int, module: str | None) -> str:
+        """What stands after `from`, without leading dots."""
+        if not level:
+            return module or ""
+        folders = ["vlmprune", *self.name.split("/")[:-1]]
+        place = folders[: len(folders) - level + 1]
+        return ".".join([*place, module] if module else place)
+
+    def _by_name(self, node: ast.AST) -> Iterator[Finding]:
+        told = "imports a module of the package by a string, which no contract can follow"
+        if self.name in BY_NAME:
+            return
+        match node:
+            case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name), args=[first, *_]):
+                if name in _IMPORTS and (self._is_text(first, _OWN) or _is_here(first)):
+                    yield self._at(node, "by name", told)
+            case ast.Subscript(value=ast.Attribute(attr="modules"), slice=key):
+                if self._is_text(key, _OWN) or _is_here(key):
+                    yield self._at(node, "by name", told)
 
     def _reads(self, node: ast.AST) -> Iterator[Finding]:
         told = "reads an argument by its name; take it from a record of hosts"
@@ -261,6 +321,18 @@ class _File:
                     yield self._at(node, "attribute", "is handed on under another name")
             case ast.Attribute(attr=name) if name in (*_LOOKING, "__getattr__"):
                 yield self._at(node, "attribute", "looks an attribute up in a roundabout way")
+
+
+def _is_here(node: ast.expr) -> bool:
+    """Whether a string begins with the name of the module that it stands in, or of its package."""
+    match node:
+        case ast.Name(id="__package__" | "__name__"):
+            return True
+        case ast.FormattedValue(value=inside) | ast.JoinedStr(values=[inside, *_]):
+            return _is_here(inside)
+        case ast.BinOp(left=left):
+            return _is_here(left)
+    return False
 
 
 def _strings(node: ast.expr | None) -> list[ast.expr]:

@@ -1,4 +1,7 @@
-"""What the package knows of Transformers stands in few rooms; `scripts/door.py` finds the rest."""
+"""What the package knows of Transformers stands in few rooms; `scripts/door.py` finds the rest.
+
+So does what it imports of itself past the contracts that hold the arrows between its rooms.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import door
 
 PLACE = "runtime.py"
+# Modules under former names, in the planted packages.
+FORMER = ("__init__.py", "budget.py", "calibrate.py")
 
 IMPORTS = {
     "plain": "import transformers",
@@ -85,11 +90,48 @@ ATTRIBUTES = {
     "partial": "partial(getattr, config)",
     "spread": "getattr(config, *names)",
 }
+FORMERS = {
+    "plain": "import vlmprune.calibrate",
+    "renamed": "import vlmprune.calibrate as held",
+    "several": "import os, vlmprune.budget",
+    "part": "import vlmprune.calibrate.plot",
+    "from": "from vlmprune.calibrate import measure",
+    "from part": "from vlmprune.calibrate.plot import plot",
+    "of the package": "from vlmprune import calibrate",
+    "of the package, renamed": "from vlmprune import calibrate as held",
+    "among others": "from vlmprune import budget, select",
+    "relative": "from .calibrate import measure",
+    "relative, of the package": "from . import calibrate",
+    "inside": "def f():\n    from vlmprune.budget import Budget  # here\n    return Budget",
+    "hints": "if TYPE_CHECKING:\n    from vlmprune.budget import Budget  # here",
+    "attribute": "import vlmprune\nvlmprune.calibrate.measure",
+    "in a string": "HOME = 'vlmprune.budget'",
+    "modules": "sys.modules.get('vlmprune.calibrate')",
+}
+BY_NAME = {
+    "importlib": "import importlib\nimportlib.import_module('vlmprune.select')",
+    "import_module": "import_module('vlmprune.hosts.config')",
+    "package": "import_module('vlmprune')",
+    "formatted": "import_module(f'vlmprune.{name}')",
+    "joined": "import_module('vlmprune.' + name)",
+    "constant": "HOME = 'vlmprune.select'\nimport_module(HOME)",
+    "relative": "import_module('.select', 'vlmprune')",
+    "own package": "import_module(f'{__package__}.{name}')",
+    "own package, joined": "import_module(__package__ + name)",
+    "dunder": "__import__('vlmprune.select')",
+    "found": "importlib.util.find_spec('vlmprune.select')",
+    "modules": "sys.modules['vlmprune.select']",
+}
 HARMLESS = {
     "strings": "NAMES = ('transformers', 'kwargs.get')",
     "a version's name": "versions = {'transformers': release.version()}",
     "other libraries": "import transformers_stream\nfrom mytransformers import x",
-    "own modules": "from vlmprune.hosts import release\nimport_module(f'vlmprune.{name}')",
+    "own modules": "from vlmprune.hosts import release\nfrom vlmprune import embedded, select",
+    "own modules named alike": "from vlmprune.select import budget\nimport vlmprune.budgets",
+    "own modules of a room": "from vlmprune.study.calibrate import run\nfrom vlmprune import study",
+    "others named alike": "from calibrate import x\nimport_module('vlmprune_embedded')",
+    "said": "raise ValueError('vlmprune.budget is a former name')",
+    "an attribute": "handle.budget\nself.vlmprune.calibrate",
     "relative": "from .transformers import x",
     "other dictionaries": "content = {}\ncontent.get('model_type')\nsettings['keep']",
     "written": "kwargs['use_cache'] = False\nmore = kwargs | {'use_cache': False}",
@@ -105,7 +147,9 @@ HARMLESS = {
 
 def found(tmp_path: Path, code: str, place: str = PLACE) -> list[door.Finding]:
     file = tmp_path / place
-    file.parent.mkdir(parents=True, exist_ok=True)
+    for path in (file, *(tmp_path / "former" / name for name in FORMER)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("", encoding="utf-8")
     file.write_text(f"# first line\n{code}\n", encoding="utf-8")
     return door.findings(tmp_path)
 
@@ -117,6 +161,8 @@ def test_the_package_is_clean() -> None:
 def test_each_exception_is_needed_and_has_its_reason() -> None:
     for (name, receiver), why in door.NO_HOSTS.items():
         assert why and receiver in (door.PACKAGE / name).read_text(encoding="utf-8")
+    for name, why in door.BY_NAME.items():
+        assert why and "import_module(" in (door.PACKAGE / name).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -127,6 +173,8 @@ def test_each_exception_is_needed_and_has_its_reason() -> None:
             ("import", IMPORTS),
             ("argument", ARGUMENTS),
             ("attribute", ATTRIBUTES),
+            ("former", FORMERS),
+            ("by name", BY_NAME),
         )
         for name, code in cases.items()
     ],
@@ -157,6 +205,35 @@ def test_a_familys_record_knows_names_but_imports_nothing(tmp_path: Path) -> Non
     assert found(tmp_path, "inputs['pixel_values']", "hosts/families/some.py") == []
     (one,) = found(tmp_path, "import transformers", "hosts/families/some.py")
     assert (one.path, one.line, one.rule) == ("hosts/families/some.py", 2, "import")
+
+
+@pytest.mark.parametrize("room", ["cli", "hosts", "io", "training", "integrations/vllm", "methods"])
+@pytest.mark.parametrize(
+    "code", ["from vlmprune import calibrate", "from ..budget import x", "from .. import budget"]
+)
+def test_no_room_takes_a_former_name(tmp_path: Path, room: str, code: str) -> None:
+    deep = code.replace("..", "." * (room.count("/") + 2))
+    (one,) = found(tmp_path, deep, f"{room}/some.py")
+    assert (one.line, one.rule) == (2, "former")
+    # A room's own module of that name is another one.
+    own = "from . import budget\nfrom .calibrate import x"
+    assert found(tmp_path, own, f"{room}/some.py") == []
+
+
+@pytest.mark.parametrize("code", FORMERS.values(), ids=FORMERS.keys())
+def test_former_modules_may_name_one_another(tmp_path: Path, code: str) -> None:
+    assert found(tmp_path, code, "former/other.py") == []
+
+
+def test_a_former_name_by_a_string_breaks_both_rules(tmp_path: Path) -> None:
+    rules = [one.rule for one in found(tmp_path, "import_module('vlmprune.calibrate')")]
+    assert rules == ["by name", "former"]
+
+
+@pytest.mark.parametrize("place", door.BY_NAME)
+@pytest.mark.parametrize("code", BY_NAME.values(), ids=BY_NAME.keys())
+def test_few_files_import_by_a_string(tmp_path: Path, place: str, code: str) -> None:
+    assert found(tmp_path, code, place) == []
 
 
 def test_the_command_names_what_it_finds(tmp_path: Path) -> None:

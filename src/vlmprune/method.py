@@ -41,6 +41,17 @@ class Attached(Protocol):
 class Method:
     """What a method declares: its settings, what it wants to see, and its choice.
 
+    A method implements the choice of its stage; the rest is there for those that want it.
+
+    | stage | it says before | it chooses |
+    |---|---|---|
+    | before or inside the vision encoder | `inside`, `reads`, `check`, `check_request` | `select` |
+    | before the language model | `reads`, `check`, `check_request` | `select` |
+    | between decoder layers: tokens leave | `asks` | `raters`, `drop` |
+    | between decoder layers: tokens skip some | `skips` | `route` |
+    | in a layer's KV cache | `probes`, `check_prompt` | `retain` |
+    | any, as it is attached to a model | `joined` | |
+
     Knows nothing of models and of how it is attached to one; `Pruner` adds that.
     """
 

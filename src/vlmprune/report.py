@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -204,49 +205,79 @@ class Report:
             dtype: of the KV cache.
             positions: the policy used.
             seconds: time that choosing took.
-            members: for each image where its visual tokens went meanwhile; none where nothing was
-                merged.
+            members: for each image where its tokens went meanwhile; none where nothing was merged.
         """
-        first = [torch.zeros(len(one.labels), dtype=torch.bool) for one in self.layouts]
-        for mask, kept in zip(first, self.kept, strict=True):
-            mask[kept] = True
-        each = costs.kv_bytes(config, 1, torch.finfo(dtype).bits // 8)
-        cached = costs.caching_layers(config)
-        each //= max(1, sum(cached))
-        reached, counts, layers = first, list[list[int]](), list[RowsReport]()
-        images = [row for row, n in enumerate(rows) for _ in range(n)]
-        roles = [dict[str, Tensor]() for _ in first]
-        for index, caches in enumerate(cached):
+        reached, passed = self._seen(), list[list[Tensor]]()
+        roles = [dict[str, Tensor]() for _ in reached]
+        for index in range(len(costs.caching_layers(config))):
             for role, stays, goes in zip(roles, reached, stages.get(index, reached), strict=True):
                 if index in stages:
                     role[f"left before layer {index}"] = stays & ~goes
             reached = stages.get(index, reached)
-            sums = [0] * len(rows)
-            for row, mask in zip(images, reached, strict=True):
-                sums[row] += int(mask.sum())
-            counts.append(sums)
-            if index >= min(stages):
-                numbers = [mask.nonzero()[:, 0] for mask in reached]
-                layers.append(RowsReport(index, numbers, caches * each * sum(sums)))
-        flops = sum(costs.layered_flops(config, one) for one in zip(*counts, strict=True))
+            passed.append(reached)
         left = [
             {name: mask & goes for name, mask in old.items()} | new
             for old, new, goes in zip(self.roles, roles, reached, strict=True)
         ]
+        made = self._decoded(config, passed, rows, dtype)
+        kept = [mask.nonzero()[:, 0] for mask in reached]
         return replace(
-            self,
-            kept=[mask.nonzero()[:, 0] for mask in reached],
-            visual_tokens_after=sum(counts[-1]),
-            flops_after=self.flops_after - self.decoder_flops_after + flops,
-            decoder_flops_after=flops,
-            kv_bytes_after=sum(
-                caches * each * sum(n) for caches, n in zip(cached, counts, strict=True)
-            ),
+            made,
+            kept=kept,
+            visual_tokens_after=sum(map(len, kept)),
             positions=positions,
             seconds_selecting=self.seconds_selecting + seconds,
             roles=left,
-            layers=layers,
+            layers=made.layers[min(stages) :],
             members=_joined(self.members, members, reached),
+        )
+
+    def with_skips(
+        self,
+        config: Any,
+        stages: dict[int, list[Tensor]],
+        rows: list[int],
+        dtype: torch.dtype,
+        positions: str,
+        seconds: float,
+    ) -> Report:
+        """The same call after visual tokens skipped decoder layers.
+
+        Args as of `with_rows`; but a stage says what its own layer worked on, and no later one.
+        """
+        whole = self._seen()
+        worked = [stages.get(index, whole) for index in range(len(costs.caching_layers(config)))]
+        roles = self.roles
+        if stages:
+            # For pictures, where no stage before has its own: what any such layer worked on.
+            ever = [torch.stack(each).any(dim=0) for each in zip(*stages.values(), strict=True)]
+            roles = [old or {"important": mask} for old, mask in zip(roles, ever, strict=True)]
+        made, spent = self._decoded(config, worked, rows, dtype), self.seconds_selecting + seconds
+        return replace(made, positions=positions, seconds_selecting=spent, roles=roles)
+
+    def _seen(self) -> list[Tensor]:
+        """For each image [n] bool over its visual tokens, those that the language model gets."""
+        none = [torch.zeros(len(one.labels), dtype=torch.bool) for one in self.layouts]
+        return [mask.index_fill(0, at, True) for mask, at in zip(none, self.kept, strict=True)]
+
+    def _decoded(
+        self, config: Any, reached: Sequence[list[Tensor]], rows: list[int], dtype: torch.dtype
+    ) -> Report:
+        """The same call, if for each layer, for each image a [n] bool, these `reached` it."""
+        cached = costs.caching_layers(config)
+        each = costs.kv_bytes(config, 1, torch.finfo(dtype).bits // 8) // max(1, sum(cached))
+        layers, counts = list[RowsReport](), list[list[int]]()
+        for index, (holds, masks) in enumerate(zip(cached, reached, strict=True)):
+            numbers = [mask.nonzero()[:, 0] for mask in masks]
+            counts.append(_by_row(rows, map(len, numbers)))
+            layers.append(RowsReport(index, numbers, holds * each * sum(counts[-1])))
+        flops = sum(costs.layered_flops(config, one) for one in zip(*counts, strict=True))
+        return replace(
+            self,
+            flops_after=self.flops_after - self.decoder_flops_after + flops,
+            decoder_flops_after=flops,
+            kv_bytes_after=sum(layer.kv_bytes for layer in layers),
+            layers=layers,
         )
 
     def json(self, indent: int | None = None) -> str:
@@ -292,10 +323,8 @@ def _joined(
         return []
     stay = [torch.arange(len(mask)) for mask in reached]
     ends = [torch.where(mask, at, -1) for mask, at in zip(reached, stay, strict=True)]
-    out = []
-    for before, after in zip(first or stay, then or ends, strict=True):
-        out.append(torch.where(before >= 0, after[before.clamp(min=0)], -1))
-    return out
+    pairs = zip(first or stay, then or ends, strict=True)
+    return [torch.where(at >= 0, after[at.clamp(min=0)], -1) for at, after in pairs]
 
 
 def make(
@@ -330,12 +359,8 @@ def make(
         members: for each image where its visual tokens went; None where nothing is merged.
         tower: FLOPs of the vision tower where a method acted inside it; None for the usual ones.
     """
-    before, after, image = [0] * len(rows), [0] * len(rows), 0
-    for row, images in enumerate(rows):
-        for _ in range(images):
-            before[row] += len(kept[image])
-            after[row] += int(kept[image].sum())
-            image += 1
+    before = _by_row(rows, map(len, kept))
+    after = _by_row(rows, (int(mask.sum()) for mask in kept))
     encoder = sum(
         costs.encoder_flops(config, patches.count(size), patches=size) for size in set(patches)
     )
@@ -360,6 +385,12 @@ def make(
         decoder_flops_before=decoder[0],
         decoder_flops_after=decoder[1],
     )
+
+
+def _by_row(rows: list[int], counts: Iterable[int]) -> list[int]:
+    """Sums over each row of a batch with so many images, of one count an image."""
+    left = iter(counts)
+    return [sum(islice(left, images)) for images in rows]
 
 
 def _flops(value: float) -> str:

@@ -1,7 +1,8 @@
 """FLOPs, bytes and plans: what a number of visual tokens costs, with no weights.
 
 Here belongs what a config and token counts are enough for. May import `hosts.config` and
-`hosts.sizes`, which read configs, `select.budget` and `errors`; no tensor library.
+`hosts.sizes`, which read configs, `hosts.pretrained` in a function, to read one from a folder,
+`select.budget` and `errors`; no tensor library.
 """
 
 from vlmprune.costs.flops import (

@@ -1,4 +1,7 @@
-"""KV caches of Transformers: the layers that our own ones replace, and how they lie in a cache."""
+"""KV caches of Transformers: the layers that our own ones replace, and how they lie in a cache.
+
+What the argument is called that hands a cache to a model or a layer stands in `hosts.release`.
+"""
 
 from __future__ import annotations
 

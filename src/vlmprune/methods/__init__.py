@@ -1,7 +1,7 @@
 """The methods, one a file, which is named as the command line calls the method.
 
-Here belong a rule's settings and its choice, no machinery. May import `pruner` and what stands
-below it, and `methods.bases`. A new method is a file here and a line below.
+Here belong a rule's settings and its choice, no machinery. May import `methods.bases`, `embedded`,
+`pruner` and what stands below. A new method is a file here and a line below.
 """
 
 # ruff: noqa: I001, the order is that in which they are shown.

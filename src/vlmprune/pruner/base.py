@@ -22,8 +22,8 @@ from vlmprune.views import EncoderView, Inside, LayerView, Probes, Reads, Retent
 class Pruner(Method):
     """A method with its settings; holds no model and can be attached to any number of them.
 
-    A subclass is a frozen dataclass that implements `select` (with `check`) or `retain`, and says
-    in class variables what it is. Use one of
+    A subclass is a frozen dataclass that implements the choice of its stage, as the table of
+    `Method` has it, and says in class variables what it is. Use one of
 
         with pruner(model) as handle: ...
         handle = pruner.attach(model); ...; handle.detach()

@@ -1,11 +1,16 @@
-"""Which pruned call is under way in this thread, and the report that it made last."""
+"""Which pruned call is under way in this thread, and the report that it made last.
+
+Modules are shared by threads, and so are the hooks on them. What hooks a module for one call keeps
+the thread that it was made in (`OwnThread`) and does nothing in any other.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vlmprune.report import Report
@@ -25,6 +30,22 @@ class Scope:
 active: ContextVar[Scope | None] = ContextVar("vlmprune_active", default=None)
 # The report that this thread made last.
 made: ContextVar[Report | None] = ContextVar("vlmprune_made", default=None)
+
+
+@dataclass(frozen=True)
+class OwnThread:
+    """The thread that made it.
+
+    Attributes:
+        number: Python's own for it.
+    """
+
+    number: int = field(default_factory=threading.get_ident)
+
+    @property
+    def runs(self) -> bool:
+        """Whether it is the thread that asks."""
+        return threading.get_ident() == self.number
 
 
 @contextmanager

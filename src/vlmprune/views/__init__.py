@@ -1,7 +1,7 @@
 """What a method sees and returns, and where visual tokens lie: plain data, no class of any host.
 
-Here belong bundles of tensors that several rooms hand on. May import torch, `select.budget` and
-`errors`, and nothing else of this package.
+Here belong bundles of tensors that several rooms hand on. May import torch and `select.budget`, and
+nothing else of this package.
 """
 
 from vlmprune.views.decoder import (

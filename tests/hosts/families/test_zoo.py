@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vlmprune.runtime.family import family_of
 from zoo import WINDOWED, ZOO, Modality, Request, llava, qwen, tiles
 
 STEPS = 3
@@ -109,9 +110,11 @@ def features(model: Any, req: Request, modality: str) -> int:
 @pytest.mark.parametrize("family", ZOO)
 def test_images_differ_in_size_where_the_family_allows_it(family: str) -> None:
     entry = ZOO[family]
-    req = entry.request(entry.build(), [["image"], ["image"], ["image"]])
-    fixed = {"llava", "video_llava", "gemma3", "paligemma", "paligemma2"}
-    assert (len(set(req.lengths)) == 1) == (family in fixed)
+    model = entry.build()
+    req = entry.request(model, [["image"], ["image"], ["image"]])
+    (images,) = (one for one in family_of(model).media if one.kind == "image")
+    # An image that is resized, or cropped, to one square.
+    assert (len(set(req.lengths)) == 1) == (images.overlay in ("whole", "square"))
 
 
 @pytest.mark.parametrize("family", ZOO)

@@ -35,6 +35,18 @@ SERVING = {
     "uniform",
     "average_pooling",
 }
+# The others that choose before the language model, each with the reason that a server gives. A new
+# method goes into one of the two; that it "is not adapted" is no reason.
+_LATE = "keeps a number of tokens that is known only once the image is encoded"
+_ASKS = "looks at the question, and vLLM keeps encoded images for any question"
+NOT_SERVING = {
+    "prumerge": _LATE,
+    "cdpruner": _ASKS,
+    "quecc": _ASKS,
+    "tome": "acts inside the vision encoder",
+    "vistog": _LATE,
+    "downsample": "acts inside the vision encoder",
+}
 
 
 def of(text: str) -> policy.Policy:
@@ -67,9 +79,17 @@ def test_other_methods_are_refused_by_name(name: str) -> None:
         object.__setattr__(pruner, "keep", 4)
     with pytest.raises(VlmpruneError) as error:
         policy.check(pruner)
-    assert f"method {name!r} cannot serve in vLLM, as it " in str(error.value)
+    why = NOT_SERVING.get(name, "acts inside the language model")
+    assert f"method {name!r} cannot serve in vLLM, as it {why}; " in str(error.value)
     assert all(one in str(error.value) for one in SERVING)
     assert str(error.value).count(". ") == 0
+
+
+def test_every_method_that_chooses_before_the_language_model_serves_or_says_why() -> None:
+    choosing = {name for name, cls in METHODS.items() if object.__new__(cls).shortens}
+    assert set(policy._SERVING) == SERVING
+    assert choosing == SERVING | set(NOT_SERVING) and not SERVING & set(NOT_SERVING)
+    assert not [name for name, why in NOT_SERVING.items() if "not adapted" in why]
 
 
 @pytest.mark.parametrize("name", sorted(SERVING))

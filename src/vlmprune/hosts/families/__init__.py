@@ -1,4 +1,7 @@
-"""One short record a model family: the accessors and policies in which families differ."""
+"""One short record a model family: the accessors and policies in which families differ.
+
+A file a kind. May import the rest of `hosts`, `views` and `errors`; Transformers not at all.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ softmax of the wanted rows alone in float32, and passes the call on unchanged.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -21,6 +20,7 @@ from vlmprune.hosts.decoder import states_of
 from vlmprune.hosts.encoders import first_of
 from vlmprune.hosts.towers import pooled_attention
 from vlmprune.runtime.attention.interception import watching
+from vlmprune.runtime.scope import OwnThread
 from vlmprune.views.settings import TapRows
 
 # Queries a chunk when every row is needed: the extra memory is heads × CHUNK × N.
@@ -158,12 +158,12 @@ class Tap:
         self.rows_seen: list[Tensor] = []
         # How many queries were seen in the layer's present run.
         self.tokens = 0
-        self.thread = threading.get_ident()
+        self.thread = OwnThread()
 
     @property
     def here(self) -> bool:
         """Whether the running thread is the tap's own."""
-        return threading.get_ident() == self.thread
+        return self.thread.runs
 
     def see(self, call: AttentionCall) -> None:
         """Take the rows out of one attention call of the tap's own thread."""
@@ -259,10 +259,10 @@ def tapped(layer: nn.Module, tap: Tap) -> Iterator[None]:
 def passing(layer: nn.Module) -> Iterator[list[Tensor]]:
     """Record what leaves an encoder layer, [B, L, C] a call in this thread, with gradients."""
     seen: list[Tensor] = []
-    thread = threading.get_ident()
+    thread = OwnThread()
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if threading.get_ident() == thread:
+        if thread.runs:
             states = states_of(output)
             # A tower that packs all images into one sequence has no batch.
             seen.append(states if states.ndim == 3 else states[None])

@@ -8,7 +8,6 @@ the pruned features stand where the placeholders were.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,6 +20,7 @@ from vlmprune.hosts.contract import broken
 from vlmprune.hosts.requests import ModelCall
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.call.state import Active, Progress
+from vlmprune.runtime.scope import OwnThread
 
 # By what share an embedded visual token may differ from its feature, in float32 and in half
 # precision, besides a factor that all of them have, as some hosts scale them.
@@ -105,16 +105,16 @@ def _compared(
         return
     if placed:
         _check_handed(attachment, progress, call, first)
-    thread, seen = threading.get_ident(), dict[str, Tensor]()
+    thread, seen = OwnThread(), dict[str, Tensor]()
 
     def turned(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        if threading.get_ident() == thread:
+        if thread.runs:
             found = decoder.RotaryCall(module, args, kwargs, output).positions
             seen.setdefault("positions", found.detach())
 
     def entered(module: Any, args: Any, kwargs: Any) -> None:
         found = decoder.embeddings_of(kwargs)
-        if threading.get_ident() == thread and found is not None:
+        if thread.runs and found is not None:
             seen.setdefault("embedded", found.detach())
 
     with ExitStack() as stack:

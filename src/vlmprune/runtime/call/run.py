@@ -29,7 +29,7 @@ from vlmprune.runtime.call.refusals import (
     check_generate,
 )
 from vlmprune.runtime.call.state import Active
-from vlmprune.runtime.decoder.skipping import Skipping, reported, skipping_layers
+from vlmprune.runtime.decoder.skipping import Skipping, skipping_layers
 from vlmprune.runtime.encoder import visions
 from vlmprune.runtime.encoder.visions import Vision
 from vlmprune.runtime.scope import active, outside, within
@@ -247,26 +247,22 @@ def _in_decoder(attachment: Attachment, state: Active, call: ModelCall) -> Itera
     if dropping is None or dropping.done:
         return
     dropping.done = True
-    if isinstance(dropping, Skipping) and state.report is not None:
-        policy = (
-            attachment.positions if attachment.method.shortens else attachment.decoder_positions
-        )
-        config, dtype = attachment.model.config, attachment.model.dtype
-        attachment.report = reported(state.report, config, dropping, dtype, policy)
+    if state.report is None:
         return
-    stages = dropping.stages()
-    if stages and state.report is not None:
-        positions: str = attachment.decoder_positions
+    model, stages = attachment.model, dropping.stages()
+    rows = [len(row) for row in dropping.lengths]
+    positions: str = attachment.decoder_positions
+    if isinstance(dropping, Skipping):
+        if attachment.method.shortens:
+            positions = attachment.positions
+        attachment.report = state.report.with_skips(
+            model.config, stages, rows, model.dtype, positions, dropping.seconds
+        )
+    elif stages:
         if attachment.method.shortens and positions != attachment.positions:
             positions = f"{attachment.positions}, inside the language model {positions}"
         attachment.report = state.report.with_rows(
-            attachment.model.config,
-            stages,
-            [len(row) for row in dropping.lengths],
-            attachment.model.dtype,
-            positions,
-            dropping.seconds,
-            dropping.members(),
+            model.config, stages, rows, model.dtype, positions, dropping.seconds, dropping.members()
         )
 
 

@@ -7,7 +7,6 @@ has run, its own forward is begun and broken off where it would attend.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 
 import torch
@@ -18,6 +17,7 @@ from vlmprune.hosts import contract
 from vlmprune.hosts.attention import AttentionCall, attention_of
 from vlmprune.hosts.decoder import LayerCall
 from vlmprune.runtime.attention.interception import watching
+from vlmprune.runtime.scope import OwnThread
 
 # Queries a chunk: the extra memory is heads · CHUNK · columns.
 CHUNK = 64
@@ -93,12 +93,12 @@ class Look:
         self.attention: Tensor | None = None
         self.keys: Tensor | None = None
         self.called = False
-        self.thread = threading.get_ident()
+        self.thread = OwnThread()
 
     @torch.no_grad()
     def see(self, call: AttentionCall) -> None:
         """Take what was asked for out of one attention call."""
-        if threading.get_ident() != self.thread:
+        if not self.thread.runs:
             return
         if self.called and contract.checks():
             raise contract.broken(call.module, "it attends more than once a layer")
@@ -138,7 +138,7 @@ class _Glance:
 
     def see(self, call: AttentionCall) -> None:
         """Look and raise."""
-        if threading.get_ident() != self.look.thread:
+        if not self.look.thread.runs:
             return
         if self.earlier is not None:
             call = replace(call, key=torch.cat((self.earlier.to(call.key.device), call.key), dim=2))

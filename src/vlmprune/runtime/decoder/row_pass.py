@@ -9,7 +9,6 @@ whatever a method says, for the first new token is made of it.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -29,6 +28,7 @@ from vlmprune.runtime.decoder.dropping import Dropping, PromptRows, Timer
 from vlmprune.runtime.decoder.looks import Look, glance
 from vlmprune.runtime.decoder.rotary_angles import Angles, Same
 from vlmprune.runtime.decoder.rows import Going
+from vlmprune.runtime.scope import OwnThread
 from vlmprune.views import Ask
 
 
@@ -49,7 +49,7 @@ class Pass:
         self.dropping, self.flash = dropping, flash
         self.last, self.whole = last, whole
         self.angles = Angles()
-        self.thread = threading.get_ident()
+        self.thread = OwnThread()
         self.prompt: PromptRows | None = None
         self.look: Look | None = None
         # What looks at the layer that runs.
@@ -69,7 +69,7 @@ class Pass:
 
     def before(self, index: int, layer: nn.Module, call: LayerCall) -> LayerCall | None:
         """What a layer gets instead of what the host gives it; None for the same."""
-        if threading.get_ident() != self.thread:
+        if not self.thread.runs:
             return None
         self.reached.note(index, layer)
         given = hidden = call.hidden
@@ -93,7 +93,7 @@ class Pass:
         Raises:
             ContractError: its attention was to be seen, and was not.
         """
-        if threading.get_ident() != self.thread:
+        if not self.thread.runs:
             return None
         self.watches.close()
         watched, self.watched = self.watched, None
@@ -351,7 +351,7 @@ def hooked(
         return lambda layer, args, output: run.after(index, layer, output)
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
-        if output is not None and threading.get_ident() == run.thread:
+        if output is not None and run.thread.runs:
             run.angles.note(RotaryCall(module, args, kwargs, output))
 
     hooks = [

@@ -9,21 +9,18 @@ It leaves no key in that layer's cache, and its position stays its own.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlmprune import costs
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import caches, config, decoder
 from vlmprune.hosts.decoder import LayerCall
 from vlmprune.method import Method
-from vlmprune.report import Report, RowsReport
 from vlmprune.runtime.cache.gapped_layer import gapped_layers
 from vlmprune.runtime.decoder import rows as ops
 from vlmprune.runtime.decoder.dropping import Dropping, PromptRows, Timer
@@ -104,7 +101,7 @@ class SkipPass(Pass):
 
     def before(self, index: int, layer: nn.Module, call: LayerCall) -> LayerCall | None:
         """What a layer gets instead of what the host gives it; None for the same."""
-        if threading.get_ident() != self.thread:
+        if not self.thread.runs:
             return None
         self.reached.note(index, layer)
         hidden = call.hidden
@@ -120,7 +117,7 @@ class SkipPass(Pass):
 
     def after(self, index: int, layer: nn.Module, output: Any) -> Any:
         """What the host gets of a layer."""
-        if threading.get_ident() != self.thread or self.given is None or self.prompt is None:
+        if not self.thread.runs or self.given is None or self.prompt is None:
             return None
         going, self.prompt.going = self.going, None
         full, given, weight = self.full, self.given, self.weight
@@ -235,53 +232,3 @@ def skipping_layers(
     indices = sorted({*dropping.layers, *dict(gapped_layers(cache))})
     with hooked(model, run, indices, True, True):
         yield
-
-
-def reported(
-    report: Report,
-    config: Any,
-    skipping: Skipping,
-    dtype: torch.dtype,
-    positions: Literal["compact", "original"],
-) -> Report:
-    """The report of a call after its visual tokens skipped layers.
-
-    Args:
-        report: of the call before.
-        config: the host's config.
-        skipping: the prompt.
-        dtype: of the KV cache.
-        positions: the policy used.
-    """
-    stages = skipping.stages()
-    whole = [torch.zeros(len(one.labels), dtype=torch.bool) for one in report.layouts]
-    for mask, kept in zip(whole, report.kept, strict=True):
-        mask[kept] = True
-    cached = costs.caching_layers(config)
-    each = costs.kv_bytes(config, 1, torch.finfo(dtype).bits // 8) // max(1, sum(cached))
-    rows = [row for row, line in enumerate(skipping.lengths) for _ in line]
-    layers, counts = list[RowsReport](), list[list[int]]()
-    for index, holds in enumerate(cached):
-        reached = stages.get(index, whole)
-        sums = [0] * len(skipping.lengths)
-        for row, mask in zip(rows, reached, strict=True):
-            sums[row] += int(mask.sum())
-        counts.append(sums)
-        numbers = [mask.nonzero()[:, 0] for mask in reached]
-        layers.append(RowsReport(index, numbers, holds * each * sum(sums)))
-    flops = sum(costs.layered_flops(config, one) for one in zip(*counts, strict=True))
-    # For pictures, where no stage before has its own: what any of the skipped layers worked on.
-    worked = [torch.zeros_like(mask) for mask in whole]
-    for stage in stages.values():
-        worked = [old | new for old, new in zip(worked, stage, strict=True)]
-    roles = [old or {"important": mask} for old, mask in zip(report.roles, worked, strict=True)]
-    return replace(
-        report,
-        flops_after=report.flops_after - report.decoder_flops_after + flops,
-        decoder_flops_after=flops,
-        kv_bytes_after=sum(layer.kv_bytes for layer in layers),
-        seconds_selecting=report.seconds_selecting + skipping.seconds,
-        positions=positions,
-        layers=layers,
-        roles=roles if stages else report.roles,
-    )

@@ -11,7 +11,6 @@ each was, and the mean over the members, by size, is the merged token plus its M
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -32,6 +31,7 @@ from vlmprune.hosts.towers import TowerCall
 from vlmprune.method import Method
 from vlmprune.runtime.attention.interception import changing
 from vlmprune.runtime.attention.taps import KeyTap, tapped
+from vlmprune.runtime.scope import OwnThread
 from vlmprune.select import bipartite, coarse_grid
 from vlmprune.views import Inside
 from vlmprune.views.layout import Layout
@@ -192,12 +192,12 @@ class Run:
     def __init__(self, inside: Inside | None) -> None:
         self.inside = inside
         self.shared: list[Tensor] = []
-        self.thread = threading.get_ident()
+        self.thread = OwnThread()
 
     @property
     def here(self) -> bool:
         """Whether the running thread is the one that the run belongs to."""
-        return threading.get_ident() == self.thread
+        return self.thread.runs
 
     def per_patch(self, layer: nn.Module | None, rows: list[Tensor]) -> list[Tensor]:
         """Attention to a layer's tokens [B, T], handed out to those that the tower began with.

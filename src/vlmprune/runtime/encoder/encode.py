@@ -6,7 +6,6 @@ hook on the projector reads the features that the model selected.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from vlmprune.runtime.encoder.merging import per_cell
 from vlmprune.runtime.encoder.proof import Encoding
 from vlmprune.runtime.encoder.reads import also, check_calls, wanted
 from vlmprune.runtime.geometry import Geometry, wide
-from vlmprune.runtime.scope import outside
+from vlmprune.runtime.scope import OwnThread, outside
 from vlmprune.views import EncoderView, Inside, Reads
 from vlmprune.views.layout import Layout
 from vlmprune.views.settings import Score
@@ -270,10 +269,10 @@ def _run(
             patches = stack.enter_context(semantic_tokens.recorded(tower))
             # Only what the method's own tokens go through is trained.
             stack.enter_context(torch.no_grad())
-        thread = threading.get_ident()
+        thread = OwnThread()
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if threading.get_ident() == thread:
+            if thread.runs:
                 features.append(first_of(args, kwargs))
 
         hook = medium.projector(model).register_forward_pre_hook(keep, with_kwargs=True)

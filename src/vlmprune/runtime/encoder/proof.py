@@ -9,7 +9,6 @@ but that it makes each token of its own cell alone.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from vlmprune.hosts.decoder import states_of, with_states
 from vlmprune.hosts.families.media import Encoder, Inputs, Medium
 from vlmprune.hosts.release import is_quantized
 from vlmprune.runtime.attention.interception import changing
+from vlmprune.runtime.scope import OwnThread
 from vlmprune.views.layout import NO_PATCH, Layout
 
 # How much of the others' usual change is none yet: where only queries were turned, of which little
@@ -237,11 +237,11 @@ class _Turned:
 
     def __init__(self, rows: Tensor) -> None:
         self.rows, self.start = rows, 0
-        self.thread = threading.get_ident()
+        self.thread = OwnThread()
 
     def __call__(self, call: AttentionCall) -> AttentionCall:
         """An attention call with other queries."""
-        if threading.get_ident() != self.thread:
+        if not self.thread.runs:
             return call
         stay = self._next(call.query[:, 0, :, 0])
         return replace(call, query=torch.where(stay[:, None, :, None], call.query, -call.query))
@@ -251,7 +251,7 @@ class _Turned:
         stack = ExitStack()
 
         def change(_: nn.Module, __: Any, output: Any) -> Any:
-            if threading.get_ident() != self.thread:
+            if not self.thread.runs:
                 return None
             states = states_of(output)
             stay = self._next(states[..., 0])[..., None]
@@ -278,7 +278,7 @@ class _Restored:
     def __init__(self, layer: nn.Module, before: Sequence[Tensor]) -> None:
         self.layer, self.before = layer, before
         self.states: list[Tensor] = []
-        self.thread = threading.get_ident()
+        self.thread = OwnThread()
 
     def __enter__(self) -> _Restored:
         # Before the host's own hooks, which record states.
@@ -289,7 +289,7 @@ class _Restored:
         self.hook.remove()
 
     def _hand(self, _: nn.Module, __: Any, output: Any) -> Any:
-        if threading.get_ident() != self.thread:
+        if not self.thread.runs:
             return None
         states, number = states_of(output), len(self.states)
         self.states.append(states)

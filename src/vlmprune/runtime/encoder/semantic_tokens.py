@@ -9,7 +9,6 @@ with a mask, without a mask, which not every attention implementation takes.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,6 +27,7 @@ from vlmprune.hosts.families.towers import Crops
 from vlmprune.hosts.release import computed_once
 from vlmprune.method import Method
 from vlmprune.runtime.attention.interception import GUEST, watching
+from vlmprune.runtime.scope import OwnThread
 from vlmprune.views.layout import Layout
 
 
@@ -127,17 +127,17 @@ class _Layer:
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer, self.attention = layer, attention_of(layer)
-        self.thread = threading.get_ident()
+        self.thread = OwnThread()
         self.calls: list[_Call] = []
 
     def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call of the layer begins (a hook)."""
-        if threading.get_ident() == self.thread:
+        if self.thread.runs:
             self.calls.append(_Call(layer_call(self.layer, args, kwargs)))
 
     def see(self, call: AttentionCall) -> None:
         """Follow the call to its values."""
-        if threading.get_ident() != self.thread:
+        if not self.thread.runs:
             return
         if call.mask is not None:
             raise VlmpruneError(
@@ -163,11 +163,11 @@ class _Lending:
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
-        self.thread = threading.get_ident()
+        self.thread = OwnThread()
 
     def see(self, call: AttentionCall) -> None:
         """Become the call's guest, in the own thread alone."""
-        if threading.get_ident() == self.thread:
+        if self.thread.runs:
             setattr(call.key, GUEST, self)
 
     def attend(self, function: Callable[..., Any], call: AttentionCall) -> Any:
