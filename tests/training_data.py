@@ -13,7 +13,7 @@ from vlmprune.io.models import Loaded
 from vlmprune.training.data import Entry, read
 from vlmprune.training.learner import Learner
 from vlmprune.training.rows import RowMaker
-from vlmprune.training.trainer import Run, Settings
+from vlmprune.training.trainer import Run, TrainingSettings
 
 SIDE = 56
 """Pixels a side: 16 visual tokens instead of 256."""
@@ -57,6 +57,6 @@ def run(loaded: Loaded, some: list[Entry], out: Path, pruner: Any = None, **sett
         pruner = QueCC.fresh(loaded.model, window=2, hidden=16)
     rows = RowMaker(loaded.processor)
     given = {"steps": 4, "batch": 2, "turns": 2, "warm_up": 1, "every": 2, "save_every": 2}
-    chosen = Settings(**(given | settings))
+    chosen = TrainingSettings(**(given | settings))
     learner = Learner(loaded.model, pruner)
     return Run(loaded, learner, rows, some, some[:1], None, None, chosen, out, "a run", {})

@@ -27,7 +27,7 @@ from vlmprune.training.learner import Learner
 from vlmprune.training.rows import RowMaker
 from vlmprune.training.start import Wanted, build, check, finish
 from vlmprune.training.states import States
-from vlmprune.training.trainer import CHECKPOINTS, Collator, Settings, last_checkpoint
+from vlmprune.training.trainer import CHECKPOINTS, Collator, TrainingSettings, last_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +255,7 @@ def test_kept_states_stand_for_the_encoder(loaded: Loaded, tmp_path: Path) -> No
 
 def test_a_lora_is_trained_saved_and_taken_off(loaded: Loaded, tmp_path: Path) -> None:
     wanted = Wanted("quecc", {"window": 2, "hidden": 16}, lora=2, side=SIDE, held_out=0)
-    settings = Settings(steps=3, batch=2, turns=2, warm_up=0, every=3, save_every=3)
+    settings = TrainingSettings(steps=3, batch=2, turns=2, warm_up=0, every=3, save_every=3)
     before = weights(loaded.model)
     made = build(
         loaded, check(wanted), wanted, entries(tmp_path), None, None, settings, tmp_path / "run", {}

@@ -161,7 +161,7 @@ def train(
         )
         cls = start.check(wanted)
         with models.quiet():
-            from vlmprune.training.trainer import Settings
+            from vlmprune.training.trainer import TrainingSettings
 
             entries = reading.read(data, images)
             chosen = None if task is None else tasks.find_task(task)
@@ -170,7 +170,7 @@ def train(
             source = sources.find_model(model)
             tell(f"Loading {source.label}…", 0, 1)
             loaded = models.load(source, place, kind)
-            settings = Settings(
+            settings = TrainingSettings(
                 steps,
                 batch,
                 turns,

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vlmprune import costs
-from vlmprune.costs.plan import KNOWN, TERA, Decoder, architecture
+from vlmprune.costs.plan import KNOWN, TERA, DecoderConfig, architecture
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import config as configs
 from vlmprune.hosts import sizes
@@ -23,15 +23,15 @@ from vlmprune.hosts import sizes
 # Language models of one family, then the two that the published tables are about. Sizes are those
 # of the models' own config files.
 LADDER: dict[str, Any] = {
-    "qwen2.5-0.5b": Decoder(896, 4864, 24, 14, 2),
-    "qwen2.5-1.5b": Decoder(1536, 8960, 28, 12, 2),
-    "qwen2.5-3b": Decoder(2048, 11008, 36, 16, 2),
-    "qwen2.5-7b": Decoder(3584, 18944, 28, 28, 4),
+    "qwen2.5-0.5b": DecoderConfig(896, 4864, 24, 14, 2),
+    "qwen2.5-1.5b": DecoderConfig(1536, 8960, 28, 12, 2),
+    "qwen2.5-3b": DecoderConfig(2048, 11008, 36, 16, 2),
+    "qwen2.5-7b": DecoderConfig(3584, 18944, 28, 28, 4),
     "vicuna-7b": KNOWN["llava-1.5-7b"].text_config,
     "vicuna-13b": KNOWN["llava-1.5-13b"].text_config,
-    "qwen2.5-14b": Decoder(5120, 13824, 48, 40, 8),
-    "qwen2.5-32b": Decoder(5120, 27648, 64, 40, 8),
-    "qwen2.5-72b": Decoder(8192, 29568, 80, 64, 8),
+    "qwen2.5-14b": DecoderConfig(5120, 13824, 48, 40, 8),
+    "qwen2.5-32b": DecoderConfig(5120, 27648, 64, 40, 8),
+    "qwen2.5-72b": DecoderConfig(8192, 29568, 80, 64, 8),
 }
 
 

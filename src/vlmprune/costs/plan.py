@@ -17,7 +17,7 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Decoder:
+class DecoderConfig:
     """Sizes of a language model, under the names of a Transformers config."""
 
     hidden_size: int
@@ -40,12 +40,12 @@ class _Tower:
 @dataclass(frozen=True)
 class _Architecture:
     model_type: str
-    text_config: Decoder
+    text_config: DecoderConfig
     vision_config: _Tower = _Tower()
 
 
-_VICUNA_7B = Decoder(4096, 11008, 32, 32, 32)
-_VICUNA_13B = Decoder(5120, 13824, 40, 40, 40)
+_VICUNA_7B = DecoderConfig(4096, 11008, 32, 32, 32)
+_VICUNA_13B = DecoderConfig(5120, 13824, 40, 40, 40)
 
 KNOWN: dict[str, Any] = {
     "llava-1.5-7b": _Architecture("llava", _VICUNA_7B),

@@ -18,7 +18,7 @@ from torch import nn
 from vlmprune.hosts.requests import FORWARD, GENERATE, base_of
 from vlmprune.runtime.attachment import Attachment
 
-_hosts: WeakKeyDictionary[nn.Module, Host] = WeakKeyDictionary()
+_hosts: WeakKeyDictionary[nn.Module, Shadows] = WeakKeyDictionary()
 _lock = threading.RLock()
 _ABSENT = object()
 
@@ -38,8 +38,8 @@ class Functions:
     features: Callable[..., Any]
 
 
-class Host:
-    """The shadows on one model, and the attachments that they serve."""
+class Shadows:
+    """Those on one model, and the attachments that they serve."""
 
     def __init__(self, attachment: Attachment, functions: Functions) -> None:
         model, self.functions = attachment.model, functions
@@ -110,7 +110,7 @@ def join(attachment: Attachment, functions: Functions) -> None:
     with _lock:
         host = _hosts.get(attachment.model)
         if host is None:
-            host = _hosts[attachment.model] = Host(attachment, functions)
+            host = _hosts[attachment.model] = Shadows(attachment, functions)
         host.add(attachment)
 
 

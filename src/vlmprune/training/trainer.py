@@ -30,7 +30,7 @@ Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingSettings:
     """What decides over the course of a run, beside data, model and method.
 
     Attributes:
@@ -87,7 +87,9 @@ class Collator:
 class _Trainer(Trainer):
     """The Trainer, with samples in their order, two rates, and accuracy beside the loss."""
 
-    def __init__(self, learner: Learner, settings: Settings, measure: Any, **given: Any) -> None:
+    def __init__(
+        self, learner: Learner, settings: TrainingSettings, measure: Any, **given: Any
+    ) -> None:
         self.settings, self.measure = settings, measure
         super().__init__(model=learner, **given)
 
@@ -167,7 +169,7 @@ class Run:
     held_out: list[Entry]
     task: Task | None
     limit: int | None
-    settings: Settings
+    settings: TrainingSettings
     out: Path
     title: str
     about: dict[str, Any]

@@ -25,7 +25,7 @@ Cls = Literal["first", "last", ""]
 
 
 @dataclass(frozen=True)
-class Found:
+class TrialFindings:
     """What the self-check found out about a model.
 
     Attributes:
@@ -52,7 +52,7 @@ class Generic(Crops):
 
     stacked = True
 
-    def __init__(self, found: Found) -> None:
+    def __init__(self, found: TrialFindings) -> None:
         self.found = found
         self.cls_last = found.cls == "last"  # type: ignore[misc]
 

@@ -36,10 +36,10 @@ class Cutter(Protocol):
     def due(self, length: int) -> bool:
         """Whether a layer of that many columns has seen the whole prompt."""
 
-    def attended(self, guest: Guest, query: Tensor, mask: Any, scale: float) -> Tensor | None:
+    def attended(self, guest: RaggedGuest, query: Tensor, mask: Any, scale: float) -> Tensor | None:
         """[B, T] bool: the guest's columns among which its layer is to attend; None for all."""
 
-    def cut(self, guest: Guest, query: Tensor, scale: float) -> None:
+    def cut(self, guest: RaggedGuest, query: Tensor, scale: float) -> None:
         """Cut the guest's layer, which is due; `query` [B, Hq, Q, D] holds its last queries."""
 
 
@@ -54,7 +54,7 @@ class Binding:
     def __init__(self) -> None:
         self.open = False
         self.cutter: Cutter | None = None
-        self.waiting: Guest | None = None
+        self.waiting: RaggedGuest | None = None
         # The attention module of a decoder layer, for error sentences.
         self.attention: Any = None
 
@@ -73,7 +73,7 @@ class Binding:
 
 
 @dataclass
-class Guest:
+class RaggedGuest:
     """One attention call over a layer, with the tensors as they were when its keys were added.
 
     Attributes:
@@ -188,7 +188,7 @@ class RaggedLayer(GrowingLayer):
                 "continue it with the pruner attached, or start with a fresh cache."
             )
         binding.check_attended()
-        guest = binding.waiting = Guest(self, self.prefix, keys, values)
+        guest = binding.waiting = RaggedGuest(self, self.prefix, keys, values)
         # Not the layer's own tensor, which must not refer back to the layer.
         shown = keys.view_as(keys)
         setattr(shown, GUEST, guest)

@@ -22,7 +22,7 @@ from vlmprune.method import Method
 from vlmprune.report import LayerReport
 from vlmprune.runtime.attention import ragged
 from vlmprune.runtime.attention.ragged_tokens import Ragged
-from vlmprune.runtime.cache.ragged_layer import Guest
+from vlmprune.runtime.cache.ragged_layer import RaggedGuest
 from vlmprune.views import LayerView, Probes, Retention
 
 # Numbers of keys that are scored at once.
@@ -30,7 +30,7 @@ SCORED = 2**24
 
 
 @dataclass(frozen=True)
-class Choice:
+class LayerChoice:
     """What a method keeps of one layer.
 
     Attributes:
@@ -90,7 +90,7 @@ class CacheCut:
             for i in range(1, method.window + 1)
         ]
         self.probes = None if method.probes is None else drawn(self.mask, method.probes)
-        self._choice: Choice | None = None
+        self._choice: LayerChoice | None = None
         # Layers that were cut, or asked and left whole.
         self.reached = Reached()
 
@@ -113,7 +113,7 @@ class CacheCut:
         return length == self.columns
 
     @torch.no_grad()
-    def attended(self, guest: Guest, query: Tensor, mask: Any, scale: float) -> Tensor | None:
+    def attended(self, guest: RaggedGuest, query: Tensor, mask: Any, scale: float) -> Tensor | None:
         """[B, T] bool: the guest's columns among which its layer attends; None for all.
 
         Args:
@@ -143,7 +143,7 @@ class CacheCut:
         return chosen
 
     @torch.no_grad()
-    def cut(self, guest: Guest, query: Tensor, scale: float) -> None:
+    def cut(self, guest: RaggedGuest, query: Tensor, scale: float) -> None:
         """Cut the layer to what the method keeps."""
         layer = guest.layer
         self.reached.note(layer.index, layer)
@@ -171,7 +171,9 @@ class CacheCut:
             )
         self.seconds += _now(query) - begin
 
-    def _choose(self, guest: Guest, query: Tensor, scale: float, mask: Any = None) -> Choice:
+    def _choose(
+        self, guest: RaggedGuest, query: Tensor, scale: float, mask: Any = None
+    ) -> LayerChoice:
         times = query.shape[0] // self.mask.shape[0]
         view = self._view(guest, query, scale, times)
         if self.probes is not None:
@@ -179,11 +181,11 @@ class CacheCut:
         found = self.method.retain(guest.layer.index, view)
         real = (view.images >= 0)[:, None]
         if found is None:
-            return Choice(view, None, real, True)
+            return LayerChoice(view, None, real, True)
         kept = found.kept & real
-        return Choice(view, found, kept, bool((kept == real).all()))
+        return LayerChoice(view, found, kept, bool((kept == real).all()))
 
-    def _view(self, guest: Guest, query: Tensor, scale: float, times: int) -> LayerView:
+    def _view(self, guest: RaggedGuest, query: Tensor, scale: float, times: int) -> LayerView:
         keys, values, prefix = guest.keys, guest.values, guest.prefix
         start = guest.layer.start
         total: Any = 0.0
@@ -213,7 +215,13 @@ class CacheCut:
         )
 
     def _probed(
-        self, view: LayerView, guest: Guest, query: Tensor, scale: float, mask: Any, times: int
+        self,
+        view: LayerView,
+        guest: RaggedGuest,
+        query: Tensor,
+        scale: float,
+        mask: Any,
+        times: int,
     ) -> LayerView:
         """The view with what the probe rows see."""
         assert self.probes is not None
@@ -242,7 +250,7 @@ class CacheCut:
         numbers = torch.arange(real.shape[1], device=columns.device) + start
         return real[:, None] & (numbers <= columns[..., None])
 
-    def _attention(self, rows: Tensor, guest: Guest, sees: Tensor, scale: float) -> Tensor:
+    def _attention(self, rows: Tensor, guest: RaggedGuest, sees: Tensor, scale: float) -> Tensor:
         """Post-softmax attention [B, Hq, R, T] of queries `rows` [B, Hq, R, D]."""
         keys = guest.keys
         batch, heads, tail, _ = keys.shape
@@ -291,7 +299,7 @@ class CacheCut:
         values = torch.where(real, kept.to(keep.device), keep.gather(2, places))
         return keep.scatter_(2, places, values)
 
-    def _store(self, guest: Guest, kept: Tensor, times: int) -> None:
+    def _store(self, guest: RaggedGuest, kept: Tensor, times: int) -> None:
         layer, start = guest.layer, guest.layer.start
         keep = self._columns(kept, times)[:, :, start:].to(guest.keys.device)
         new = Ragged.cut(guest.keys, guest.values, keep, offset=start)

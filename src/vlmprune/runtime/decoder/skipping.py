@@ -94,7 +94,7 @@ class SkipPass(Pass):
     def __init__(self, skipping: Skipping, last: int, flash: bool) -> None:
         super().__init__(skipping, last, lambda index: False, flash)
         self.skipping = skipping
-        self.frames: Frames | None = None
+        self.frames: FrameRows | None = None
         # Of the layer that runs: its rows' states, and what weights them.
         self.given: Tensor | None = None
         self.weight: Tensor | None = None
@@ -108,7 +108,7 @@ class SkipPass(Pass):
         start = caches.length_of(call.cache, index)
         if self.prompt is None:
             self.prompt = PromptRows(self.skipping, hidden.shape[0], hidden.shape[1], start)
-            self.frames = Frames(self.skipping, self.prompt)
+            self.frames = FrameRows(self.skipping, self.prompt)
         rows = hidden
         if index in self.skipping.layers:
             rows = self._route(index, hidden)
@@ -158,7 +158,7 @@ class SkipPass(Pass):
         return self.given
 
 
-class Frames:
+class FrameRows:
     """The visual tokens of a forward by frame; what is the same for all layers.
 
     Attributes:

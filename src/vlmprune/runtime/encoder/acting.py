@@ -181,7 +181,7 @@ def _tower(model: Any, medium: Crops) -> nn.Module | None:
         return None
 
 
-class Run:
+class TowerRun:
     """A run of a tower in which nothing happens; subclasses act.
 
     Attributes:
@@ -214,10 +214,10 @@ class Run:
 
 
 @contextmanager
-def acting(model: Any, medium: Medium, inputs: Inputs, inside: Inside | None) -> Iterator[Run]:
+def acting(model: Any, medium: Medium, inputs: Inputs, inside: Inside | None) -> Iterator[TowerRun]:
     """Act inside the tower while the block runs; all hooks are gone afterwards."""
     if inside is None or not inside.acts:
-        yield Run(inside)
+        yield TowerRun(inside)
         return
     assert isinstance(medium, Crops)
     encoder = medium.encoder(model, inputs)
@@ -226,10 +226,10 @@ def acting(model: Any, medium: Medium, inputs: Inputs, inside: Inside | None) ->
             yield _Merging(encoder, inside, stack)
         else:
             grid = medium.patch_grid(model, inputs)
-            yield _Scaling(medium.tower(model), grid, inside, encoder.cls, stack)
+            yield _Downscaling(medium.tower(model), grid, inside, encoder.cls, stack)
 
 
-class _Merging(Run):
+class _Merging(TowerRun):
     """Tokens that merge in the layers of an encoder.
 
     All that it holds is of the tower's present call: `places` [B, T] where each token that the
@@ -325,7 +325,7 @@ class _Merging(Run):
         ]
 
 
-class _Scaling(Run):
+class _Downscaling(TowerRun):
     """Pixels scaled down in front of a tower, and its tokens put back on the full grid."""
 
     def __init__(

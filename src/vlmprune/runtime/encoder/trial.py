@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import config, outputs, sizes
 from vlmprune.hosts.attention import attention_of
-from vlmprune.hosts.families.generic import SUFFIX, Cls, Found, Generic, unfit
+from vlmprune.hosts.families.generic import SUFFIX, Cls, Generic, TrialFindings, unfit
 from vlmprune.hosts.families.media import blocks
 from vlmprune.hosts.families.record import Family
 from vlmprune.runtime.attention.taps import Tap, tapped
@@ -64,7 +64,7 @@ def _record(model: Any) -> Family:
     )
 
 
-def _self_check(model: Any) -> Found:
+def _self_check(model: Any) -> TrialFindings:
     """Find out how a model encodes images, by one run of its tower on a random image."""
     why = unfit(model)
     if why is not None:
@@ -112,7 +112,7 @@ def _self_check(model: Any) -> Found:
     if chosen is None:
         raise _UnfitError("no module is given the features of its patches")
     where = next(n for n, module in model.named_modules() if module is chosen)
-    return Found(names[tower], number, where, (height, width), patch, side, cls)
+    return TrialFindings(names[tower], number, where, (height, width), patch, side, cls)
 
 
 def _lists(model: Any, depth: int) -> tuple[list[str], list[nn.ModuleList]]:
