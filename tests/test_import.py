@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import vlmprune
+from repository import ROOT
 
 
 def loaded_after(code: str) -> set[str]:
@@ -39,3 +42,29 @@ def test_all_names_are_there() -> None:
         assert getattr(vlmprune, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'VisPrune'"):
         vlmprune.VisPrune  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("former", "home"),
+    [
+        ("budget", "select.budget"),
+        ("retention", "select.retention"),
+        ("rowrules", "select.row_rules"),
+        ("calibrate", "study.calibrate.run"),
+        ("loading", "io.models"),
+        ("learned", "methods"),
+    ],
+)
+def test_former_names_give_the_same_objects(former: str, home: str) -> None:
+    old, new = (importlib.import_module(f"vlmprune.{name}") for name in (former, home))
+    shared = [name for name in old.__all__ if hasattr(new, name)]
+    assert shared and all(getattr(old, name) is getattr(new, name) for name in shared)
+    assert all(hasattr(old, name) for name in old.__all__)
+
+
+def test_every_former_name_is_told_as_public() -> None:
+    folder = Path(vlmprune.__file__).parent / "former"
+    page = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
+    names = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert len(names) == 6
+    assert all(f"`vlmprune.{name}`" in page for name in names)
