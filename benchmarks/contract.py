@@ -122,22 +122,23 @@ def checks(handle: Any, inputs: dict[str, Tensor], times: int) -> float:
     # No column comes, so that the cache is the same behind the block.
     ids = answer.sequences[:, :0]
     call = ModelCall(model, {"input_ids": ids}).with_cache(cache)
-    state = Active(handle, {}, ids[:, 0] if ids.numel() else ids.sum(dim=1), None, False)
+    attachment = handle.attachment
+    state = Active(attachment, {}, ids[:, 0] if ids.numel() else ids.sum(dim=1), None, False)
     progress = state.progress
     progress.cache, progress.length = cache, cache.get_seq_length()
-    progress.begun = progress.stepped = True
+    progress.begun = True
     layers, binding = range(LAYERS), Binding()
     decoder = model.get_decoder().layers
 
     def once() -> None:
-        with following(handle, state, call):
+        with following(attachment, state, call):
             pass
-        if handle.attachment.asks:
+        if attachment.asks:
             reached = Reached()
             for index in layers:
                 reached.note(index, decoder[index])
             reached.check(model, layers, "")
-        if handle.pruner.cuts:
+        if attachment.method.cuts:
             for _ in layers:
                 binding.check_attended()
 

@@ -15,8 +15,18 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = "vlmprune"
-MACHINERY = ("method", "pruner", "views", "errors", "hosts.families", "runtime", "report")
-"""Rooms that all methods stand on; a change of them is no change of a method."""
+MACHINERY = (
+    "method",
+    "pruner",
+    "views",
+    "errors",
+    "hosts.families",
+    "runtime.attention",
+    "runtime.family",
+    "runtime.scope",
+    "report",
+)
+"""Rooms and modules that all methods stand on; a change of them is no change of a method."""
 
 
 def fingerprint(cls: type) -> str:

@@ -30,8 +30,8 @@ def encoded_once() -> Iterator[None]:
         given = form.bind(*args, **kwargs)
         given.apply_defaults()
         one = given.arguments
-        planned, asked = one["planned"], one["asked"]
-        if len(planned.items) != 1 or any(one["inside"]):
+        geometry, asked = one["geometry"], one["asked"]
+        if len(geometry.items) != 1 or any(one["acts"]):
             return original(*args, **kwargs)
 
         def noting(depth: int, feature: int) -> Reads:
@@ -44,7 +44,7 @@ def encoded_once() -> Iterator[None]:
         by, usual = (repr((reads, one["score"])) for reads in (asked(*depths[0]), Reads()))
         for other in set(kept) - {by, usual}:
             del kept[other]
-        medium = planned.items[0].medium
+        medium = geometry.items[0].medium
         pixels = one["inputs"][medium][one["media"][medium].inputs[0]]
         picture = hashlib.blake2b(pixels.cpu().numpy().tobytes()).digest()
         pictures = kept.setdefault(by, {})

@@ -68,3 +68,10 @@ def test_every_former_name_is_told_as_public() -> None:
     names = {path.stem for path in folder.glob("*.py")} - {"__init__"}
     assert len(names) == 6
     assert all(f"`vlmprune.{name}`" in page for name in names)
+
+
+def test_a_method_of_ones_own_leaves_the_names_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(vlmprune.METHODS, "mine", type("Mine", (vlmprune.VisPruner,), {}))
+    vars(vlmprune).pop("__all__", None)
+    assert "Mine" not in vlmprune.__all__ and "VisPruner" in vlmprune.__all__
+    assert vlmprune.rowrules is importlib.import_module("vlmprune.rowrules")

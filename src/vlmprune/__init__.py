@@ -28,15 +28,19 @@ _HOMES = {
 }
 
 
+# Modules of former names, which are attributes too.
+_FORMER = ("budget", "calibrate", "learned", "loading", "retention", "rowrules")
+
+
 def _all() -> list[str]:
-    methods = import_module("vlmprune.methods")
-    classes = [one.__name__ for one in methods.METHODS.values()]
-    return sorted(["METHODS", "VlmpruneError", *_HOMES, *classes])
+    return sorted(["VlmpruneError", *_HOMES, *import_module("vlmprune.methods").__all__])
 
 
 def __getattr__(name: str) -> Any:
     if name == "__all__":
         value: Any = _all()
+    elif name in _FORMER:
+        value = import_module(f"vlmprune.{name}")
     elif name in _HOMES:
         value = getattr(import_module(f"vlmprune.{_HOMES[name]}"), name)
     elif name[:1].isupper() and name in _all():
@@ -45,3 +49,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'vlmprune' has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_all()})

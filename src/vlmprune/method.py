@@ -32,10 +32,12 @@ class Attached(Protocol):
     Attributes:
         method: the method, or the chain that it is a stage of.
         model: the host.
+        family: the host's record (`hosts.families.Family`).
     """
 
     method: Any
     model: Any
+    family: Any
 
 
 class Method:

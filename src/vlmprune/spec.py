@@ -138,6 +138,8 @@ def dump(pruner: Pruner) -> str:
         VlmpruneError: a method is none of `METHODS`, or a setting is no number, text, truth value
             or None, nor a tuple of numbers.
     """
+    if not isinstance(pruner, Method):
+        raise VlmpruneError(f"{type(pruner).__name__} is no pruner, so it has no spec.")
     return "|".join(_dump(stage) for stage in pruner.links)
 
 

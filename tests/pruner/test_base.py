@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteriaList
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tiny import dropped_columns, model, request
-from vlmprune import VisPruner, VlmpruneError, costs
+from vlmprune import PLPHP, VisPruner, VlmpruneError, costs
 from vlmprune.hosts.families import FAMILIES, TOWERS
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
@@ -342,3 +342,14 @@ def test_a_gapped_batch_of_one_is_refused_under_flash_attention() -> None:
     built.config.text_config._attn_implementation = "flash_attention_2"
     with VisPruner(4, positions="original")(built), pytest.raises(VlmpruneError, match="packed"):
         built.generate(**req.inputs, **OPTIONS)
+
+
+def test_what_a_handle_told_before_is_told_with_a_warning() -> None:
+    built = model()
+    with PLPHP()(built) as handle:
+        for former, now in {"cuttable": "cuttable", "inside": "decoder_positions"}.items():
+            with pytest.warns(DeprecationWarning, match=f"handle.attachment.{now}"):
+                assert getattr(handle, former) is getattr(handle.attachment, now)
+        with pytest.raises(AttributeError, match="'Handle' object has no attribute 'hots'"):
+            handle.hots  # noqa: B018
+        assert len(repr(handle.attachment)) < 200

@@ -139,7 +139,8 @@ def write(path: Path, content: bytes | str) -> None:
         VlmpruneError: the disk refuses.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
-    name = None
+    # What a link points to is written, not the link.
+    path, name = path.resolve(), None
     try:
         with tempfile.NamedTemporaryFile(
             dir=path.parent, prefix=f".{path.name}.", delete=False

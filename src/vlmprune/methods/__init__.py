@@ -49,3 +49,5 @@ METHODS: dict[str, type[_Pruner]] = {
     for one in list(vars().values())
     if isinstance(one, type) and one is not _Pruner
 }
+
+__all__ = ["METHODS", *(one.__name__ for one in METHODS.values())]

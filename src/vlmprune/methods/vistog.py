@@ -15,6 +15,7 @@ from vlmprune.hosts.decoder import layer_call
 from vlmprune.hosts.families.towers import Crops
 from vlmprune.methods.bases.learned import Learned
 from vlmprune.methods.bases.projector import Projector, widths
+from vlmprune.methods.uniform import UniformGrid
 from vlmprune.runtime.encoder import semantic_tokens
 from vlmprune.runtime.family import family_of
 from vlmprune.select.grouping import assigned, gumbel, means
@@ -144,9 +145,6 @@ class VisToG(Learned):
 
     def select(self, view: EncoderView) -> Selection:
         """Make the tokens of all crops of a request; gradients reach the module alone."""
-        # `methods` imports this module.
-        from vlmprune.methods.uniform import UniformGrid
-
         assert view.semantic is not None
         kept = UniformGrid(keep=self.settings["tokens"]).select(view).kept
         places, there = homes(kept, self.settings["tokens"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class Pruner(Method):
         handle = pruner.attach(model); ...; handle.detach()
     """
 
-    def attach(self, model: nn.Module) -> Handle:
+    def attach(self, model: nn.Module) -> Handle[Self]:
         """Prune every call of `model` until `detach`.
 
         If several pruners are attached to one model, the last one acts alone; to apply several
@@ -44,7 +45,7 @@ class Pruner(Method):
         return handle
 
     @contextmanager
-    def __call__(self, model: nn.Module) -> Iterator[Handle]:
+    def __call__(self, model: nn.Module) -> Iterator[Handle[Self]]:
         """Prune the calls of `model` inside a `with` block."""
         handle = self.attach(model)
         try:
@@ -56,7 +57,8 @@ class Pruner(Method):
         """Chain: `other` chooses among what this one keeps."""
         if not isinstance(other, Pruner):
             return NotImplemented
-        return Chain((*self.links, *other.links))
+        links = (*self.links, *other.links)
+        return Chain(tuple(one for one in links if isinstance(one, Pruner)))
 
     @property
     def report(self) -> Report | None:
@@ -72,7 +74,7 @@ class Chain(Pruner):
     One that cuts the KV cache comes last.
     """
 
-    stages: tuple[Method, ...]
+    stages: tuple[Pruner, ...]
 
     def __post_init__(self) -> None:
         asked = {stage.positions for stage in self.stages} - {"auto"}
@@ -152,7 +154,7 @@ class Chain(Pruner):
         return any(stage.routes for stage in self.stages)
 
     @property
-    def dropper(self) -> Method:
+    def dropper(self) -> Pruner:
         """The stage that acts between or around decoder layers; it comes last."""
         return self.stages[-1]
 

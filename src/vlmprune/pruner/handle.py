@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import warnings
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -12,28 +13,54 @@ from vlmprune.method import Method
 from vlmprune.report import Report
 from vlmprune.runtime import shadows
 from vlmprune.runtime.attach import attachment_of
-from vlmprune.runtime.attachment import nothing
 from vlmprune.runtime.call import run
 from vlmprune.runtime.encoder.visions import Vision
 
+M = TypeVar("M", bound=Method)
 
-class Handle:
+# What a handle itself told up to 0.2, and where it stands now.
+_FORMER = {
+    "tokens": "tokens",
+    "cuttable": "cuttable",
+    "asks": "asks",
+    "skips": "skips",
+    "inside": "decoder_positions",
+    "latest": "latest",
+    "ledger": "ledger",
+}
+
+
+class Handle(Generic[M]):
     """A pruner on a model.
 
     Attributes:
-        attachment: the attachment's data.
+        pruner: the method, or the chain.
+        model: the host.
+        family: the host's record.
+        positions: the position policy of what is kept before the language model.
+        architecture: the model's language model, in words.
+        report: what the last call kept and saved; None before the first.
+        attachment: all that is known of it, as what acts in the model's calls is given it.
     """
 
-    def __init__(self, pruner: Method, model: nn.Module) -> None:
+    def __init__(self, pruner: M, model: nn.Module) -> None:
+        self._pruner = pruner
         self.attachment = attachment_of(pruner, model)
         self._leave = pruner.joined(self.attachment)
         self.attachment.leave = self.detach
         shadows.join(self.attachment, shadows.Functions(run.generate, run.forward, run.features))
 
+    def __getattr__(self, name: str) -> Any:
+        if name not in _FORMER:
+            raise AttributeError(f"'Handle' object has no attribute {name!r}")
+        new = f"attachment.{_FORMER[name]}"
+        warnings.warn(f"handle.{name} is handle.{new} now", DeprecationWarning, stacklevel=2)
+        return getattr(self.attachment, _FORMER[name])
+
     @property
-    def pruner(self) -> Method:
-        """The method."""
-        return self.attachment.method
+    def pruner(self) -> M:
+        """The method, or the chain."""
+        return self._pruner
 
     @property
     def model(self) -> Any:
@@ -64,7 +91,7 @@ class Handle:
         """Give the model back exactly as it was. May be called again."""
         shadows.leave(self.attachment)
         # Without a circle all that was loaded for the attachment goes with the handle.
-        self.attachment.leave = nothing
+        self.attachment.settle()
         leave, self._leave = self._leave, None
         if leave is not None:
             leave()

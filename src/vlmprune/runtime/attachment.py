@@ -17,8 +17,8 @@ from vlmprune.runtime.scope import made
 from vlmprune.views import Ask
 
 
-def nothing() -> None:
-    """Gives back nothing."""
+def _stay() -> None:
+    """Gives nothing back."""
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Latest:
     report: Report | None = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Attachment:
     """A method on a model.
 
@@ -62,7 +62,14 @@ class Attachment:
     originals: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     latest: Latest = field(default_factory=Latest)
     ledger: contract.Ledger = field(default_factory=contract.Ledger)
-    leave: Callable[[], None] = nothing
+    leave: Callable[[], None] = _stay
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.method!r} on {type(self.model).__name__})"
+
+    def settle(self) -> None:
+        """Have nothing to give back any more, and so no circle with what would."""
+        self.leave = _stay
 
     @property
     def report(self) -> Report | None:

@@ -15,4 +15,4 @@ def family_of(model: Any) -> Family:
     Raises:
         VlmpruneError: the model cannot be followed; one sentence says why.
     """
-    return families.recorded(model) or tried(model)
+    return families.record_of(model) or tried(model)

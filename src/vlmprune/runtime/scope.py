@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,7 +49,7 @@ class OwnThread:
 
 
 @contextmanager
-def within(scope: Scope | None) -> Iterator[None]:
+def under(scope: Scope | None) -> Iterator[None]:
     """Make a call the one under way inside the block; None for no pruned call."""
     token = active.set(scope)
     try:
@@ -58,10 +58,10 @@ def within(scope: Scope | None) -> Iterator[None]:
         active.reset(token)
 
 
-def outside() -> Any:
+def outside() -> AbstractContextManager[None]:
     """A block outside of any pruned call.
 
     A method of the host's may call another, whose shadow must not give what an outer call has
     pruned; and a call within a call is one of its own.
     """
-    return within(None)
+    return under(None)

@@ -21,7 +21,7 @@ __all__ = [
     "TOWERS",
     "Family",
     "check_host",
-    "recorded",
+    "record_of",
 ]
 
 
@@ -35,7 +35,7 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def recorded(model: Any) -> Family | None:
+def record_of(model: Any) -> Family | None:
     """The record of a model's family; None where there is none for its class.
 
     Raises:

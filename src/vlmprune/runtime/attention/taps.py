@@ -103,7 +103,7 @@ def patch_attention(
 def _weights(
     query: Tensor, key: Tensor, scaling: float, start: int, stop: int, mask: Tensor | None
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """TapRows `start` to `stop` of the attention matrix, a chunk at a time.
+    """Rows `start` to `stop` of the attention matrix, a chunk at a time.
 
     Args:
         query: [B, H, L, D].
@@ -242,15 +242,15 @@ def tapped(layer: nn.Module, tap: Tap) -> Iterator[None]:
                     f"{tap.tokens} of its {wanted} tokens attend through the attention registry",
                 )
 
-    handles = [
+    hooks = [
         module.register_forward_pre_hook(before, with_kwargs=True),
         module.register_forward_hook(after, always_call=True),
     ]
     try:
         yield
     finally:
-        for attachment in handles:
-            attachment.remove()
+        for hook in hooks:
+            hook.remove()
         while entered:
             entered.pop().__exit__(None, None, None)
 

@@ -36,9 +36,9 @@ def choose(
     """Encode and select, and report it.
 
     Args:
-        attachment: the attachment.
+        attachment: of the method to the model.
         inputs: for each modality of the family what the request brings of it.
-        geometry: of its items.
+        geometry: that of the items.
         batch: rows.
         vision: what was encoded before, and is not encoded again.
         question: the columns of the request, for methods that look at the text.
@@ -207,7 +207,7 @@ def _to_tokens(geometry: Geometry, cells: Tensor, always: bool = False) -> list[
     """A choice of cells [crops, cells] as [n] bools over each item's visual tokens.
 
     Args:
-        geometry: of the items.
+        geometry: that of the items.
         cells: the choice.
         always: what holds for tokens that belong to no cell.
     """
@@ -265,7 +265,7 @@ def check_prompt(
     """Let the method look at the size of the cache that it is to cut, before any work.
 
     Args:
-        attachment: the attachment.
+        attachment: of the method to the model.
         prompt: all columns, nothing dropped.
         visual: [B, L] bool, which of its last columns are new visual tokens.
         items: of each row.
@@ -287,16 +287,16 @@ def check_prompt(
     attachment.method.check_prompt(int(most[worst]), items[worst], heads, token_bytes)
 
 
-def cache_cut(
+def cut_of(
     attachment: Attachment, prompt: Prompt, short: Prompt, geometry: Geometry, kept: list[Tensor]
 ) -> tuple[CacheCut, list[Tensor]]:
     """The cut of a prompt's cache, and each row's numbers of the visual tokens that it has.
 
     Args:
-        attachment: the attachment.
+        attachment: of the method to the model.
         prompt: all columns after pruning, those of the cache included.
         short: its new columns.
-        geometry: of its items.
+        geometry: that of the items.
         kept: of each item.
     """
     visual = torch.zeros_like(prompt.mask, dtype=torch.bool)

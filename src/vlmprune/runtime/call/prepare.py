@@ -13,7 +13,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import caches, config, requests
 from vlmprune.hosts.requests import ALIGNED, LABELS, ModelCall
 from vlmprune.runtime.attachment import Attachment
-from vlmprune.runtime.call.choose import cache_cut, check_prompt, choose
+from vlmprune.runtime.call.choose import check_prompt, choose, cut_of
 from vlmprune.runtime.call.shorten import Prefix, Prompt, dropped_columns, join, latest, shorten
 from vlmprune.runtime.call.state import Active, Progress
 from vlmprune.runtime.decoder.dropping import Dropping
@@ -65,7 +65,7 @@ def prepare(
     """Encode the images of a request, choose, and shorten its columns.
 
     Args:
-        attachment: the attachment.
+        attachment: of the method to the model.
         ids: [B, L] ids, or those of the new columns alone.
         mask: [B, L] mask over all columns, or None for ones.
         given_positions: the user's own positions of the columns in `ids`, or None.
@@ -175,7 +175,7 @@ def prepare(
     pixels = _pixels(attachment, brought, geometry, kept, set(pruned))
     cut, numbers = None, list[Tensor]()
     if cutting:
-        cut, numbers = cache_cut(attachment, prompt, short, geometry, kept)
+        cut, numbers = cut_of(attachment, prompt, short, geometry, kept)
     drops = None
     if (attachment.asks or attachment.skips) and geometry.items:
         drops = dropping_of(attachment, prompt, short, geometry, kept, pruned)
@@ -230,7 +230,7 @@ def _three(positions: Tensor, rope: bool) -> Tensor:
     return positions.expand(3, -1, -1) if rope and positions.ndim == 2 else positions
 
 
-def mark(cache: Any) -> Prefix | None:
+def prefix_of(cache: Any) -> Prefix | None:
     """What a cache was filled with under a pruner, if it was."""
     return None if cache is None else vars(cache).get(PREFIX_ATTRIBUTE)
 
@@ -261,7 +261,7 @@ def _prefix(
     attachment: Attachment, cache: Any, cached: int, ids: Tensor, whole: bool, mask: Tensor | None
 ) -> Prefix:
     """The record of a cache; an empty one without a cache, a plain one for any other cache."""
-    known = mark(cache)
+    known = prefix_of(cache)
     if known is not None and cached > 0:
         if known.refusal:
             raise VlmpruneError(
@@ -326,10 +326,10 @@ def dropping_of(
     """What a method may drop between decoder layers, or let skip some.
 
     Args:
-        attachment: the attachment.
+        attachment: of the method to the model.
         prompt: all columns, those of the cache included.
         short: its new columns.
-        geometry: of its items.
+        geometry: that of the items.
         kept: of each item.
         pruned: encoder outputs by the name of the host's method.
     """
@@ -370,9 +370,9 @@ def _pixels(
     """The inputs that hold new items, as the host is given them.
 
     Args:
-        attachment: the attachment.
+        attachment: of the method to the model.
         brought: for each modality the request's inputs.
-        geometry: of the items.
+        geometry: that of the items.
         kept: of each item.
         pruned: the host's methods whose output is pruned.
     """

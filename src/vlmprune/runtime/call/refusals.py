@@ -108,7 +108,7 @@ def _check_decoder(attachment: Attachment, setting: Settings, does: str) -> None
     """Refuse what changes caches and attention inside the language model cannot go with.
 
     Args:
-        attachment: the attachment.
+        attachment: of the method to the model.
         setting: settings of the call.
         does: what the method does to caches.
     """

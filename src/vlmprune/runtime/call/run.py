@@ -20,7 +20,7 @@ from vlmprune.hosts.requests import ModelCall, PlainSettings, Settings, model_ca
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.cache.ragged_cache import adopt, attending, binding_of
 from vlmprune.runtime.call import progress
-from vlmprune.runtime.call.prepare import handed, leave_deltas, mark, prepare, remember
+from vlmprune.runtime.call.prepare import handed, leave_deltas, prefix_of, prepare, remember
 from vlmprune.runtime.call.refusals import (
     check_common,
     check_cutting,
@@ -32,7 +32,7 @@ from vlmprune.runtime.call.state import Active
 from vlmprune.runtime.decoder.skipping import Skipping, skipping_layers
 from vlmprune.runtime.encoder import visions
 from vlmprune.runtime.encoder.visions import Vision
-from vlmprune.runtime.scope import active, outside, within
+from vlmprune.runtime.scope import active, outside, under
 
 
 def generate(
@@ -53,7 +53,7 @@ def _generate(
     vision = _vision(attachment, given)
     ids, cache, setting = call.prompt, call.cache, Settings(call)
     check_encoded(call)
-    if vision is None and not _brings_items(attachment, call) and mark(cache) is None:
+    if vision is None and not _brings_items(attachment, call) and prefix_of(cache) is None:
         attachment.report_nothing()
         with outside():
             return call.run(original)
@@ -85,7 +85,7 @@ def _generate(
     if call.streamer is not None:
         short = short.with_(streamer=_FullPrompt(call.streamer, ids))
 
-    with within(prepared.state):
+    with under(prepared.state):
         result = short.run(original)
 
     sequences = outputs.sequences_of(result)
@@ -146,7 +146,7 @@ def _forward(
     cache, ids = call.cache, call.ids
     check_encoded(call)
     brings = vision is not None or _brings_items(attachment, call)
-    if not brings and mark(cache) is None:
+    if not brings and prefix_of(cache) is None:
         return call.run(original)
     check_common(call, ids)
     if call.picks_logits:
@@ -175,7 +175,7 @@ def _forward(
         positions=handed(prepared.prompt, new) + attachment.family.first,
     )
     prepared.state.running = prepared.prompt.ids.shape[0]
-    with within(prepared.state), _in_decoder(attachment, prepared.state, short):
+    with under(prepared.state), _in_decoder(attachment, prepared.state, short):
         result = short.run(original)
     returned = release.cache_returned(result)
     filled = prepared.state.progress.cache
@@ -184,7 +184,7 @@ def _forward(
         raise contract.broken(result, "it holds no KV cache where one was filled")
     leave_deltas(attachment, prepared.prefix, given_positions)
     # Tokens without an image need no new record: the old one still says what was dropped.
-    if prepared.state.items or mark(after) is None:
+    if prepared.state.items or prefix_of(after) is None:
         remember(after, prepared.prefix, "")
     return result
 

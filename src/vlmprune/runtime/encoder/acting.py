@@ -95,7 +95,6 @@ def _act(
             f"{method!r} changes the tokens of the vision encoder and then reads layers of it; "
             "chain a method that reads none, such as VisPruner."
         )
-
     shortening = [stage for stage in method.links if stage.shortens]
     return replace(found, alone=len(shortening) == 1)
 

@@ -86,7 +86,7 @@ def encode(
     score: Score = "auto",
     asked: Callable[[int, int], Reads] | None = None,
     who: str = "the method",
-    inside: Sequence[Inside | None] = (),
+    acts: Sequence[Inside | None] = (),
     attends: bool = True,
     run: Callable[..., TowerReads] | None = None,
 ) -> Encoded:
@@ -97,12 +97,12 @@ def encode(
         media: the family's modalities.
         originals: the host's own methods by name.
         inputs: for each modality the request's inputs.
-        geometry: of the items.
+        geometry: that of the items.
         score: which attention scores tokens: "auto", as the family says, or "pooling", that of
             the tower's pooling head.
         asked: `Pruner.reads`; None for nothing more.
         who: the method, for error sentences.
-        inside: for each modality what happens while its tower runs; empty for nothing.
+        acts: for each modality what happens while its tower runs; empty for nothing.
         attends: whether the method looks at the family's own score, which is told then.
         run: encodes one modality and says what was seen, for hosts other than Transformers'
             models; takes what `_run` takes.
@@ -130,16 +130,16 @@ def encode(
         if not own:
             continue
         given = inputs[number]
-        acts = inside[number] if inside else None
+        act = acts[number] if acts else None
         layouts = [geometry.items[i].layout for i in own]
         method = originals[medium.method]
-        seen = (run or _run)(model, medium, method, given, score, reads, acts, layouts)
+        seen = (run or _run)(model, medium, method, given, score, reads, act, layouts)
         outputs[number] = seen.output
         rows, cells = medium.cells(model, given, layouts, seen.attention, seen.features)
         _deal(scores, own, layouts, rows)
         _deal(features, own, layouts, cells)
         few = [part[..., :1] for part in seen.features]
-        if any(inside):
+        if any(acts):
             every = [torch.arange(len(row), device=row.device) for row in rows]
             _deal(shared, own, layouts, seen.shared or every)
         streams: list[tuple[str | int, list[Tensor]]] = [*seen.layers.items()]

@@ -18,7 +18,7 @@ from vlmprune.hosts.decoder import states_alone
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.encoder.relevance import Question
 from vlmprune.runtime.geometry import Geometry
-from vlmprune.runtime.scope import Scope, within
+from vlmprune.runtime.scope import Scope, under
 
 WORDS = "the language model's state of the question"
 
@@ -68,9 +68,9 @@ def states(attachment: Attachment, question: Question, geometry: Geometry) -> Te
     request nor the other rows matter, whatever mask the decoder would make of them.
 
     Args:
-        attachment: the attachment.
+        attachment: of the method to the model.
         question: the request's columns.
-        geometry: of its items.
+        geometry: that of the items.
     """
     model = attachment.model
     bos = config.bos_id(model.config)
@@ -81,7 +81,7 @@ def states(attachment: Attachment, question: Question, geometry: Geometry) -> Te
         lengths[len(ids)].append(row)
     last: dict[int, Tensor] = {}
     # A call of this attachment, of which nothing is cut or dropped.
-    with within(Scope(attachment)):
+    with under(Scope(attachment)):
         for own in lengths.values():
             ids = torch.stack([found[row] for row in own])
             last |= dict(zip(own, states_alone(model, ids)[:, -1], strict=True))

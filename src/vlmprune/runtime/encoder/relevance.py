@@ -108,10 +108,10 @@ def check(attachment: Attachment, source: str, question: Question, geometry: Geo
     """Refuse, before anything is encoded, what cannot be compared; load what compares.
 
     Args:
-        attachment: the attachment.
+        attachment: of the method to the model.
         source: as in `Reads`.
         question: the request's columns.
-        geometry: of its items.
+        geometry: that of the items.
 
     Raises:
         VlmpruneError: the source cannot be loaded, or an image comes without any text.
@@ -129,10 +129,10 @@ def to_cells(
     """The mean cosine of each cell to the parts of the question.
 
     Args:
-        attachment: the attachment.
+        attachment: of the method to the model.
         source: as in `Reads`.
         question: the request's columns.
-        geometry: of its items.
+        geometry: that of the items.
         view: of all crops, with projected features.
 
     Returns:

@@ -205,7 +205,7 @@ class Vision:
         """What a request would bring, and the geometry of its items, without pixels.
 
         Args:
-            attachment: the attachment.
+            attachment: of the method to the model.
             inputs: the request's inputs.
             visual: for each modality [B, L] bool, its placeholders.
 
@@ -316,7 +316,6 @@ def check(attachment: Attachment, vision: Vision | None = None) -> None:
         VlmpruneError: the method looks at the question or chooses nothing, or the vision comes
             from another method or model.
     """
-
     stages = [stage for stage in attachment.method.links if stage.shortens]
     if not stages:
         raise VlmpruneError(
