@@ -200,7 +200,7 @@ def test_qwen_frame_by_frame() -> None:
     req = entry.request(built, [["image", "video"], ["image"]])
     view = look(built, req.inputs, Reads(layers=(0,), patches=1, keys=2, projected=True)).view
     blocks = built.model.visual.blocks
-    assert True in view.videos and len(set(view.grids)) > 1
+    assert any(view.videos) and len(set(view.grids)) > 1
 
     found = []
     with torch.no_grad():

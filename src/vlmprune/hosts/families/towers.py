@@ -107,6 +107,22 @@ class Crops(Medium):
         height, width = inputs[self.inputs[0]].shape[-2:]
         return height // patch, width // patch
 
+    def joins_patches(self, model: Any, inputs: Inputs, layouts: Sequence[Layout]) -> str | None:
+        """How it makes one visual token of several patches, in words; None where it does not."""
+        if not layouts:
+            return None
+        grid = self.patch_grid(model, inputs)
+        if any(one.grid != grid or one.blended for one in layouts):
+            return f"{type(model).__name__} makes one visual token of several patches there"
+        return None
+
+    def joins_layers(self, model: Any, inputs: Inputs) -> str | None:
+        """How it takes features of several layers, likewise."""
+        chosen = self.chosen_layers(model, inputs)
+        if isinstance(chosen, int) or len(chosen) == 1:
+            return None
+        return f"vision_feature_layer={list(chosen)} takes features of several layers"
+
     def patches(self, model: Any, inputs: Inputs, layouts: Sequence[Layout]) -> list[int]:
         """One number a crop, all equal."""
         rows, columns = self.patch_grid(model, inputs)

@@ -153,14 +153,12 @@ def _unfit_request(
 ) -> str | None:
     """Why a method cannot act in a request."""
     assert isinstance(medium, Crops)
-    grid = medium.patch_grid(model, inputs)
-    if any(one.grid != grid or one.blended for one in layouts):
-        return f"{type(model).__name__} makes one visual token of several patches there"
-    if method.acts != "merging":
-        return None
-    chosen = medium.chosen_layers(model, inputs)
-    if not isinstance(chosen, int) and len(chosen) > 1:
-        return f"vision_feature_layer={list(chosen)} takes features of several layers"
+    why = medium.joins_patches(model, inputs, layouts)
+    if why is not None or method.acts != "merging":
+        return why
+    why = medium.joins_layers(model, inputs)
+    if why is not None:
+        return why
     layers: Any = medium.encoder(model, inputs).layers
     if recomputes(layers):
         return "gradient checkpointing runs its layers a second time, out of reach"

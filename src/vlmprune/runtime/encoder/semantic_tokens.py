@@ -62,14 +62,9 @@ def check(
     why = unfit(model, medium)
     if why is None:
         assert isinstance(medium, Crops)
-        grid = medium.patch_grid(model, inputs) if layouts else ()
-        chosen = medium.chosen_layers(model, inputs)
+        why = medium.joins_patches(model, inputs, layouts) or medium.joins_layers(model, inputs)
         wide = sizes.width(model.config)
-        if any(one.grid != grid or one.blended for one in layouts):
-            why = f"{type(model).__name__} makes one visual token of several patches there"
-        elif not isinstance(chosen, int) and len(chosen) > 1:
-            why = f"vision_feature_layer={list(chosen)} takes features of several layers"
-        elif width != wide:
+        if why is None and width != wide:
             why = f"its tokens are {width} wide and the tower of {type(model).__name__} {wide}"
     if why is not None:
         raise VlmpruneError(
