@@ -135,6 +135,38 @@ def with_sequences(result: Any, ids: Tensor) -> Any:
     return result
 
 
+def at_columns(result: Any, columns: Tensor | None) -> Any:
+    """What a model below a head returned, its states at other columns.
+
+    Args:
+        result: with the last states [B, S, D] and, where they were asked for, those behind each
+            layer; as a tuple, the last states come first.
+        columns: [B, L] which of its columns is to stand at each; None for the same.
+    """
+    if columns is None:
+        return result
+
+    def widened(states: Any) -> Any:
+        if isinstance(states, tuple):
+            return tuple(widened(one) for one in states)
+        return states.gather(
+            1, columns[..., None].to(states.device).expand(-1, -1, states.shape[-1])
+        )
+
+    def behind_layers(one: Any) -> bool:
+        return isinstance(one, tuple) and all(
+            isinstance(states, Tensor) and states.ndim == 3 for states in one
+        )
+
+    if isinstance(result, tuple):
+        rest = (widened(one) if behind_layers(one) else one for one in result[1:])
+        return (widened(result[0]), *rest)
+    set_last(result, widened(last_of(result)))
+    if states_of(result):
+        set_states(result, widened(states_of(result)))
+    return result
+
+
 def joined(tokens: Sequence[Tensor]) -> Tensor:
     """[1, n, D] the visual tokens of all items as one."""
     return torch.cat(list(tokens))[None]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,11 +180,6 @@ class Settings:
         return any(self[name] for name in ASSISTING) or self.call.given.get(ASSISTANT) is not None
 
     @property
-    def guidance(self) -> Any:
-        """Strength of guidance by a second prompt; None or 1 for none."""
-        return self["guidance_scale"]
-
-    @property
     def chunked(self) -> bool:
         """Whether the prompt is read in parts."""
         return bool(self["prefill_chunk_size"])
@@ -272,6 +268,22 @@ def deltas_of(model: Any) -> Tensor | None:
 def set_deltas(model: Any, ahead: Tensor) -> None:
     """Let the host remember how far positions are ahead of columns."""
     setattr(model.base_model, _DELTAS, ahead)
+
+
+@contextmanager
+def deltas_kept(model: Any, counts: bool) -> Iterator[None]:
+    """Let the host remember after the block what it did before of how far positions are ahead.
+
+    Args:
+        model: the host.
+        counts: whether it is of those that have three positions a column, and remember it.
+    """
+    before = deltas_of(model) if counts else None
+    try:
+        yield
+    finally:
+        if counts:
+            setattr(model.base_model, _DELTAS, before)
 
 
 def encodes_ahead(model: Any) -> bool:

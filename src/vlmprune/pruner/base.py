@@ -16,6 +16,7 @@ from vlmprune.pruner.handle import Handle
 from vlmprune.report import Report
 from vlmprune.runtime.attachment import Latest
 from vlmprune.runtime.encoder.merging import narrowed, seen_after
+from vlmprune.runtime.scope import reported
 from vlmprune.select.budget import check_budget
 from vlmprune.views import EncoderView, Inside, LayerView, Probes, Reads, Retention, Selection
 
@@ -39,15 +40,22 @@ class Pruner(Method):
         Raises:
             VlmpruneError: the model is not supported.
         """
-        handle = Handle(self, model)
+        return self._attached(model)
+
+    def _attached(self, model: nn.Module, block: bool = False) -> Handle[Self]:
+        handle = Handle(self, model, block)
         # Not the handle: a pruner that lives on must not keep the model alive.
         object.__setattr__(self, "_last", handle.attachment.latest)
         return handle
 
     @contextmanager
     def __call__(self, model: nn.Module) -> Iterator[Handle[Self]]:
-        """Prune the calls of `model` inside a `with` block."""
-        handle = self.attach(model)
+        """Prune the calls of `model` inside a `with` block.
+
+        Several threads may each have a block of their own on one model. A thread that has none,
+        as one that was started inside the block, goes by it as long as it is the only one.
+        """
+        handle = self._attached(model, block=True)
         try:
             yield handle
         finally:
@@ -64,7 +72,7 @@ class Pruner(Method):
     def report(self) -> Report | None:
         """What the last call under this pruner's latest attachment kept and saved."""
         latest: Latest | None = getattr(self, "_last", None)
-        return None if latest is None else latest.report
+        return None if latest is None else reported(latest) or latest.report
 
 
 @dataclass(frozen=True)

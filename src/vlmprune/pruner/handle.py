@@ -39,16 +39,20 @@ class Handle(Generic[M]):
         family: the host's record.
         positions: the position policy of what is kept before the language model.
         architecture: the model's language model, in words.
-        report: what the last call kept and saved; None before the first.
+        report: what the last call of this thread kept and saved, or, where it made none, the last
+            of any; None before the first.
         attachment: all that is known of it, as what acts in the model's calls is given it.
     """
 
-    def __init__(self, pruner: M, model: nn.Module) -> None:
+    def __init__(self, pruner: M, model: nn.Module, block: bool = False) -> None:
         self._pruner = pruner
         self.attachment = attachment_of(pruner, model)
         self._leave = pruner.joined(self.attachment)
-        self.attachment.leave = self.detach
-        shadows.join(self.attachment, shadows.Functions(run.generate, run.forward, run.features))
+        self.attachment.leave, self.attachment.block = self.detach, block
+        shadows.join(
+            self.attachment,
+            shadows.Functions(run.generate, run.forward, run.features, run.rules),
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name not in _FORMER:

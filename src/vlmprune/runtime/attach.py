@@ -8,7 +8,17 @@ from typing import Any
 from torch import nn
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts import attention, caches, config, contract, decoder, families, release, requests
+from vlmprune.hosts import (
+    attention,
+    caches,
+    config,
+    contract,
+    decoder,
+    families,
+    generation,
+    release,
+    requests,
+)
 from vlmprune.hosts.families import Family
 from vlmprune.method import Method
 from vlmprune.runtime.attachment import Attachment
@@ -60,6 +70,7 @@ def attachment_of(method: Method, model: nn.Module) -> Attachment:
 def _check_contract(model: Any, family: Family, method: Method) -> None:
     """Refuse what the release does otherwise, by signatures alone."""
     requests.check_model(model, [medium.inputs[0] for medium in family.media])
+    generation.check_made(model)
     if family.rope is not None:
         requests.deltas_of(model)
     if method.shortens and method.attends:

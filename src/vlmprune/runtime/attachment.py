@@ -13,7 +13,7 @@ from vlmprune.hosts import attention, contract, decoder, families
 from vlmprune.hosts.families import Family
 from vlmprune.method import Method
 from vlmprune.report import Report, make
-from vlmprune.runtime.scope import made
+from vlmprune.runtime.scope import note_report, reported
 from vlmprune.views import Ask
 
 
@@ -21,7 +21,7 @@ def _stay() -> None:
     """Gives nothing back."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Latest:
     """Holds the report of an attachment's last call."""
 
@@ -47,6 +47,8 @@ class Attachment:
         latest: holds the report of the last call.
         ledger: what its first calls proved of the contract with Transformers.
         leave: gives the model back.
+        block: whether it is of a `with` block, which is for the context that opened it.
+        among: the attachments that its context had when it was made.
     """
 
     method: Method
@@ -63,6 +65,8 @@ class Attachment:
     latest: Latest = field(default_factory=Latest)
     ledger: contract.Ledger = field(default_factory=contract.Ledger)
     leave: Callable[[], None] = _stay
+    block: bool = False
+    among: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.method!r} on {type(self.model).__name__})"
@@ -73,13 +77,13 @@ class Attachment:
 
     @property
     def report(self) -> Report | None:
-        """What the last call kept and saved; None before the first."""
-        return self.latest.report
+        """What the last call kept and saved: this thread's, or else any; None before the first."""
+        return reported(self.latest) or self.latest.report
 
     @report.setter
-    def report(self, report: Report | None) -> None:
+    def report(self, report: Report) -> None:
         self.latest.report = report
-        made.set(report)
+        note_report(self.latest, report)
 
     @cached_property
     def attention(self) -> nn.Module:

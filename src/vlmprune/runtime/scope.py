@@ -1,4 +1,4 @@
-"""Which pruned call is under way in this thread, and the report that it made last.
+"""Which pruned call is under way in this context, whose attachments are its own, and its reports.
 
 Modules are shared by threads, and so are the hooks on them. What hooks a module for one call keeps
 the thread that it was made in (`OwnThread`) and does nothing in any other.
@@ -7,7 +7,8 @@ the thread that it was made in (`OwnThread`) and does nothing in any other.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,14 +23,62 @@ class Scope:
 
     Attributes:
         attachment: the attachment that it belongs to.
+        under_way: the host's methods that run for it now, as `runtime.shadows.Shadow`s.
     """
 
     attachment: Any
+    under_way: list[Any] = field(default_factory=list, kw_only=True)
+
+    def passes(self, shadow: Any) -> bool:
+        """Whether a method is called by the host itself, within another that runs for this call.
+
+        It then goes on as it is. One that is under way and is called once more is called by
+        somebody else, and that is a call of its own.
+        """
+        return True
+
+    @contextmanager
+    def running(self, shadow: Any) -> Iterator[None]:
+        """Note that a method of the host's runs for this call inside the block."""
+        self.under_way.append(shadow)
+        try:
+            yield
+        finally:
+            self.under_way.remove(shadow)
 
 
 active: ContextVar[Scope | None] = ContextVar("vlmprune_active", default=None)
-# The report that this thread made last.
-made: ContextVar[Report | None] = ContextVar("vlmprune_made", default=None)
+# The attachments that this context made and has not left; None if it never made any.
+mine: ContextVar[tuple[weakref.ref[Any], ...] | None] = ContextVar("vlmprune_mine", default=None)
+# The reports that this context made last, by what holds an attachment's latest.
+made: ContextVar[Mapping[weakref.ref[Any], Report]] = ContextVar("vlmprune_made", default={})  # noqa: B039
+
+
+def own_attachments() -> list[Any]:
+    """The attachments that this context made and has not left, in order."""
+    return [one for ref in mine.get() or () if (one := ref()) is not None]
+
+
+def add_own(attachment: Any) -> None:
+    """Note an attachment as this context's."""
+    mine.set((*map(weakref.ref, own_attachments()), weakref.ref(attachment)))
+
+
+def drop_own(attachment: Any) -> None:
+    """Note that an attachment was left."""
+    if mine.get() is not None:
+        mine.set(tuple(weakref.ref(one) for one in own_attachments() if one is not attachment))
+
+
+def reported(holder: Any) -> Report | None:
+    """The report that this context made last with an attachment, by what holds its latest."""
+    return made.get().get(weakref.ref(holder))
+
+
+def note_report(holder: Any, report: Report) -> None:
+    """Note a report as the one that this context made last with an attachment."""
+    held = {ref: one for ref, one in made.get().items() if ref() is not None}
+    made.set({**held, weakref.ref(holder): report})
 
 
 @dataclass(frozen=True)

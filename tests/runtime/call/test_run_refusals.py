@@ -16,7 +16,6 @@ pytestmark = pytest.mark.oracle
 REFUSED: dict[str, Any] = {
     "assisted decoding": {"prompt_lookup_num_tokens": 2},
     "use_mtp": {"use_mtp": True},
-    "guidance_scale=1.5": {"guidance_scale": 1.5},
     "cache_params is called": {"cache_params": object()},
     "inputs_embeds": {"input_ids": None, "inputs_embeds": torch.zeros(1, 4, 32)},
     "dimensions": {"attention_mask": torch.ones(1, 1, 4, 4)},

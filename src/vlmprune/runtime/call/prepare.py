@@ -14,7 +14,15 @@ from vlmprune.hosts import caches, config, requests
 from vlmprune.hosts.requests import ALIGNED, LABELS, ModelCall
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.call.choose import check_prompt, choose, cut_of
-from vlmprune.runtime.call.shorten import Prefix, Prompt, dropped_columns, join, latest, shorten
+from vlmprune.runtime.call.shorten import (
+    Prefix,
+    Prompt,
+    dropped_columns,
+    join,
+    latest,
+    shorten,
+    stands_for,
+)
 from vlmprune.runtime.call.state import Active, Progress
 from vlmprune.runtime.decoder.dropping import Dropping
 from vlmprune.runtime.decoder.skipping import Skipping, frames_of
@@ -22,7 +30,6 @@ from vlmprune.runtime.encoder.pruned import Pruned
 from vlmprune.runtime.encoder.relevance import Question
 from vlmprune.runtime.encoder.visions import Vision, gather
 from vlmprune.runtime.geometry import Geometry, geometry_of
-from vlmprune.runtime.scope import made
 
 # The name under which a cache carries its Prefix; on the cache, so that a copy carries it too.
 PREFIX_ATTRIBUTE = "vlmprune_prefix"
@@ -41,6 +48,8 @@ class Prepared:
         prefix: to be remembered with the cache.
         state: for the host's callbacks.
         vision: makes of it what later requests can take instead of pixels.
+        columns: [B, L] which of its new columns stands for each that the user gave; None where
+            they are the same.
     """
 
     known: tuple[int, int]
@@ -49,6 +58,7 @@ class Prepared:
     prefix: Prefix
     state: Active
     vision: Callable[[], Vision]
+    columns: Tensor | None = None
 
 
 def prepare(
@@ -196,7 +206,7 @@ def prepare(
             ids.shape[0],
             columns=prompt.ids.shape[1],
             dropping=drops,
-            report=made.get() if geometry.items else None,
+            report=attachment.report if geometry.items else None,
             progress=Progress(
                 handed(prompt, slice(cached, None)) + attachment.family.first,
                 due + attachment.family.first,
@@ -205,6 +215,7 @@ def prepare(
             ),
         ),
         lambda: gather(attachment, geometry, brought, kept, pruned),
+        stands_for(new, dropped),
     )
 
 

@@ -51,11 +51,6 @@ def check_generate(call: ModelCall, ids: Tensor | None, setting: Settings) -> No
             f"vlmprune does not support assisted decoding; leave out {ASSISTANT}, "
             f"{', '.join(ASSISTING[:-1])} and {ASSISTING[-1]}."
         )
-    if setting.guidance not in (None, 1):
-        raise VlmpruneError(
-            f"guidance_scale={setting.guidance} runs the model a second time on another "
-            "prompt within the call, which vlmprune does not support; leave it out."
-        )
     if setting.chunked and not chunks_hold_images():
         raise VlmpruneError(
             "before 5.23 transformers loses images, and in some releases earlier turns, under "

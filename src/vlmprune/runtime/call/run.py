@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from vlmprune import costs
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts import caches, contract, decoder, outputs, release
-from vlmprune.hosts.requests import ModelCall, PlainSettings, Settings, model_call
+from vlmprune.hosts import caches, contract, decoder, generation, outputs, release
+from vlmprune.hosts.generation import ShownPrompt, WholePrompt
+from vlmprune.hosts.requests import ModelCall, PlainSettings, Settings, deltas_kept, model_call
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.cache.ragged_cache import adopt, attending, binding_of
 from vlmprune.runtime.call import progress
@@ -33,30 +35,26 @@ from vlmprune.runtime.decoder.skipping import Skipping, skipping_layers
 from vlmprune.runtime.encoder import visions
 from vlmprune.runtime.encoder.visions import Vision
 from vlmprune.runtime.scope import active, outside, under
+from vlmprune.runtime.shadows import Shadow
 
 
-def generate(
-    attachment: Attachment, original: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
+def generate(attachment: Attachment, shadow: Shadow, *args: Any, **kwargs: Any) -> Any:
     """`generate` with fewer visual tokens; returns what the host would have returned."""
     with _kept_or_given_back(attachment):
-        return _generate(attachment, original, args, kwargs)
+        return _generate(attachment, shadow, args, kwargs)
 
 
 def _generate(
-    attachment: Attachment,
-    original: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    attachment: Attachment, shadow: Shadow, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    call, given = model_call(attachment.model, original, args, kwargs)
+    call, given = model_call(attachment.model, shadow.original, args, kwargs)
     vision = _vision(attachment, given)
     ids, cache, setting = call.prompt, call.cache, Settings(call)
     check_encoded(call)
     if vision is None and not _brings_items(attachment, call) and prefix_of(cache) is None:
         attachment.report_nothing()
         with outside():
-            return call.run(original)
+            return call.run(shadow.original)
     # As the host's own `generate` runs, for what is recomputed depends on it.
     with torch.no_grad():
         check_generate(call, ids, setting)
@@ -72,7 +70,8 @@ def _generate(
         prepared = prepare(
             attachment, ids, mask, given_positions, cache, call, False, vision=vision
         )
-    if not prepared.state.items:
+    state = prepared.state
+    if not state.items:
         attachment.report_nothing()
     left = prepared.prompt.ids
     limits = setting.shorter(mask.shape[1] - left.shape[1])
@@ -82,36 +81,61 @@ def _generate(
     short = call.without(n for medium in attachment.family.media for n in medium.inputs)
     short = short.with_prompt(left).also(prepared.pixels | limits | prepared.prompt.aligned)
     short = short.with_(mask=prepared.prompt.mask, positions=handed(prepared.prompt))
+    state.whole = WholePrompt(ids, left.shape[1], partial(_apart, attachment))
     if call.streamer is not None:
-        short = short.with_(streamer=_FullPrompt(call.streamer, ids))
+        short = short.with_(streamer=ShownPrompt(call.streamer, state.whole))
 
-    with under(prepared.state):
-        result = short.run(original)
+    with under(state), state.running(shadow):
+        result = short.run(shadow.original)
 
     sequences = outputs.sequences_of(result)
     new = sequences.shape[1] - left.shape[1]
-    prepared.state.check_end(attachment.model, prepared.prompt.ids.shape[1] + new - 1)
+    state.check_end(attachment.model, prepared.prompt.ids.shape[1] + new - 1)
     times = sequences.shape[0] // ids.shape[0]
-    prompt = ids.repeat_interleave(times, 0).to(sequences.device)
-    sequences = torch.cat((prompt, sequences[:, left.shape[1] :]), dim=1)
-    for holder in (cache, prepared.state.progress.cache, release.cache_returned(result)):
+    for holder in (cache, state.progress.cache, release.cache_returned(result)):
         searched = "it comes from a beam search" * (setting.beams > 1)
         remember(holder, prepared.prefix.repeat(times), searched)
     leave_deltas(attachment, prepared.prefix, given_positions)
-    return outputs.with_sequences(result, sequences)
+    if state.report is not None:
+        # Calls that were made meanwhile reported theirs.
+        attachment.report = state.report
+    return outputs.with_sequences(result, state.whole.widened(sequences))
 
 
-def forward(attachment: Attachment, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A plain forward with fewer visual tokens; logits are those of the shorter sequence."""
+def forward(attachment: Attachment, shadow: Shadow, *args: Any, **kwargs: Any) -> Any:
+    """A plain forward with fewer visual tokens.
+
+    Of the model, logits are those of the shorter sequence. Of the one below its head, states stand
+    at the user's own columns, so that labels and masks fit; where a visual token was dropped,
+    there is the state of what stands before it, which foretells the same.
+    """
     state = active.get()
     with _kept_or_given_back(attachment):
-        if isinstance(state, Active) and state.attachment is attachment:
-            given = release.by_name(original, *args, **kwargs) if args else kwargs
+        if isinstance(state, Active) and state.attachment is attachment and state.steps:
+            given = release.by_name(shadow.original, *args, **kwargs) if args else kwargs
             call = ModelCall(attachment.model, given)
             if state.progress.is_own(call):
-                return _step(attachment, state, original, call)
+                with state.running(shadow):
+                    return _step(attachment, state, shadow.original, call)
         with outside():
-            return _forward(attachment, original, args, kwargs)
+            return _forward(attachment, shadow, args, kwargs)
+
+
+def rules(attachment: Attachment, shadow: Shadow, *args: Any, **kwargs: Any) -> Any:
+    """What `generate` makes to change scores, or to stop: shown the prompt as the user gave it."""
+    state = active.get()
+    if not isinstance(state, Active) or state.attachment is not attachment or not state.whole:
+        return shadow.original(*args, **kwargs)
+    make = generation.processors if shadow.name == generation.PROCESSORS else generation.criteria
+    with state.running(shadow):
+        return make(state.whole, shadow.original, args, kwargs)
+
+
+@contextmanager
+def _apart(attachment: Attachment) -> Iterator[None]:
+    """Run something of the user's in the middle of a call: calls that it makes are its own."""
+    with outside(), deltas_kept(attachment.model, attachment.family.rope is not None):
+        yield
 
 
 def _step(
@@ -121,7 +145,7 @@ def _step(
     call, ids = _mended(state, call), call.ids
     if ids is None:
         raise contract.broken(attachment.model, "a forward within generate is given no input_ids")
-    state.running = ids.shape[0]
+    state.rows = ids.shape[0]
     ahead: dict[str, Any] = {
         medium.kind: state.pruned[medium.method].repeated(call.encoded[medium.kind], state.times)
         for medium in attachment.family.media
@@ -136,18 +160,15 @@ def _step(
 
 
 def _forward(
-    attachment: Attachment,
-    original: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    attachment: Attachment, shadow: Shadow, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    call, given = model_call(attachment.model, original, args, kwargs)
+    call, given = model_call(attachment.model, shadow.original, args, kwargs)
     vision = _vision(attachment, given)
     cache, ids = call.cache, call.ids
     check_encoded(call)
     brings = vision is not None or _brings_items(attachment, call)
     if not brings and prefix_of(cache) is None:
-        return call.run(original)
+        return call.run(shadow.original)
     check_common(call, ids)
     if call.picks_logits:
         raise VlmpruneError(
@@ -174,19 +195,20 @@ def _forward(
         mask=prepared.prompt.mask,
         positions=handed(prepared.prompt, new) + attachment.family.first,
     )
-    prepared.state.running = prepared.prompt.ids.shape[0]
-    with under(prepared.state), _in_decoder(attachment, prepared.state, short):
-        result = short.run(original)
+    state = prepared.state
+    state.rows = prepared.prompt.ids.shape[0]
+    with under(state), state.running(shadow), _in_decoder(attachment, state, short):
+        result = short.run(shadow.original)
     returned = release.cache_returned(result)
-    filled = prepared.state.progress.cache
+    filled = state.progress.cache
     after = next((one for one in (returned, cache, filled) if one is not None), None)
     if after is None and caching and contract.checks():
         raise contract.broken(result, "it holds no KV cache where one was filled")
     leave_deltas(attachment, prepared.prefix, given_positions)
     # Tokens without an image need no new record: the old one still says what was dropped.
-    if prepared.state.items or prefix_of(after) is None:
+    if state.items or prefix_of(after) is None:
         remember(after, prepared.prefix, "")
-    return result
+    return outputs.at_columns(result, prepared.columns) if shadow.inner else result
 
 
 def encode(attachment: Attachment, inputs: dict[str, Any]) -> Vision:
@@ -204,18 +226,18 @@ def encode(attachment: Attachment, inputs: dict[str, Any]) -> Vision:
     return prepared.vision()
 
 
-def features(
-    attachment: Attachment, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
+def features(attachment: Attachment, shadow: Shadow, *args: Any, **kwargs: Any) -> Any:
     """`get_image_features` and its like: pruned inside a pruned call, the host's own elsewhere."""
     state = active.get()
-    if not isinstance(state, Active) or state.attachment is not attachment:
-        return original(*args, **kwargs)
-    if name not in state.pruned:
-        return original(*args, **kwargs)
-    pruned = state.pruned[name]
-    state.progress.taken.add(name)
-    if state.running is None:
+    if (
+        not isinstance(state, Active)
+        or state.attachment is not attachment
+        or shadow.name not in state.pruned
+    ):
+        return shadow.original(*args, **kwargs)
+    pruned = state.pruned[shadow.name]
+    state.progress.taken.add(shadow.name)
+    if state.rows is None:
         # `generate` encodes ahead, and repeats the items by itself.
         return pruned.listed()
     return pruned.formed(state.times)
@@ -255,13 +277,13 @@ def _in_decoder(attachment: Attachment, state: Active, call: ModelCall) -> Itera
     if isinstance(dropping, Skipping):
         if attachment.method.shortens:
             positions = attachment.positions
-        attachment.report = state.report.with_skips(
+        attachment.report = state.report = state.report.with_skips(
             model.config, stages, rows, model.dtype, positions, dropping.seconds
         )
     elif stages:
         if attachment.method.shortens and positions != attachment.positions:
             positions = f"{attachment.positions}, inside the language model {positions}"
-        attachment.report = state.report.with_rows(
+        attachment.report = state.report = state.report.with_rows(
             model.config, stages, rows, model.dtype, positions, dropping.seconds, dropping.members()
         )
 
@@ -285,7 +307,7 @@ def _cutting(attachment: Attachment, state: Active, cache: Any) -> Iterator[None
         cut.done = True
         if state.report is not None:
             cached = costs.kv_layers(attachment.model.config)
-            attachment.report = state.report.with_layers(
+            attachment.report = state.report = state.report.with_layers(
                 cut.layers, cached, cut.seconds, state.numbers
             )
 
@@ -344,20 +366,3 @@ def _mask_of(ids: Tensor, setting: Settings) -> Tensor:
     if setting.pad is None or setting.pad in setting.ends:
         return torch.ones_like(ids)
     return (ids != setting.pad).long()
-
-
-class _FullPrompt:
-    """A streamer's stand-in that shows it the prompt as the user gave it."""
-
-    def __init__(self, streamer: Any, ids: Tensor) -> None:
-        self.streamer, self.ids = streamer, ids
-        self.first = True
-
-    def put(self, value: Tensor) -> None:
-        """Pass tokens on; the first are the prompt."""
-        self.streamer.put(self.ids.cpu() if self.first else value)
-        self.first = False
-
-    def end(self) -> None:
-        """Pass the end on."""
-        self.streamer.end()

@@ -133,6 +133,28 @@ def shorten(
     return short, following
 
 
+def stands_for(prompt: Prompt, dropped: Tensor) -> Tensor | None:
+    """Which column of the shortened prompt stands for each column of the prompt.
+
+    A kept column's own, and for a dropped one that of the kept column before it, which foretells
+    the same; the row's first where nothing stands before it.
+
+    Args:
+        prompt: [B, L] columns.
+        dropped: [B, L] bool, columns that `shorten` takes out.
+
+    Returns:
+        [B, L] int64, or None where nothing was dropped.
+    """
+    if not bool(dropped.any()):
+        return None
+    kept = (prompt.mask != 0) & ~dropped
+    number, counts = kept.cumsum(dim=1) - 1, kept.sum(dim=1, keepdim=True)
+    length = int(counts.max()) + int((prompt.mask == 0).sum(dim=1).min())
+    right = bool((prompt.mask[:, -1] == 0).any())
+    return number.clamp(min=0) + (0 if right else length - counts)
+
+
 def dropped_columns(like: Tensor, places: Sequence[Span], kept: Sequence[Tensor]) -> Tensor:
     """Columns that hold a visual token which was not kept.
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vlmprune.hosts import caches, contract
 from vlmprune.hosts.contract import broken, checks
-from vlmprune.hosts.requests import ModelCall
+from vlmprune.hosts.generation import WholePrompt
+from vlmprune.hosts.requests import FORWARD, ModelCall
 from vlmprune.report import Report
 from vlmprune.runtime.decoder.cache_cut import CacheCut
 from vlmprune.runtime.decoder.dropping import Dropping
@@ -93,12 +94,13 @@ class Active(Scope):
         items: number of images and videos that are new in it.
         cut: what is to be cut out of the cache; None for nothing.
         batch: rows of the request.
-        running: rows of the forward that is under way; None before the first.
+        rows: of the forward that is under way; None before the first.
         numbers: for each row, the number of each kept visual token among all that it brought.
         columns: of the prompt, those of the cache included.
         dropping: what is to be dropped between decoder layers; None for nothing.
         report: of the call so far; the attachment's may be another thread's by now.
         progress: how far it has come at the host.
+        whole: the prompt as the user gave it, for what `generate` shows it to.
     """
 
     pruned: dict[str, Pruned]
@@ -109,16 +111,30 @@ class Active(Scope):
     cut: CacheCut | None = None
     numbers: list[Tensor] = field(default_factory=list)
     batch: int = 1
-    running: int | None = None
+    rows: int | None = None
     columns: int = 0
     dropping: Dropping | None = None
     report: Report | None = None
     progress: Progress = field(default_factory=Progress)
+    whole: WholePrompt | None = None
+
+    def passes(self, shadow: Any) -> bool:
+        """Whether it is the host's own call: of a method below one of the same name."""
+        if shadow in self.under_way:
+            return False
+        return any(
+            one.name == shadow.name and (shadow.inner or not one.inner) for one in self.under_way
+        )
+
+    @property
+    def steps(self) -> bool:
+        """Whether a forward for it would be a step of its own, as none is under way."""
+        return not any(one.name == FORWARD for one in self.under_way)
 
     @property
     def times(self) -> int:
         """How often each row of the request stands in the forward that is under way."""
-        return max(1, (self.running or self.batch) // self.batch)
+        return max(1, (self.rows or self.batch) // self.batch)
 
     def check_end(self, model: Any, columns: int) -> None:
         """Refuse an answer whose prompt was not cut, or was not gone on from, as is due.
