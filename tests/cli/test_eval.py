@@ -18,7 +18,7 @@ from vlmprune.study.evals import kept_answers
 from vlmprune.study.evals import run as evaluating
 from vlmprune.study.evals.results import Evaluation
 from vlmprune.study.evals.tables import Assessed
-from vlmprune.study.tasks import Scenes, find_task
+from vlmprune.study.tasks import Sample, Scenes, find_task
 from vlmprune.study.tasks.answered import Answered
 
 SPEC = ("--method", "vispruner:keep=64")
@@ -238,3 +238,25 @@ def test_a_table_of_somebody_elses_stays(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "mine.md").write_text("# mine")
     said = sentence("eval", "--markdown", tmp_path / "mine.md")
     assert "is there already and not of `vlmprune eval`" in said
+
+
+def test_pictures_of_other_colours_are_other_questions(loaded: Any) -> None:
+    """A palette's numbers alone say nothing of what the model sees."""
+
+    class Shown(Scenes):
+        def __init__(self, colour: tuple[int, int, int]) -> None:
+            self.picture = Image.new("P", (4, 4))
+            self.picture.putpalette(colour)
+
+        def samples(self, limit: int | None = None) -> list[Sample]:
+            return [Sample("1", (self.picture,), "what?", ("a",))]
+
+        def read_from(self) -> None:
+            return None
+
+    source, both = sources.find_model(None), models.Loaded(*loaded)
+    red, blue, again = (
+        kept_answers.digest(both, source, Shown(colour))
+        for colour in ((200, 0, 0), (0, 0, 200), (200, 0, 0))
+    )
+    assert red == again != blue

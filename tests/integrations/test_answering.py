@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from vlmprune import VlmpruneError
 from vlmprune.integrations.answering import conversation, cut, generation
@@ -39,6 +40,29 @@ def test_answers_end_at_the_first_stop() -> None:
     assert cut("\n yes.\n\nno", ["\n\n", "."]) == "yes"
     assert cut(" yes. ", None) == "yes."
     assert cut("a;b", ";") == "a"
+
+
+def test_pictures_in_memory_are_seen_as_files_are(tmp_path: Path) -> None:
+    """Harnesses hand over pictures that they opened: 16-bit, clear in places, to be turned."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    path = tmp_path / "one.png"
+    for made in (Image.new("RGBA", (3, 2)), Image.fromarray(np.full((2, 3), 40000, np.uint16))):
+        made.save(path, exif=exif)
+        with Image.open(path) as opened:
+            parts = [{"type": "image", "url": given} for given in (str(path), opened)]
+            one = conversation([{"role": "user", "content": parts}])
+        file, memory = one.images
+        assert file.size == memory.size == (2, 3)
+        # White where nothing is, and the upper 8 of 16 bits.
+        white = made.mode == "RGBA"
+        assert file.getcolors() == memory.getcolors() == [(6, ((255,) if white else (156,)) * 3)]
+    path.write_bytes(path.read_bytes()[:-30])
+    with (
+        Image.open(path) as opened,
+        pytest.raises(VlmpruneError, match=r"a request's picture cannot be opened"),
+    ):
+        conversation([{"role": "user", "content": [{"type": "image", "url": opened}]}])
 
 
 def test_messages_become_parts_and_pictures(tmp_path: Path) -> None:

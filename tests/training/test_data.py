@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlavaProcessor
+from PIL import ExifTags, Image
+from transformers import LlavaNextProcessor, LlavaProcessor
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
 
 from training_data import SIDE, entries, listed, scenes, written
 from vlmprune import embedded
@@ -150,6 +154,37 @@ def test_placeholders_are_spread_as_the_processor_spreads_them(tmp_path: Path) -
         prompt = f"USER: <image>\n<image>\n{turn.question} ASSISTANT:"
         made = processor(text=prompt, images=rows.opened(entry), return_tensors="pt")
         assert ids[:start].tolist() == made["input_ids"][0].tolist()
+
+
+def test_a_turned_picture_has_placeholders_of_its_own(tmp_path: Path) -> None:
+    """Two files of one stored size, of which EXIF turns one, have other numbers of them."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for name, more in (("wide.png", {}), ("turned.png", {"exif": exif})):
+        Image.new("RGB", (112, 56)).save(tmp_path / name, **more)
+    said = _said(("human", "<image>\nwhere?"), ("gpt", "there."))
+    content = [{"image": name, "conversations": said} for name in ("wide.png", "turned.png")]
+    tokenizer, side = small().tokenizer, {"height": 56, "width": 56}
+    processor = LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessorPil(
+            size={"shortest_edge": 56},
+            crop_size=side,
+            image_grid_pinpoints=[[56, 112], [112, 56]],
+        ),
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    rows, lengths = RowMaker(processor), set()
+    for entry in read(written(tmp_path, content), tmp_path):
+        ids, start = rows.row(entry, 0)
+        prompt = rows.prompt(entry, entry.turns[0])
+        made = processor(text=prompt, images=rows.opened(entry), return_tensors="pt")
+        assert ids[:start].tolist() == made["input_ids"][0].tolist()
+        lengths.add(start)
+    # Two tiles side by side have 4 lines, above each other 8, each ended by a newline.
+    assert len(lengths) == 2
 
 
 def test_a_row_that_is_too_long(tmp_path: Path) -> None:

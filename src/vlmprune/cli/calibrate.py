@@ -58,7 +58,7 @@ def calibrate(
     """Find PLPHP's thresholds for a model: its vision attention over your pictures."""
     with progress("Starting…") as say:
         from vlmprune.io import models, options, outputs, sources
-        from vlmprune.io.pictures import open_images
+        from vlmprune.io.pictures import open_image
         from vlmprune.methods import PLPHP
         from vlmprune.study.calibrate.plot import plot as draw
         from vlmprune.study.calibrate.results import document
@@ -83,7 +83,7 @@ def calibrate(
             say(f"Loading {source.label}…")
             loaded = models.load(source, place, kind)
             asked = question or _questions(model)
-            opened = (open_images([file])[0] for file in files)
+            opened = map(open_image, files)
             total = len(files) * len(asked)
             gammas = measure(
                 loaded.model,

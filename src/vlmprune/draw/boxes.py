@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts.families import FAMILIES
+from vlmprune.hosts.families.media import Medium
 from vlmprune.io import processors
 from vlmprune.io.processors import Size, Steps
 from vlmprune.views.layout import Layout
@@ -70,10 +71,10 @@ def token_boxes(
         raise VlmpruneError("boxes on a picture are not known for a video; pass an image's layout.")
     width, height = image_size
     seen = (height, width) if image_sizes_entry is None else tuple(map(int, image_sizes_entry))
-    overlay = _overlay(family)
-    if overlay in ("own", "square", "canvas"):
+    medium = _medium(family)
+    if medium.overlay in ("own", "square", "canvas"):
         patch_size = None
-    views = _views(Steps(image_processor), (seen[0], seen[1]), overlay, layout.crops)
+    views = _views(Steps(image_processor), (seen[0], seen[1]), medium, layout.crops)
     if len(views) != layout.crops:
         raise VlmpruneError(
             f"the image has {layout.crops} crops but its processor's settings make {len(views)}; "
@@ -96,40 +97,40 @@ def token_boxes(
     return boxes
 
 
-def _overlay(family: str) -> str:
-    """How a family's images are cut, as `Medium.overlay` says it."""
+def _medium(family: str) -> Medium:
+    """A family's images; its `overlay` and `whole_crop` say how one is cut."""
     for kind, record in FAMILIES.items():
         if family in (kind, record.name):
-            found = next((m.overlay for m in record.media if m.kind == "image"), "")
-            if not found:
+            found = next((m for m in record.media if m.kind == "image" and m.overlay), None)
+            if found is None:
                 raise VlmpruneError(f"where visual tokens lie is not known for {record.name} yet.")
             return found
     raise VlmpruneError(f"family {family!r} is not known; use one of {', '.join(FAMILIES)}.")
 
 
-def _views(steps: Steps, size: Size, overlay: str, crops: int) -> list[_View]:
+def _views(steps: Steps, size: Size, medium: Medium, crops: int) -> list[_View]:
     """The crops of an image of (height, width) `size`, in order."""
     whole = (_Axis(size[0]), _Axis(size[1]))
-    if overlay == "own":
+    if medium.overlay == "own":
         return [whole]
-    if overlay == "square" and steps.pans:
+    if medium.overlay == "square" and steps.pans:
         raise VlmpruneError(
             "with do_pan_and_scan a picture goes in as several, whose places on it are not told; "
             "switch that off."
         )
-    if overlay == "canvas" and crops > 1:
-        return _canvas(steps, size)
     # LLaVA-OneVision does not tile an image that shares its prompt with others.
-    if overlay == "tiles" and crops > 1:
-        return [_then(view, _fit(steps, _lengths(view))) for view in _tiles(steps, size)]
+    cut = {"canvas": _canvas, "tiles": _tiles}.get(medium.overlay)
+    if cut is not None and crops > 1:
+        tiles, view = cut(steps, size)
+        return [view, *tiles] if medium.whole_crop == "first" else [*tiles, view]
     if steps.pads_to_square:
         side = max(size)
         whole = (_padded(size[0], side), _padded(size[1], side))
     return [_then(whole, _fit(steps, _lengths(whole)))]
 
 
-def _tiles(steps: Steps, size: Size) -> list[_View]:
-    """What an any-resolution processor cuts an image into, the view of the whole first."""
+def _tiles(steps: Steps, size: Size) -> tuple[list[_View], _View]:
+    """What an any-resolution processor cuts an image into, and its view of the whole."""
     target = processors.best_resolution(size, steps.pinpoints)
     fitted = processors.fitted_size(size, target)
     padded = [
@@ -139,27 +140,29 @@ def _tiles(steps: Steps, size: Size) -> list[_View]:
     edge = steps.size_entry("shortest_edge")
     base = (steps.size_entry("height") or edge, steps.size_entry("width") or edge)
     tile = steps.crop_entry("height") or base[0]
-    views = [(_resized(size[0], base[0]), _resized(size[1], base[1]))]
+    tiles = []
     for top in range(0, target[0], tile):
         for left in range(0, target[1], tile):
             rows = _Axis(min(tile, target[0] - top), shift=top)
             columns = _Axis(min(tile, target[1] - left), shift=left)
-            views.append((padded[0].then(rows), padded[1].then(columns)))
-    return views
+            tiles.append((padded[0].then(rows), padded[1].then(columns)))
+    view = (_resized(size[0], base[0]), _resized(size[1], base[1]))
+    fitted_tiles = [_then(one, _fit(steps, _lengths(one))) for one in tiles]
+    return fitted_tiles, _then(view, _fit(steps, _lengths(view)))
 
 
-def _canvas(steps: Steps, size: Size) -> list[_View]:
-    """What InternVL's processor cuts an image into: stretched tiles, the view of the whole last."""
+def _canvas(steps: Steps, size: Size) -> tuple[list[_View], _View]:
+    """What InternVL's processor cuts an image into, stretched, and its view of the whole."""
     side = steps.size_entry("height"), steps.size_entry("width")
     columns, rows = steps.canvas(size, side, *steps.patches)
     target = (rows * side[0], columns * side[1])
     whole = (_resized(size[0], target[0]), _resized(size[1], target[1]))
-    views = [
+    tiles = [
         _then(whole, (_Axis(side[0], shift=top), _Axis(side[1], shift=left)))
         for top in range(0, target[0], side[0])
         for left in range(0, target[1], side[1])
     ]
-    return [*views, (_resized(size[0], side[0]), _resized(size[1], side[1]))]
+    return tiles, (_resized(size[0], side[0]), _resized(size[1], side[1]))
 
 
 def _fit(steps: Steps, size: Size) -> _View:

@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from vlmprune.io.pictures import to_rgb
+
 Colour = tuple[int, int, int]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -53,6 +55,7 @@ def draw(
     roles: Sequence[str],
     *,
     crops: torch.Tensor | None = None,
+    whole_crop: int = 0,
     legend: bool = True,
     min_side: int = 672,
     max_side: int = 1344,
@@ -64,8 +67,8 @@ def draw(
     which went into a kept one, are dimmed less and tinted green, without an outline. What no box
     covers, the model never saw, and is darkest. Where boxes overlap, the kept one shows.
 
-    With tokens of a base view and of high-resolution crops, the result has two panels side by
-    side: the base view left, all high-resolution crops right, each on the whole image.
+    With tokens of a view of the whole and of high-resolution crops, the result has two panels side
+    by side: the view of the whole left, all high-resolution crops right, each on the whole image.
 
     Args:
         image: the original image, any mode and size; it is not changed.
@@ -73,7 +76,8 @@ def draw(
             outside the image are clipped. A token without a place, such as a newline, has an
             empty box: it is counted and not drawn.
         roles: n of "important", "diverse", "kept", "member", "dropped".
-        crops: int [n], the crop of every token; 0 is the base view. None is one view of all.
+        crops: int [n], the crop of every token. None is one view of all.
+        whole_crop: which of the crops is the view of the whole image (`Layout.whole_crop`).
         legend: whether to put a strip with the counts below (and titles above two panels).
         min_side: the picture is enlarged until its long side has this many pixels.
         max_side: a picture with a longer side is shrunk to this many pixels.
@@ -87,10 +91,10 @@ def draw(
             1 <= min_side <= max_side.
     """
     table = _checked_boxes(boxes, roles)
-    views = _views(crops, len(table))
+    views = _views(crops, whole_crop, len(table))
     if not 1 <= min_side <= max_side:
         raise ValueError(f"need 1 <= min_side <= max_side, not {min_side} and {max_side}.")
-    photo = _scaled(image.convert("RGB"), min_side, max_side)
+    photo = _scaled(to_rgb(image), min_side, max_side)
     table = table * np.tile(np.divide(photo.size, image.size), 2)
     labels = np.array([_LABELS.index(role) for role in roles], dtype=np.int64)
     maps = [_label_map(photo.size, table, labels, groups) for _, groups in views]
@@ -118,7 +122,7 @@ def _checked_boxes(boxes: torch.Tensor, roles: Sequence[str]) -> Floats:
     return table
 
 
-def _views(crops: torch.Tensor | None, count: int) -> list[tuple[str, list[Ints]]]:
+def _views(crops: torch.Tensor | None, whole_crop: int, count: int) -> list[tuple[str, list[Ints]]]:
     """The panels: a name, and the indices of the tokens of each crop that it shows."""
     if crops is None:
         return [("whole image", [np.arange(count)])]
@@ -126,7 +130,7 @@ def _views(crops: torch.Tensor | None, count: int) -> list[tuple[str, list[Ints]
     if numbers.shape != (count,) or (numbers < 0).any():
         raise ValueError(f"crops must be {count} numbers of 0 or more, one a box.")
     groups = {int(number): np.flatnonzero(numbers == number) for number in np.unique(numbers)}
-    base = [groups.pop(0)] if 0 in groups else []
+    base = [groups.pop(whole_crop)] if whole_crop in groups else []
     views = [("whole image", base), ("high-resolution crops", list(groups.values()))]
     return [view for view in views if view[1]] or [("whole image", [np.arange(count)])]
 

@@ -14,7 +14,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.integrations.arguments import Arguments
 from vlmprune.io import options, sources
 from vlmprune.io.models import Loaded, enough_memory, load, prepare_texts, prompt_of
-from vlmprune.io.pictures import open_images
+from vlmprune.io.pictures import as_seen, open_image
 from vlmprune.io.processors import has_template
 from vlmprune.pruner import Handle
 
@@ -211,9 +211,9 @@ class Answerer:
 
 def _picture(given: Any) -> Image.Image:
     if isinstance(given, Image.Image):
-        return given.convert("RGB")
+        return as_seen(given, "a request's picture")
     if isinstance(given, str):
-        return open_images([given])[0]
+        return open_image(given)
     raise VlmpruneError(
         f"a request's picture is a {type(given).__name__}; give a picture of Pillow, or its path."
     )

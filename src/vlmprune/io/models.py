@@ -85,7 +85,11 @@ def prepare_batch(
 def prepare_texts(
     loaded: Loaded, images: Sequence[Sequence[Image.Image]], texts: Sequence[str]
 ) -> Any:
-    """The processor's inputs for several prompts as `prompt_of` makes them, padded on the left."""
+    """The processor's inputs for several prompts as `prompt_of` makes them, padded on the left.
+
+    Raises:
+        VlmpruneError: the processor does not take the pictures.
+    """
     processor = loaded.processor
     padding: dict[str, Any] = {}
     if len(texts) > 1:
@@ -93,8 +97,31 @@ def prepare_texts(
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
         padding = {"padding": True, "padding_side": "left"}
     flat = [picture for pictures in images for picture in pictures]
-    inputs = processor(text=list(texts), images=flat or None, return_tensors="pt", **padding)
+    inputs = processed(processor, texts, flat, **padding)
     return inputs.to(loaded.model.device, dtype=loaded.model.dtype)
+
+
+def processed(
+    processor: Any, texts: Sequence[str], images: Sequence[Image.Image], **options: Any
+) -> Any:
+    """What a processor makes of prompts with pictures.
+
+    Raises:
+        VlmpruneError: it does not take the pictures, as those that are very narrow.
+    """
+    try:
+        return processor(
+            text=list(texts), images=list(images) or None, return_tensors="pt", **options
+        )
+    except (ValueError, ZeroDivisionError) as error:
+        if not images:
+            raise
+        sizes = sorted({one.size for one in images}, key=lambda size: max(size) / min(size))
+        shape = "{} x {}".format(*sizes[-1])
+        raise VlmpruneError(
+            f"the model's processor does not take the picture(s), the narrowest of {shape} pixels "
+            f"({reason(error)}); give others."
+        ) from error
 
 
 def prompt_of(processor: Any, images: int, question: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -143,7 +143,7 @@ def geometry_of(
     items = []
     for number, (medium, given, columns) in enumerate(zip(media, inputs, visual, strict=True)):
         found = medium.layouts(model, given, columns) if given else []
-        layouts = [replace(one, kind=medium.kind) for one in found]
+        layouts = medium.described(found)
         places = spans(columns, [len(one.labels) for one in layouts], medium.kind)
         items += [
             Item(number, i, layout, place)

@@ -221,8 +221,13 @@ def draw(
             tower_sizes.patch_size(loaded.model.config),
         )
         names = _roles(report, number)
-        crops = _panels(layout.crop) if layout.crops > 1 else None
-        pictures.append(overlay.draw(image, boxes, names, crops=crops, **form))
+        # Without a view of the whole all crops are shown as one.
+        crops = None if layout.whole_crop is None or layout.crops == 1 else _panels(layout.crop)
+        pictures.append(
+            overlay.draw(
+                image, boxes, names, crops=crops, whole_crop=layout.whole_crop or 0, **form
+            )
+        )
     return pictures
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.io.models import prompt_of
-from vlmprune.io.pictures import open_images
+from vlmprune.io.models import processed, prompt_of
+from vlmprune.io.pictures import open_images, size_of
 from vlmprune.io.processors import has_template, image_mark
 from vlmprune.training.data import Entry, Turn
 
@@ -123,11 +123,9 @@ class RowMaker:
         return torch.tensor(ids, dtype=torch.long)
 
     def _processed(self, texts: list[str], images: list[list[Image.Image]]) -> Any:
-        return self.processor(
-            text=texts,
-            images=[picture for some in images for picture in some],
-            return_tensors="pt",
-            **({"padding": True} if len(texts) > 1 else {}),
+        flat = [picture for some in images for picture in some]
+        return processed(
+            self.processor, texts, flat, **({"padding": True} if len(texts) > 1 else {})
         )
 
     def _spread(self, entry: Entry, prompt: str) -> Tensor:
@@ -138,11 +136,7 @@ class RowMaker:
         spread without it.
         """
         plain = torch.tensor(self.processor.tokenizer(prompt)["input_ids"], dtype=torch.long)
-        sizes = []
-        for file in entry.images:
-            with Image.open(file) as picture:
-                sizes.append(picture.size)
-        key = tuple(sizes)
+        key = tuple(map(size_of, entry.images))
         if key not in self._runs:
             made = self._processed([prompt], [self.opened(entry)])["input_ids"][0]
             self._runs[key] = _runs(plain, made, self.mark)

@@ -29,10 +29,12 @@ class Layout:
             row over all crops of the image, or -1 for a newline or CLS token.
             Where the host scales joined crops down, so that a token blends neighbouring patches,
             it is the heaviest of them; the token is kept if that one is.
-        crops: number of crops; crop 0 is the view of the whole image. Of a video, its frames.
+        crops: number of crops. Of a video, its frames.
         grid: (rows, columns) of patches in a crop.
         blended: whether tokens blend patches.
         kind: what it is the layout of.
+        whole_crop: the crop that is the view of the whole image, the first with some hosts, with
+            others the last; None where none is, as of a video, or where the host does not tell.
     """
 
     labels: Tensor
@@ -40,6 +42,7 @@ class Layout:
     grid: tuple[int, int]
     blended: bool = False
     kind: Literal["image", "video"] = "image"
+    whole_crop: int | None = None
 
     @property
     def patches(self) -> int:

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -145,3 +146,14 @@ def test_a_sample_opens_files_late(tmp_path: Path) -> None:
     assert Sample("7", (), "one?").group == "7"
     with pytest.raises(VlmpruneError, match="does not exist"):
         sample.opened()
+
+
+def test_pictures_of_a_sample_are_opened_as_files_are(tmp_path: Path) -> None:
+    """A sample may hold pictures, of any mode, or files."""
+    made = Image.fromarray(np.full((2, 3), 40000, np.uint16))
+    made.save(tmp_path / "a.png")
+    sample = Sample("1", (made, tmp_path / "a.png", Image.new("LA", (3, 2))), "what?")
+    memory, file, clear = sample.opened()
+    assert {one.mode for one in (memory, file, clear)} == {"RGB"}
+    assert memory.getpixel((0, 0)) == file.getpixel((0, 0)) == (156, 156, 156)
+    assert clear.getpixel((0, 0)) == (255, 255, 255)

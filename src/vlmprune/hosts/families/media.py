@@ -8,7 +8,7 @@ becomes one visual token: one patch, or the group of patches that the host merge
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -75,6 +75,8 @@ class Medium:
             of LLaVA-1.5 and of LLaVA-NeXT cut an image, "canvas" as that of InternVL does,
             "square" where it is resized to one crop, "own" where it keeps its resolution; empty
             where it cannot be drawn.
+        whole_crop: which crop of an image is the view of the whole of it, if it has several; empty
+            where an item is a crop alone, and nothing says of what it is cut.
         cellwise: whether the projector takes each cell's features by themselves.
         resizable: whether inputs that are no pixels tell the host how many tokens an item has.
         layer_field: the config's entry that says which hidden state becomes features, -2 being
@@ -97,6 +99,7 @@ class Medium:
     stacked: ClassVar[bool] = False
     replaced: ClassVar[tuple[str, ...]] = ()
     overlay: ClassVar[Literal["whole", "tiles", "square", "canvas", "own", ""]] = ""
+    whole_crop: ClassVar[Literal["first", "last", ""]] = "first"
     cellwise: ClassVar[bool] = False
     resizable: ClassVar[bool] = False
     layer_field: ClassVar[str] = ""
@@ -116,6 +119,15 @@ class Medium:
         Raises:
             VlmpruneError: one sentence says what stands in the way.
         """
+
+    def described(self, found: Sequence[Layout]) -> list[Layout]:
+        """Layouts with what the medium says of all its items: their kind, and the whole view."""
+        views = self.whole_crop if self.kind == "image" else ""
+
+        def place(crops: int) -> int | None:
+            return {"first": 0, "last": crops - 1, "": None}[views]
+
+        return [replace(one, kind=self.kind, whole_crop=place(one.crops)) for one in found]
 
     def layouts(self, model: Any, inputs: Inputs, visual: Tensor) -> list[Layout]:
         """Where each item's visual tokens lie, known before anything is encoded.

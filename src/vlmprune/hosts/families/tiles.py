@@ -7,7 +7,7 @@ nothing in them says where an image begins; only the placeholders do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class Tiles(Crops):
     """Tiles of one size; an item is a tile, unless its family can tell which belong together."""
 
     stacked = True
+    # Nothing says what a tile is cut of, or that it is cut at all.
+    whole_crop: ClassVar[Literal["first", "last", ""]] = ""
 
     def check(self, model: Any) -> None:
         """Refuse another kind of tower, and one whose CLS token would be passed on."""
@@ -130,6 +132,7 @@ class InternVLImages(Tiles):
     """A CLS token that scores and is dropped; a run of placeholders is one image."""
 
     overlay = "canvas"
+    whole_crop = "last"
     # It merges before the projector.
     cellwise = True
     layer_field = LAYER
@@ -155,7 +158,7 @@ class InternVLImages(Tiles):
         )
 
     def grouped(self, lengths: list[int], each: int) -> list[int]:
-        """One image a run; the view of the whole comes last."""
+        """One image a run."""
         return [n // each for n in lengths]
 
 

@@ -54,7 +54,7 @@ class PrunedModel(OriginalPositions):
         budgets = [unpack(field) for field in fields]
         host = self.host(self.config, self)  # type: ignore[attr-defined]
         items = medium.items(kwargs)
-        layouts = [replace(x, kind=medium.kind) for x in medium.layouts_of(host, items)]
+        layouts = medium.described(medium.layouts_of(host, items))
         methods = [self.policy.method(keep) for keep, _, _ in budgets]
         if any(method is not None for method in methods):
             encoded = self._encoded(host, medium, items, layouts, call)

@@ -80,11 +80,10 @@ class PrunedProcessor:
             if found.get(medium.inputs[0]) is None:
                 continue
             medium.fits(method)
-            layouts = medium.layouts_of(host, medium.items(found))
-            told = []
-            for layout in layouts:
-                layout = replace(layout, kind=medium.kind)
-                told.append(pack(keep, len(layout.labels), policies.count(method, layout)))
+            told = [
+                pack(keep, len(layout.labels), policies.count(method, layout))
+                for layout in medium.described(medium.layouts_of(host, medium.items(found)))
+            ]
             found[field_of(medium.kind)] = torch.stack(told)
         return found
 

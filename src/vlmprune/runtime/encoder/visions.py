@@ -139,6 +139,7 @@ class Vision:
                     "crops": one.crops,
                     "grid": list(one.grid),
                     "blended": one.blended,
+                    "whole_crop": one.whole_crop,
                     "patches": list(item.patches),
                 }
             )
@@ -186,7 +187,17 @@ class Vision:
             items.append(
                 StoredItem(
                     kind,
-                    Layout(labels, about["crops"], grid, about["blended"], kind),
+                    # Files of earlier versions do not say which crop is the whole view.
+                    Layout(
+                        *(
+                            labels,
+                            about["crops"],
+                            grid,
+                            about["blended"],
+                            kind,
+                            about.get("whole_crop"),
+                        )
+                    ),
                     tensors[f"{number}.kept"],
                     tensors[f"{number}.features"],
                     tuple(layer for _, layer in extra),

@@ -14,7 +14,7 @@ from vlmprune import embedded
 from vlmprune.errors import VlmpruneError
 from vlmprune.io import options, sources
 from vlmprune.io.models import enough_memory, load, prepare_batch
-from vlmprune.io.pictures import open_images
+from vlmprune.io.pictures import open_image, open_images
 from vlmprune.pruner import Pruner
 from vlmprune.select.budget import resolve_keep
 from vlmprune.study.bench import shapes
@@ -162,7 +162,7 @@ def _scenes(batch: int, images: int) -> tuple[list[list[Image.Image]], list[str]
         [listed[(row * images + i) % len(listed)] for i in range(images)] for row in range(batch)
     ]
     files = {one["file"] for row in rows for one in row}
-    opened = {file: open_images([str(folder / file)])[0] for file in files}
+    opened = {file: open_image(folder / file) for file in files}
     pictures = [[opened[one["file"]] for one in row] for row in rows]
     return pictures, [row[0]["questions"][0]["question"] for row in rows]
 

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from vlmprune.draw import layer_map, overlay
+from vlmprune.io.pictures import to_rgb
 from vlmprune.study.compare.results import MARK, MOST, SIDE, Comparison, Shown, ShownAnswer
 from vlmprune.study.compare.tables import columns, sections
 from vlmprune.study.wording import ALL_TOKENS, budget
@@ -87,7 +88,7 @@ def data_uri(content: bytes, form: str) -> str:
 
 def inlined(image: Image.Image) -> str:
     """A picture as a link that holds it, shrunk where it is large."""
-    image = image.convert("RGB")
+    image = to_rgb(image)
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     target = io.BytesIO()
     # Without subsampling, which would smear the outlines.

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from vlmprune.io.models import Loaded
+from vlmprune.io.pictures import as_seen
 from vlmprune.io.sources import Source
 from vlmprune.pruner import Pruner
 from vlmprune.study.evals.run import method_name, model_name
@@ -57,4 +58,6 @@ def _stamp(file: Path) -> list[Any]:
 
 
 def _pixels(image: Image.Image) -> str:
-    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+    # As the model gets it: the bytes of a palette's numbers say nothing of its colours.
+    seen = as_seen(image)
+    return hashlib.sha256(repr(seen.size).encode() + seen.tobytes()).hexdigest()

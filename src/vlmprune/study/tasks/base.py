@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from vlmprune.io.models import prompt_of
-from vlmprune.io.pictures import open_images
+from vlmprune.io.pictures import as_seen, open_image
 from vlmprune.study.tasks.answered import Answered
 
 MAX_NEW_TOKENS = 64
@@ -51,8 +51,7 @@ class Sample:
             VlmpruneError: a file does not exist or is no picture.
         """
         return [
-            one if isinstance(one, Image.Image) else open_images([str(one)])[0]
-            for one in self.images
+            as_seen(one) if isinstance(one, Image.Image) else open_image(one) for one in self.images
         ]
 
 
