@@ -31,7 +31,7 @@ from vlmprune.learned import Learned
 from accuracy_tables import BUDGETS, page
 from definitions import fingerprint
 from encoded_once import encoded_once
-from vlmprune import METHODS, embedded
+from vlmprune import METHODS, embedded, files
 from vlmprune.io.models import Loaded, quiet
 from vlmprune.methods.pyramiddrop import PyramidDrop
 from vlmprune.pruner import Pruner
@@ -218,9 +218,7 @@ def write(path: Path, found: Mapping[str, Any]) -> None:
     head = {name: value for name, value in found.items() if name != "rows"}
     lines = ",\n".join(json.dumps(row) for row in found["rows"])
     text = json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + lines + "\n]\n}\n"
-    beside = path.with_suffix(".part")
-    beside.write_text(text)
-    beside.replace(path)
+    files.write(path, text)
 
 
 def figures(evaluations: list[Evaluation]) -> dict[str, Any]:
@@ -333,7 +331,7 @@ def main(
     found = read(results) if render else measure(results, planned(names), batch, again)
     if target.exists():
         text = page(target.read_text(), found | {"rows": list(in_order(found["rows"]))}, NOT_HERE)
-        target.write_text(text)
+        files.write(target, text)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vlmprune import PLPHP, FastV, VisPruner
+from vlmprune.files import write
 from vlmprune.hosts import contract
 from vlmprune.hosts.contract import Reached
 from vlmprune.hosts.release import cache_returned, version
@@ -192,7 +193,7 @@ def main(
     Console().print(table)
     if json_path is not None:
         content = {"machine": facts(torch.device("cpu")), "methods": found}
-        json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write(json_path, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ from torch import Tensor
 import caches
 from caches import CUTS, KINDS, SHAPES, Case, Decoder, Setting
 from vlmprune import VlmpruneError, __version__
+from vlmprune.files import write
 from vlmprune.runtime.attention import ragged
 
 # Largest difference of logits, relative to the largest logit; what must differ, does by more.
@@ -389,7 +390,7 @@ def main(
     if json_path is not None:
         note = "measured on a GPU" if on_gpu else "seconds of a CPU: use the ratios only"
         figures = {"setting": setting, "seconds_are": note, "results": results}
-        json_path.write_text(json.dumps(figures, indent=2) + "\n")
+        write(json_path, json.dumps(figures, indent=2) + "\n")
 
 
 def _name(kind: torch.dtype) -> str:

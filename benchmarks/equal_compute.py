@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from accuracy_tables import header, line
+from vlmprune.files import write
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "equal_compute.json"
@@ -89,7 +90,7 @@ def rendered(page: str, found: Mapping[str, Any]) -> str:
 
 def main(results: Path = RESULTS, target: Path = PAGE) -> None:
     """Write the tables."""
-    target.write_text(rendered(target.read_text(), json.loads(results.read_text())))
+    write(target, rendered(target.read_text(), json.loads(results.read_text())))
 
 
 if __name__ == "__main__":

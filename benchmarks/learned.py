@@ -20,6 +20,7 @@ import typer
 from accuracy import PAGE, RESULTS, SEEDS, Row, measure, read
 from accuracy_tables import KINDS, Table, header, line, name, percent
 from vlmprune import METHODS
+from vlmprune.files import write
 from vlmprune.methods.bases.learned import shipped
 from vlmprune.study.evals.run import BATCH
 
@@ -95,7 +96,7 @@ def main(
     found = read(results) if render else measure(results, rows, BATCH, again)
     known = {(row["label"], row["budget"]): row for row in found["rows"]}
     found = found | {"rows": [known[row.key] for row in rows if row.key in known]}
-    target.write_text(rendered(target.read_text(), found))
+    write(target, rendered(target.read_text(), found))
 
 
 if __name__ == "__main__":

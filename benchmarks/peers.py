@@ -34,6 +34,7 @@ from rich.table import Table
 
 from peer_ways import RATIO, Job, SkippedError, authors, kvpress, openvino, version_of
 from vlmprune import VlmpruneError
+from vlmprune.files import write
 from vlmprune.io.models import quiet
 from vlmprune.study.bench import shapes
 from vlmprune.study.measure import facts
@@ -158,7 +159,7 @@ def main(
     if json_path is not None:
         note = "use the ratios only" if model.device.type == "cpu" else "measured on a GPU"
         content = {"setting": setting, "seconds_are": note, "peers": found}
-        json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write(json_path, json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

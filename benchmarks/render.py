@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vlmprune.files import write
 from vlmprune.study.bench import tables
 
 ROOT = Path(__file__).parents[1]
@@ -131,7 +132,7 @@ def main(
     """Render the section."""
     found = sorted(results.glob("*.json")) if results.is_dir() else []
     files = {one.stem: json.loads(one.read_text(encoding="utf-8")) for one in found}
-    page.write_text(render(page.read_text(encoding="utf-8"), files), encoding="utf-8")
+    write(page, render(page.read_text(encoding="utf-8"), files))
 
 
 if __name__ == "__main__":

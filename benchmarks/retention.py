@@ -41,6 +41,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from vlmprune import PLPHP, Pruner, VisPruner, calibrate, embedded
+from vlmprune.files import write
 from vlmprune.report import Report
 from vlmprune.select import retention
 from vlmprune.views import LayerView, Retention
@@ -486,7 +487,7 @@ def main(
     alpha, beta = result["alpha"], result["beta"]
     result["calibration"] = calibrate.document(gammas, alpha, beta, "embedded model", 0.25, 0.75)
     if json_path is not None:
-        json_path.write_text(json.dumps(result, indent=1) + "\n")
+        write(json_path, json.dumps(result, indent=1) + "\n")
     if plot is not None:
         pruner = PLPHP(alpha=alpha, beta=beta)
         title = f"Embedded model, {len(gammas)} questions: how much of the attention is the image's"

@@ -45,6 +45,7 @@ from vlmprune.learned import Learned
 
 from peaks import peak_of, table
 from vlmprune import METHODS, select
+from vlmprune.files import write
 from vlmprune.hosts.attention import attention_of
 from vlmprune.runtime.attention.taps import Tap, tapped
 from vlmprune.select import rules
@@ -293,7 +294,7 @@ def _memory(tokens: int, json_path: Path | None) -> None:
     Console().print(table(peaks))
     if json_path is not None:
         text = json.dumps([asdict(one) for one in peaks], indent=2)
-        json_path.write_text(text + "\n")
+        write(json_path, text + "\n")
 
 
 @torch.inference_mode()
@@ -333,7 +334,7 @@ def main(
     if json_path is not None:
         note = "measured on a GPU" if on_gpu else "seconds of a CPU: use the ratios only"
         text = json.dumps({"setting": setting, "seconds_are": note, "results": results}, indent=2)
-        json_path.write_text(text + "\n")
+        write(json_path, text + "\n")
 
 
 if __name__ == "__main__":

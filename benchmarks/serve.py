@@ -42,6 +42,7 @@ import serve_page
 import serve_server
 from serve_page import ALL, PLAIN
 from vlmprune import VlmpruneError, __version__, costs
+from vlmprune.files import write
 from vlmprune.study import measure
 
 # What of the environment the figures depend on.
@@ -350,7 +351,7 @@ def main(
                     "rounds": done,
                 }
                 if json_path is not None:
-                    json_path.write_text(json.dumps(content, indent=1) + "\n")
+                    write(json_path, json.dumps(content, indent=1) + "\n")
                 kept.append(content)
 
             left = limit - (time.monotonic() - begin)

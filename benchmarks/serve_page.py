@@ -19,6 +19,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vlmprune.files import write
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "serving.md"
@@ -375,11 +377,11 @@ def main(
 ) -> None:
     """Render the section, and draw the curve."""
     files = stored(results)
-    page.write_text(render(page.read_text("utf-8"), files), encoding="utf-8")
+    write(page, render(page.read_text("utf-8"), files))
     draw: Callable[[Content], bytes] = plot
     for name in FILES:
         if name in files:
-            picture.write_bytes(draw(files[name]))
+            write(picture, draw(files[name]))
             return
 
 

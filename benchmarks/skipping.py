@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmprune import MoD
+from vlmprune.files import write
 from vlmprune.hosts.release import cache_returned, with_cache
 from vlmprune.study.bench import shapes
 from vlmprune.study.measure import facts, stored_bytes, wait
@@ -155,7 +156,7 @@ def main(
     if json_file is not None:
         setting = {"shape": shape, "keep": keep, "every": every, "dtype": dtype, "threads": threads}
         found = {"setting": setting, "machine": facts(place), "rows": rows}
-        json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write(json_file, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from commandline import COFFEE, call, sentence
+from vlmprune.io.outputs import maker
 from vlmprune.study.bench import plot as benchplot
 from vlmprune.study.bench import run as bench
 from vlmprune.study.bench import shapes, tables, workload
@@ -28,7 +29,7 @@ def figures_of(content: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def benched(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    out = tmp_path_factory.mktemp("bench") / "new" / "figures.json"
+    out = tmp_path_factory.mktemp("bench") / "figures.json"
     result = call(
         *("bench", "--shape", "small", "--method", "vispruner:keep=64+plphp:r=0.5,dr=0"),
         *("--method", "plphp:r=0.5,dr=0", "--repeat", 1, "--new-tokens", 3, "--text-tokens", 9),
@@ -42,6 +43,7 @@ def benched(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], P
 def test_bench_as_json(benched: tuple[dict[str, Any], Path]) -> None:
     everything, out = benched
     assert json.loads(out.read_text(encoding="utf-8")) == everything
+    assert maker(out) == "vlmprune bench"
     assert everything["seconds_are"] == "of a CPU: use the ratios only"
     assert everything["attention"] == "sdpa"
     content = everything | figures_of(everything)
@@ -221,7 +223,7 @@ MISTAKES = [
     ("--model ./none", "model path './none' does not exist"),
     ("--model llava-1.5-7b", "an architecture for `vlmprune plan` and `bench --shape`"),
     ("--out figures.txt", "does not end in .json"),
-    (f"--out {COFFEE}/o.json", "cannot be written; choose another path"),
+    (f"--out {COFFEE}/o.json", "cannot be written (Not a directory); give another path"),
 ]
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from commandline import call, sentence
 from vlmprune import PLPHP, embedded
+from vlmprune.io.outputs import maker
 
 SCENES = sorted(embedded.scenes().glob("*.jpg"))
 
@@ -21,6 +22,7 @@ def test_a_calibration_is_written_drawn_and_used(tmp_path: Path) -> None:
     assert out.exit_code == 0, out.stderr
     content = json.loads(target.read_text(encoding="utf-8"))
     assert content["samples"] == 2 * len(SCENES) and len(content["layers"]) == 5
+    assert maker(target) == maker(target.with_suffix(".png")) == "vlmprune calibrate"
     with Image.open(target.with_suffix(".png")) as picture:
         assert min(picture.size) > 200
     found = PLPHP.from_file(target)

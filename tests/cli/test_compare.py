@@ -12,6 +12,7 @@ from PIL import Image
 from commandline import COFFEE, QUESTION, call, sentence
 from vlmprune import embedded, spec
 from vlmprune.io import models
+from vlmprune.io.outputs import maker
 from vlmprune.study.compare import results
 from vlmprune.study.compare import run as compare
 
@@ -49,6 +50,7 @@ def test_pictures_and_a_question(quick: None, tmp_path: Path) -> None:
 
     folder = tmp_path / "compare"
     content = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    assert {maker(file) for file in folder.glob("compare.*")} == {"vlmprune compare"}
     assert content["made_by"] == results.MARK and content["score"] == "agreement"
     assert content["command"].startswith(f"vlmprune compare {COFFEE} {GRASS} ")
     assert "--methods random,vispruner --keep 0.25 --question" in content["command"]
@@ -128,7 +130,7 @@ def test_a_task_of_the_package(quick: None, tmp_path: Path) -> None:
         (("--show", "13"), "--show 13 is above the 12 questions that a page holds"),
         (("--model", "./none"), "model path './none' does not exist"),
         (("--html", "page.txt"), "does not end in .html"),
-        (("--out", COFFEE), "cannot be written"),
+        (("--out", COFFEE), "for it is a file; give another path"),
     ],
     ids=lambda value: None if isinstance(value, str) else " ".join(value).replace(COFFEE, "IMAGE"),
 )

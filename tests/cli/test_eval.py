@@ -101,6 +101,7 @@ def test_a_copy_of_a_standard_set(quick: None, tmp_path: Path) -> None:
     text = "".join(json.dumps(one) + "\n" for one in asked)
     (tmp_path / "coco_pope_random.json").write_text(text)
     Image.open(COFFEE).save(tmp_path / "a.png")
+    (tmp_path / "a").mkdir()
     result = call("eval", *SPEC, "--task", "pope:.", "--out", "a/found.jsonl", "--json")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
@@ -217,7 +218,7 @@ def test_answers_are_kept_apart_by_what_they_depend_on(
         (("--batch", "0"), "--batch 0 is too few"),
         (("--out", "answers.json"), "--out 'answers.json' does not end in .jsonl"),
         (("--markdown", "a.txt"), "--markdown 'a.txt' does not end in .md"),
-        (("--markdown", "none/a.md"), "--markdown 'none/a.md' cannot be written"),
+        (("--markdown", "none/a.md"), "the folder of 'none/a.md' does not exist; make it first"),
         (("--model", "./none"), "model path './none' does not exist"),
         (("--device", "abacus"), "device 'abacus' is not available"),
         (("--dtype", "int8"), "dtype 'int8' is unknown"),

@@ -13,6 +13,7 @@ from PIL import Image
 from commandline import COFFEE, QUESTION, call, config_of_embedded
 from vlmprune import PLPHP, VisPruner, costs, embedded, spec
 from vlmprune.io import models
+from vlmprune.io.outputs import maker
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def loaded():
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """One run as JSON: its content and the overlay that it drew."""
-    target = tmp_path_factory.mktemp("run") / "new" / "overlay.png"
+    target = tmp_path_factory.mktemp("run") / "overlay.png"
     result = call(
         *("run", COFFEE, QUESTION, "--keep", 64, "--repeat", 1, "--json"),
         *("--device", "cpu", "--save-overlay", target),
@@ -47,7 +48,7 @@ def test_run_tells_tokens_and_bytes(ran):
     assert content["report"]["kv_bytes_after"] == token * 64
     assert len(content["report"]["kept"][0]) == 64
     assert (content["device"], content["dtype"], content["repeat"]) == ("cpu", "float32", 1)
-    assert content["overlays"] == [str(target)]
+    assert content["overlays"] == [str(target)] and maker(target) == "vlmprune run"
     assert content["question"] == QUESTION and content["images"] == [COFFEE]
     speedup = content["full"]["prefill_ms"] / content["pruned"]["prefill_ms"]
     assert content["prefill_speedup"] == pytest.approx(speedup)

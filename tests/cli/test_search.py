@@ -10,6 +10,7 @@ import pytest
 
 from commandline import call, sentence
 from vlmprune import VisPruner, spec
+from vlmprune.io.outputs import maker
 from vlmprune.study.tasks import find_task
 from vlmprune.study.tasks.part import Part
 
@@ -22,7 +23,7 @@ def found(out: Path, *words: Any, code: int = 0) -> dict[str, Any]:
     printed = json.loads(result.stdout)
     written = json.loads(out.read_text(encoding="utf-8"))
     assert written == {k: v for k, v in printed.items() if k not in ("file", "plot")}
-    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert maker(out) == maker(out.with_suffix(".png")) == "vlmprune search"
     return written
 
 

@@ -12,6 +12,7 @@ from vlmprune.learned import QueCC
 from commandline import call, sentence
 from training_data import SIDE, listed, written
 from vlmprune.io import libraries
+from vlmprune.training.trainer import files
 
 
 def small(folder: Path, *more: Any) -> list[Any]:
@@ -32,6 +33,7 @@ def test_weights_are_trained_and_used(tmp_path: Path) -> None:
     assert 0 <= content["accuracy"] <= 1 and content["held_out_loss"] > 0
     folder = tmp_path / "run"
     assert Path(content["curve"]) == folder / "curve.png" and (folder / "curve.png").exists()
+    assert not [one for one in files(folder) if one.foreign() or not one.path.exists()]
     pruner = QueCC.from_pretrained(folder)
     assert pruner.settings["window"] == 2 and pruner.settings["hidden"] == 16
     total = sum(one.numel() for one in pruner.module.parameters())

@@ -23,6 +23,7 @@ from questions import KINDS, Question, ask
 from scenes import SIDE, Placed, compose
 
 from vlmprune import embedded
+from vlmprune.files import write
 
 SCALE = 2
 
@@ -125,7 +126,7 @@ def main(
                 "questions": asked,
             }
         )
-    (folder / "scenes.json").write_text(json.dumps(listed, indent=2) + "\n")
+    write(folder / "scenes.json", json.dumps(listed, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from rich.progress import track
 from scenes import GRID, PATCHES, SIDE, scene
 from torch import Tensor
 
+from vlmprune.files import write
 from vlmprune.hosts.release import cache_returned, with_cache
 
 TOGETHER = 5
@@ -180,7 +181,7 @@ def main(
     net = LlavaForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
     processor = LlavaProcessor.from_pretrained(model)
     found = measure(net.eval().to(device), processor, Assets(assets), scenes, check)
-    out.write_text(json.dumps(found, indent=2) + "\n")
+    write(out, json.dumps(found, indent=2) + "\n")
     typer.echo(json.dumps(found, indent=2))
 
 

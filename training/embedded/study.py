@@ -30,6 +30,7 @@ from scenes import PATCHES
 from torch import Tensor
 
 from vlmprune import costs, embedded
+from vlmprune.files import write
 
 app = typer.Typer(add_completion=False, help=__doc__)
 DEPTHS = (5, 3, 2)
@@ -175,7 +176,7 @@ def run(
         save_file(model.state_dict(), out / f"{depth}.safetensors")
         made = {"steps": steps, "batch": batch, "rate": rate, "seed": seed, "loss": loss}
         made |= {"scenes": len(test.data), "training_scenes": len(data)}
-        (out / f"{depth}.json").write_text(json.dumps({"made": made, "tokens": results}))
+        write(out / f"{depth}.json", json.dumps({"made": made, "tokens": results}))
 
 
 @app.command()
@@ -194,7 +195,7 @@ def page(
             flops = costs.prefill_flops(sizes, int(tokens) + TEXT)
             scores = {name: summary(scenes, some) for name, some in kinds.items()}
             rows.append({"layers": depth, "tokens": int(tokens), "mflops": flops / 1e6} | scores)
-    json_file.write_text(json.dumps({"made": made, "text": TEXT, "rows": rows}, indent=1) + "\n")
+    write(json_file, json.dumps({"made": made, "text": TEXT, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

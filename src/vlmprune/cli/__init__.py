@@ -6,11 +6,9 @@ May import every room; nothing heavy at a module's top, so that help needs no to
 
 from __future__ import annotations
 
-import sys
-
 from vlmprune.cli import bench, calibrate, compare, methods, models, plan, run, search, train
 from vlmprune.cli import eval as evaluate
-from vlmprune.cli.app import app
+from vlmprune.cli.app import app, main
 
 for command in (
     run.run,
@@ -26,14 +24,5 @@ for command in (
 ):
     # The name `eval` is one of Python's own.
     app.command("eval" if command is evaluate.evaluate else None)(command)
-
-
-def main() -> None:
-    """Run the command line."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        sys.exit(130)
-
 
 __all__ = ["app", "main"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from vlmprune.cli.options import AsJson, Device, Dtype, Model
+from vlmprune.cli.options import AsJson, Device, Dtype, Force, Model
 from vlmprune.cli.printing import (
     bare_table,
     console,
@@ -108,6 +108,7 @@ def bench(
         Optional[str],  # noqa: UP045
         typer.Option(metavar="FILE.png", help="Draw them, too."),
     ] = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure speed and memory with and without pruning, in turns.
@@ -120,9 +121,9 @@ def bench(
     with progress("Starting…") as say:
         from vlmprune.hosts.config import attention_implementation, of_text
         from vlmprune.io import models, options, outputs, sources
-        from vlmprune.io.outputs import json_text, write
         from vlmprune.study import measure
         from vlmprune.study.bench import workload
+        from vlmprune.study.bench.plot import MARK
         from vlmprune.study.bench.plot import plot as draw
         from vlmprune.study.bench.run import compare
         from vlmprune.study.bench.tables import markdown as tables_of
@@ -139,13 +140,16 @@ def bench(
             place = options.choose_device(device)
             kind = options.choose_dtype(dtype, place)
             target, page, drawing = (
-                None if path is None else outputs.result_path(path, option, ending)
+                None
+                if path is None
+                else outputs.Output(outputs.named(path, option, ending), MARK, force)
                 for path, option, ending in (
                     (out, "--out", ".json"),
                     (markdown, "--markdown", ".md"),
                     (plot, "--plot", ".png"),
                 )
             )
+            outputs.claim((target, page, drawing), images or ())
             if shape is not None:
                 works = workload.from_shape(
                     *(shape, pruners, place, kind, batches, pictures, wanted),
@@ -159,6 +163,7 @@ def bench(
                 works = workload.from_model(source, place, kind, batches, pictures)
             results: list[BenchResult] = []
             content: dict[str, Any] = {
+                "made_by": MARK,
                 "command": typed(context),
                 "arguments": dict(context.params),
                 **measure.facts(place),
@@ -172,20 +177,19 @@ def bench(
                 content["runs"].append(results[-1].as_dict())
                 if target is not None:
                     # A run that is stopped keeps what it has.
-                    write(target, json_text(content))
+                    target.write_json(content)
+            if page is not None:
+                page.write(f"<!-- {MARK} -->\n\n{tables_of(content)}")
+            if drawing is not None:
+                drawing.write(draw(content))
     if as_json:
         print_json(content)
-    else:
-        _print(results, content)
-    for path, what, made in (
-        (target, "all figures are", lambda: json_text(content)),
-        (page, "the table is", lambda: tables_of(content)),
-        (drawing, "the plot is", lambda: draw(content)),
-    ):
-        if path is not None:
-            write(path, made())
-            if not as_json:
-                console().print(f"{what} in {path}", markup=False, soft_wrap=True)
+        return
+    _print(results, content)
+    told = ((target, "all figures are"), (page, "the table is"), (drawing, "the plot is"))
+    for file, what in told:
+        if file is not None:
+            console().print(f"{what} in {file.path}", markup=False, soft_wrap=True)
 
 
 def _check_together(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from vlmprune.cli.options import AsJson, Device, Dtype, Model
+from vlmprune.cli.options import AsJson, Device, Dtype, Force, Model
 from vlmprune.cli.printing import console, print_json, progress
 from vlmprune.errors import VlmpruneError
 
@@ -53,6 +53,7 @@ def calibrate(
     batch: Annotated[int, typer.Option(help="Questions at once.")] = 4,
     device: Device = None,
     dtype: Dtype = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Find PLPHP's thresholds for a model: its vision attention over your pictures."""
@@ -60,8 +61,8 @@ def calibrate(
         from vlmprune.io import models, options, outputs, sources
         from vlmprune.io.pictures import open_image
         from vlmprune.methods import PLPHP
-        from vlmprune.study.calibrate.plot import plot as draw
-        from vlmprune.study.calibrate.results import document
+        from vlmprune.study.calibrate.plot import drawn
+        from vlmprune.study.calibrate.results import MARK, document
         from vlmprune.study.calibrate.run import (
             check_quantiles,
             measure,
@@ -73,13 +74,14 @@ def calibrate(
             probe = PLPHP(window=window)
             options.at_least_one(batch=batch)
             check_quantiles(beta_quantile, alpha_quantile)
-            target = outputs.check_target(Path(out).expanduser())
+            target = Path(out).expanduser()
             picture = target.with_suffix(".png") if plot is None else Path(plot).expanduser()
-            outputs.check_target(picture)
+            result, drawing = (outputs.Output(path, MARK, force) for path in (target, picture))
             place = options.choose_device(device)
             kind = options.choose_dtype(dtype, place)
             source = sources.find_model(model)
             files = _files(images or [], model)
+            outputs.claim([result, drawing], files)
             say(f"Loading {source.label}…")
             loaded = models.load(source, place, kind)
             asked = question or _questions(model)
@@ -93,9 +95,9 @@ def calibrate(
             )
             alpha, beta = thresholds(gammas, beta_quantile, alpha_quantile)
             content = document(gammas, alpha, beta, source.label, beta_quantile, alpha_quantile)
-            outputs.save_json(content, target)
+            result.write_json(content)
             pruner = PLPHP(alpha=alpha, beta=beta, window=probe.window)
-            draw(gammas, pruner, picture, source.label)
+            drawing.write(drawn(gammas, pruner, source.label))
     if as_json:
         print_json(content | {"file": str(target), "plot": str(picture)})
         return

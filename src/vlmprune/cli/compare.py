@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from vlmprune.cli.options import AsJson, Device, Dtype, Model
+from vlmprune.cli.options import AsJson, Device, Dtype, Force, Model
 from vlmprune.cli.printing import bar, console, print_json, typed
 from vlmprune.errors import VlmpruneError
 
@@ -94,6 +94,7 @@ def compare(
     repeat: Annotated[int, typer.Option(help="Timed turns, of which the medians count.")] = 5,
     device: Device = None,
     dtype: Dtype = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare methods at several budgets: what is lost, what is saved, what is kept.
@@ -104,7 +105,7 @@ def compare(
     with bar() as tell:
         tell("Starting…", 0, 1)
         from vlmprune.io import models, options, sources
-        from vlmprune.io.outputs import check_free, json_text, write
+        from vlmprune.io.outputs import Output, check_folder, claim, named
         from vlmprune.io.pictures import open_images
         from vlmprune.study import measure, tasks
         from vlmprune.study.compare import configurations
@@ -143,17 +144,15 @@ def compare(
             for way in found:
                 options.check_budget(source, way.pruner)
             folder = Path(out).expanduser()
-            targets = {
-                "page": Path(html).expanduser() if html else folder / "compare.html",
-                "plot": folder / "compare.png",
-                "figures": folder / "compare.json",
+            files = {
+                name: Output(folder / f"compare.{ending}", MARK, force, made=True)
+                for name, ending in (("page", "html"), ("plot", "png"), ("figures", "json"))
             }
-            if targets["page"].suffix.lower() not in (".html", ".htm"):
-                raise VlmpruneError(
-                    f"--html {html!r} does not end in .html; use a name such as compare.html."
-                )
-            for path in targets.values():
-                check_free(path, MARK)
+            if html is not None:
+                files["page"] = Output(named(html, "--html", ".html", ".htm"), MARK, force)
+            check_folder(folder)
+            check_folder(folder / "answers")
+            claim(files.values(), pictures or ())
             tell(f"Loading {source.label}…", 0, 1)
             loaded = models.load(source, place, kind)
             count = show if show is not None else None if pictures else SHOWN
@@ -167,9 +166,10 @@ def compare(
             title = f"{result.model} on {result.task}"
             drawn = plot(dots_of(result), axes_of(result), result.what, title)
             content = {"made_by": MARK, "command": command, **facts, **result.as_dict()}
-            write(targets["plot"], drawn)
-            write(targets["figures"], json_text(content))
-            write(targets["page"], render(result, drawn, facts, command))
+            files["plot"].write(drawn)
+            files["figures"].write_json(content)
+            files["page"].write(render(result, drawn, facts, command))
+    targets = {name: file.path for name, file in files.items()}
     if as_json:
         print_json(content | {"files": {name: str(path) for name, path in targets.items()}})
     else:

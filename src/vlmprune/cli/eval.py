@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from vlmprune.cli.options import AsJson, Budget, Device, Dtype, Model, keep_of
+from vlmprune.cli.options import AsJson, Budget, Device, Dtype, Force, Model, keep_of
 from vlmprune.cli.printing import bar, console, print_json, typed
 from vlmprune.errors import VlmpruneError
 
@@ -70,6 +70,7 @@ def evaluate(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Tell what a method costs in accuracy and saves in work, on a set of questions.
@@ -80,12 +81,14 @@ def evaluate(
         tell("Starting…", 0, 1)
         from vlmprune import spec
         from vlmprune.io import models, options, sources
-        from vlmprune.io.outputs import write
+        from vlmprune.io.outputs import Output, check_folder, claim, named
         from vlmprune.study import tasks
         from vlmprune.study.evals import kept_answers
-        from vlmprune.study.evals.results import UNPRUNED
+        from vlmprune.study.evals.results import FORMAT, UNPRUNED
+        from vlmprune.study.evals.run import empty
         from vlmprune.study.evals.run import evaluate as answer
-        from vlmprune.study.evals.tables import Assessed
+        from vlmprune.study.evals.store import Store, StoreFile
+        from vlmprune.study.evals.tables import MARK, Assessed
 
         with models.quiet():
             settings = {"keep": None if keep is None else keep_of(keep), "budget": budget}
@@ -102,25 +105,38 @@ def evaluate(
                     f"{chosen.label} has no true answers, so that all to tell is how often the "
                     "unpruned model's are given; leave out --no-baseline."
                 )
-            target = None if out is None else _store_path(out)
-            table = None if markdown is None else _table_path(markdown)
+            table = None
+            if markdown is not None:
+                table = Output(named(markdown, "--markdown", ".md"), MARK, force)
+            stores: list[StoreFile] = []
+            if out is not None:
+                target = named(out, "--out", ".jsonl")
+                both = target, target.with_suffix(f".{UNPRUNED}{target.suffix}")
+                stores = [StoreFile(one, FORMAT, force) for one in both]
+            ways = 1 if no_baseline else 2
+            check_folder(Path(FOLDER) if out is None else target.parent)
+            claim([table, *stores[:ways]])
             place = options.choose_device(device)
             kind = options.choose_dtype(dtype, place)
             source = sources.find_model(model)
             options.check_budget(source, pruner)
             tell(f"Loading {source.label}…", 0, 1)
             loaded = models.load(source, place, kind)
-            if target is None:
+            if not stores:
                 marked = kept_answers.digest(loaded, source, chosen)
                 folder = Path(FOLDER) / f"{kept_answers.plain(chosen.label)[-40:]}-{marked}"
                 names = "+".join(stage.name for stage in stages)
+                two = (names, pruner), (UNPRUNED, None)
                 stores = [
-                    folder / kept_answers.file_name(names, pruner),
-                    folder / kept_answers.file_name(UNPRUNED, None),
+                    StoreFile(folder / kept_answers.file_name(*one), FORMAT, force, made=True)
+                    for one in two
                 ]
-            else:
-                stores = [target, target.with_suffix(f".{UNPRUNED}{target.suffix}")]
-            ways = 1 if no_baseline else 2
+            for store, way in list(zip(stores, (pruner, None), strict=True))[:ways]:
+                # What is no store at all is here by --force alone.
+                if store.foreign():
+                    store.check()
+                    store.path.unlink()
+                Store(store.path, empty(loaded, way, chosen)).check()
             found = []
             # The unpruned model first: it also tells soonest whether the set can be answered.
             for turn, number in enumerate([0] if no_baseline else [1, 0]):
@@ -131,7 +147,9 @@ def evaluate(
                     words = f"{title}: question {done} of {total}"
                     tell(words, turn * total + done, ways * total)
 
-                found.append(answer(loaded, way, chosen, limit, batch, say, str(stores[number])))
+                found.append(
+                    answer(loaded, way, chosen, limit, batch, say, str(stores[number].path))
+                )
             answers, full = found[-1], None if no_baseline else found[0]
             result = Assessed(
                 label=source.label,
@@ -142,12 +160,12 @@ def evaluate(
                 full_figures={} if full is None else chosen.summary(full.results),
             )
             if table is not None:
-                write(table, result.markdown(typed(context)))
-    kept = {"answers": str(stores[0])}
+                table.write(result.markdown(typed(context)))
+    kept = {"answers": str(stores[0].path)}
     if not no_baseline:
-        kept["unpruned"] = str(stores[1])
+        kept["unpruned"] = str(stores[1].path)
     if table is not None:
-        kept["markdown"] = str(table)
+        kept["markdown"] = str(table.path)
     if as_json:
         print_json(result.as_dict() | {"files": kept})
     else:
@@ -160,33 +178,6 @@ def _check_pictures(stages: Sequence[Stage]) -> None:
             raise VlmpruneError(
                 f"{stage.name} needs videos, and tasks have pictures; choose another --method."
             )
-
-
-def _store_path(out: str) -> Path:
-    path = Path(out).expanduser()
-    if path.suffix.lower() != ".jsonl":
-        raise VlmpruneError(f"--out {out!r} does not end in .jsonl; use a name such as out.jsonl.")
-    if path.is_dir():
-        raise VlmpruneError(f"--out {out!r} is a folder; give the name of a file in it.")
-    return path
-
-
-def _table_path(markdown: str) -> Path:
-    from vlmprune.io.outputs import is_marked
-    from vlmprune.study.evals.tables import MARK
-
-    path = Path(markdown).expanduser()
-    if path.suffix.lower() != ".md":
-        raise VlmpruneError(
-            f"--markdown {markdown!r} does not end in .md; use a name such as a.md."
-        )
-    if path.is_dir() or not path.parent.is_dir():
-        raise VlmpruneError(f"--markdown {markdown!r} cannot be written; choose another path.")
-    if path.exists() and not is_marked(path, MARK):
-        raise VlmpruneError(
-            f"--markdown {markdown!r} is there already and not of `{MARK}`; give another name."
-        )
-    return path
 
 
 def _print(result: Assessed, kept: dict[str, str]) -> None:

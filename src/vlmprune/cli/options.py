@@ -27,6 +27,11 @@ Dtype = Annotated[
     typer.Option(help="float32, float16 or bfloat16; by default float32 on a CPU."),
 ]
 
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Overwrite files of these names that this command did not write."),
+]
+
 
 def keep_of(text: str) -> int | float:
     """What `--keep` says: an integer or a fraction.

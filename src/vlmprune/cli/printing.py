@@ -20,7 +20,13 @@ def console(to_stderr: bool = False) -> Console:
     """The terminal."""
     from rich.console import Console
 
-    return Console(stderr=to_stderr, highlight=False)
+    class Terminal(Console):
+        """One that leaves a closed pipe to `app`, as all that is printed does."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return Terminal(stderr=to_stderr, highlight=False)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from vlmprune.cli.options import AsJson, Budget, Device, Dtype, Model, keep_of
+from vlmprune.cli.options import AsJson, Budget, Device, Dtype, Force, Model, keep_of
 from vlmprune.cli.printing import bare_table, console, flops, less, mib, print_json, progress
 from vlmprune.errors import VlmpruneError
 
@@ -56,6 +56,7 @@ def run(
         Optional[str],  # noqa: UP045
         typer.Option(metavar="FILE", help="Draw the kept tokens on the picture."),
     ] = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a question about pictures, with and without pruning."""
@@ -63,7 +64,7 @@ def run(
     with progress("Starting…") as say:
         from vlmprune import spec
         from vlmprune.io import models, options, outputs, sources
-        from vlmprune.io.pictures import open_images, save
+        from vlmprune.io.pictures import open_images
         from vlmprune.study import one_question
 
         with models.quiet():
@@ -83,7 +84,9 @@ def run(
             kind = options.choose_dtype(dtype, place)
             source = sources.find_model(model)
             options.check_budget(source, pruner)
-            targets = outputs.overlay_paths(save_overlay, images) if save_overlay else []
+            targets = outputs.overlay_names(save_overlay, images) if save_overlay else []
+            files = [outputs.Output(path, outputs.mark_of("run"), force) for path in targets]
+            outputs.claim(files, images)
             say(f"Loading {source.label}…")
             loaded = models.load(source, place, kind)
             inputs = models.prepare(loaded, pictures, question)
@@ -93,7 +96,8 @@ def run(
             if targets:
                 say("Drawing…")
                 drawn = one_question.draw(loaded, inputs, pictures, outcome.report)
-                save(drawn, targets)
+                for file, picture in zip(files, drawn, strict=True):
+                    file.write_picture(picture)
     if as_json:
         about: dict[str, Any] = {"model": source.name, "method": spec.dump(pruner)}
         about |= {"images": images, "question": question}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from vlmprune.cli.options import AsJson, Device, Dtype, Model
+from vlmprune.cli.options import AsJson, Device, Dtype, Force, Model
 from vlmprune.cli.printing import console, print_json, progress
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def search(
     batch: Annotated[int, typer.Option(help="Questions at once.")] = 32,
     device: Device = None,
     dtype: Dtype = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Find the cheapest setting of a method, or the cheapest schedule, within a given loss.
@@ -73,10 +74,10 @@ def search(
     """
     with progress("Starting…") as say:
         from vlmprune.io import libraries, models, options, sources
-        from vlmprune.io.outputs import check_target, save_json
+        from vlmprune.io.outputs import Output, claim
         from vlmprune.study import tasks
         from vlmprune.study.search import spaces
-        from vlmprune.study.search.optimise import check_journal
+        from vlmprune.study.search.optimise import MARK, Journal
         from vlmprune.study.search.plot import plot
         from vlmprune.study.search.run import COSTS, ask, run
 
@@ -97,22 +98,24 @@ def search(
                 batch,
                 target,
             )
-            check_target(asked.picture)
-            check_journal(asked.journal)
+            result, drawing = (Output(path, MARK, force) for path in (asked.out, asked.picture))
+            journal = Journal(asked.journal, MARK, force)
+            claim([result, drawing, journal])
             chosen = tasks.find_task(task)
             place = options.choose_device(device)
             kind = options.choose_dtype(dtype, place)
             source = sources.find_model(model)
-            if restart:
-                asked.journal.unlink(missing_ok=True)
             say(f"Loading {source.label}…")
             loaded = models.load(source, place, kind)
+            # What is no journal is here by --force alone.
+            if restart or journal.foreign():
+                asked.journal.unlink(missing_ok=True)
             outcome = run(loaded, asked, chosen, say)
-            save_json(outcome.content, asked.out)
-            words = COSTS[cost][1]
-            plot(outcome.found, asked.picture, words, f"{asked.stage.name}, {task}")
+            content = {"made_by": MARK, **outcome.content}
+            result.write_json(content)
+            drawing.write(plot(outcome.found, COSTS[cost][1], f"{asked.stage.name}, {task}"))
     if as_json:
-        print_json(outcome.content | {"file": str(asked.out), "plot": str(asked.picture)})
+        print_json(content | {"file": str(asked.out), "plot": str(asked.picture)})
     else:
         _print(outcome, asked)
     if outcome.found.best is None:

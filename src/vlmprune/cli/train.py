@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from vlmprune.cli.options import AsJson, Device, Dtype, Model
+from vlmprune.cli.options import AsJson, Device, Dtype, Force, Model
 from vlmprune.cli.printing import bar, console, print_json, typed
 from vlmprune.errors import VlmpruneError
 
@@ -116,6 +116,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of weights and draws.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a method that learns, on a model that stays as it is.
@@ -161,13 +162,19 @@ def train(
         )
         cls = start.check(wanted)
         with models.quiet():
-            from vlmprune.training.trainer import TrainingSettings
+            from vlmprune.io.outputs import claim
+            from vlmprune.training.states import check_cache
+            from vlmprune.training.trainer import TrainingSettings, files
 
             entries = reading.read(data, images)
             chosen = None if task is None else tasks.find_task(task)
             place = options.choose_device(device)
             kind = options.choose_dtype(dtype, place)
             source = sources.find_model(model)
+            folder = Path(out).expanduser()
+            own = [] if source.folder is None else source.folder.iterdir()
+            index = None if wanted.cache is None else check_cache(wanted.cache, force)
+            claim([*files(folder, force), index], [data, *own])
             tell(f"Loading {source.label}…", 0, 1)
             loaded = models.load(source, place, kind)
             settings = TrainingSettings(
@@ -194,9 +201,8 @@ def train(
                 "side": side,
                 "held_out": held_out,
             }
-            folder = Path(out).expanduser()
             run = start.build(
-                loaded, cls, wanted, entries, chosen, limit, settings, folder, about, tell
+                loaded, cls, wanted, entries, chosen, limit, settings, folder, about, tell, force
             )
             with models.enough_memory(place):
                 state = run.train(resume, tell)

@@ -1,24 +1,40 @@
-"""Files that are written: where they may go, and whose they are.
+"""Files that commands write: where they may go, and whose they are.
 
-All that a command writes names that command near its beginning, so that nothing else is
-overwritten.
+One policy for all of them. A file bears the mark of the command that wrote it, and a file without
+that mark is overwritten by `--force` alone. All names of a command's files are checked before any
+work, and again when they are written, which happens whole or not at all (`vlmprune.files`).
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import tempfile
-from collections.abc import Mapping, Sequence
+import re
+import secrets
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from vlmprune.errors import VlmpruneError
+from vlmprune.errors import VlmpruneError, reason
+from vlmprune.files import write, writing
 
-# Bytes at a file's beginning in which the mark is looked for.
+# Bytes at a text's beginning in which the mark is looked for.
 _HEAD = 4096
+# The largest header of a safetensors file that is read for its mark.
+_HEADER = 100 * 2**20
+# EXIF's number of "Software".
+_SOFTWARE = 0x131
+# Formats of pictures that have a comment instead of EXIF.
+_COMMENTED = ("GIF", "JPEG2000")
+# Where a mark stands, and nowhere else: who merely speaks of a command has not been written by it.
+_JSON = re.compile(rb'\s*\{\s*"(?:made_by|format)"\s*:\s*"(vlmprune [^"\\]*)"')
+_HTML = re.compile(rb'<meta name="generator" content="(vlmprune [^"]*)">')
+_MARKDOWN = re.compile(rb"<!-- (vlmprune [^>]*) -->\r?\n")
 
 
 def mark_of(command: str) -> str:
@@ -26,82 +42,250 @@ def mark_of(command: str) -> str:
     return f"vlmprune {command}"
 
 
-def is_marked(path: Path, mark: str) -> bool:
-    """Whether a file is of the command whose mark it is."""
-    with path.open("rb") as file:
-        return mark.encode() in file.read(_HEAD)
+def maker(path: Path) -> str:
+    """The mark in a file; "" where there is none.
 
-
-def check_free(path: Path, mark: str) -> Path:
-    """Refuse a file that could not be written, or that is there and not ours; makes the folder.
-
-    Args:
-        path: the file.
-        mark: what stands in a file of ours, see `mark_of`.
+    It is the first entry of a JSON object ("made_by" or "format"), the generator of an HTML page,
+    the first line of Markdown, the software or comment of a picture, or the metadata of a
+    safetensors file.
 
     Raises:
-        VlmpruneError: it is one of these.
+        OSError: the file cannot be read.
     """
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+        found = _JSON.match(head) or _MARKDOWN.match(head)
+        if found is None and head[:9].lower() == b"<!doctype":
+            found = _HTML.search(head)
+        if found is not None:
+            return found[1].decode("utf-8", "replace")
+        size = int.from_bytes(head[:8], "little")
+        if head[8:9] == b"{" and size <= _HEADER:
+            file.seek(8)
+            return _stored(file.read(size))
+    return _drawn(path)
+
+
+def _stored(header: bytes) -> str:
+    """The mark in a safetensors file's header."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise VlmpruneError(f"{str(path)!r} is a folder; give the name of a file in it.")
-        if path.exists() and not is_marked(path, mark):
+        about = json.loads(header)["__metadata__"]["format"]
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return str(about)
+
+
+def _drawn(path: Path) -> str:
+    """The mark in a picture."""
+    try:
+        with Image.open(path) as image:
+            found = image.info.get("Software"), image.info.get("comment")
+            texts = [*found, image.getexif().get(_SOFTWARE)]
+    # Broken files make Pillow's decoders fail in many ways.
+    except Exception:
+        return ""
+    for text in texts:
+        said = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+        if isinstance(said, str) and said.startswith("vlmprune "):
+            return said
+    return ""
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file that a command writes.
+
+    Attributes:
+        path: of it.
+        mark: what stands in it, and in one that may be overwritten.
+        force: overwrite any file.
+        made: the folder it lies in is made with it, if it is not there.
+    """
+
+    path: Path
+    mark: str
+    force: bool = False
+    made: bool = False
+
+    def check(self) -> None:
+        """Refuse a file that could not be written, or that is there and not ours.
+
+        Raises:
+            VlmpruneError: it is one of these.
+        """
+        if self.made and not self.path.parent.is_dir():
+            check_folder(self.path.parent)
+            return
+        check_target(self.path)
+        if not self.force and self.foreign():
             raise VlmpruneError(
-                f"{str(path)!r} is there already and not of `{mark}`; give another name, or "
-                "move it away."
+                f"{str(self.path)!r} is there already and not of `{self.mark}`; give another name, "
+                "move it away, or overwrite it by --force."
             )
-    except OSError as error:
-        raise VlmpruneError(f"{str(path)!r} cannot be written ({error.strerror}).") from error
-    if not os.access(path.parent, os.W_OK):
-        raise VlmpruneError(f"{str(path)!r} cannot be written (Permission denied).")
-    return path
+
+    def foreign(self) -> bool:
+        """Whether a file is there that this command did not write."""
+        with writing(self.path):
+            return self.path.exists() and not self.ours()
+
+    def ours(self) -> bool:
+        """Whether the file that is there is one of this command's."""
+        return maker(self.path) == self.mark
+
+    def write(self, content: bytes | str) -> None:
+        """Write it, whole or not at all, if it still may be; makes the folder where that is to be.
+
+        Raises:
+            VlmpruneError: another file has come there meanwhile, or the disk refuses.
+        """
+        if self.made:
+            make_folder(self.path.parent)
+        self.check()
+        write(self.path, content)
+
+    def write_json(self, content: Mapping[str, Any]) -> None:
+        """Write an object as JSON; its first entry must be the mark."""
+        self.write(json_text(content))
+
+    def write_picture(self, picture: Image.Image) -> None:
+        """Write a picture in the format of its name, with the mark where the format has room.
+
+        Raises:
+            VlmpruneError: the disk or the format refuses.
+        """
+        kind = Image.registered_extensions()[self.path.suffix.lower()]
+        about: dict[str, Any] = {"comment": self.mark.encode()}
+        if kind not in _COMMENTED:
+            exif = Image.Exif()
+            exif[_SOFTWARE] = self.mark
+            about = {"exif": exif}
+        drawn = io.BytesIO()
+        try:
+            picture.save(drawn, format=kind, **about)
+        except (OSError, ValueError) as error:
+            raise VlmpruneError(
+                f"{str(self.path)!r} cannot be drawn ({reason(error)}); use a name such as "
+                f"{self.path.stem}.png."
+            ) from error
+        self.write(drawn.getvalue())
+
+
+def claim(outputs: Iterable[Output | None], inputs: Iterable[str | Path] = ()) -> None:
+    """Check all files of a command, before any work.
+
+    Args:
+        outputs: all of them; None for one that nobody asked for.
+        inputs: files that the command reads, which are never overwritten.
+
+    Raises:
+        VlmpruneError: one may not be written, two are one file, or one is read.
+    """
+    read = {os.path.realpath(one) for one in inputs}
+    seen: dict[str, Path] = {}
+    for one in outputs:
+        if one is None:
+            continue
+        real = os.path.realpath(one.path)
+        if real in seen:
+            raise VlmpruneError(
+                f"{str(seen[real])!r} and {str(one.path)!r} are to be written and are one file; "
+                "give each a name of its own."
+            )
+        seen[real] = one.path
+        if real in read:
+            raise VlmpruneError(
+                f"{str(one.path)!r} is one of the files to be read; choose another path."
+            )
+        one.check()
 
 
 def check_target(path: Path) -> Path:
     """Refuse a file that could not be written, before any work.
 
     Raises:
-        VlmpruneError: its folder is missing, it is a folder itself, or permission is.
+        VlmpruneError: its folder is missing or takes no files, it is a folder itself or no
+            ordinary file, or permission is missing.
     """
-    if path.is_dir():
-        raise VlmpruneError(f"{str(path)!r} is a folder; give the name of a file in it.")
-    if not path.parent.is_dir():
-        raise VlmpruneError(f"the folder of {str(path)!r} does not exist; make it first.")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise VlmpruneError(f"{str(path)!r} may not be written; give another file.")
+    with writing(path):
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            mode = None
+        if mode is not None and stat.S_ISDIR(mode):
+            raise VlmpruneError(f"{str(path)!r} is a folder; give the name of a file in it.")
+        if mode is not None and not stat.S_ISREG(mode):
+            # A device or a pipe would be replaced by a file.
+            raise VlmpruneError(f"{str(path)!r} is no ordinary file; give the name of one.")
+        folder = Path(os.path.realpath(path)).parent
+        if not folder.is_dir():
+            raise VlmpruneError(f"the folder of {str(path)!r} does not exist; make it first.")
+        if mode is not None and not os.access(path, os.W_OK):
+            raise PermissionError(13, os.strerror(13))
+        _try(folder)
     return path
 
 
-def result_path(target: str, option: str = "--out", ending: str = ".json") -> Path:
-    """Where results go; makes the folder.
+def check_folder(path: Path) -> None:
+    """Refuse a folder in which files could not be written; one that is not there is not made.
+
+    Raises:
+        VlmpruneError: it, or what it would be made in, is no folder, or takes no files.
+    """
+    with writing(path):
+        place = Path(os.path.realpath(path))
+        while not os.path.lexists(place):
+            place = place.parent
+        if not place.is_dir():
+            what = "it" if place == Path(os.path.realpath(path)) else repr(str(place))
+            raise VlmpruneError(
+                f"{str(path)!r} cannot be a folder, for {what} is a file; give another path."
+            )
+        _try(place)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder with those above it, if it is not there.
+
+    Raises:
+        VlmpruneError: the disk refuses.
+    """
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def _try(folder: Path) -> None:
+    """Make a file and remove it: permissions do not tell of file systems that are read-only."""
+    probe = folder / f".vlmprune-{secrets.token_hex(8)}.tmp"
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def named(target: str, option: str, *endings: str) -> Path:
+    """The path that an option gives.
 
     Args:
         target: as it was given.
-        option: that gave it, for error sentences.
-        ending: that it must have.
+        option: that gave it.
+        endings: of which it must have one.
 
     Raises:
-        VlmpruneError: the suffix is another, or the place cannot be written.
+        VlmpruneError: it ends otherwise.
     """
     path = Path(target).expanduser()
-    if path.suffix.lower() != ending:
+    if path.suffix.lower() not in endings:
         raise VlmpruneError(
-            f"{option} {target!r} does not end in {ending}; use a name such as out{ending}."
+            f"{option} {target!r} does not end in {endings[0]}; use a name such as out{endings[0]}."
         )
-    if not _writable([path]):
-        raise VlmpruneError(f"{option} {target!r} cannot be written; choose another path.")
     return path
 
 
-def overlay_paths(target: str, images: Sequence[str]) -> list[Path]:
+def overlay_names(target: str, images: Sequence[str]) -> list[Path]:
     """Where the pictures go: `target`, or `target`-1, -2, … for several images.
 
-    Makes the folder, so that a path that cannot be written is found before any work.
-
     Raises:
-        VlmpruneError: the suffix is unknown, the place cannot be written, or a picture that was
-            given would be overwritten.
+        VlmpruneError: the suffix is no picture's.
     """
     path = Path(target).expanduser()
     Image.init()
@@ -109,53 +293,9 @@ def overlay_paths(target: str, images: Sequence[str]) -> list[Path]:
         raise VlmpruneError(
             f"overlay {target!r} has no suffix of a picture; use a name such as overlay.png."
         )
-    names = [path]
-    if len(images) > 1:
-        names = [path.with_stem(f"{path.stem}-{i}") for i in range(1, len(images) + 1)]
-    if not _writable(names):
-        raise VlmpruneError(f"overlay {target!r} cannot be written; choose another path.")
-    for name in names:
-        if any(name.exists() and name.samefile(image) for image in images):
-            raise VlmpruneError(f"overlay {str(name)!r} is one of the images; choose another path.")
-    return names
-
-
-def _writable(names: Sequence[Path]) -> bool:
-    """Whether files of one folder can be written; makes the folder."""
-    folder = names[0].parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return os.access(folder, os.W_OK) and all(
-            os.access(name, os.W_OK) and not name.is_dir() for name in names if name.exists()
-        )
-    except OSError:
-        return False
-
-
-def write(path: Path, content: bytes | str) -> None:
-    """Write a file at once, so that nobody finds half of it.
-
-    Raises:
-        VlmpruneError: the disk refuses.
-    """
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    # What a link points to is written, not the link.
-    path, name = path.resolve(), None
-    try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            name = Path(file.name)
-            file.write(data)
-        # As any new file has them; a temporary one is the owner's alone.
-        mask = os.umask(0)
-        os.umask(mask)
-        name.chmod(0o666 & ~mask)
-        name.replace(path)
-    except OSError as error:
-        if name is not None:
-            name.unlink(missing_ok=True)
-        raise VlmpruneError(f"{str(path)!r} cannot be written ({error.strerror}).") from error
+    if len(images) == 1:
+        return [path]
+    return [path.with_stem(f"{path.stem}-{i}") for i in range(1, len(images) + 1)]
 
 
 def json_text(content: Mapping[str, Any]) -> str:
@@ -170,7 +310,21 @@ def save_json(content: Mapping[str, Any], path: Path) -> None:
         VlmpruneError: the disk refuses.
     """
     check_target(path)
-    try:
-        path.write_text(json_text(content), encoding="utf-8")
-    except OSError as error:
-        raise VlmpruneError(f"{str(path)!r} cannot be written ({error.strerror}).") from error
+    write(path, json_text(content))
+
+
+__all__ = [
+    "Output",
+    "check_folder",
+    "check_target",
+    "claim",
+    "json_text",
+    "make_folder",
+    "maker",
+    "mark_of",
+    "named",
+    "overlay_names",
+    "save_json",
+    "write",
+    "writing",
+]

@@ -1,4 +1,4 @@
-"""Pictures: opened as people see them, and written.
+"""Pictures, opened as people see them.
 
 There is one way from a file, or from a picture that somebody else opened, to the RGB pixels that a
 model's processor gets: turned as its EXIF says, transparency laid on white, of several frames the
@@ -113,21 +113,6 @@ def to_rgb(image: Image.Image, white: int | None = None) -> Image.Image:
         seen = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", seen.size, _WHITE), seen).convert("RGB")
     return image.convert("RGB")
-
-
-def save(pictures: Sequence[Image.Image], paths: Sequence[Path]) -> None:
-    """Write pictures.
-
-    Raises:
-        VlmpruneError: the disk or the format refuses.
-    """
-    for picture, path in zip(pictures, paths, strict=True):
-        try:
-            picture.save(path)
-        except (OSError, ValueError) as error:
-            raise VlmpruneError(
-                f"overlay {str(path)!r} cannot be written ({reason(error)})."
-            ) from error
 
 
 @contextmanager

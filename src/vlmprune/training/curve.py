@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmprune.errors import VlmpruneError
+from vlmprune.io.outputs import Output, mark_of
+
+MARK = mark_of("train")
+DATA, PICTURE = "curve.json", "curve.png"
 
 # Trainer's names of what is kept, and ours.
 NAMES = {
@@ -29,22 +33,17 @@ def points(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     return [found[step] for step in sorted(found)]
 
 
-def write(folder: Path, title: str, history: Sequence[dict[str, Any]]) -> None:
-    """Write `curve.json` and `curve.png`.
+def write(folder: Path, title: str, history: Sequence[dict[str, Any]], force: bool = False) -> None:
+    """Write `curve.json` and `curve.png`, over files of a run's alone unless `force` is given.
 
     Raises:
-        VlmpruneError: the disk refuses.
+        VlmpruneError: another file is there, or the disk refuses.
     """
     made = points(history)
-    try:
-        text = json.dumps({"run": title, "points": made}, indent=1) + "\n"
-        (folder / "curve.json").write_text(text, encoding="utf-8")
-        if made:
-            _draw(folder / "curve.png", title, made)
-    except OSError as error:
-        raise VlmpruneError(
-            f"{str(folder)!r} cannot be written ({error.strerror}); give another --out."
-        ) from error
+    text = json.dumps({"made_by": MARK, "run": title, "points": made}, indent=1) + "\n"
+    Output(folder / DATA, MARK, force).write(text)
+    if made:
+        Output(folder / PICTURE, MARK, force).write(_drawn(title, made))
 
 
 def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
@@ -56,7 +55,8 @@ def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
     return out
 
 
-def _draw(path: Path, title: str, made: Sequence[dict[str, float]]) -> None:
+def _drawn(title: str, made: Sequence[dict[str, float]]) -> bytes:
+    """A PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -86,4 +86,6 @@ def _draw(path: Path, title: str, made: Sequence[dict[str, float]]) -> None:
         other.set_ylim(0, 100)
         other.set_ylabel("accuracy, %", color="tab:green")
     axes.legend(handles, labels, frameon=False, loc="upper right")
-    figure.savefig(path)
+    target = io.BytesIO()
+    figure.savefig(target, format="png", metadata={"Software": MARK})
+    return target.getvalue()

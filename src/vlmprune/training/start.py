@@ -95,6 +95,7 @@ def build(
     out: Path,
     about: dict[str, Any],
     tell: Tell = lambda words, done, total: None,
+    force: bool = False,
 ) -> Any:
     """A run that is ready to be trained.
 
@@ -109,6 +110,7 @@ def build(
         out: the run's folder.
         about: what else the run's file says of it.
         tell: told what goes on, and how much of how much is done.
+        force: overwrite files of the run's and the states' names that are others'.
 
     Returns:
         A `trainer.Run`.
@@ -139,13 +141,14 @@ def build(
     states = None
     if wanted.cache is not None:
         mixed = settings.precision == "bfloat16"
-        states = States(wanted.cache, model, pruner, rows, [*seen, *kept], mixed)
+        states = States(wanted.cache, model, pruner, rows, [*seen, *kept], mixed, force)
         states.fill(lambda done, total: tell("the vision encoder's states", done, total))
     peft = _peft(model, pruner, wanted.lora)
     names, tunes = _names(pruner, wanted.stage), wanted.stage == "tune"
     learner = Learner(model, pruner, names, states, peft, tunes, settings.weigh)
+    title = _title(pruner, wanted)
     return Run(
-        loaded, learner, rows, seen, kept, task, limit, settings, out, _title(pruner, wanted), about
+        *(loaded, learner, rows, seen, kept, task, limit, settings, out, title, about, force)
     )
 
 
@@ -213,7 +216,13 @@ def _peft(model: Any, pruner: Learned, rank: int) -> Any:
 
 
 def finish(run: Any, dtype: torch.dtype, notes: dict[str, Any]) -> None:
-    """Give the model back without its LoRA, and write the weights into the run's folder."""
+    """Give the model back without its LoRA, and write the weights into the run's folder.
+
+    Raises:
+        VlmpruneError: files that are no run's have come there, or the disk refuses.
+    """
+    from vlmprune.training.trainer import files
+
     learner = run.learner
     if learner.peft is not None:
         learner.pruner.take_lora(learner.peft)
@@ -222,4 +231,6 @@ def finish(run: Any, dtype: torch.dtype, notes: dict[str, Any]) -> None:
         vars(learner.host).pop("peft_config", None)
     # A method that leaves all tokens in has no count to be compared at.
     count = {"tokens": learner.tokens} if learner.tokens and learner.pruner.shortens else {}
+    for one in files(run.out, run.force):
+        one.check()
     learner.pruner.save_pretrained(run.out, dtype, {"training": notes} | count)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,14 +23,18 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.files import writing
 from vlmprune.hosts.families.llava import LlavaImages
 from vlmprune.hosts.requests import base_of
+from vlmprune.io.outputs import Output, make_folder
 from vlmprune.pruner import Pruner
 from vlmprune.runtime.attention.taps import passing
 from vlmprune.runtime.family import family_of
+from vlmprune.training import curve
 from vlmprune.training.data import Entry, Turn
 from vlmprune.training.rows import RowMaker
 
+INDEX, LAYER = "states.json", "layer-{}.npy"
 BATCH = 16
 """Pictures that the encoder sees at once."""
 SAVED = 20
@@ -55,6 +60,27 @@ def layers_for(pruner: Pruner, depth: int, feature: int) -> tuple[int, ...]:
     return tuple(sorted(wanted))
 
 
+def check_cache(folder: Path, force: bool = False) -> Output:
+    """The file that says what a folder holds states of; refuses a folder with other files' names.
+
+    Args:
+        folder: need not be there.
+        force: write over files that hold no states.
+
+    Raises:
+        VlmpruneError: it cannot be written, or has files that hold no states.
+    """
+    index = Output(folder / INDEX, curve.MARK, force, made=True)
+    index.check()
+    arrays = sorted(folder.glob(LAYER.format("*")))
+    if arrays and not index.path.exists() and not force:
+        raise VlmpruneError(
+            f"{str(arrays[0])!r} is there already, and no {INDEX} beside it says what of; give "
+            "another folder, move it away, or overwrite it by --force."
+        )
+    return index
+
+
 class States:
     """A folder with the states of some pictures.
 
@@ -65,6 +91,7 @@ class States:
         rows: makes pixels of pictures.
         entries: all that training and its evaluation may ask for.
         mixed: run the encoder in mixed precision, with bfloat16.
+        force: write over files in the folder that hold no states.
 
     Raises:
         VlmpruneError: the method or the model does not allow it, or the folder cannot be written.
@@ -78,6 +105,7 @@ class States:
         rows: RowMaker,
         entries: Sequence[Entry],
         mixed: bool = False,
+        force: bool = False,
     ) -> None:
         self.model, self.rows, self.mixed = model, rows, mixed
         medium = family_of(model).media[0]
@@ -91,9 +119,10 @@ class States:
         self.layers = layers_for(pruner, len(encoder.layers), encoder.feature)
         self.files = sorted({file for entry in entries for file in entry.images})
         self.places = {file: place for place, file in enumerate(self.files)}
-        self.folder = folder
+        self.folder, self.force = folder, force
         self.arrays: dict[int, np.ndarray] = {}
         self.side = (0, 0)
+        self.begun = False
         self.now: Tensor | None = None
 
     @property
@@ -116,17 +145,22 @@ class States:
     def fill(self, tell: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Run the encoder on all pictures whose states are not there; what is there is kept."""
         about, total = json.loads(json.dumps(self._about)), len(self.files)
-        path, done = self.folder / "states.json", 0
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                known = json.loads(path.read_text(encoding="utf-8"))
-                done, self.side = known.pop("done", 0), tuple(known.pop("side", (0, 0)))
-                if known != about:
-                    raise VlmpruneError(
-                        f"cache {str(self.folder)!r} is of other pictures, layers or weights; "
-                        "give another folder, or delete it."
-                    )
+        index, done = check_cache(self.folder, self.force), 0
+        about = {"made_by": index.mark, **about}
+        make_folder(self.folder)
+        if index.path.exists() and index.ours():
+            known = self._known(index.path)
+            done, self.side = known.pop("done", 0), tuple(known.pop("side", (0, 0)))
+            if known != about:
+                raise VlmpruneError(
+                    f"cache {str(self.folder)!r} is of other pictures, layers or weights; "
+                    "give another folder, or delete it."
+                )
+        with writing(self.folder):
+            if not done:
+                # First, so that arrays that a kill leaves behind are known as ours.
+                index.write_json(about)
+            self.begun = done > 0
             for start in range(done, total, BATCH):
                 tell(start, total)
                 stop = min(start + BATCH, total)
@@ -136,30 +170,33 @@ class States:
                     continue
                 for array in self.arrays.values():
                     array.flush()  # type: ignore[attr-defined]
-                said = json.dumps(about | {"done": stop, "side": list(self.side)})
-                path.write_text(said, encoding="utf-8")
-        except OSError as error:
-            raise VlmpruneError(
-                f"cache {str(self.folder)!r} cannot be written ({error.strerror}); give another "
-                "folder."
-            ) from error
+                index.write_json(about | {"done": stop, "side": list(self.side)})
         tell(total, total)
         self.arrays = {layer: np.load(self._file(layer), mmap_mode="r") for layer in self.layers}
 
     def _file(self, layer: int) -> Path:
-        return self.folder / f"layer-{layer}.npy"
+        return self.folder / LAYER.format(layer)
+
+    def _known(self, path: Path) -> dict[str, Any]:
+        """What the folder holds, as its index says."""
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise VlmpruneError(
+                f"{str(path)!r} cannot be read as JSON; give another folder, or delete it."
+            ) from error
 
     def _array(self, layer: int, shape: Sequence[int]) -> np.ndarray:
         if layer not in self.arrays:
-            file, mode = self._file(layer), "r+"
-            if not file.exists():
-                mode = "w+"
+            file, mode = self._file(layer), "r+" if self.begun else "w+"
             self.arrays[layer] = np.lib.format.open_memmap(
                 file,
                 mode=mode,
                 dtype=np.float16,
                 shape=(len(self.files), *shape) if mode == "w+" else None,
             )
+            if mode == "w+":
+                _reserve(file)
         return self.arrays[layer]
 
     @torch.no_grad()
@@ -236,6 +273,13 @@ class States:
         made: Any = BaseModelOutputWithPooling()
         made["pooler_output"] = list(tokens)
         return made
+
+
+def _reserve(path: Path) -> None:
+    """Take a file's room on the disk: a disk that fills up kills who writes into a mapped file."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 @contextmanager

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.files import FULL, refused
 from vlmprune.io.models import Loaded
+from vlmprune.io.outputs import Output, make_folder
+from vlmprune.methods.bases.learned import CONFIG, FORMAT, WEIGHTS
 from vlmprune.study.evals import run as evaluating
 from vlmprune.study.tasks import Task
 from vlmprune.training import curve
@@ -125,8 +129,9 @@ class _Trainer(Trainer):
 class _Progress(TrainerCallback):
     """Tells how far a run is, and draws its curve at each evaluation."""
 
-    def __init__(self, tell: Tell, out: Path, title: str) -> None:
+    def __init__(self, tell: Tell, out: Path, title: str, force: bool) -> None:
         self.tell, self.out, self.title, self.last = tell, out, title, ""
+        self.force = force
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Remember the losses."""
@@ -141,7 +146,7 @@ class _Progress(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Draw."""
         if state.is_world_process_zero:
-            curve.write(self.out, self.title, state.log_history)
+            curve.write(self.out, self.title, state.log_history, self.force)
 
 
 @dataclass
@@ -160,6 +165,7 @@ class Run:
         out: its folder.
         title: of the curve.
         about: what else decides over its course, for a resumed run to be the same.
+        force: overwrite files in the folder that are no run's.
     """
 
     loaded: Loaded
@@ -173,6 +179,7 @@ class Run:
     out: Path
     title: str
     about: dict[str, Any]
+    force: bool = False
 
     def train(self, resume: bool = False, tell: Tell = lambda words, done, total: None) -> Any:
         """Train, from the start or from the last checkpoint that is whole.
@@ -185,7 +192,8 @@ class Run:
             The Trainer's state.
 
         Raises:
-            VlmpruneError: the folder holds a run that may not be overwritten, or another one.
+            VlmpruneError: the folder holds a run that may not be overwritten, another one, or
+                another's files; or the disk is full.
         """
         last = self._begin(resume)
         s, device = self.settings, self.loaded.model.device
@@ -224,16 +232,17 @@ class Run:
             data_collator=Collator(self.rows, states),
             train_dataset=Draws(self.entries, length, s.turns, s.seed),
             eval_dataset=Draws(self.held_out, len(self.held_out), s.turns, s.seed),
-            callbacks=[_Progress(tell, self.out, self.title)],
+            callbacks=[_Progress(tell, self.out, self.title, self.force)],
         )
         trainer.remove_callback(PrinterCallback)
         with ExitStack() as stack:
             stack.enter_context(self.learner.attached())
             if states is not None:
                 stack.callback(states.forget)
+            stack.enter_context(_checkpoints(self.out / CHECKPOINTS))
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if trainer.is_world_process_zero():
-            curve.write(self.out, self.title, trainer.state.log_history)
+            curve.write(self.out, self.title, trainer.state.log_history, self.force)
         return trainer.state
 
     def _accuracy(self, step: int) -> float:
@@ -255,6 +264,9 @@ class Run:
     def _begin(self, resume: bool) -> Path | None:
         """Check the folder, write what the run is, and find the checkpoint to go on with."""
         path, last = self.out / RUN, last_checkpoint(self.out)
+        written = files(self.out, self.force)
+        for one in written:
+            one.check()
         about = json.loads(json.dumps(self.about | {"settings": asdict(self.settings)}))
         if path.exists() and resume:
             known = json.loads(path.read_text(encoding="utf-8"))
@@ -270,15 +282,40 @@ class Run:
                 f"{str(self.out)!r} holds a run already; go on with it by --resume, or give "
                 "another --out."
             )
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise VlmpruneError(
-                f"--out {str(self.out)!r} cannot be written ({error.strerror}); choose another "
-                "folder."
-            ) from error
+        make_folder(self.out)
+        written[0].write_json({"made_by": curve.MARK, **about})
         return last
+
+
+def files(out: Path, force: bool = False) -> list[Output]:
+    """What a run writes into its folder beside its checkpoints, `run.json` first.
+
+    Args:
+        out: the folder.
+        force: overwrite files that are no run's.
+    """
+    marks = dict.fromkeys((RUN, curve.DATA, curve.PICTURE), curve.MARK)
+    marks |= dict.fromkeys((CONFIG, WEIGHTS), FORMAT)
+    return [Output(out / name, mark, force, made=True) for name, mark in marks.items()]
+
+
+@contextmanager
+def _checkpoints(folder: Path) -> Iterator[None]:
+    """Tell of a disk that has no room for a checkpoint, whoever finds it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise refused(folder, error) from error
+    except (RuntimeError, SafetensorError) as error:
+        # Torch's own writer and that of safetensors.
+        if not isinstance(error, SafetensorError) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise VlmpruneError(
+            f"a checkpoint cannot be written into {str(folder)!r}, which has no room; make room "
+            "there and go on by --resume, or give another --out."
+        ) from error
 
 
 def last_checkpoint(out: Path) -> Path | None:

@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 from pages import FACTS, HOSTILE, picture, result, row, sliding
 from vlmprune.draw import layer_map
 from vlmprune.errors import VlmpruneError
-from vlmprune.io.outputs import check_free, write
+from vlmprune.io.outputs import Output
 from vlmprune.study.compare import page
 from vlmprune.study.compare import plot as pareto
 from vlmprune.study.compare.results import MARK, MOST, SIDE, Comparison, Shown, ShownAnswer
@@ -246,39 +246,18 @@ def test_an_agreement_is_not_called_right() -> None:
     )
 
 
-def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: Any) -> None:
-    target = tmp_path / "new" / "page.html"
-    check_free(target, MARK)
-    write(target, "first")
-    assert target.read_text() == "first"
-
-    def refuse(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", refuse)
-        with pytest.raises(VlmpruneError, match="No space left"):
-            write(target, "second")
-    assert target.read_text() == "first"
-    assert list(target.parent.iterdir()) == [target]
-
-
 def test_only_files_of_its_own_are_overwritten(tmp_path: Path) -> None:
     foreign = tmp_path / "page.html"
     foreign.write_text("<html>my thesis</html>")
     with pytest.raises(VlmpruneError, match="not of `vlmprune compare`"):
-        check_free(foreign, MARK)
-    with pytest.raises(VlmpruneError, match="is a folder"):
-        check_free(tmp_path, MARK)
-    with pytest.raises(VlmpruneError, match="cannot be written"):
-        check_free(foreign / "page.html", MARK)
+        Output(foreign, MARK).check()
     foreign.write_text(made()[0])
-    check_free(foreign, MARK)
+    Output(foreign, MARK).check()
     drawn = tmp_path / "plot.png"
     drawn.write_bytes(plot())
-    check_free(drawn, MARK)
+    Output(drawn, MARK).check()
     about = PngImagePlugin.PngInfo()
     about.add_text("Software", "something else")
     picture("white").save(drawn, pnginfo=about)
     with pytest.raises(VlmpruneError, match="not of `vlmprune compare`"):
-        check_free(drawn, MARK)
+        Output(drawn, MARK).check()

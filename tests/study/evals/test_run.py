@@ -266,6 +266,12 @@ def test_a_store_of_something_else_is_refused(loaded: Loaded, tmp_path: Path) ->
     with pytest.raises(VlmpruneError, match="holds no results"):
         evaluate(loaded, VisPruner(keep=48), Some(), limit=1, store=str(store))
     assert store.read_text() == "a list\nof words\n"
+    # Without a line end it is no torn store either, nor is what is no text.
+    for content in (b"a word", b"\xff\xfe\n", b"\xff"):
+        store.write_bytes(content)
+        with pytest.raises(VlmpruneError, match="holds no results"):
+            evaluate(loaded, VisPruner(keep=48), Some(), limit=1, store=str(store))
+        assert store.read_bytes() == content
     with pytest.raises(VlmpruneError, match="cannot be written"):
         evaluate(loaded, None, Some(), limit=1, store=str(tmp_path))
 

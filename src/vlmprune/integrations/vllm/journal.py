@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vlmprune.files import write
 from vlmprune.hosts.families.media import Medium
 from vlmprune.integrations.vllm.names import JOURNAL
 
@@ -43,7 +44,7 @@ class Journal:
             "pixels": digest(inputs[medium.inputs[0]]),
         }
         path = self.folder / f"{os.getpid()}-{self.number}.json"
-        path.write_text(json.dumps(entry), encoding="utf-8")
+        write(path, json.dumps(entry))
         self.number += 1
 
 

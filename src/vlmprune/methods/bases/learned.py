@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune import embedded
-from vlmprune.errors import VlmpruneError
+from vlmprune.errors import VlmpruneError, reason
+from vlmprune.files import replacing, write, writing
 from vlmprune.hosts import families, sizes
 from vlmprune.method import Attached
 from vlmprune.methods.bases.lora import PREFIX, Lora
@@ -182,11 +183,16 @@ class Learned(Pruner):
             folder: is made if it is not there.
             dtype: of the weights in the file.
             notes: what else is worth knowing, such as how they were trained; as JSON can hold it.
+
+        Raises:
+            VlmpruneError: the disk refuses; each file is then whole, or as it was.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         lora = self.trained.lora
         tensors = dict(self.module.state_dict().items())
         tensors |= {} if lora is None else lora.tensors
@@ -195,9 +201,15 @@ class Learned(Pruner):
             for name, tensor in tensors.items()
         }
         # Copies, for the format knows no two names of one storage.
-        save_file({name: t.contiguous().clone() for name, t in stored.items()}, folder / WEIGHTS)
-        # The format writes it for its owner alone; weights are there to be passed on.
-        (folder / WEIGHTS).chmod(0o644)
+        copies = {name: t.contiguous().clone() for name, t in stored.items()}
+        try:
+            with replacing(folder / WEIGHTS) as made:
+                save_file(copies, made, {"format": FORMAT})
+        except SafetensorError as error:
+            raise VlmpruneError(
+                f"{str(folder / WEIGHTS)!r} cannot be written ({reason(error)}); give another "
+                "folder."
+            ) from error
         config = {
             "format": FORMAT,
             "method": self.method,
@@ -208,7 +220,7 @@ class Learned(Pruner):
             **(notes or {}),
         }
         text = json.dumps(config, indent=2, ensure_ascii=False)
-        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+        write(folder / CONFIG, text + "\n")
 
     @property
     def trained(self) -> Trained:

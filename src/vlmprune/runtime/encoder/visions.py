@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmprune.errors import VlmpruneError
+from vlmprune.errors import VlmpruneError, reason
+from vlmprune.files import replacing
 from vlmprune.hosts import outputs, requests
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.encoder.pruned import Pruned
@@ -125,6 +126,7 @@ class Vision:
         Raises:
             VlmpruneError: the disk refuses.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
@@ -151,9 +153,12 @@ class Vision:
             "items": json.dumps(about),
         }
         try:
-            save_file(tensors, str(path), metadata=meta)
-        except OSError as error:
-            raise VlmpruneError(f"{str(path)!r} cannot be written ({error.strerror}).") from error
+            with replacing(path) as made:
+                save_file(tensors, str(made), metadata=meta)
+        except SafetensorError as error:
+            raise VlmpruneError(
+                f"{str(path)!r} cannot be written ({reason(error)}); give another path."
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Vision:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vlmprune.errors import VlmpruneError
-from vlmprune.io.outputs import check_target
+from vlmprune.io.outputs import check_target, write
 from vlmprune.methods import PLPHP
-from vlmprune.study.calibrate.results import Gammas
+from vlmprune.study.calibrate.results import MARK, Gammas
 
 # Of Okabe and Ito's palette, which the colour-blind can tell apart; darker where text has it.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#C04F00", "#00785A", "#5F6670"
@@ -32,10 +32,15 @@ def plot(gammas: Gammas, pruner: PLPHP, path: Path, title: str = "") -> None:
     Raises:
         VlmpruneError: the disk refuses.
     """
+    check_target(path)
+    write(path, drawn(gammas, pruner, title))
+
+
+def drawn(gammas: Gammas, pruner: PLPHP, title: str = "") -> bytes:
+    """The same as a PNG's bytes."""
     # It takes a second, and only this needs it. Without pyplot no window system is looked for.
     from matplotlib.figure import Figure
 
-    check_target(path)
     figure = Figure(figsize=_INCHES, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     _draw_gammas(above, gammas, pruner)
@@ -45,10 +50,9 @@ def plot(gammas: Gammas, pruner: PLPHP, path: Path, title: str = "") -> None:
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=10)
-    try:
-        figure.savefig(path, format="png", dpi=_DPI)
-    except OSError as error:
-        raise VlmpruneError(f"{str(path)!r} cannot be written ({error.strerror}).") from error
+    target = io.BytesIO()
+    figure.savefig(target, format="png", dpi=_DPI, metadata={"Software": MARK})
+    return target.getvalue()
 
 
 def _draw_gammas(axes: Any, gammas: Gammas, pruner: PLPHP) -> None:

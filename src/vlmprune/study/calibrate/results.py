@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmprune.io.outputs import mark_of
 from vlmprune.methods import PLPHP
 from vlmprune.study.measure import versions
 
+MARK = mark_of("calibrate")
 BINS = 20
 """Bins of the histogram, from 0 to 1."""
 
@@ -71,6 +73,7 @@ def document(
     flat = gammas.values.flatten().clamp(0, 1)
     counts = torch.histc(flat, bins=BINS, min=0, max=1).long().tolist()
     return {
+        "made_by": MARK,
         "plphp": {
             "alpha": alpha,
             "beta": beta,

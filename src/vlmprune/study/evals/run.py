@@ -80,9 +80,9 @@ def evaluate(
     if limit is not None:
         at_least_one(limit=limit)
     samples = task.samples(limit)
-    empty = Evaluation(task.label, method_name(pruner), model_name(loaded.model), ())
+    nothing = empty(loaded, pruner, task)
     with ExitStack() as stack:
-        kept = stack.enter_context(Store(store, empty)) if store is not None else None
+        kept = stack.enter_context(Store(store, nothing)) if store is not None else None
         done = dict(kept.results) if kept is not None else {}
         missing = [one for one in samples if one.id not in done]
         answered = len(samples) - len(missing)
@@ -104,7 +104,12 @@ def evaluate(
                             kept.append(result)
                 answered += len(new)
                 progress(answered, len(samples))
-    return replace(empty, results=tuple(done[one.id] for one in samples))
+    return replace(nothing, results=tuple(done[one.id] for one in samples))
+
+
+def empty(loaded: Loaded, pruner: Pruner | None, task: Task) -> Evaluation:
+    """A method on a task before any question is answered."""
+    return Evaluation(task.label, method_name(pruner), model_name(loaded.model), ())
 
 
 def method_name(pruner: Pruner | None) -> str:

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import IO
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.files import writing
+from vlmprune.io.outputs import Output
 from vlmprune.study.evals.results import FORMAT, Evaluation
 from vlmprune.study.tasks.answered import Answered
 
 _NAMES = ("task", "method", "model")
+# How every store begins.
+_BEGINNING = json.dumps({"format": FORMAT}).removesuffix("}").encode()
 
 
 class Store:
@@ -34,23 +38,30 @@ class Store:
         self.file: IO[str] | None = None
 
     def __enter__(self) -> Store:
-        try:
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch()
-            whole = self._whole()
-            lines = whole.decode("utf-8").splitlines()
+            whole, lines = self._lines()
             if lines:
                 self._read(lines)
             with self.path.open("rb+") as file:
                 file.truncate(len(whole))
             self.file = self.path.open("a", encoding="utf-8", newline="\n")
-        except OSError as error:
-            raise VlmpruneError(
-                f"store {str(self.path)!r} cannot be written ({error.strerror}); give another path."
-            ) from error
         if not lines:
             self._write(self.head)
         return self
+
+    def check(self) -> None:
+        """Refuse a file that holds something else, without writing anything.
+
+        Raises:
+            VlmpruneError: it does.
+        """
+        with writing(self.path):
+            if self.path.exists():
+                _, lines = self._lines()
+                if lines:
+                    self._read(lines)
 
     def __exit__(self, *_: object) -> None:
         if self.file is not None:
@@ -62,21 +73,35 @@ class Store:
 
     def _write(self, line: dict[str, object]) -> None:
         assert self.file is not None
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
 
-    def _whole(self) -> bytes:
-        """The file up to its last line end: what a kill left behind it is torn."""
+    def _lines(self) -> tuple[bytes, list[str]]:
+        """The file up to its last line end, and its lines: what a kill left behind it is torn.
+
+        Raises:
+            VlmpruneError: it is no text, or has no line and is not the beginning of a first one.
+        """
         content = self.path.read_bytes()
-        return content[: content.rfind(b"\n") + 1]
+        whole = content[: content.rfind(b"\n") + 1]
+        if not whole and not json.dumps(self.head).encode().startswith(content):
+            raise self._foreign()
+        try:
+            return whole, whole.decode("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise self._foreign() from error
+
+    def _foreign(self) -> VlmpruneError:
+        return VlmpruneError(
+            f"store {str(self.path)!r} holds no results of an evaluation; give another path."
+        )
 
     def _read(self, lines: list[str]) -> None:
         try:
             head, *rest = [json.loads(line) for line in lines]
         except ValueError as error:
-            raise VlmpruneError(
-                f"store {str(self.path)!r} holds no results of an evaluation; give another path."
-            ) from error
+            raise self._foreign() from error
         for name, value in self.head.items():
             there = head.get(name) if isinstance(head, dict) else None
             if there != value:
@@ -87,3 +112,13 @@ class Store:
         for one in rest:
             result = Answered.from_dict(one)
             self.results[result.id] = result
+
+
+class StoreFile(Output):
+    """A store's file as one of a command's outputs; of which evaluation it is, `Store` looks at."""
+
+    def ours(self) -> bool:
+        """Whether it is a store, an empty one or one that a kill tore in its first line."""
+        with self.path.open("rb") as file:
+            head = file.read(len(_BEGINNING))
+        return _BEGINNING.startswith(head)

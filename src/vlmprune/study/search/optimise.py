@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmprune import spec
 from vlmprune.errors import VlmpruneError
+from vlmprune.files import FULL, refused
+from vlmprune.io.outputs import Output, mark_of
 from vlmprune.pruner import Pruner
 from vlmprune.study.measure import versions
 from vlmprune.study.search.spaces import Choice, Range, Space
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
+MARK = mark_of("search")
+# The study that holds what the model does without pruning, the first of a journal.
+UNPRUNED = "unpruned"
 # Proposals that are drawn at random before a model of the trade-off is trusted.
 STARTUP = 8
 # Where a search begins, as far as a space allows it.
@@ -131,6 +137,11 @@ class Search:
             build: makes the pruner of some settings; combinations that it refuses count as tried.
             space: what is varied.
         """
+        with self._kept():
+            self._over(build, space)
+        return self._found()
+
+    def _over(self, build: Callable[[dict[str, Any]], Pruner], space: Space) -> None:
         study = self._study("settings")
         if not study.trials:
             for settings in _begin(space):
@@ -145,7 +156,6 @@ class Search:
             else:
                 self._tell(study, trial, pruner, rounded(trial.params), self.max_loss)
             self.say(_done(study))
-        return self._found()
 
     def rates(
         self,
@@ -166,6 +176,13 @@ class Search:
             group: layers that share a rate.
             least: the lowest rate.
         """
+        with self._kept():
+            self._rates(build, layers, group, least)
+        return self._found()
+
+    def _rates(
+        self, build: Callable[[list[float]], Pruner], layers: int, group: int, least: float
+    ) -> None:
         rates = [1.0] * layers
         starts = list(range(1, layers, group))
         share = max(3, self.trials // max(1, len(starts)))
@@ -187,7 +204,16 @@ class Search:
             if within:
                 best = min(within, key=lambda t: (t.values[0], t.user_attrs["loss"]))
                 rates = list(best.user_attrs["settings"]["rates"])
-        return self._found()
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Tell of a disk on which the journal has no room; Optuna leaves out whose file it was."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in FULL and error.filename is None:
+                raise refused(self.journal, error) from error
+            raise
 
     def _open(self) -> None:
         import optuna
@@ -195,10 +221,10 @@ class Search:
         from optuna.storages.journal import JournalFileBackend
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        check_journal(self.journal)
+        Journal(self.journal, MARK).check()
         try:
             self._storage = JournalStorage(JournalFileBackend(str(self.journal)))
-            study = self._study("unpruned")
+            study = self._study(UNPRUNED)
         except (OSError, ValueError, KeyError) as error:
             raise VlmpruneError(
                 f"{str(self.journal)!r} cannot be read or written as the journal of a search; give "
@@ -271,7 +297,7 @@ class Search:
     def _found(self) -> Found:
         trials: list[FrozenTrial] = []
         for name, study in self._studies.items():
-            if name != "unpruned":
+            if name != UNPRUNED:
                 trials += _complete(study)
         tried = [
             Tried(
@@ -286,23 +312,17 @@ class Search:
         return Found(self.full, self.max_loss, tried)
 
 
-def check_journal(path: Path) -> None:
-    """Refuse a file of another kind, to which a journal would be added.
+class Journal(Output):
+    """The file of all trials, to which Optuna appends."""
 
-    Raises:
-        VlmpruneError: it is one.
-    """
-    if not path.exists():
-        return
-    try:
-        with path.open(encoding="utf-8") as file:
-            known = '"op_code"' in file.readline()
-    except (OSError, ValueError):
-        known = False
-    if not known and (path.is_dir() or path.stat().st_size):
-        raise VlmpruneError(
-            f"{str(path)!r} is no journal of a search; give another --out, or move the file away."
-        )
+    def ours(self) -> bool:
+        """Whether it is a search's, and not another study's; an empty one is begun."""
+        with self.path.open("rb") as file:
+            line = file.readline()
+        try:
+            return not line or json.loads(line)["study_name"] == UNPRUNED
+        except (ValueError, KeyError, TypeError):
+            return False
 
 
 def document(found: Found, method: str, about: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 from typing import Any
 
-from vlmprune.errors import VlmpruneError
-from vlmprune.io.outputs import check_target
-from vlmprune.study.search.optimise import Found
+from vlmprune.study.search.optimise import MARK, Found
 
 # Colours that people with colour-blindness can tell apart.
 _BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#8a8a8a"
 _INCHES, _DPI = (8.0, 4.6), 120
 
 
-def plot(found: Found, path: Path, cost: str, title: str = "") -> None:
+def plot(found: Found, cost: str, title: str = "") -> bytes:
     """Draw every trial, the front, the limit and the choice, as PNG.
 
     Args:
         found: the outcome.
-        path: the picture.
         cost: what costs are, in words.
         title: its heading.
 
-    Raises:
-        VlmpruneError: the disk refuses.
+    Returns:
+        A PNG.
     """
     # It takes a second, and only this needs it. Without pyplot no window system is looked for.
     from matplotlib.figure import Figure
 
-    check_target(path)
     figure = Figure(figsize=_INCHES, layout="constrained")
     rates = None if found.best is None else found.best.settings.get("rates")
     if rates is None:
@@ -40,10 +36,9 @@ def plot(found: Found, path: Path, cost: str, title: str = "") -> None:
     _draw_trials(left, found, cost)
     if title:
         figure.suptitle(title, fontsize=12, x=0.01, ha="left")
-    try:
-        figure.savefig(path, format="png", dpi=_DPI)
-    except OSError as error:
-        raise VlmpruneError(f"{str(path)!r} cannot be written ({error.strerror}).") from error
+    target = io.BytesIO()
+    figure.savefig(target, format="png", dpi=_DPI, metadata={"Software": MARK})
+    return target.getvalue()
 
 
 def _draw_trials(axes: Any, found: Found, cost: str) -> None:

@@ -16,7 +16,6 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import families
 from vlmprune.hosts.decoder import decoder_layers
 from vlmprune.io.models import Loaded
-from vlmprune.io.outputs import check_target
 from vlmprune.pruner import Pruner
 from vlmprune.runtime.encoder.visions import Vision
 from vlmprune.study.evals.results import Evaluation
@@ -147,7 +146,6 @@ def ask(
         raise VlmpruneError(
             f"method {stage.name!r} needs {missing[0]}; give it in the method, or in --over."
         )
-    check_target(out)
     return Asked(stage, space, cost, max_loss, trials, group, limit, batch, out)
 
 
