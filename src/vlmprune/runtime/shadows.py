@@ -256,8 +256,9 @@ def leave(attachment: Attachment) -> None:
 
 
 def _forget(host: Shadows) -> None:
-    if host.settle():
-        _hosts.pop(host.model, None)
+    # What others hold of earlier shadows may still be called.
+    if host.settle() and _host_of(host.model) is host:
+        del _hosts[host.model]
 
 
 def _host_of(model: nn.Module) -> Shadows | None:
