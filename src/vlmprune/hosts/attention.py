@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts import parallel
 from vlmprune.hosts.release import version
 
 # A modeling file's registry of attention functions, and its own function where none is registered.
@@ -73,6 +74,11 @@ class AttentionCall:
     def softcap(self) -> float | None:
         """Cap of the scores, where the model has one."""
         return self.others.get(_SOFTCAP)
+
+    @property
+    def sharing(self) -> parallel.Sharing:
+        """The processes that have some of the heads each."""
+        return parallel.sharing(self.module, self.query.shape[1])
 
     @property
     def ends(self) -> Tensor | None:
@@ -186,11 +192,12 @@ def attention_of(layer: nn.Module) -> Any:
         LookupError: there is none.
     """
     for module in layer.modules():
-        source = sys.modules.get(type(module).__module__)
+        cls = parallel.class_of(module)
+        source = sys.modules.get(cls.__module__)
         if not hasattr(source, _REGISTRY) or not hasattr(module, "config"):
             continue
         # Llama 4's vision attention does not say whether it is causal, but names the registry.
-        if hasattr(module, _CAUSAL) or _REGISTRY in _names(type(module)):
+        if hasattr(module, _CAUSAL) or _REGISTRY in _names(cls):
             return module
     raise LookupError(f"{type(layer).__name__} has no attention that can be tapped")
 
@@ -220,7 +227,7 @@ class Registered:
     """
 
     def __init__(self, module: Any) -> None:
-        self.interface: Any = getattr(sys.modules[type(module).__module__], _REGISTRY)
+        self.interface: Any = getattr(sys.modules[parallel.class_of(module).__module__], _REGISTRY)
         self.name = implementation(module)
         own = getattr(self.interface, "_local_mapping", None)
         if own is None:

@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts.parallel import class_of
 
 # The releases on which `make test-releases` passes; pyproject.toml allows the same.
 TESTED = ">=5.16,<5.25"
@@ -83,7 +84,7 @@ def check_class(model: Any, fails: Mapping[str, str]) -> None:
     Raises:
         VlmpruneError: this is such a release.
     """
-    cls, here = type(model), transformers.__version__
+    cls, here = class_of(model), transformers.__version__
     stock = cls is getattr(transformers, cls.__name__, None)
     for releases, why in fails.items():
         if stock and Version(here) in SpecifierSet(releases):

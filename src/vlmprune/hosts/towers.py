@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune.hosts import config
+from vlmprune.hosts.parallel import class_of
 
 # Encoder layers that are followed: their norm between attention and MLP, and the MLP. Nothing in
 # them depends on a token's place, as rotary embeddings and windows would.
@@ -28,13 +29,13 @@ _POOLING_HEAD = "MultiheadAttentionPoolingHead"
 
 def parts_of(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The norm before a layer's MLP, and the MLP."""
-    norm, mlp = PARTS[type(layer).__name__]
+    norm, mlp = PARTS[class_of(layer).__name__]
     return layer.get_submodule(norm), layer.get_submodule(mlp)
 
 
 def unknown_layers(layers: Any) -> set[str]:
     """Classes among encoder layers whose parts are not known."""
-    return {type(layer).__name__ for layer in layers} - PARTS.keys()
+    return {class_of(layer).__name__ for layer in layers} - PARTS.keys()
 
 
 def scales(tower: Any) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts import config, contract, parts, sizes
+from vlmprune.hosts import config, contract, parallel, parts, sizes
 from vlmprune.hosts.families import llava, pixtral, pooled, qwen, tiles, video
 from vlmprune.hosts.families.record import Family
 from vlmprune.hosts.families.towers import TOWERS
@@ -45,7 +45,7 @@ def record_of(model: Any) -> Family | None:
     kind, tower = config.model_type(said), config.tower_type(said)
     # A family may have a record of its own for one of its towers.
     family = FAMILIES.get(f"{kind}:{tower}") or FAMILIES.get(kind)
-    if family is None or type(model).__name__ != family.cls:
+    if family is None or parallel.class_of(model).__name__ != family.cls:
         return None
     check_host(model, family)
     for medium in family.media:
@@ -72,12 +72,14 @@ def check_host(model: Any, family: Family) -> None:
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside a wrapper of PEFT or `torch.compile`; any other as it is."""
+    """The model inside a wrapper of PEFT, `torch.compile` or DDP; any other as it is."""
     while True:
         if hasattr(type(model), "get_base_model") and hasattr(model, "peft_config"):
             model = model.get_base_model()
         elif type(model).__name__ == "OptimizedModule":
             model = model._orig_mod
+        elif (inner := parallel.inner(model)) is not model:
+            model = inner
         else:
             return model
 

@@ -172,17 +172,19 @@ class Tap:
         mask = call.mask if isinstance(call.mask, Tensor) else None
         ends = call.ends
         self.tokens += call.query.shape[0] * call.query.shape[2]
+        # What is looked at is a mean over heads, of which another process may have some.
+        mean = call.sharing.mean
         if ends is None:
-            self.rows_seen.append(self.look(call.query, call.key, call.scale, mask))
+            self.rows_seen.append(mean(self.look(call.query, call.key, call.scale, mask)))
             return
         # Flash attention gets several images packed into one sequence.
         lengths = (ends[1:] - ends[:-1]).tolist()
         parts = (call.query.split(lengths, dim=2), call.key.split(lengths, dim=2))
         for query, key in zip(*parts, strict=True):
-            self.rows_seen.append(self.look(query, key, call.scale, None))
+            self.rows_seen.append(mean(self.look(query, key, call.scale, None)))
 
     def look(self, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
-        """What is recorded of one call."""
+        """What is recorded of one call: a mean over the heads that are there."""
         return attention_rows(query, key, scaling, self.rows, mask)
 
 

@@ -21,6 +21,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import contract
 from vlmprune.hosts.attention import AttentionCall
 from vlmprune.hosts.caches import GrowingLayer
+from vlmprune.hosts.parallel import WHOLE, Sharing
 from vlmprune.runtime.attention import ragged, subset
 from vlmprune.runtime.attention.interception import GUEST
 from vlmprune.runtime.attention.ragged_tokens import Ragged
@@ -95,6 +96,8 @@ class RaggedGuest:
         _check_call(call)
         cutter = binding.cutter
         scale = call.scale
+        if cutter is not None:
+            self.layer.sharing = call.sharing
         chosen = None if cutter is None else cutter.attended(self, call.query, call.mask, scale)
         result: Any
         if chosen is not None:
@@ -154,6 +157,7 @@ class RaggedLayer(GrowingLayer):
         prefix: what the heads keep of the prompts so far; None before the first cut.
         start: columns that the prefix stands for.
         stepped: whether a step was made over the prefix.
+        sharing: the processes that have some of the heads each, as a prompt found them.
     """
 
     # Tensors, once initialised.
@@ -165,6 +169,7 @@ class RaggedLayer(GrowingLayer):
         self.binding, self.index = binding, index
         self.prefix: Ragged | None = None
         self.start, self.stepped = 0, False
+        self.sharing: Sharing = WHOLE
         self._room: tuple[Tensor, Tensor] | None = None
 
     def update(

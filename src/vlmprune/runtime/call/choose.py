@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmprune.hosts import caches, config, outputs
+from vlmprune.hosts import caches, config, outputs, parallel
 from vlmprune.report import make
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.cache.ragged_layer import RaggedLayer
@@ -66,6 +66,20 @@ def choose(
         kept = [torch.ones_like(one.labels, dtype=torch.bool) for one in geometry.layouts]
         _report(attachment, geometry, inputs, kept, [{} for _ in kept], batch, "", 0.0)
         return kept, {}
+    # `generate` and `handle.encode` come here outside of the model's forward.
+    return parallel.gathered(
+        attachment.model, partial(_chosen, attachment, inputs, geometry, batch, question)
+    )
+
+
+def _chosen(
+    attachment: Attachment,
+    inputs: Sequence[Mapping[str, Any]],
+    geometry: Geometry,
+    batch: int,
+    question: relevance.Question | None,
+) -> tuple[list[Tensor], dict[str, Pruned]]:
+    """`choose` of what is to be encoded."""
     media = attachment.family.media
     items = [[geometry.items[i].layout for i in geometry.of(n)] for n in range(len(media))]
     acts = acting.acts_of(attachment.model, media, inputs, items, attachment.method)
@@ -280,7 +294,7 @@ def check_prompt(
         if isinstance(layer, RaggedLayer) and layer.prefix is not None:
             # Of an earlier turn, what the layer holds counts, not what it has seen.
             tail = stays[:, layer.start :].sum(dim=1) * heads
-            held.append(row_lengths(layer.prefix).to(tail.device) + tail)
+            held.append(layer.sharing.summed(row_lengths(layer.prefix).to(tail.device)) + tail)
     most = torch.stack(held[1:] or held).amax(dim=0)
     worst = int((most + torch.tensor(items, device=most.device) * heads).argmax())
     token_bytes = 2 * head_dim * (torch.finfo(attachment.model.dtype).bits // 8)

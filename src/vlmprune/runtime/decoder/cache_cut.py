@@ -22,7 +22,7 @@ from vlmprune.method import Method
 from vlmprune.report import LayerReport
 from vlmprune.runtime.attention import ragged
 from vlmprune.runtime.attention.ragged_tokens import Ragged
-from vlmprune.runtime.cache.ragged_layer import RaggedGuest
+from vlmprune.runtime.cache.ragged_layer import RaggedGuest, RaggedLayer
 from vlmprune.views import LayerView, Probes, Retention
 
 # Numbers of keys that are scored at once.
@@ -149,7 +149,7 @@ class CacheCut:
         self.reached.note(layer.index, layer)
         begin = _now(query)
         times = query.shape[0] // self.mask.shape[0]
-        dense = layer.nbytes()
+        dense = self._nbytes(layer)
         choice, self._choice = self._choice, None
         choice = choice or self._choose(guest, query, scale)
         kept, found = choice.kept, choice.found
@@ -164,9 +164,11 @@ class CacheCut:
                     mask=kept[::times],
                     images=self.images,
                     bytes_before=dense,
-                    bytes_after=layer.nbytes(),
+                    bytes_after=self._nbytes(layer),
                     kv_bytes=int(kept[::times].sum()) * choice.view.token_bytes,
-                    flops_saved=0.0 if self.probes is None else self._saved(kept[::times], query),
+                    flops_saved=0.0
+                    if self.probes is None
+                    else self._saved(kept[::times], query, guest),
                 )
             )
         self.seconds += _now(query) - begin
@@ -201,15 +203,17 @@ class CacheCut:
         places = _repeat(self.places, times).to(query.device) - start
         images = _repeat(self.images, times).to(query.device)
         index = places.clamp(min=0)[:, None].expand(-1, query.shape[1], -1)
-        attention = (total / rows.clamp(min=1)).gather(2, index)
-        held = self._others(times)[:, start:].sum(dim=1).to(query.device) * keys.shape[1]
+        sharing = guest.layer.sharing
+        attention = sharing.joined((total / rows.clamp(min=1)).gather(2, index))
+        heads = keys.shape[1] * sharing.ranks
+        held = self._others(times)[:, start:].sum(dim=1).to(query.device) * heads
         if prefix is not None:
-            held = held + row_lengths(prefix).to(query.device)
+            held = held + sharing.summed(row_lengths(prefix).to(query.device))
         return LayerView(
             attention.masked_fill((images < 0)[:, None], 0.0),
             images,
             _repeat(self.counts, times).to(query.device),
-            keys.shape[1],
+            heads,
             held,
             (keys.shape[3] + values.shape[3]) * keys.element_size(),
         )
@@ -242,7 +246,7 @@ class CacheCut:
             sums += self._attention(probes, guest, sees, scale).mean(dim=1).sum(dim=1)
             seen += sees.sum(dim=1)
         places = (_repeat(self.places, times).to(query.device) - start).clamp(min=0)
-        return replace(view, sums=sums, seen=seen, places=places)
+        return replace(view, sums=guest.layer.sharing.mean(sums), seen=seen, places=places)
 
     def _before(self, columns: Tensor, start: int, times: int) -> Tensor:
         """[B, R, T] bool: the real columns from `start` on, up to each of `columns` [B, R]."""
@@ -266,11 +270,17 @@ class CacheCut:
         # A row of padding alone sees nothing, and its attention is none.
         return (scores - total[..., None]).exp().masked_fill(total.isneginf()[..., None], 0.0)
 
-    def _saved(self, kept: Tensor, query: Tensor) -> float:
+    def _nbytes(self, layer: RaggedLayer) -> int:
+        """Bytes that a layer holds, those of heads of other processes included."""
+        return int(layer.sharing.summed(torch.tensor(layer.nbytes(), device=layer.keys.device)))
+
+    def _saved(self, kept: Tensor, query: Tensor, layer: RaggedLayer) -> float:
         """FLOPs that attention among fewer visual tokens saves in one layer."""
+        if self.probes is None:
+            return 0.0
         before = self.counts.sum(dim=1).tolist()
         after = kept.any(dim=1).sum(dim=1).tolist()
-        width = query.shape[1] * query.shape[3]
+        width = query.shape[1] * layer.sharing.ranks * query.shape[3]
         return sum(
             costs.attention_flops(width, n) - costs.attention_flops(width, k)
             for n, k in zip(before, after, strict=True)
@@ -301,7 +311,7 @@ class CacheCut:
 
     def _store(self, guest: RaggedGuest, kept: Tensor, times: int) -> None:
         layer, start = guest.layer, guest.layer.start
-        keep = self._columns(kept, times)[:, :, start:].to(guest.keys.device)
+        keep = self._columns(layer.sharing.own(kept), times)[:, :, start:].to(guest.keys.device)
         new = Ragged.cut(guest.keys, guest.values, keep, offset=start)
         prefix = new if guest.prefix is None else guest.prefix.join(new)
         layer.set_prefix(prefix, self.columns)

@@ -104,7 +104,7 @@ class Look:
             raise contract.broken(call.module, "it attends more than once a layer")
         self.called = True
         if self.wants_keys:
-            self.keys = call.key[:, :, -call.query.shape[2] :].detach()
+            self.keys = call.sharing.joined(call.key[:, :, -call.query.shape[2] :].detach())
         if self.asked is not None and self.counted is not None:
             if call.foreign is not None:
                 raise VlmpruneError(
@@ -112,7 +112,7 @@ class Look:
                     f"({call.foreign}), which a method that drops rows does not know; prune before "
                     "the language model."
                 )
-            self.attention = asked_attention(
+            seen = asked_attention(
                 call.query.detach(),
                 call.key.detach(),
                 call.scale,
@@ -121,6 +121,7 @@ class Look:
                 self.counted,
                 call.softcap,
             )
+            self.attention = call.sharing.mean(seen)
 
 
 class _SeenError(Exception):
