@@ -59,7 +59,10 @@ class LayerReport:
         ]
         if self.numbers is None:
             return found
-        return [[self.numbers[row][at] for row, at in enumerate(head)] for head in found]
+        # A method may have put tokens of an image behind others.
+        return [
+            [self.numbers[row][at].sort().values for row, at in enumerate(head)] for head in found
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """Everything that JSON can hold; of `kept` the numbers of tokens, head by sample."""
@@ -194,27 +197,36 @@ class Report:
         positions: str,
         seconds: float,
         members: Sequence[Tensor] = (),
+        back: bool = False,
     ) -> Report:
-        """The same call after visual tokens were dropped between decoder layers.
+        """The same call after visual tokens left between decoder layers, or skipped some.
 
         Args:
             config: the host's config.
-            stages: by layer before which tokens were dropped, for each image a [n] bool over its
-                visual tokens, those that went on.
+            stages: by layer before which tokens went, for each image a [n] bool over its visual
+                tokens, those that the layer worked on.
             rows: images of each row of the batch.
             dtype: of the KV cache.
             positions: the policy used.
             seconds: time that choosing took.
             members: for each image where its tokens went meanwhile; none where nothing was merged.
+            back: whether tokens that went are back behind that layer.
         """
-        reached, passed = self._seen(), list[list[Tensor]]()
-        roles = [dict[str, Tensor]() for _ in reached]
+        whole = reached = self._seen()
+        passed, roles = list[list[Tensor]](), [dict[str, Tensor]() for _ in whole]
         for index in range(len(costs.caching_layers(config))):
-            for role, stays, goes in zip(roles, reached, stages.get(index, reached), strict=True):
-                if index in stages:
+            now = stages.get(index, reached)
+            if index in stages and not back:
+                for role, stays, goes in zip(roles, reached, now, strict=True):
                     role[f"left before layer {index}"] = stays & ~goes
-            reached = stages.get(index, reached)
-            passed.append(reached)
+            passed.append(now)
+            reached = whole if back else now
+        if back and stages:
+            # For pictures, where no stage before has its own: what any such layer worked on.
+            ever = [torch.stack(each).any(dim=0) for each in zip(*stages.values(), strict=True)]
+            roles = [
+                {} if old else {"important": m} for old, m in zip(self.roles, ever, strict=True)
+            ]
         left = [
             {name: mask & goes for name, mask in old.items()} | new
             for old, new, goes in zip(self.roles, roles, reached, strict=True)
@@ -228,32 +240,9 @@ class Report:
             positions=positions,
             seconds_selecting=self.seconds_selecting + seconds,
             roles=left,
-            layers=made.layers[min(stages) :],
+            layers=made.layers if back else made.layers[min(stages) :],
             members=_joined(self.members, members, reached),
         )
-
-    def with_skips(
-        self,
-        config: Any,
-        stages: dict[int, list[Tensor]],
-        rows: list[int],
-        dtype: torch.dtype,
-        positions: str,
-        seconds: float,
-    ) -> Report:
-        """The same call after visual tokens skipped decoder layers.
-
-        Args as of `with_rows`; but a stage says what its own layer worked on, and no later one.
-        """
-        whole = self._seen()
-        worked = [stages.get(index, whole) for index in range(len(costs.caching_layers(config)))]
-        roles = self.roles
-        if stages:
-            # For pictures, where no stage before has its own: what any such layer worked on.
-            ever = [torch.stack(each).any(dim=0) for each in zip(*stages.values(), strict=True)]
-            roles = [old or {"important": mask} for old, mask in zip(roles, ever, strict=True)]
-        made, spent = self._decoded(config, worked, rows, dtype), self.seconds_selecting + seconds
-        return replace(made, positions=positions, seconds_selecting=spent, roles=roles)
 
     def _seen(self) -> list[Tensor]:
         """For each image [n] bool over its visual tokens, those that the language model gets."""

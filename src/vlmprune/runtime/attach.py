@@ -24,7 +24,7 @@ from vlmprune.method import Method
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.cache.gapped_layer import GappedLayer
 from vlmprune.runtime.cache.ragged_layer import RaggedLayer
-from vlmprune.runtime.decoder import checks, skipping
+from vlmprune.runtime.decoder import checks
 from vlmprune.runtime.encoder import acting
 from vlmprune.runtime.family import family_of
 
@@ -47,11 +47,12 @@ def attachment_of(method: Method, model: nn.Module) -> Attachment:
     cuttable = decoder.full_attention_layers(model) if method.cuts else []
     if method.cuts:
         _check_decoder(model, method, cuttable)
-    asks = checks.asked(model, family, method) if method.drops else {}
-    skips = skipping.skipped(model, method) if method.routes else ()
+    asks, skips = checks.missing(model, family, method)
     decoder_positions = checks.resolve_positions(model, family, method)
     if method.drops:
-        _check_schedule(model, method)
+        found = f"the schedule of {method!r} was found on"
+        way = "run `vlmprune search` on this one"
+        _check_origin(model, method.dropper.calibrated_on, found, way)
     said: Any = model.config
     return Attachment(
         method,
@@ -91,13 +92,8 @@ def _check_contract(model: Any, family: Family, method: Method) -> None:
 
 
 def _check_decoder(model: Any, method: Method, cuttable: Sequence[int]) -> None:
-    here = families.architecture(model)
-    asked = method.calibrated_on
-    if asked is not None and asked != here:
-        raise VlmpruneError(
-            f"the thresholds were calibrated on another model ({asked}) than this ({here}); "
-            "run `vlmprune calibrate` on it, or give alpha and beta yourself."
-        )
+    way = "run `vlmprune calibrate` on it, or give alpha and beta yourself"
+    _check_origin(model, method.calibrated_on, "the thresholds were calibrated on", way)
     if config.is_capped(model.config):
         raise VlmpruneError(
             f"{type(model).__name__} has a language model whose attention is capped "
@@ -111,10 +107,8 @@ def _check_decoder(model: Any, method: Method, cuttable: Sequence[int]) -> None:
         )
 
 
-def _check_schedule(model: Any, method: Method) -> None:
-    here, found = families.architecture(model), method.dropper.calibrated_on
-    if found is not None and found != here:
-        raise VlmpruneError(
-            f"the schedule of {method!r} was found on another model ({found}) than this "
-            f"({here}); run `vlmprune search` on this one."
-        )
+def _check_origin(model: Any, origin: str | None, found: str, way: str) -> None:
+    """Refuse settings that were measured on another architecture than the model's."""
+    here = families.architecture(model)
+    if origin is not None and origin != here:
+        raise VlmpruneError(f"{found} another model ({origin}) than this ({here}); {way}.")

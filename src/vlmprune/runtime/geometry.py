@@ -1,9 +1,10 @@
-"""Where the images and videos of a request lie, in it and in themselves, before any is encoded."""
+"""Where the images and videos of a request lie, in it and in themselves, whole and pruned."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -91,6 +92,114 @@ class Geometry:
         for item in self.items:
             counts[item.span.row] += medium is None or item.medium == medium
         return counts
+
+
+@dataclass(frozen=True)
+class VisualColumns:
+    """The visual tokens that a prompt brings, as the language model gets them: which, and where.
+
+    Attributes:
+        visual: [B, S] bool; their columns among all of the prompt, those of a cache included.
+        lengths: how many there are of each image (or video), row by row.
+        numbers: for each image, [n] int64 in the order of its columns, the number of each of its
+            visual tokens among those that it would have without any pruning.
+        layouts: for each image, where the latter lie within it.
+    """
+
+    visual: Tensor
+    lengths: Sequence[Sequence[int]]
+    numbers: Sequence[Tensor]
+    layouts: Sequence[Layout]
+
+    @classmethod
+    def of(cls, geometry: Geometry, visual: Tensor, numbers: Sequence[Tensor]) -> VisualColumns:
+        """Those of a request's items, given the columns and, for each item, its tokens' numbers."""
+        lengths: list[list[int]] = [[] for _ in range(len(visual))]
+        for item, own in zip(geometry.items, numbers, strict=True):
+            lengths[item.span.row].append(len(own))
+        return cls(visual, lengths, numbers, geometry.layouts)
+
+    @property
+    def longest(self) -> int:
+        """The largest number of visual tokens of a row."""
+        return max((sum(row) for row in self.lengths), default=0)
+
+    @property
+    def counts(self) -> Tensor:
+        """[B, I] int64 visual tokens of each image of a row; 0 where it has fewer images."""
+        most = max((len(row) for row in self.lengths), default=0)
+        rows = [[*row, *[0] * (most - len(row))] for row in self.lengths]
+        return torch.tensor(rows, dtype=torch.long, device=self.visual.device).view(len(rows), most)
+
+    @property
+    def images(self) -> Tensor:
+        """[B, S] int64 image of each visual token, counted within its row; -1 elsewhere."""
+        zeros = [torch.zeros_like(own) for own in self.numbers]
+        return self.placed(self._in_rows(zeros, [1] * len(zeros)))
+
+    @property
+    def frames(self) -> Tensor:
+        """[B, S] int64 frame of each visual token, counted within its row; -1 elsewhere."""
+        own = [frames_of(*each) for each in zip(self.layouts, self.numbers, strict=True)]
+        counts = [int(one.max()) + 1 if len(one) else 0 for one in own]
+        return self.placed(self._in_rows(own, counts))
+
+    @property
+    def row_numbers(self) -> list[Tensor]:
+        """For each row, [v] the numbers of its visual tokens, its images one after the other."""
+        totals = [len(one.labels) for one in self.layouts]
+        flat = _joined(self._in_rows(self.numbers, totals))
+        return list(flat.split([sum(row) for row in self.lengths]))
+
+    def placed(self, values: Sequence[Tensor]) -> Tensor:
+        """[B, S] int64: for each image [n] values of its visual tokens; -1 in other columns."""
+        out = torch.full_like(self.visual, -1, dtype=torch.long)
+        out[self.visual] = _joined(values).to(out.device)
+        return out
+
+    def of_images(self, values: Tensor, absent: int | bool) -> list[Tensor]:
+        """What holds of columns [B, S], for each image, on the CPU.
+
+        Args:
+            values: [B, S].
+            absent: what holds of visual tokens that the language model does not get.
+
+        Returns:
+            [n] over the visual tokens that the image would have without any pruning.
+        """
+        parts = values[self.visual].cpu().split([n for row in self.lengths for n in row])
+        return [
+            part.new_full((len(layout.labels),), absent).scatter(0, numbers, part)
+            for layout, numbers, part in zip(self.layouts, self.numbers, parts, strict=True)
+        ]
+
+    def _in_rows(self, values: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        """For each image, numbers within it as numbers within its row; of so many an image."""
+        out, left = list[Tensor](), zip(values, counts, strict=True)
+        for row in self.lengths:
+            before = 0
+            for own, count in islice(left, len(row)):
+                out.append(own + before)
+                before += count
+        return out
+
+
+def frames_of(layout: Layout, numbers: Tensor) -> Tensor:
+    """[k] int64 the frame of some of an item's visual tokens; zeros for what is no video.
+
+    Args:
+        layout: of the item.
+        numbers: [k] of the tokens. One that belongs to no patch goes with the frame before it.
+    """
+    if layout.kind != "video":
+        return torch.zeros_like(numbers)
+    crops = layout.crop.clamp(min=0).cummax(dim=0).values
+    return crops.to(numbers.device)[numbers]
+
+
+def _joined(values: Sequence[Tensor]) -> Tensor:
+    """[n] int64 of several; of none, too."""
+    return torch.cat([torch.zeros(0, dtype=torch.long), *values])
 
 
 def spans(visual: Tensor, lengths: list[int], kind: str) -> list[Span]:

@@ -15,8 +15,9 @@ from torch import Tensor
 from tiny import IMAGE, model, request
 from vlmprune import Vision, VlmpruneError
 from vlmprune.methods.bases.budgeted import Budgeted
+from vlmprune.pruner import Pruner
 from vlmprune.runtime.encoder import merging as library
-from vlmprune.views import EncoderView, Merge, Selection
+from vlmprune.views import EncoderView, LayerView, Merge, Retention, Selection
 from vlmprune.views.layout import Layout
 from zoo import ZOO
 
@@ -301,6 +302,15 @@ class First(Budgeted):
         )
 
 
+class Columns(Pruner):
+    """Keeps of each layer's cache the visual tokens at four columns of eight."""
+
+    def retain(self, layer: int, view: LayerView) -> Retention:
+        kept = torch.tensor([1, 0, 1, 0, 0, 1, 0, 1]).bool()
+        share = torch.ones(len(view.images))
+        return Retention(kept.expand(len(share), view.kv_heads, -1), share, share)
+
+
 def test_a_later_stage_sees_merged_features() -> None:
     built = model()
     req = request(built, [1, 1])
@@ -322,6 +332,12 @@ def test_a_later_stage_sees_merged_features() -> None:
     # Token 0 comes last by the first stage's wish, behind 4; whole has 4, 12, 0, 8.
     torch.testing.assert_close(rows[:2], whole[[0, 2]], rtol=1e-5, atol=1e-5)
     assert (rows[:2] - whole[[2, 0]]).abs().max() > 0.1
+
+    # A cut cache's report goes by what stands at the columns that were kept, in order.
+    report = run(built, Every(last=True) | Columns(), request(built, [2]).inputs)[2]
+    for layer in report.cut:
+        assert [[one.tolist() for one in head] for head in layer.kept] == [[[0, 4, 24, 28]]] * 2
+    assert report.cut
 
     # The other way round, a merge among what is left.
     report = run(built, First(keep=6) | Every(), req.inputs)[2]

@@ -1,4 +1,4 @@
-"""What of a request is kept: encode, choose, report; and what of its cache is to be cut."""
+"""What of a request is kept, and where it then stands: encode, choose, report."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from vlmprune.report import make
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.cache.ragged_layer import RaggedLayer
 from vlmprune.runtime.call.shorten import Prompt
-from vlmprune.runtime.decoder.cache_cut import CacheCut, row_lengths
+from vlmprune.runtime.decoder.cache_cut import row_lengths
 from vlmprune.runtime.encoder import acting, merging, question_state, relevance, semantic_tokens
 from vlmprune.runtime.encoder.encode import Encoded, encode
 from vlmprune.runtime.encoder.pruned import Pruned
 from vlmprune.runtime.encoder.visions import Vision
-from vlmprune.runtime.geometry import Geometry
+from vlmprune.runtime.geometry import Geometry, VisualColumns
 from vlmprune.views import Inside, Reads, Selection
 
 
@@ -301,10 +301,15 @@ def check_prompt(
     attachment.method.check_prompt(int(most[worst]), items[worst], heads, token_bytes)
 
 
-def cut_of(
-    attachment: Attachment, prompt: Prompt, short: Prompt, geometry: Geometry, kept: list[Tensor]
-) -> tuple[CacheCut, list[Tensor]]:
-    """The cut of a prompt's cache, and each row's numbers of the visual tokens that it has.
+def columns_of(
+    attachment: Attachment,
+    prompt: Prompt,
+    short: Prompt,
+    geometry: Geometry,
+    kept: list[Tensor],
+    pruned: dict[str, Pruned],
+) -> VisualColumns:
+    """The new visual tokens as the language model gets them.
 
     Args:
         attachment: of the method to the model.
@@ -312,22 +317,17 @@ def cut_of(
         short: its new columns.
         geometry: that of the items.
         kept: of each item.
+        pruned: encoder outputs by the name of the host's method.
     """
     visual = torch.zeros_like(prompt.mask, dtype=torch.bool)
     new = torch.stack([short.ids == token for token in attachment.tokens]).any(dim=0)
     visual[:, prompt.mask.shape[1] - short.mask.shape[1] :] = new & (short.mask != 0)
-    batch = prompt.mask.shape[0]
-    lengths: list[list[int]] = [[] for _ in range(batch)]
-    numbers: list[list[Tensor]] = [[torch.zeros(0, dtype=torch.long)] for _ in range(batch)]
-    before = [0] * batch
-    for item, stays in zip(geometry.items, kept, strict=True):
-        row = item.span.row
-        found = stays.nonzero()[:, 0].cpu()
-        lengths[row].append(len(found))
-        numbers[row].append(found + before[row])
-        before[row] += len(stays)
-    cut = CacheCut(attachment.method, prompt.mask, visual, lengths)
-    return cut, [torch.cat(parts) for parts in numbers]
+    numbers = [stays.nonzero()[:, 0].cpu() for stays in kept]
+    for number, medium in enumerate(attachment.family.media):
+        order = pruned[medium.method].order if medium.method in pruned else None
+        for i, places in zip(geometry.of(number), order or (), strict=bool(order)):
+            numbers[i] = numbers[i][places.cpu()]
+    return VisualColumns.of(geometry, visual, numbers)
 
 
 def _synchronize(tensor: Tensor) -> None:

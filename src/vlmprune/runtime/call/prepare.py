@@ -13,7 +13,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import caches, config, requests
 from vlmprune.hosts.requests import ALIGNED, LABELS, ModelCall
 from vlmprune.runtime.attachment import Attachment
-from vlmprune.runtime.call.choose import check_prompt, choose, cut_of
+from vlmprune.runtime.call.choose import check_prompt, choose, columns_of
 from vlmprune.runtime.call.shorten import (
     Prefix,
     Prompt,
@@ -24,9 +24,8 @@ from vlmprune.runtime.call.shorten import (
     stands_for,
 )
 from vlmprune.runtime.call.state import Active, Progress
-from vlmprune.runtime.decoder.dropping import Dropping
-from vlmprune.runtime.decoder.skipping import Skipping, frames_of
-from vlmprune.runtime.encoder.pruned import Pruned
+from vlmprune.runtime.decoder.cache_cut import CacheCut
+from vlmprune.runtime.decoder.missing_rows import MissingRows
 from vlmprune.runtime.encoder.relevance import Question
 from vlmprune.runtime.encoder.visions import Vision, gather
 from vlmprune.runtime.geometry import Geometry, geometry_of
@@ -183,12 +182,21 @@ def prepare(
         shift = shift + dropped.sum(dim=1)
     counts = tuple(before + len(geometry.of(number)) for number, before in enumerate(prefix.items))
     pixels = _pixels(attachment, brought, geometry, kept, set(pruned))
-    cut, numbers = None, list[Tensor]()
+    lacking = bool(attachment.asks or attachment.skips) and bool(geometry.items)
+    cut, numbers, drops = None, list[Tensor](), None
+    if cutting or lacking:
+        places = columns_of(attachment, prompt, short, geometry, kept, pruned)
     if cutting:
-        cut, numbers = cut_of(attachment, prompt, short, geometry, kept)
-    drops = None
-    if (attachment.asks or attachment.skips) and geometry.items:
-        drops = dropping_of(attachment, prompt, short, geometry, kept, pruned)
+        cut, numbers = CacheCut(attachment.method, prompt.mask, places), places.row_numbers
+    if lacking:
+        drops = MissingRows(
+            attachment.method.dropper,
+            attachment.asks,
+            attachment.skips,
+            attachment.decoder_positions,
+            prompt.mask != 0,
+            places,
+        )
     return Prepared(
         (known, cached),
         prompt,
@@ -324,51 +332,6 @@ def _new_items(
         # A processor that is given the whole conversation brings the earlier items again.
         out.append(dict(medium.new(attachment.model, call.given, before, columns)))
     return out
-
-
-def dropping_of(
-    attachment: Attachment,
-    prompt: Prompt,
-    short: Prompt,
-    geometry: Geometry,
-    kept: list[Tensor],
-    pruned: dict[str, Pruned],
-) -> Dropping:
-    """What a method may drop between decoder layers, or let skip some.
-
-    Args:
-        attachment: of the method to the model.
-        prompt: all columns, those of the cache included.
-        short: its new columns.
-        geometry: that of the items.
-        kept: of each item.
-        pruned: encoder outputs by the name of the host's method.
-    """
-    visual = torch.zeros_like(prompt.mask, dtype=torch.bool)
-    new = torch.stack([short.ids == token for token in attachment.tokens]).any(dim=0)
-    visual[:, prompt.mask.shape[1] - short.mask.shape[1] :] = new & (short.mask != 0)
-    lengths: list[list[int]] = [[] for _ in range(prompt.mask.shape[0])]
-    numbers = [stays.nonzero()[:, 0].cpu() for stays in kept]
-    for number, medium in enumerate(attachment.family.media):
-        order = pruned[medium.method].order if medium.method in pruned else None
-        for i, places in zip(geometry.of(number), order or (), strict=bool(order)):
-            numbers[i] = numbers[i][places.cpu()]
-    for item, found in zip(geometry.items, numbers, strict=True):
-        lengths[item.span.row].append(len(found))
-    dropped = Dropping(
-        attachment.method.dropper,
-        attachment.asks,
-        attachment.decoder_positions,
-        prompt.mask != 0,
-        visual,
-        lengths,
-        numbers,
-        geometry.lengths,
-    )
-    if not attachment.skips:
-        return dropped
-    frames = [frames_of(i.layout, n) for i, n in zip(geometry.items, numbers, strict=True)]
-    return Skipping(**vars(dropped), layers=attachment.skips, frames=frames)
 
 
 def _pixels(

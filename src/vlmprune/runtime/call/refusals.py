@@ -18,6 +18,7 @@ from vlmprune.hosts.requests import (
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.cache import gapped_layer
 from vlmprune.runtime.cache.ragged_cache import refusal
+from vlmprune.runtime.decoder.missing_rows import lacking
 
 
 def check_encoded(call: ModelCall) -> None:
@@ -93,7 +94,7 @@ def check_dropping(attachment: Attachment, call: ModelCall, setting: Settings) -
             f"{columns}; shorten it, or prune before the language model."
         )
     cache = call.cache
-    layers = attachment.skips or range(min(attachment.asks), len(decoder.decoder_layers(model)))
+    layers = lacking(attachment.asks, attachment.skips, len(decoder.decoder_layers(model)))
     why = None if cache is None else gapped_layer.refusal(cache, layers)
     if why is not None:
         raise VlmpruneError(f"{method} {why}")

@@ -31,7 +31,7 @@ from vlmprune.runtime.call.refusals import (
     check_generate,
 )
 from vlmprune.runtime.call.state import Active
-from vlmprune.runtime.decoder.skipping import Skipping, skipping_layers
+from vlmprune.runtime.decoder.row_pass import leaving_out
 from vlmprune.runtime.encoder import visions
 from vlmprune.runtime.encoder.visions import Vision
 from vlmprune.runtime.scope import active, outside, under
@@ -262,30 +262,16 @@ def _in_decoder(attachment: Attachment, state: Active, call: ModelCall) -> Itera
         dropping = None
     with (
         progress.following(attachment, state, call),
-        skipping_layers(attachment.model, dropping, cache, call.states_wanted),
+        leaving_out(attachment.model, dropping, cache, call.states_wanted),
         _cutting(attachment, state, cache),
     ):
         yield
     if dropping is None or dropping.done:
         return
     dropping.done = True
-    if state.report is None:
-        return
-    model, stages = attachment.model, dropping.stages()
-    rows = [len(row) for row in dropping.lengths]
-    positions: str = attachment.decoder_positions
-    if isinstance(dropping, Skipping):
-        if attachment.method.shortens:
-            positions = attachment.positions
-        attachment.report = state.report = state.report.with_skips(
-            model.config, stages, rows, model.dtype, positions, dropping.seconds
-        )
-    elif stages:
-        if attachment.method.shortens and positions != attachment.positions:
-            positions = f"{attachment.positions}, inside the language model {positions}"
-        attachment.report = state.report = state.report.with_rows(
-            model.config, stages, rows, model.dtype, positions, dropping.seconds, dropping.members()
-        )
+    if state.report is not None:
+        before = attachment.positions if attachment.method.shortens else ""
+        attachment.report = state.report = dropping.reported(state.report, attachment.model, before)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from vlmprune.hosts.generation import WholePrompt
 from vlmprune.hosts.requests import FORWARD, ModelCall
 from vlmprune.report import Report
 from vlmprune.runtime.decoder.cache_cut import CacheCut
-from vlmprune.runtime.decoder.dropping import Dropping
+from vlmprune.runtime.decoder.missing_rows import MissingRows
 from vlmprune.runtime.encoder.pruned import Pruned
 from vlmprune.runtime.scope import Scope
 
@@ -97,7 +97,7 @@ class Active(Scope):
         rows: of the forward that is under way; None before the first.
         numbers: for each row, the number of each kept visual token among all that it brought.
         columns: of the prompt, those of the cache included.
-        dropping: what is to be dropped between decoder layers; None for nothing.
+        dropping: the rows that decoder layers are to lack; None for none.
         report: of the call so far; the attachment's may be another thread's by now.
         progress: how far it has come at the host.
         whole: the prompt as the user gave it, for what `generate` shows it to.
@@ -113,7 +113,7 @@ class Active(Scope):
     batch: int = 1
     rows: int | None = None
     columns: int = 0
-    dropping: Dropping | None = None
+    dropping: MissingRows | None = None
     report: Report | None = None
     progress: Progress = field(default_factory=Progress)
     whole: WholePrompt | None = None

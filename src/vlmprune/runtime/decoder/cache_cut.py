@@ -7,7 +7,6 @@ among what is kept.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +22,9 @@ from vlmprune.report import LayerReport
 from vlmprune.runtime.attention import ragged
 from vlmprune.runtime.attention.ragged_tokens import Ragged
 from vlmprune.runtime.cache.ragged_layer import RaggedGuest, RaggedLayer
+from vlmprune.runtime.decoder.rows import visual_places
+from vlmprune.runtime.decoder.timer import Timer
+from vlmprune.runtime.geometry import VisualColumns
 from vlmprune.views import LayerView, Probes, Retention
 
 # Numbers of keys that are scored at once.
@@ -55,33 +57,23 @@ class CacheCut:
         done: whether the prompt is complete.
     """
 
-    def __init__(
-        self, method: Method, mask: Tensor, visual: Tensor, lengths: Sequence[Sequence[int]]
-    ) -> None:
+    def __init__(self, method: Method, mask: Tensor, visual: VisualColumns) -> None:
         """Prepare the cut of a prompt.
 
         Args:
             method: decides what each layer keeps.
             mask: [B, S] columns of the prompt, those that a cache holds included; 0 is padding.
-            visual: [B, S] bool; the visual tokens that came with this prompt.
-            lengths: visual tokens of each new image, row by row.
+            visual: the visual tokens that came with this prompt.
         """
         self.method, self.mask, self.columns = method, mask != 0, mask.shape[1]
         self.layers: list[LayerReport] = []
         self.seconds = 0.0
         self.done = False
         device = mask.device
-        longest = max((sum(row) for row in lengths), default=0)
         # Columns of the visual tokens first, in order; where a row has fewer, anything.
-        order = visual.sort(dim=1, descending=True, stable=True).indices
-        self.places = order[:, :longest]
-        flat = [[i for i, n in enumerate(row) for _ in range(n)] for row in lengths]
-        padded = [row + [-1] * (longest - len(row)) for row in flat]
-        self.images = torch.tensor(padded, dtype=torch.long, device=device).view(len(flat), longest)
-        most = max((len(row) for row in lengths), default=0)
-        counts = [[*row, *[0] * (most - len(row))] for row in lengths]
-        self.counts = torch.tensor(counts, dtype=torch.long, device=device).view(len(counts), most)
-        self.visual = visual
+        self.places, _ = visual_places(visual.visual, visual.longest)
+        self.images = visual.images.gather(1, self.places)
+        self.counts, self.visual = visual.counts, visual.visual
         # The last real columns, the window, newest first; -1 where a row has fewer.
         rank = self.mask.flip(1).cumsum(dim=1).flip(1)
         columns = torch.arange(self.columns, device=device)
@@ -132,46 +124,41 @@ class CacheCut:
                 f"{self.method!r} chooses among all tokens of a prompt, which comes in parts here; "
                 "leave out prefill_chunk_size."
             )
-        begin = _now(query)
-        self._choice = choice = self._choose(guest, query, scale, mask)
-        chosen = None
-        if choice.found is not None and not choice.whole:
+        with Timer(self, query):
+            self._choice = choice = self._choose(guest, query, scale, mask)
+            if choice.found is None or choice.whole:
+                return None
             columns = self._columns(choice.kept, query.shape[0] // self.mask.shape[0])
             # What any head keeps takes part.
-            chosen = columns[:, :, guest.layer.start :].any(dim=1).to(query.device)
-        self.seconds += _now(query) - begin
-        return chosen
+            return columns[:, :, guest.layer.start :].any(dim=1).to(query.device)
 
     @torch.no_grad()
     def cut(self, guest: RaggedGuest, query: Tensor, scale: float) -> None:
         """Cut the layer to what the method keeps."""
         layer = guest.layer
         self.reached.note(layer.index, layer)
-        begin = _now(query)
-        times = query.shape[0] // self.mask.shape[0]
-        dense = self._nbytes(layer)
-        choice, self._choice = self._choice, None
-        choice = choice or self._choose(guest, query, scale)
-        kept, found = choice.kept, choice.found
-        if found is not None:
-            if not choice.whole:
-                self._store(guest, kept, times)
-            self.layers.append(
-                LayerReport(
-                    index=layer.index,
-                    gamma=self._of_rows(found.gamma[::times]),
-                    retention=self._of_rows(found.rate[::times]),
-                    mask=kept[::times],
-                    images=self.images,
-                    bytes_before=dense,
-                    bytes_after=self._nbytes(layer),
-                    kv_bytes=int(kept[::times].sum()) * choice.view.token_bytes,
-                    flops_saved=0.0
-                    if self.probes is None
-                    else self._saved(kept[::times], query, guest),
+        with Timer(self, query):
+            times = query.shape[0] // self.mask.shape[0]
+            dense = self._nbytes(layer)
+            choice, self._choice = self._choice, None
+            choice = choice or self._choose(guest, query, scale)
+            kept, found = choice.kept, choice.found
+            if found is not None:
+                if not choice.whole:
+                    self._store(guest, kept, times)
+                self.layers.append(
+                    LayerReport(
+                        index=layer.index,
+                        gamma=self._of_rows(found.gamma[::times]),
+                        retention=self._of_rows(found.rate[::times]),
+                        mask=kept[::times],
+                        images=self.images,
+                        bytes_before=dense,
+                        bytes_after=self._nbytes(layer),
+                        kv_bytes=int(kept[::times].sum()) * choice.view.token_bytes,
+                        flops_saved=self._saved(kept[::times], query, layer),
+                    )
                 )
-            )
-        self.seconds += _now(query) - begin
 
     def _choose(
         self, guest: RaggedGuest, query: Tensor, scale: float, mask: Any = None
@@ -363,10 +350,3 @@ def row_lengths(prefix: Ragged) -> Tensor:
 
 def _repeat(tensor: Tensor, times: int) -> Tensor:
     return tensor if times == 1 else tensor.repeat_interleave(times, dim=0)
-
-
-def _now(tensor: Tensor) -> float:
-    """The time, once the tensor's device has done what it was given."""
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
-    return time.perf_counter()

@@ -1,4 +1,4 @@
-"""Whether a model's decoder can be followed where a method drops rows between its layers."""
+"""Whether a model's decoder can be followed where a method leaves rows out of its layers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from vlmprune.hosts import config, decoder, families
 from vlmprune.hosts.attention import attention_of
 from vlmprune.hosts.families import Family
 from vlmprune.method import Method
+from vlmprune.runtime.decoder.missing_rows import lacking
 from vlmprune.views import Ask
 
 
@@ -23,30 +24,44 @@ def resolve_positions(model: Any, family: Family, method: Method) -> Literal["co
     return families.advised_positions(model) or method.dropper.released
 
 
-def asked(model: Any, family: Family, method: Method) -> Mapping[int, Ask]:
-    """What a method wants to see, by layer, once it is sure that the model can be followed.
+def missing(
+    model: Any, family: Family, method: Method
+) -> tuple[Mapping[int, Ask], tuple[int, ...]]:
+    """What a method wants to see where tokens leave, by layer, and the layers that they may skip.
 
     Raises:
-        VlmpruneError: it cannot; one sentence says why.
+        VlmpruneError: the model cannot be followed there; one sentence says why.
     """
     layers = decoder.decoder_layers(model)
-    asks = method.dropper.asks(len(layers))
-    name = type(model).__name__
-    for index in asks:
-        if not 0 < index < len(layers):
-            raise VlmpruneError(
-                f"{method!r} would drop tokens before decoder layer {index}, and {name} has "
-                f"layers 1 to {len(layers) - 1} to drop before."
-            )
-    if not asks:
-        return asks
-    kinds = config.layer_kinds(model.config)[min(asks) :]
-    odd = next((kind for kind in kinds if kind not in decoder.ATTENDING), None)
-    if odd is not None:
+    depth, name = len(layers), type(model).__name__
+    if method.drops and method.routes:
         raise VlmpruneError(
-            f"{name} has layers of {odd.replace('_', ' ')}, behind which {method!r} cannot drop "
-            "tokens; prune before the language model."
+            f"{method!r} has both `drop` and `route`, and tokens either leave for good or skip "
+            "layers; let it have one of them."
         )
+    asks = method.dropper.asks(depth) if method.drops else {}
+    skips = tuple(method.dropper.skips(depth)) if method.routes else ()
+    does = "let tokens skip" if method.routes else "drop tokens before"
+    for index in (*asks, *skips):
+        if not 0 < index < depth:
+            raise VlmpruneError(
+                f"{method!r} would {does} decoder layer {index}, and {name} has layers 1 to "
+                f"{depth - 1} for that."
+            )
+    kinds = config.layer_kinds(model.config)
+    for index in lacking(asks, skips, depth):
+        if kinds[index] not in decoder.ATTENDING:
+            raise VlmpruneError(
+                f"decoder layer {index} of {name} has {kinds[index].replace('_', ' ')}, whose "
+                f"state every token passes through, so {method!r} cannot leave tokens out of it; "
+                "prune before the language model."
+            )
+        if not decoder.takes_angles(layers[index]):
+            raise VlmpruneError(
+                f"the decoder layers of {name} do not take rotary angles from outside, so "
+                f"{method!r} cannot give them those of the tokens that reach them; prune before "
+                "the language model."
+            )
     try:
         for index, ask in asks.items():
             if ask.attention == "own":
@@ -55,15 +70,10 @@ def asked(model: Any, family: Family, method: Method) -> Mapping[int, Ask]:
                 attention_of(layers[index - 1])
     except LookupError as error:
         raise VlmpruneError(f"{error}; prune before the language model.") from error
-    if not decoder.takes_angles(layers[min(asks)]):
-        raise VlmpruneError(
-            f"the decoder layers of {name} do not take rotary angles from outside, so {method!r} "
-            "cannot give them those of the tokens that go on; prune before the language model."
-        )
     compact = resolve_positions(model, family, method) == "compact"
-    if compact and not decoder.rotary_modules(model):
+    if asks and compact and not decoder.rotary_modules(model):
         raise VlmpruneError(
             f"{name} has no module that makes rotary angles, so tokens cannot be renumbered "
             "inside it; use positions='original'."
         )
-    return asks
+    return asks, skips

@@ -5,7 +5,6 @@ Imports no library but torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -192,16 +191,3 @@ def image_counts(images: Tensor, count: int) -> Tensor:
     out = torch.zeros(len(images), count + 1, dtype=torch.long, device=images.device)
     out.scatter_add_(1, images + 1, torch.ones_like(images))
     return out[:, 1:]
-
-
-def images_of(visual: Tensor, lengths: Sequence[Sequence[int]]) -> Tensor:
-    """[B, L] image of each visual token within its row, -1 for others.
-
-    Args:
-        visual: [B, L] bool.
-        lengths: visual tokens of each image, row by row.
-    """
-    flat = [i for row in lengths for i, n in enumerate(row) for _ in range(n)]
-    out = torch.full_like(visual, -1, dtype=torch.long)
-    out[visual] = torch.tensor(flat, dtype=torch.long, device=visual.device)
-    return out

@@ -1,97 +1,17 @@
-"""One prompt under a method that drops rows between decoder layers: what it sees, what it chose."""
+"""The rows of one prompt while a forward runs over it: what a method sees, and which it keeps."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.method import Method
 from vlmprune.runtime.decoder import rows as ops
+from vlmprune.runtime.decoder.missing_rows import MissingRows
 from vlmprune.runtime.decoder.rows import Going
-from vlmprune.views import Ask, Rows, RowView
-
-
-@dataclass
-class Dropping:
-    """A prompt whose visual tokens a method drops on the way through the decoder.
-
-    Attributes:
-        method: decides what goes on.
-        asks: what it wants to see, by layer.
-        positions: whether later layers renumber what goes on.
-        real: [B, S] bool; columns of the prompt, those of a cache included, that are no padding.
-        visual: [B, S] bool; the visual tokens that came with this prompt.
-        lengths: visual tokens of each new image, row by row.
-        numbers: for each new image, [n] the number of each of its visual tokens among those that
-            it would have without any pruning.
-        totals: for each new image, how many those are.
-        kept: by layer at whose input rows were dropped, [B, S] bool; visual tokens that went on.
-        into: by the same layers, where something was merged, [B, S] int64; the column that each
-            visual token which did not go on went into, -1 for none.
-        seconds: time that scores and choice took.
-        done: whether the prompt is through.
-    """
-
-    method: Method
-    asks: Mapping[int, Ask]
-    positions: Literal["compact", "original"]
-    real: Tensor
-    visual: Tensor
-    lengths: Sequence[Sequence[int]]
-    numbers: Sequence[Tensor]
-    totals: Sequence[int]
-    kept: dict[int, Tensor] = field(default_factory=dict)
-    into: dict[int, Tensor] = field(default_factory=dict)
-    seconds: float = 0.0
-    done: bool = False
-
-    def stages(self) -> dict[int, list[Tensor]]:
-        """By layer before which tokens were dropped, for each image which of them went on.
-
-        Returns:
-            [n] bools over the visual tokens that the image would have without any pruning.
-        """
-        out: dict[int, list[Tensor]] = {}
-        for layer, kept in self.kept.items():
-            goes = kept[self.visual].cpu()
-            out[layer] = []
-            lengths = [n for row in self.lengths for n in row]
-            for numbers, part in zip(self.numbers, goes.split(lengths), strict=True):
-                mask = torch.zeros(self.totals[len(out[layer])], dtype=torch.bool)
-                mask[numbers] = part
-                out[layer].append(mask)
-        return out
-
-    def members(self) -> list[Tensor]:
-        """For each image where its visual tokens are in the end, as `Report.members` has it.
-
-        Returns:
-            [n] int64 over the visual tokens that the image would have without any pruning; no
-            tensors where nothing was merged.
-        """
-        if not self.into:
-            return []
-        columns = torch.arange(self.visual.shape[1], device=self.visual.device)
-        now = columns.expand(self.visual.shape)
-        for layer in sorted(self.kept):
-            into = self.into.get(layer)
-            step = torch.where(self.kept[layer], columns, -1 if into is None else into)
-            now = torch.where(now >= 0, step.gather(1, now.clamp(min=0)), -1)
-        number = torch.full_like(now, -1)
-        number[self.visual] = torch.cat(list(self.numbers)).to(number.device)
-        found = torch.where(now >= 0, number.gather(1, now.clamp(min=0)), -1)[self.visual].cpu()
-        out = []
-        lengths = [n for row in self.lengths for n in row]
-        parts = found.split(lengths)
-        for numbers, part, total in zip(self.numbers, parts, self.totals, strict=True):
-            out.append(torch.full((total,), -1).scatter(0, numbers.cpu(), part))
-        return out
+from vlmprune.views import Ask, FrameView, Routed, Rows, RowView
 
 
 class PromptRows:
@@ -103,31 +23,29 @@ class PromptRows:
         rate: [B, X] bool; the text tokens whose attention counts; None before they are known.
     """
 
-    def __init__(self, dropping: Dropping, batch: int, length: int, start: int) -> None:
+    def __init__(self, missing: MissingRows, batch: int, length: int, start: int) -> None:
         """Prepare a forward.
 
         Args:
-            dropping: the prompt.
+            missing: the prompt.
             batch: rows of the forward, a multiple of the prompt's.
             length: its columns.
             start: columns that a cache holds before them.
         """
-        self.dropping, self.length, self.start = dropping, length, start
-        columns = dropping.real.shape[1] - start
+        self.missing, self.length, self.start = missing, length, start
+        columns = missing.real.shape[1] - start
         if not 0 < columns <= length:
             raise VlmpruneError(
-                f"a prompt of {columns} new columns came in parts, of which {dropping.method!r} "
+                f"a prompt of {columns} new columns came in parts, of which {missing.method!r} "
                 "cannot make a choice; pass it whole."
             )
-        self.times = batch // dropping.real.shape[0]
-        self.real = self.aligned(dropping.real, True)
-        images = self.aligned(ops.images_of(dropping.visual, dropping.lengths), -1)
-        self.images = images
+        self.times = batch // missing.real.shape[0]
+        self.real = self.aligned(missing.real, True)
+        self.images = images = self.aligned(missing.visual.images, -1)
         self.prompt = self.real.clone()
         self.prompt[:, columns:] = False
-        most = max((len(row) for row in dropping.lengths), default=0)
-        self.before = ops.image_counts(images, most)
-        self.longest = max(sum(row) for row in dropping.lengths)
+        self.before = missing.visual.counts.repeat_interleave(self.times, dim=0)
+        self.longest = missing.visual.longest
         at = torch.arange(length, device=images.device)
         first = torch.where(images >= 0, at, length).amin(dim=1, keepdim=True)
         self.after = at > first
@@ -180,11 +98,14 @@ class PromptRows:
         own = (self.source == self.last) & self.reach
         return own.long().argmax(dim=1, keepdim=True), own.any(dim=1, keepdim=True)
 
-    def view(self, hidden: Tensor, attention: Tensor | None, keys: Tensor | None) -> RowView:
-        """What the method sees.
+    def view(
+        self, hidden: Tensor, depth: int, attention: Tensor | None, keys: Tensor | None
+    ) -> RowView:
+        """What a method sees where tokens may leave.
 
         Args:
             hidden: [B, R, D] states of the present rows.
+            depth: number of decoder layers.
             attention: [B, R] that they receive, or None.
             keys: [B, H, R, D] or None.
         """
@@ -207,9 +128,14 @@ class PromptRows:
             else attention.gather(1, places).masked_fill(~there, 0.0),
             keys=None if flat is None else ops.gather_rows(flat, places),
             text_keys=None if flat is None else ops.gather_rows(flat, words),
+            depth=depth,
         )
 
-    def apply(self, layer: int, found: Rows | None, hidden: Tensor) -> tuple[Tensor, bool]:
+    def frame_view(self, hidden: Tensor) -> FrameView:
+        """What a method sees of states [B, L, D] where tokens may skip a layer."""
+        return FrameView(ops.gather_rows(hidden, self.frames.places), *self.frames.numbers)
+
+    def leave(self, layer: int, found: Rows | None, hidden: Tensor) -> tuple[Tensor, bool]:
         """Let go on what a method keeps.
 
         Args:
@@ -227,27 +153,79 @@ class PromptRows:
         kept = found.kept.to(places.device) & there
         # What makes the first new token must go all the way.
         kept |= there & (self.source == self.last).gather(1, places)
-        keep = self.reach.clone()
-        keep.scatter_(1, places, torch.where(there, kept, keep.gather(1, places)))
         if found.states is not None:
             hidden = _replaced(hidden, places, kept, found.states)
-        if found.last is None and bool((keep == self.reach).all()):
+        packed = self._packed(places, there, kept, anew=found.last is not None)
+        if packed is None:
             return hidden, False
-        columns = self.source.gather(1, places)
-        slot = self.source if self.going is None else self.going.slot
-        going, order = ops.pack(self.source, slot, keep, self.length)
+        going, order = packed
         if found.last is not None:
-            last = torch.zeros_like(keep)
+            last = torch.zeros_like(self.reach)
             last.scatter_(1, places, found.last.to(places.device) & kept)
             images = images.gather(1, order).masked_fill(~going.real, -1)
             moved = ops.behind(images, last.gather(1, order) & going.real)
             going, order = going.moved(moved, self.length), order.gather(1, moved)
-        self.going = going
-        if not self.dropping.done:
-            self.dropping.kept[layer] = self.reached(going)
-            if found.members is not None:
-                self.dropping.into[layer] = self._joined(columns, found.members, there)
+        columns = self.source.gather(1, places)
+        self._go(layer, going)
+        if found.members is not None and not self.missing.done:
+            self.missing.into[layer] = self._joined(columns, found.members, there)
         return ops.gather_rows(hidden, order), True
+
+    def skip(self, layer: int, found: Routed, hidden: Tensor) -> tuple[Tensor, Tensor | None, bool]:
+        """Let a layer work on what a method keeps; all rows are there before it, and after.
+
+        Args:
+            layer: which.
+            found: the method's choice.
+            hidden: [B, L, D] states of all rows.
+
+        Returns:
+            The states of the rows that it works on; [B, R] factors of what it adds to them, not a
+            number for text, or None for 1 everywhere; and whether they are not all rows.
+        """
+        frames = self.frames
+        kept = found.kept.to(self.real.device) & frames.there
+        weight = None if found.weight is None else frames.of_columns(found.weight)
+        packed = self._packed(frames.places, frames.there, kept)
+        if packed is None:
+            return hidden, weight, False
+        going, order = packed
+        self._go(layer, going)
+        if weight is not None:
+            weight = weight.gather(1, order.to(weight.device))
+        return ops.gather_rows(hidden, order), weight, True
+
+    @cached_property
+    def frames(self) -> FrameColumns:
+        """The visual tokens by frame, the same for all layers."""
+        return FrameColumns(self.aligned(self.missing.visual.frames, -1), self.longest)
+
+    def _packed(
+        self, places: Tensor, there: Tensor, kept: Tensor, anew: bool = False
+    ) -> tuple[Going, Tensor] | None:
+        """The rows of which a method keeps the visual tokens `kept`, as `ops.pack` returns them.
+
+        Args:
+            places: [B, V] present rows of the visual tokens, where `there`.
+            there: [B, V] bool.
+            kept: [B, V] bool.
+            anew: whether they are wanted where none goes, too.
+
+        Returns:
+            None where none goes.
+        """
+        keep = self.reach.gather(1, places)
+        keep = self.reach.scatter(1, places, torch.where(there, kept, keep))
+        if not anew and bool((keep == self.reach).all()):
+            return None
+        slot = self.source if self.going is None else self.going.slot
+        return ops.pack(self.source, slot, keep, self.length)
+
+    def _go(self, layer: int, going: Going) -> None:
+        """Note the rows that a layer works on."""
+        self.going = going
+        if not self.missing.done:
+            self.missing.kept[layer] = self._reached(going)
 
     def renumbered(self, positions: Tensor, compact: bool) -> tuple[Tensor, Tensor | None]:
         """Positions of the rows of the present layer.
@@ -274,12 +252,12 @@ class PromptRows:
         ]
         return new, ends[0] - ends[1]
 
-    def reached(self, going: Going) -> Tensor:
+    def _reached(self, going: Going) -> Tensor:
         """[B, S] bool; visual tokens among the columns of the prompt that go on."""
         reached = torch.zeros(self.real.numel(), dtype=torch.bool, device=self.real.device)
         reached[going.flat] = True
         reached = reached.view(self.real.shape) & (self.images >= 0)
-        columns = self.dropping.real.shape[1] - self.start
+        columns = self.missing.real.shape[1] - self.start
         return nn.functional.pad(reached[:, :columns], (self.start, 0))[:: self.times]
 
     def _joined(self, columns: Tensor, members: Tensor, there: Tensor) -> Tensor:
@@ -296,8 +274,40 @@ class PromptRows:
         # One more column at the end takes what is no visual token.
         into = torch.full((len(columns), self.length + 1), -1, device=columns.device)
         into.scatter_(1, torch.where(there, columns, self.length), target)
-        new = self.dropping.real.shape[1] - self.start
+        new = self.missing.real.shape[1] - self.start
         return nn.functional.pad(into[:, :new], (self.start, 0), value=-1)[:: self.times]
+
+
+class FrameColumns:
+    """The visual tokens of a forward by frame.
+
+    Attributes:
+        places: [B, V] int64 columns of each sample's visual tokens, then of others.
+        there: [B, V] bool; which of them are visual tokens.
+        numbers: [B, V] int64 their frames, -1 where not `there`; and [B, F] int64 how many each
+            frame has.
+    """
+
+    def __init__(self, frames: Tensor, longest: int) -> None:
+        """Sort them.
+
+        Args:
+            frames: [B, L] int64 frame of each column, -1 where it is no visual token.
+            longest: the largest number of visual tokens of a row.
+        """
+        self.places, self.there = ops.visual_places(frames >= 0, longest)
+        found = frames.gather(1, self.places)
+        self.numbers = found, ops.image_counts(found, int(frames.max()) + 1)
+        self.shape = frames.shape
+
+    def of_columns(self, weight: Tensor) -> Tensor:
+        """[B, L] weights of all columns, from those [B, V] of the visual tokens.
+
+        Text has not a number, which is told apart from every weight and never enters a sum.
+        """
+        there, places = self.there.to(weight.device), self.places.to(weight.device)
+        text = weight.new_full(self.shape, torch.nan)
+        return text.scatter(1, places, torch.where(there, weight, torch.nan))
 
 
 def _replaced(hidden: Tensor, places: Tensor, kept: Tensor, states: Tensor) -> Tensor:
@@ -307,23 +317,3 @@ def _replaced(hidden: Tensor, places: Tensor, kept: Tensor, states: Tensor) -> T
     at = torch.arange(places.shape[1], device=places.device) + count
     rows.scatter_(1, places, torch.where(kept, at, places))
     return ops.gather_rows(torch.cat((hidden, states.to(hidden)), dim=1), rows)
-
-
-class Timer:
-    """Adds up the time that a block takes on a device."""
-
-    def __init__(self, dropping: Dropping, like: Tensor) -> None:
-        self.dropping, self.like = dropping, like
-
-    def __enter__(self) -> None:
-        _synchronize(self.like)
-        self.begin = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        _synchronize(self.like)
-        self.dropping.seconds += time.perf_counter() - self.begin
-
-
-def _synchronize(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)

@@ -17,7 +17,7 @@ from stock import CACHE, cache_of
 from tiny import Request, request
 from vlmprune import PLPHP, VisPruner, VlmpruneError
 from vlmprune.methods import FastV
-from vlmprune.views import FrameView, Routed
+from vlmprune.views import Ask, FrameView, Routed, Rows, RowView
 
 
 @torch.no_grad()
@@ -73,6 +73,16 @@ def refusals(built: Any, req: Request, more: Mapping[str, Any], match: str) -> N
         generate(built, req.inputs, **more)
 
 
+class Both(Sieve):
+    """Drops tokens, and lets them skip layers."""
+
+    def asks(self, depth: int) -> Mapping[int, Ask]:
+        return {2: Ask()}
+
+    def drop(self, layer: int, view: RowView) -> Rows:
+        return Rows(view.images >= 0)
+
+
 def test_refusals() -> None:
     built = deep()
     req = request(built, [1])
@@ -87,6 +97,8 @@ def test_refusals() -> None:
     ):
         with pytest.raises(VlmpruneError, match=match):
             chained[0] | chained[1]
+    with pytest.raises(VlmpruneError, match=r"Both\(.* has both `drop` and `route`"):
+        Both().attach(built)
     static = StaticCache(config=built.config, max_cache_len=64)
     with Sieve()(built):
         refusals(built, req, {CACHE: static}, "cannot leave columns out of a Static")

@@ -16,8 +16,7 @@ from stock import CACHE, cache_of
 from tiny import IMAGE, Request, request
 from vlmprune import VisPruner
 from vlmprune.runtime.cache.gapped_layer import GappedLayer
-from vlmprune.runtime.decoder.skipping import frames_of
-from vlmprune.views.layout import Layout
+from vlmprune.runtime.geometry import frames_of
 from zoo import ZOO
 
 pytestmark = pytest.mark.oracle
@@ -258,16 +257,6 @@ def test_beams() -> None:
     plain = generate(built, req.inputs, **more)
     assert torch.equal(kept.sequences, again.sequences)
     assert distance(kept, again) < TOLERANCE < DIFFERENT < distance(kept, plain)
-
-
-def test_frames_of_a_layout() -> None:
-    labels = torch.tensor([0, 1, -1, 4, 5, -1, 8, -1])
-    assert frames_of(Layout(labels, 3, (2, 2), kind="video"), torch.arange(8)).tolist() == [
-        *[0, 0, 0, 1, 1, 1, 2, 2]
-    ]
-    some = torch.tensor([1, 3, 7])
-    assert frames_of(Layout(labels, 3, (2, 2), kind="video"), some).tolist() == [0, 1, 2]
-    assert frames_of(Layout(labels, 3, (2, 2)), some).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("name", ["llava_next_video", "qwen2_5_vl", "gemma3"])
