@@ -258,6 +258,7 @@ def test_what_a_method_sees(attention: str, side: str) -> None:
             wanted = plain[columns].view(-1, 2, 2, 4).pow(2).sum(2)
             assert torch.allclose(norm, wanted, atol=1e-4)
     assert pruner.embedded is not None and pruner.embedded.attention is None
+    assert [view.depth for view in (pruner.embedded, *pruner.views.values())] == [5] * 4
 
 
 @torch.no_grad()

@@ -48,11 +48,13 @@ def missing(
                 f"{method!r} would {does} decoder layer {index}, and {name} has layers 1 to "
                 f"{depth - 1} for that."
             )
-    kinds = config.layer_kinds(model.config)
+    # Layers that the config does not know are told while the prompt runs.
+    kinds = dict(enumerate(config.layer_kinds(model.config)))
     for index in lacking(asks, skips, depth):
-        if kinds[index] not in decoder.ATTENDING:
+        kind = kinds.get(index, decoder.FULL)
+        if kind not in decoder.ATTENDING:
             raise VlmpruneError(
-                f"decoder layer {index} of {name} has {kinds[index].replace('_', ' ')}, whose "
+                f"decoder layer {index} of {name} has {kind.replace('_', ' ')}, whose "
                 f"state every token passes through, so {method!r} cannot leave tokens out of it; "
                 "prune before the language model."
             )
