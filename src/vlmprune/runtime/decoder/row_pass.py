@@ -102,7 +102,6 @@ class Pass:
         self.reached.note(index, layer)
         given = hidden = call.hidden
         start = caches.length_of(call.cache, index)
-        self.skipped = None
         if self.missing is not None:
             hidden = self._present(self.missing, index, layer, call, start)
             self._watch(self.missing, index, layer)
@@ -124,7 +123,7 @@ class Pass:
             return None
         if watched is not None and not watched.called:
             raise broken(layer, "it does not attend through the attention registry")
-        going, skipped = self.arguments.going, self.skipped
+        going, (skipped, self.skipped) = self.arguments.going, (self.skipped, None)
         back = skipped is not None or index == self.last or self.whole(index)
         if not back or (going is None and (skipped is None or skipped.weight is None)):
             return None
