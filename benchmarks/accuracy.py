@@ -1,49 +1,46 @@
 """Accuracy of every method at five budgets, on the embedded model's held-out scenes.
 
-    python benchmarks/accuracy.py                      # what is missing or stale, then the page
-    python benchmarks/accuracy.py --only fastv,random  # of these methods alone
-    python benchmarks/accuracy.py --render             # the page alone, from the JSON
+    python benchmarks/accuracy.py                              # what is missing
+    python benchmarks/accuracy.py --only fastv,random --again  # these methods alone, anew
 
 Each row (a method with its settings at one budget) is written to the JSON as soon as it is done, so
-that a run that was killed goes on with the next. A row is made anew when the method's code has
-changed since (see `definitions.py`), or its settings, or the pictures and questions. The tables go
-into docs/results.md between its markers.
+that a run that was killed goes on with the next. A row is made anew when its settings, its weights,
+or the model, pictures and questions have changed since; whoever changes the code of a method asks
+for its rows `--again`. `render.py` writes the tables.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from vlmprune.learned import Learned
+from rich.progress import Progress
 
-from accuracy_tables import BUDGETS, page
-from definitions import fingerprint
-from encoded_once import encoded_once
-from vlmprune import METHODS, embedded, files
+from accuracy_tables import BUDGETS
+from pages import RESULTS
+from program import command, refuse
+from vlmprune import METHODS, embedded
+from vlmprune.io import outputs
 from vlmprune.io.models import Loaded, quiet
+from vlmprune.methods.bases.learned import Learned
 from vlmprune.methods.pyramiddrop import PyramidDrop
 from vlmprune.pruner import Pruner
+from vlmprune.runtime.encoder.visions import Vision
+from vlmprune.study import measure as measured
 from vlmprune.study.evals.results import UNPRUNED, Evaluation
 from vlmprune.study.evals.run import BATCH, evaluate, model_name
 from vlmprune.study.tasks import Scenes
 from vlmprune.study.tasks.scorers import same_parts
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "accuracy.json"
-PAGE = ROOT / "docs" / "results.md"
-
+FILE = RESULTS / "accuracy.json"
 BETWEEN = (0.85, 0.7, 0.6, 0.42, 0.28)
 """Further budgets of the random control, for methods that keep more than their own budget."""
 SEEDS = (0, 1, 2)
@@ -58,7 +55,7 @@ def keep(budget: float) -> dict[str, Any]:
 
 
 def spread(r: float) -> float:
-    """PLPHP's dr for a rate, as in `retention.py`."""
+    """PLPHP's dr for a rate: three quarters of the way to 0 or 1, as the default is at r=0.4."""
     return round(min(0.3, 0.75 * r, 0.75 * (1 - r)), 4)
 
 
@@ -68,7 +65,7 @@ def whole_rows(budget: float) -> dict[str, Any] | None:
 
 
 def rates(**more: Any) -> Settings:
-    """PLPHP's at a mean rate, with thresholds calibrated by `retention.py` for that window."""
+    """PLPHP's at a mean rate, with thresholds calibrated on validation scenes for its window."""
     return lambda budget: {"r": budget, "dr": spread(budget), **more}
 
 
@@ -213,12 +210,12 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, found: Mapping[str, Any]) -> None:
-    """Replace the file at once, so that a kill leaves the old or the new one; a row a line."""
+    """Write the file at once, so that a kill leaves the old or the new one; a row a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     head = {name: value for name, value in found.items() if name != "rows"}
     lines = ",\n".join(json.dumps(row) for row in found["rows"])
     text = json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + lines + "\n]\n}\n"
-    files.write(path, text)
+    outputs.write(path, text)
 
 
 def figures(evaluations: list[Evaluation]) -> dict[str, Any]:
@@ -241,98 +238,81 @@ def figures(evaluations: list[Evaluation]) -> dict[str, Any]:
     }
 
 
-def measure(path: Path, rows: list[Row], batch: int, again: bool) -> dict[str, Any]:
+def planned_now(found: Mapping[str, Any], rows: list[Row]) -> dict[str, Any]:
+    """What was measured, with those rows alone that are planned, in their order."""
+    known = {(row["label"], row["budget"]): row for row in found["rows"]}
+    return {**found, "rows": [known[row.key] for row in rows if row.key in known]}
+
+
+def stale(row: Row, known: Mapping[str, Any] | None) -> bool:
+    """Whether a row is missing, or was made with other settings or weights."""
+    return known is None or any(known.get(name) != value for name, value in facts(row).items())
+
+
+def facts(row: Row) -> dict[str, Any]:
+    """What a row was made with."""
+    found = {"method": row.method, "settings": list(row.settings)}
+    if issubclass(METHODS[row.method], Learned):
+        found["weights"] = [repr(pruner) for pruner in row.pruners]
+    return found
+
+
+def measure(path: Path, rows: list[Row], batch: int = BATCH, again: bool = False) -> None:
     """Make what is missing or stale, and write the file after each row."""
     found = read(path)
     known = {(row["label"], row["budget"]): row for row in found["rows"]}
-    todo = []
-    for row in rows:
-        old = known.get(row.key)
-        about = {
-            "method": row.method,
-            "settings": list(row.settings),
-            "code": fingerprint(METHODS[row.method]),
-        }
-        if issubclass(METHODS[row.method], Learned):
-            about["weights"] = [repr(pruner) for pruner in row.pruners]
-        if again or old is None or any(old.get(name) != value for name, value in about.items()):
-            todo.append((row, about))
+    todo = [row for row in rows if again or stale(row, known.get(row.key))]
     with quiet():
         loaded = Loaded(*embedded.load())
-    found["about"] = {
-        "model": model_name(loaded.model),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "batch": batch,
-    }
+    versions = {name: one for name, one in measured.versions().items() if name != "vlmprune"}
+    found["about"] = {"model": model_name(loaded.model), **versions, "batch": batch}
     samples = Scenes().samples()
     found["samples"] = [[one.id, one.kind, one.group] for one in samples]
-
-    def run(pruner: Pruner | None, say: Callable[[int, int], None]) -> Evaluation:
-        # Alone, a question's picture may have been encoded before.
-        alone = pruner is not None and pruner.shortens and not pruner.text_agnostic
-        return evaluate(loaded, pruner, Scenes(), batch=1 if alone else batch, progress=say)
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
+    # What acts inside the language model alone shares the pictures' encodings.
+    visions: dict[tuple[str, str], Vision] = {}
     console = Console()
-    with encoded_once(), Progress(*columns, console=console) as bar:
-        whole = bar.add_task("rows", total=len(todo) + 1)
+    with Progress(console=console) as bar:
         line = bar.add_task("", total=len(samples))
 
-        def say(done: int, total: int) -> None:
-            bar.update(line, completed=done, total=total)
+        def run(pruner: Pruner | None, name: str) -> Evaluation:
+            bar.reset(line, description=name)
+            shared = visions if pruner is None or not pruner.shortens else None
+            return evaluate(
+                loaded,
+                pruner,
+                Scenes(),
+                batch=batch,
+                visions=shared,
+                progress=lambda done, total: bar.update(line, completed=done, total=total),
+            )
 
         if "unpruned" not in found or again:
-            bar.update(line, description=UNPRUNED)
-            found["unpruned"] = figures([run(None, say)])
+            found["unpruned"] = figures([run(None, UNPRUNED)])
             write(path, found)
-        bar.advance(whole)
-        for row, about in todo:
-            bar.update(line, description=str(row))
+        for number, row in enumerate(todo, 1):
             begin = time.perf_counter()
-            made = figures([run(pruner, say) for pruner in row.pruners])
-            known[row.key] = {"label": row.label, "budget": row.budget} | about | made
+            name = f"{number} of {len(todo)}: {row}"
+            made = figures([run(pruner, name) for pruner in row.pruners])
+            known[row.key] = {"label": row.label, "budget": row.budget, **facts(row), **made}
             found["rows"] = list(known.values())
             write(path, found)
             right = sum(map(int, made["scores"])) / made["repeats"] / len(samples)
             console.print(f"{row}: {right:.1%} right, {time.perf_counter() - begin:.0f} s")
-            bar.advance(whole)
-    return found
-
-
-def in_order(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The rows that are planned now, controls first."""
-    known = {(row["label"], row["budget"]): row for row in rows}
-    for row in planned([]):
-        if row.key in known:
-            yield known[row.key]
 
 
 def main(
     only: Annotated[str, typer.Option(help="Names of methods, parted by commas.")] = "",
-    render: Annotated[bool, typer.Option(help="Make no row, only the page.")] = False,
     again: Annotated[bool, typer.Option(help="Make rows anew that are known.")] = False,
     batch: Annotated[int, typer.Option(help="Questions answered at once.")] = BATCH,
-    results: Annotated[Path, typer.Option(help="JSON file, read and written.")] = RESULTS,
-    target: Annotated[Path, typer.Option(help="Page with the markers.")] = PAGE,
+    results: Annotated[Path, typer.Option(help="JSON file, read and written.")] = FILE,
 ) -> None:
-    """Measure what is missing, and write the tables."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    """Measure what is missing."""
     torch.set_num_threads(1)
     names = [name.strip() for name in only.split(",") if name.strip()]
     unknown = [name for name in names if name not in METHODS or name in NOT_HERE]
-    if unknown:
-        raise typer.BadParameter(f"no rows for {', '.join(unknown)}")
-    found = read(results) if render else measure(results, planned(names), batch, again)
-    if target.exists():
-        text = page(target.read_text(), found | {"rows": list(in_order(found["rows"]))}, NOT_HERE)
-        files.write(target, text)
+    refuse({f"no rows for {', '.join(unknown)}.": bool(unknown)})
+    measure(results, planned(names), batch, again)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)()

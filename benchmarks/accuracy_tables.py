@@ -1,12 +1,12 @@
-"""The tables of docs/results.md, worked out from what `accuracy.py` stored."""
+"""What `accuracy.py` and `learned.py` stored, as the tables of docs/results.md."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pages import table
 from vlmprune.study.evals.results import Evaluation
 from vlmprune.study.stats import Mean
 from vlmprune.study.tasks.answered import Answered
@@ -17,33 +17,6 @@ KINDS = ("presence", "count", "position", "relation", "reading", "listing")
 CLOSE = (0.33, 0.22, 0.11)
 """Budgets that get a table by kind of question."""
 CELLS = "listed cells"
-
-
-def page(text: str, found: Mapping[str, Any], not_here: Mapping[str, str]) -> str:
-    """The page with its marked parts made anew.
-
-    Args:
-        text: the page; each part stands between `<!-- name -->` and `<!-- end name -->`.
-        found: the stored rows.
-        not_here: methods without rows, and why.
-    """
-    table = Table(found)
-    parts: dict[str, Callable[[], str]] = {
-        "setup": table.setup,
-        "accuracy": table.accuracy,
-        "gains": table.gains,
-        "cost": table.cost,
-        "own": table.own,
-        "kinds": table.kinds,
-        "left out": lambda: "\n".join(f"- {why}." for why in not_here.values()),
-    }
-    for name, make in parts.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
-        made = make()
-        text = re.sub(
-            pattern, lambda at, made=made: f"{at[1]}{made}\n{at[2]}", text, flags=re.DOTALL
-        )
-    return text
 
 
 class Table:
@@ -88,15 +61,18 @@ class Table:
 
     def accuracy(self) -> str:
         """Methods by budgets, with a mark beside random."""
-        lines = [header(["method", *(f"{budget:.0%}" for budget in self.budgets)])]
-        for label in self.labels:
-            cells = []
-            for budget in self.budgets:
-                made = self.made.get((label, budget))
-                mark = self.mark(label, budget)
-                cells.append("" if made is None else f"{percent(made.mean)}{mark}")
-            lines.append(line([name(label), *cells]))
-        return "\n".join(lines)
+
+        def cell(label: str, budget: float) -> str:
+            made = self.made.get((label, budget))
+            return "" if made is None else f"{percent(made.mean)}{self.mark(label, budget)}"
+
+        return self.by_budget(self.labels, cell)
+
+    def by_budget(self, labels: Sequence[str], cell: Callable[[str, float], str]) -> str:
+        """A table of methods by budgets."""
+        heads = ["method", *(f"{budget:.0%}" for budget in self.budgets)]
+        rows = ([name(one), *(cell(one, budget) for budget in self.budgets)] for one in labels)
+        return table(heads, rows)
 
     def mark(self, label: str, budget: float) -> str:
         """How a row stands to random with as many KV bytes, by the paired interval."""
@@ -141,33 +117,33 @@ class Table:
 
     def gains(self) -> str:
         """Points above random with as many KV bytes."""
-        lines = [header(["method", *(f"{budget:.0%}" for budget in self.budgets)])]
-        for label in self.labels:
-            if label != "random":
-                gains = [self.gain(label, budget) for budget in self.budgets]
-                cells = ["" if one is None else percent(one, signed=True) for one in gains]
-                lines.append(line([name(label), *cells]))
-        return "\n".join(lines)
+
+        def cell(label: str, budget: float) -> str:
+            gain = self.gain(label, budget)
+            return "" if gain is None else percent(gain, signed=True)
+
+        return self.by_budget([one for one in self.labels if one != "random"], cell)
 
     def cost(self) -> str:
         """What is left of tokens, decoder FLOPs and KV bytes."""
-        lines = [header(["method", *(f"{budget:.0%}" for budget in self.budgets)])]
-        for label in self.labels:
-            rows = [self.rows.get((label, budget)) for budget in self.budgets]
-            lines.append(line([name(label), *("" if one is None else shares(one) for one in rows)]))
-        return "\n".join(lines)
+
+        def cell(label: str, budget: float) -> str:
+            row = self.rows.get((label, budget))
+            return "" if row is None else shares(row)
+
+        return self.by_budget(self.labels, cell)
 
     def own(self) -> str:
         """Methods that decide themselves how much they keep."""
-        columns = ["method", "tokens · FLOPs · KV", "accuracy", "minus unpruned", "minus random"]
-        lines = [header(columns)]
+        heads = ["method", "tokens · FLOPs · KV", "accuracy", "minus unpruned", "minus random"]
+        rows = []
         for (label, budget), row in self.rows.items():
             if budget is None:
                 made = self.made[label, budget]
                 means = made.minus(self.full), self.gain(label, None)
                 losses = [percent(one, signed=True) for one in means]
-                lines.append(line([label, shares(row), percent(made.mean), *losses]))
-        return "\n".join(lines)
+                rows.append([label, shares(row), percent(made.mean), *losses])
+        return table(heads, rows)
 
     def kinds(self) -> str:
         """For some budgets, methods by kinds."""
@@ -176,16 +152,33 @@ class Table:
             if budget not in self.budgets:
                 continue
             full = self.cells(self.found["unpruned"])
-            lines = [f"**{budget:.0%}**", "", header(["method", *KINDS, CELLS])]
-            rows = [("unpruned", self.full, full)]
+            lines = [("unpruned", self.full, full)]
             for label in self.labels:
                 if (label, budget) in self.made:
                     row = self.rows[label, budget]
-                    rows.append((name(label), self.made[label, budget], self.cells(row)))
-            for label, made, cells in rows:
-                means = [*(made.by_kind[kind] for kind in KINDS), cells.mean]
-                lines.append(line([label, *(percent(mean) for mean in means)]))
-            parts.append("\n".join(lines))
+                    lines.append((name(label), self.made[label, budget], self.cells(row)))
+            rows = [
+                [label, *(percent(made.by_kind[kind]) for kind in KINDS), percent(cells.mean)]
+                for label, made, cells in lines
+            ]
+            parts.append(f"**{budget:.0%}**\n\n" + table(["method", *KINDS, CELLS], rows))
+        return "\n\n".join(parts)
+
+    def by_tokens(self) -> str:
+        """A table for each number of tokens: all kinds, each, and the difference from random."""
+        parts = []
+        for tokens in sorted({budget for _, budget in self.rows}, reverse=True):
+            rows = []
+            for label, budget in self.rows:
+                if budget != tokens:
+                    continue
+                made = self.made[label, budget]
+                gain = made.minus(self.made["random", tokens])
+                apart = "" if label == "random" else percent(gain, signed=True)
+                kinds = (percent(made.by_kind[kind]) for kind in KINDS)
+                rows.append([name(label), percent(made.mean), apart, *kinds])
+            title = f"**{tokens:g} visual token{'' if tokens == 1 else 's'}**"
+            parts.append(f"{title}\n\n" + table(["method", "all", "minus random", *KINDS], rows))
         return "\n\n".join(parts)
 
 
@@ -205,13 +198,3 @@ def percent(mean: Mean | None, signed: bool = False) -> str:
     assert mean is not None
     value = f"{100 * mean.value:{'+' if signed else ''}.1f}"
     return f"{value} ± {50 * (mean.high - mean.low):.1f}"
-
-
-def header(cells: Sequence[str]) -> str:
-    """A table's first two lines."""
-    return line(cells) + "\n" + "|---" * len(cells) + "|"
-
-
-def line(cells: Sequence[str]) -> str:
-    """A table's line."""
-    return "| " + " | ".join(cells) + " |"

@@ -7,22 +7,19 @@ from these scores by the functions that PLPHP uses.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
     AttentionInterface,
+    AutoModelForCausalLM,
     DynamicCache,
     LlamaConfig,
-    LlamaForCausalLM,
     Qwen2Config,
-    Qwen2ForCausalLM,
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -31,8 +28,8 @@ from vlmprune.hosts.attention import attention_of
 from vlmprune.hosts.release import with_cache
 from vlmprune.runtime.attention.ragged import Ragged
 from vlmprune.runtime.cache.ragged_cache import adopt, attending
-from vlmprune.runtime.cache.ragged_layer import RaggedLayer
 from vlmprune.select import retention
+from vlmprune.study.measure import peak_bytes, stored_bytes
 
 # How a cache is cut, then how it is held.
 CUTS = ("equal", "adaptive")
@@ -43,52 +40,24 @@ KEY_SIZE = 2.0
 MASKED = "per_head_mask"
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A decoder, in the terms of a config."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    family: str = "llama"
-
-    @property
-    def parameters(self) -> int:
-        """Numbers in the weights, but for norms and biases."""
-        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
-        mlp = 3 * self.hidden * self.intermediate
-        return self.layers * (attention + mlp) + 2 * self.hidden * self.vocabulary
-
-    def config(self) -> Any:
-        """The Transformers config."""
-        kinds = {"llama": LlamaConfig, "qwen2": Qwen2Config}
-        return kinds[self.family](
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            vocab_size=self.vocabulary,
-            max_position_embeddings=2**17,
-            tie_word_embeddings=False,
-            attn_implementation="sdpa",
-        )
-
-    def token_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of one token's key and value in one KV head of one layer."""
-        return 2 * self.head_dim * dtype.itemsize
+def _config(kind: Any, sizes: tuple[int, ...]) -> Any:
+    """A decoder's config: widths, layers, heads, KV heads and vocabulary."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "vocab_size")
+    return kind(
+        **dict(zip(names, sizes, strict=True)),
+        head_dim=sizes[0] // sizes[3],
+        max_position_embeddings=2**17,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+    )
 
 
 SHAPES = {
-    "llava-1.5-7b": Shape(4096, 11008, 32, 32, 32, 128, 32064),
-    "qwen2.5-vl-7b": Shape(3584, 18944, 28, 28, 4, 128, 152064, "qwen2"),
-    "small": Shape(512, 1376, 6, 8, 8, 64, 1024),
-    "small-gqa": Shape(512, 1376, 6, 8, 2, 64, 1024),
+    "llava-1.5-7b": _config(LlamaConfig, (4096, 11008, 32, 32, 32, 32064)),
+    "qwen2.5-vl-7b": _config(Qwen2Config, (3584, 18944, 28, 28, 4, 152064)),
+    "small": _config(LlamaConfig, (512, 1376, 6, 8, 8, 1024)),
+    "small-gqa": _config(LlamaConfig, (512, 1376, 6, 8, 2, 1024)),
 }
 
 
@@ -133,11 +102,15 @@ class Setting:
         counts = (spread * self.visual + 0.5).floor().long().clamp(min=1, max=self.visual)
         return counts.expand(-1, self.batch)
 
+    def mean(self, counts: Tensor) -> int:
+        """Tokens of a layer that hold as many bytes as those that its samples keep, `counts`."""
+        return int(counts.sum()) // self.batch + self.text
+
     def stored(self, layers: int) -> int:
         """Tokens that one KV head of every sample and layer holds, all of these together."""
         return int(self.kept(layers).sum()) + layers * self.batch * self.text
 
-    def masks(self, keep: Tensor, heads: int, device: str) -> dict[str, Tensor]:
+    def masks(self, keep: Tensor, heads: int, device: torch.device) -> dict[str, Tensor]:
         """What each head of one layer keeps, by kind of cut: [B, heads, length] bool.
 
         Args:
@@ -178,22 +151,21 @@ class InPlaceLayer(DynamicLayer):
         self.keys, self.values = keys[:, :, :end], values[:, :, :end]
         return self.keys, self.values
 
+    def nbytes(self) -> int:
+        """Bytes that it holds, room included."""
+        return sum(x.nbytes for x in self.room)
+
 
 class Decoder:
     """A causal language model with random weights, run one token at a time."""
 
-    def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, config: Any, device: torch.device, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
-        self.shape, self.device, self.dtype = shape, device, dtype
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device(device):
-                kind = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}[shape.family]
-                self.model: Any = kind(shape.config()).eval()
-        finally:
-            torch.set_default_dtype(before)
-        self.attention = attention_of(self.model.model.layers[0])
+        self.config, self.device, self.dtype = config, device, dtype
+        with device:
+            self.model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        layers = self.model.model.layers
+        self.attentions = {index: attention_of(layer) for index, layer in enumerate(layers)}
 
     def empty(self) -> Any:
         """A stock cache."""
@@ -202,7 +174,7 @@ class Decoder:
     def step(self, cache: Any, ids: Tensor, position: int) -> Tensor:
         """Logits [B, vocabulary] of one more token `ids` [B, 1]; its keys join the cache."""
         positions = torch.full_like(ids, position)
-        with attending(cache, self.attention, None):
+        with attending(cache, self.attentions, None):
             given = with_cache(type(self.model), {"use_cache": True}, cache)
             out = self.model(input_ids=ids, position_ids=positions, **given)
         return out.logits[:, -1]
@@ -248,23 +220,21 @@ class Case:
 
     def __init__(self, decoder: Decoder, setting: Setting, room: int) -> None:
         torch.manual_seed(1)
-        shape, device, dtype = decoder.shape, decoder.device, decoder.dtype
-        B, H, D, L = setting.batch, shape.kv_heads, shape.head_dim, setting.length
+        config, L = decoder.config, setting.length
+        H = config.num_key_value_heads
         self.decoder, self.setting, self.room = decoder, setting, room
         self.full: list[tuple[Tensor, Tensor]] = []
         self.floor: list[tuple[Tensor, Tensor, int]] = []
         self.keep: dict[str, list[Tensor]] = {name: [] for name in CUTS}
         self.ragged: dict[str, list[Ragged]] = {name: [] for name in CUTS}
-        for counts in setting.kept(shape.layers):
-            keys, values = (
-                torch.randn(B, H, L + room, D, device=device, dtype=dtype) for _ in range(2)
-            )
+        for counts in setting.kept(config.num_hidden_layers):
+            keys, values = random_pair(decoder, setting.batch, L + room)
             self.full.append((keys.mul_(KEY_SIZE), values))
-            for name, mask in setting.masks(counts, H, device).items():
+            for name, mask in setting.masks(counts, H, decoder.device).items():
                 self.keep[name].append(mask)
                 cut = Ragged.cut(keys[:, :, :L], values[:, :, :L], mask)
                 self.ragged[name].append(cut)
-            mean = int(counts.sum()) // B + setting.text
+            mean = setting.mean(counts)
             short = [x[:, :, : mean + room].clone() for x in (keys, values)]
             self.floor.append((short[0], short[1], mean))
 
@@ -301,23 +271,22 @@ class Case:
 
     def formula(self, kind: str, decoded: int) -> int:
         """Bytes of the keys and values that a cache of that kind needs, by its lengths."""
-        setting, shape = self.setting, self.decoder.shape
-        tokens = shape.layers * setting.batch * setting.length
-        if kind in CUTS or "floor" in kind:
-            tokens = setting.stored(shape.layers)
-        tokens += shape.layers * setting.batch * decoded
-        return tokens * shape.kv_heads * shape.token_bytes(self.decoder.dtype)
+        setting, config = self.setting, self.decoder.config
+        layers = config.num_hidden_layers
+        cut = kind in CUTS or "floor" in kind
+        tokens = setting.stored(layers) if cut else layers * setting.batch * setting.length
+        return (tokens + layers * setting.batch * decoded) * pair_bytes(config, self.decoder.dtype)
 
 
-def held_bytes(cache: Any) -> int:
-    """Bytes of all tensors that a cache holds."""
-    total = 0
-    for layer in cache.layers:
-        if isinstance(layer, RaggedLayer):
-            total += layer.nbytes()
-        else:
-            total += sum(x.nbytes for x in getattr(layer, "room", (layer.keys, layer.values)))
-    return total
+def random_pair(decoder: Decoder, batch: int, length: int) -> list[Tensor]:
+    """Keys and values of one layer: [batch, KV heads, length, head dim] each."""
+    size = batch, decoder.config.num_key_value_heads, length, decoder.config.head_dim
+    return [torch.randn(size, device=decoder.device, dtype=decoder.dtype) for _ in range(2)]
+
+
+def pair_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values in all KV heads of one layer."""
+    return 2 * int(config.num_key_value_heads) * int(config.head_dim) * dtype.itemsize
 
 
 def fill_as_prefill(decoder: Decoder, setting: Setting, kind: str, room: int) -> Any:
@@ -325,74 +294,52 @@ def fill_as_prefill(decoder: Decoder, setting: Setting, kind: str, room: int) ->
 
     `kind` is "dense", "masked", "floor" or a cut; masks have `room` columns beyond the prompt.
     """
-    shape, cache, masks = decoder.shape, decoder.empty(), []
+    config, cache, masks = decoder.config, decoder.empty(), []
+    count, heads = config.num_hidden_layers, config.num_key_value_heads
     if kind in CUTS:
-        adopt(cache, range(shape.layers), shape.layers)
-    size = setting.batch, shape.kv_heads, setting.length, shape.head_dim
-    for layer, counts in zip(cache.layers, setting.kept(shape.layers), strict=True):
-        new = [torch.randn(size, device=decoder.device, dtype=decoder.dtype) for _ in range(2)]
+        adopt(cache, range(count), count)
+    for layer, counts in zip(cache.layers, setting.kept(count), strict=True):
+        new = random_pair(decoder, setting.batch, setting.length)
         if kind == "floor":
-            mean = int(counts.sum()) // setting.batch + setting.text
-            new = [x[:, :, :mean] for x in new]
+            new = [x[:, :, : setting.mean(counts)] for x in new]
         layer.update(*new)
         del new
         if kind in CUTS:
-            keep = setting.masks(counts, shape.kv_heads, decoder.device)[kind]
+            keep = setting.masks(counts, heads, decoder.device)[kind]
             layer.set_prefix(Ragged.cut(layer.keys, layer.values, keep), setting.length)
         elif kind == "masked":
-            added = torch.zeros(*size[:2], 1, size[2] + room, dtype=decoder.dtype)
-            masks.append(added.to(decoder.device))
+            size = setting.batch, heads, 1, setting.length + room
+            masks.append(torch.zeros(size, dtype=decoder.dtype, device=decoder.device))
     return cache, masks
 
 
-def peak_bytes(job: dict[str, Any]) -> dict[str, int]:
-    """This process's peaks as it fills and cuts one `kind` of cache ("model": none), and decodes.
+def peaks(decoder: Decoder, setting: Setting, kind: str, steps: int) -> dict[str, int]:
+    """The most bytes beyond the model's as one kind of cache is filled and cut, and decodes."""
+    made: list[Any] = []
+    filling = peak_bytes(
+        lambda: made.extend(fill_as_prefill(decoder, setting, kind, steps)), decoder.device
+    )
+    cache, masks = made
+    held = stored_bytes(cache) + sum(mask.nbytes for mask in masks)
+    ids = torch.zeros(setting.batch, 1, dtype=torch.long, device=decoder.device)
 
-    `job` also has names of shape, device and dtype, fields of the setting, steps and threads.
-    """
-    torch.set_num_threads(job["threads"])
-    decoder = Decoder(SHAPES[job["shape"]], job["device"], getattr(torch, job["dtype"]))
-    setting, steps = Setting(**job["setting"]), job["steps"]
-    cache, masks, length = decoder.empty(), [], 0
-    if job["kind"] != "model":
-        cache, masks = fill_as_prefill(decoder, setting, job["kind"], steps)
-        length = setting.length
-    filled = _peak(job["device"], restart=True)
-    ids = torch.zeros(setting.batch, 1, dtype=torch.long, device=job["device"])
-    with decoder.masked(masks) if masks else nullcontext():
+    def decode() -> None:
         for i in range(steps):
-            decoder.step(cache, ids, length + i)
-    decoding = _peak(job["device"])
-    return {"filling": filled, "decoding": decoding, "held": held_bytes(cache)}
+            decoder.step(cache, ids, setting.length + i)
+
+    with decoder.masked(masks) if masks else nullcontext():
+        decoding = peak_bytes(decode, decoder.device)
+    return {"filling": filling or 0, "decoding": held + (decoding or 0)}
 
 
-def _peak(device: str, restart: bool = False) -> int:
-    """The peak so far; `restart` forgets it. Of processes only Linux tells."""
-    if device != "cpu":
-        peak = torch.cuda.max_memory_allocated()
-        if restart:
-            torch.cuda.reset_peak_memory_stats()
-        return peak
-    status = Path("/proc/self/status").read_text()
-    if restart:
-        Path("/proc/self/clear_refs").write_text("5")
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-
-def case_bytes(shape: Shape, setting: Setting, room: int, dtype: torch.dtype) -> int:
+def case_bytes(config: Any, setting: Setting, room: int, dtype: torch.dtype) -> int:
     """What one case takes at its peak, estimated from above."""
-    held = shape.token_bytes(dtype) * shape.kv_heads
+    layers, held = config.num_hidden_layers, pair_bytes(config, dtype)
     longest = replace(setting, text=setting.text + room)
-    dense = held * shape.layers * setting.batch * longest.length
-    cut = held * longest.stored(shape.layers)
-    masks = shape.layers * setting.batch * shape.kv_heads * longest.length * (2 + dtype.itemsize)
-    sorting = 64 * setting.batch * shape.kv_heads * setting.visual
+    dense = held * layers * setting.batch * longest.length
+    cut = held * longest.stored(layers)
+    heads = setting.batch * config.num_key_value_heads
+    masks = layers * heads * longest.length * (2 + dtype.itemsize)
+    sorting = 64 * heads * setting.visual
     # The dense one twice, as a stock cache copies itself to grow.
     return int(1.05 * (2 * dense + 3 * cut + masks + sorting)) + 2**28
-
-
-def free_bytes(device: str) -> int:
-    """Memory that can be had."""
-    if device != "cpu":
-        return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -12,32 +12,32 @@ On one CPU thread, times are of processor time, which bears other work on the ma
 
 from __future__ import annotations
 
-import json
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from pages import table
+from program import about, command, save
+from turns import ratio, seconds
 from vlmprune import PLPHP, FastV, VisPruner
-from vlmprune.files import write
-from vlmprune.hosts import contract
+from vlmprune.hosts import contract, pretrained
 from vlmprune.hosts.contract import Reached
-from vlmprune.hosts.release import cache_returned, version
+from vlmprune.hosts.release import cache_returned
 from vlmprune.hosts.requests import ModelCall
 from vlmprune.runtime.cache.ragged_layer import Binding
 from vlmprune.runtime.call.progress import following
 from vlmprune.runtime.call.state import Active
+from vlmprune.study.bench import shapes
 from vlmprune.study.measure import facts
 
+CPU = torch.device("cpu")
 LAYERS, WIDTH, HEADS = 32, 64, 4
 # Visual tokens of the picture, and words around them.
 SIDE, PATCH, WORDS = 56, 14, 12
@@ -58,57 +58,24 @@ class Counted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def built() -> Any:
-    """The tiny model."""
-    torch.manual_seed(0)
-    tower = CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=HEADS,
-        image_size=SIDE,
-        patch_size=PATCH,
+def built() -> tuple[Any, dict[str, Tensor]]:
+    """The tiny model, and a picture amid words."""
+    wide = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_attention_heads": HEADS}
+    text = {"num_hidden_layers": LAYERS, "num_key_value_heads": HEADS // 2, "vocab_size": 128}
+    tower = {"num_hidden_layers": 3, "image_size": SIDE, "patch_size": PATCH}
+    config = pretrained.llava_config(
+        "llava", {**wide, **text}, {**wide, **tower}, image_token_index=3, tie_word_embeddings=False
     )
-    text = LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS // 2,
-        vocab_size=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-    config = LlavaConfig(vision_config=tower, text_config=text, image_token_index=3)
-    model = LlavaForConditionalGeneration(config).eval()
-    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
-    return model
-
-
-def asked() -> dict[str, Tensor]:
-    """A picture amid words."""
-    generator = torch.Generator().manual_seed(1)
-    words = torch.randint(7, 128, (1, WORDS), generator=generator)
-    visual = torch.full((1, (SIDE // PATCH) ** 2), 3)
-    ids = torch.cat((words[:, : WORDS // 2], visual, words[:, WORDS // 2 :]), dim=1)
-    pixels = torch.randn(1, 3, SIDE, SIDE, generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    """Processor time of some work, on one thread; wall time on several."""
-    now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = now()
-    work()
-    return now() - start
+    model = shapes.build(config, CPU, torch.float32)
+    return model, shapes.prompt(model, 1, 1, WORDS)
 
 
 def step(model: Any, inputs: dict[str, Tensor], tokens: int) -> float:
     """Seconds of one further token."""
 
     def answer(count: int) -> float:
-        return seconds(lambda: model.generate(**inputs, do_sample=False, max_new_tokens=count))
+        call = partial(model.generate, **inputs, do_sample=False, max_new_tokens=count)
+        return seconds(call, CPU)
 
     return (answer(tokens + 1) - answer(1)) / tokens
 
@@ -144,57 +111,62 @@ def checks(handle: Any, inputs: dict[str, Tensor], times: int) -> float:
                 binding.check_attended()
 
     once()
-    return statistics.median(seconds(once) for _ in range(times))
+    return statistics.median(seconds(once, CPU) for _ in range(times))
 
 
 def measured(name: str, times: int, tokens: int, rounds: int) -> dict[str, float]:
     """The figures of one method."""
-    model, inputs, pruner = built(), asked(), METHODS[name]
+    (model, inputs), pruner = built(), METHODS[name]
     with Counted() as attaching:
         handle = pruner.attach(model)
-    first = seconds(lambda: model.generate(**inputs, max_new_tokens=2))
-    later = statistics.median(
-        seconds(lambda: model.generate(**inputs, max_new_tokens=2)) for _ in range(rounds)
-    )
+    call = partial(model.generate, **inputs, max_new_tokens=2)
+    first = seconds(call, CPU)
+    later = statistics.median(seconds(call, CPU) for _ in range(rounds))
     alone = checks(handle, inputs, times)
-    steps, ratios = list[float](), list[float]()
+    steps, without = list[float](), list[float]()
     for _ in range(rounds):
         steps.append(step(model, inputs, tokens))
         with contract.switched_off():
-            ratios.append(steps[-1] / step(model, inputs, tokens))
+            without.append(step(model, inputs, tokens))
     handle.detach()
     return {
         "operations_at_attach": attaching.count,
         "first_call_over_later": first / later,
         "checks_over_step": alone / statistics.median(steps),
-        "step_over_step_without": statistics.median(ratios),
+        "step_over_step_without": ratio(steps, without)[0],
     }
 
 
+def markdown(found: Mapping[str, Any]) -> str:
+    """A table of all methods."""
+    heads = ["method", "operations on tensors at attach", "first call / a later one"]
+    heads += ["checks of a step / the step", "step / without"]
+    rows = [
+        [
+            name,
+            str(one["operations_at_attach"]),
+            f"{one['first_call_over_later']:.1f}",
+            f"{one['checks_over_step']:.2%}",
+            f"{one['step_over_step_without']:.3f}",
+        ]
+        for name, one in found["methods"].items()
+    ]
+    told = f"{LAYERS} layers of width {WIDTH}; {about(found['machine'])}."
+    return f"{told}\n\n{table(heads, rows)}"
+
+
 def main(
-    times: Annotated[int, typer.Option(help="how often the checks of a step are timed")] = 1000,
-    tokens: Annotated[int, typer.Option(help="further tokens of a timed answer")] = 32,
-    rounds: Annotated[int, typer.Option(help="how often answers are timed")] = 9,
+    times: Annotated[int, typer.Option(help="how often a step's checks are timed", min=1)] = 1000,
+    tokens: Annotated[int, typer.Option(help="further tokens of a timed answer", min=1)] = 32,
+    rounds: Annotated[int, typer.Option(help="how often answers are timed", min=1)] = 9,
     json_path: Annotated[Path | None, typer.Option("--json", help="write the figures here")] = None,
 ) -> None:
     """Measure what the contract costs."""
-    found = {name: measured(name, times, tokens, rounds) for name in METHODS}
-    table = Table(title=f"transformers {version()}, {LAYERS} layers of width {WIDTH}")
-    for column in ("method", "operations at attach", "first call", "checks of a step", "step"):
-        table.add_column(column, justify="right" if column != "method" else "left")
-    for name, one in found.items():
-        table.add_row(
-            name,
-            str(one["operations_at_attach"]),
-            f"{one['first_call_over_later']:.1f} x a later one",
-            f"{one['checks_over_step']:.2%} of it",
-            f"{one['step_over_step_without']:.3f} x without",
-        )
-    Console().print(table)
-    if json_path is not None:
-        content = {"machine": facts(torch.device("cpu")), "methods": found}
-        write(json_path, json.dumps(content, indent=1) + "\n")
+    methods = {name: measured(name, times, tokens, rounds) for name in METHODS}
+    found = {"machine": facts(CPU), "methods": methods}
+    print(markdown(found))
+    save(json_path, found)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)()

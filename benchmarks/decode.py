@@ -21,51 +21,47 @@ PLPHP's three rates (r + dr, r, r - dr; by default a third of the layers each), 
 tokens stay. Before anything is timed, each case checks that the ragged caches give the logits
 of a full cache with the same masks, and that those of the dense cache differ.
 
-Times are medians over turns of ratios within one turn; the spread beside them is half the
-distance between the quartiles, relative to the median. On a CPU only ratios are printed, as
-absolute times say little there (the JSON file holds them); with --threads 1 they are of
-processor time, which bears other work on the machine better.
+Ratios are medians over turns of the ratio within one turn, with half the distance between the
+quartiles. On a CPU only ratios are told, as absolute times say little there (the JSON file holds
+them); with --threads 1 they are of processor time, which bears other work on the machine better.
+Peaks are those of tensors: by the allocator on a GPU, by torch's profiler on a CPU.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import platform
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-import caches
-from caches import CUTS, KINDS, SHAPES, Case, Decoder, Setting
-from vlmprune import VlmpruneError, __version__
-from vlmprune.files import write
+from caches import CUTS, KINDS, SHAPES, Case, Decoder, Setting, case_bytes, peaks, random_pair
+from pages import around, mib, table
+from program import about, command, content, place, refuse, save
+from turns import in_turns, ratio, seconds
+from vlmprune import VlmpruneError
+from vlmprune.hosts.attention import read
 from vlmprune.runtime.attention import ragged
+from vlmprune.study.bench import shapes
+from vlmprune.study.bench.tables import on_gpu
+from vlmprune.study.measure import stored_bytes
 
 # Largest difference of logits, relative to the largest logit; what must differ, does by more.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.03}
 CHECKED_STEPS = 3
 THIRDS = (1 / 3, 1 / 3)
-GIB, MIB = 2**30, 2**20
 # Columns of the tail when attention is timed alone.
 TAIL = 16
 DEFAULT_SHAPES = {True: ["llava-1.5-7b", "qwen2.5-vl-7b"], False: ["small", "small-gqa"]}
 DEFAULT_BATCHES = {True: [1, 4, 16, 64], False: [1, 4]}
 BACKENDS = ", ".join(ragged.BACKENDS)
-MEMORY_KINDS = ("model", "dense", "masked", "floor", *CUTS)
+MEMORY_KINDS = ("dense", "masked", "floor", *CUTS)
 
 
 def check(case: Case) -> dict[str, float]:
@@ -76,7 +72,7 @@ def check(case: Case) -> dict[str, float]:
     """
     decoder, setting = case.decoder, case.setting
     size = setting.batch, CHECKED_STEPS
-    ids = torch.randint(decoder.shape.vocabulary, size, device=decoder.device)
+    ids = torch.randint(decoder.config.vocab_size, size, device=decoder.device)
 
     def logits(kind: str, cut: str = "equal") -> Tensor:
         cache = case.cache(kind)
@@ -100,43 +96,6 @@ def check(case: Case) -> dict[str, float]:
     return found
 
 
-def timed(call: Callable[[], Any], device: str) -> float:
-    """Seconds of one call; of processor time where one thread does all, whoever else is busy."""
-    if device == "cpu":
-        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-        start = clock()
-        call()
-        return clock() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
-def turns(
-    names: tuple[str, ...], turn: Callable[[str], float], repeat: int
-) -> dict[str, list[float]]:
-    """Seconds by name, all names taking turns, the order reversed every other time."""
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(repeat):
-        for name in names[:: 1 if number % 2 else -1]:
-            seconds[name].append(turn(name))
-    return seconds
-
-
-def ratio(upper: list[float], lower: list[float]) -> tuple[float, float]:
-    """Median of the ratios within each turn, and their spread."""
-    ratios = [a / b for a, b in zip(upper, lower, strict=True)]
-    middle = statistics.median(ratios)
-    if len(ratios) < 2:
-        return middle, math.nan
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return middle, (high - low) / 2 / middle
-
-
 def step_times(case: Case, steps: int, repeat: int) -> dict[str, Any]:
     """Every kind's decode step, and what its cache holds at the end of a turn."""
     decoder, setting = case.decoder, case.setting
@@ -154,23 +113,24 @@ def step_times(case: Case, steps: int, repeat: int) -> dict[str, Any]:
                 for i in range(steps):
                     token = decoder.step(cache, token, at + 1 + i).argmax(dim=-1, keepdim=True)
 
-            seconds = timed(run, decoder.device)
-        held[kind] = caches.held_bytes(cache)
-        return seconds / steps
+            taken = seconds(run, decoder.device)
+        held[kind] = stored_bytes(cache)
+        return taken / steps
 
-    turns(KINDS, turn, 1)
-    seconds = turns(KINDS, turn, repeat)
+    in_turns(KINDS, turn, 1)
+    taken = in_turns(KINDS, turn, repeat)
     formula = {kind: case.formula(kind, steps + 1) for kind in KINDS}
-    return {"seconds": seconds, "held_bytes": held, "formula_bytes": formula}
+    return {"seconds": taken, "held_bytes": held, "formula_bytes": formula}
 
 
 def attention_times(case: Case, repeat: int) -> dict[str, Any]:
     """Attention of one step over all layers' caches, by every backend, without a model."""
-    shape, setting, decoder = case.decoder.shape, case.setting, case.decoder
+    setting, decoder = case.setting, case.decoder
+    config = decoder.config
     like = {"device": decoder.device, "dtype": decoder.dtype}
-    query = torch.randn(setting.batch, shape.heads, 1, shape.head_dim, **like)
-    tail = [torch.randn(setting.batch, shape.kv_heads, TAIL, shape.head_dim, **like)] * 2
-    scale = shape.head_dim**-0.5
+    size = setting.batch, config.num_attention_heads, 1, config.head_dim
+    query, tail = torch.randn(size, **like), random_pair(decoder, setting.batch, TAIL)
+    asking = read(torch.nn.Identity(), query, tail[0], config.head_dim**-0.5)
 
     def dense(held: list[tuple[Tensor, Tensor, int]]) -> None:
         for *pair, length in held:
@@ -179,7 +139,7 @@ def attention_times(case: Case, repeat: int) -> dict[str, Any]:
 
     def ours(cut: str, backend: str) -> None:
         for prefix in case.ragged[cut]:
-            ragged.attend(query, prefix, *tail, None, scale, backend)
+            ragged.attend(asking, prefix, backend)
 
     full = [(keys, values, setting.length) for keys, values in case.full]
     calls = {"dense": partial(dense, full), "floor": partial(dense, case.floor)}
@@ -192,10 +152,10 @@ def attention_times(case: Case, repeat: int) -> dict[str, Any]:
             calls[f"{cut}, {backend}"] = partial(ours, cut, backend)
 
     def turn(name: str) -> float:
-        return timed(calls[name], decoder.device)
+        return seconds(calls[name], decoder.device)
 
-    turns(tuple(calls), turn, 2)
-    return {"seconds": turns(tuple(calls), turn, repeat)}
+    in_turns(calls, turn, 2)
+    return {"seconds": in_turns(calls, turn, repeat)}
 
 
 def measure(
@@ -208,23 +168,6 @@ def measure(
     else:
         result = {"logits": check(case), **step_times(case, steps, repeat)}
     return result | {"ratios": summary(result)}
-
-
-def peaks(job: dict[str, Any]) -> dict[str, Any]:
-    """Peak memory of every kind's long decode, each in a process of its own."""
-    found = {}
-    for kind in MEMORY_KINDS:
-        command = [sys.executable, __file__, "--child", json.dumps(job | {"kind": kind})]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise VlmpruneError(f"the process with the {kind} cache failed: {reason}")
-        found[kind] = json.loads(done.stdout.splitlines()[-1])
-    above = {
-        when: [found[kind][when] - found["model"][when] for kind in MEMORY_KINDS[1:]]
-        for when in ("decoding", "filling")
-    }
-    return {"peak_above_model_bytes": above, "processes": found}
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
@@ -240,50 +183,62 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def show(console: Console, shape: str, results: list[dict[str, Any]]) -> None:
-    """Tables of one shape: a group of ratios each, and bytes; or peaks of memory."""
+def markdown(found: Mapping[str, Any]) -> str:
+    """A table for each group of ratios, and of bytes; or of peaks."""
+    setting, results = found["setting"], found["results"]
+    told = about(setting, setting["dtype"], f"backend {setting['backend']}")
+    parts = [f"Caches under one decode step (`{setting['command']}`); {told}."]
+    if not results:
+        return f"{parts[0]} Nothing fitted the memory."
 
-    def table(what: str, columns: list[str], cells: Callable[[dict[str, Any]], list[str]]) -> None:
-        out = Table(title=f"{shape}: {what}", title_justify="left")
-        for name in ("batch x visual", *columns):
-            out.add_column(name, justify="right")
+    def add(what: str, heads: list[str], cells: Callable[[Any], list[str]]) -> None:
+        rows = []
         for one in results:
             prompt = one["setting"]
-            out.add_row(f"{prompt['batch']} x {prompt['visual']}", *cells(one))
-        console.print(out)
+            label = f"{one['shape']}, {prompt['batch']} x {prompt['visual']}"
+            rows.append([label, *cells(one)])
+        parts.append(f"{what}:\n\n" + table(["shape, batch x visual tokens", *heads], rows))
 
-    for when in results[0].get("peak_above_model_bytes", ()):
+    for when in results[0].get("peak_bytes", ()):
 
-        def above(one: dict[str, Any], when: str = when) -> list[str]:
-            return [f"{n / MIB:.0f}" for n in one["peak_above_model_bytes"][when]]
+        def peak(one: Any, when: str = when) -> list[str]:
+            return [mib(size) for size in one["peak_bytes"][when].values()]
 
-        table(f"peak memory {when}, above the model's, MiB", list(MEMORY_KINDS[1:]), above)
+        add(f"Peak memory {when}, above the model's, MiB", list(MEMORY_KINDS), peak)
 
-    def around(one: dict[str, Any], name: str) -> str:
-        middle, spread = one["ratios"].get(name, (math.nan, math.nan))
-        return f"{middle:.2f}±{spread:.0%}"
-
-    def milliseconds(one: dict[str, Any]) -> list[str]:
-        return [f"{1e3 * statistics.median(times):.2f}" for times in one["seconds"].values()]
-
-    if results[0]["on_gpu"] and "seconds" in results[0]:
-        table("milliseconds", list(results[0]["seconds"]), milliseconds)
-    ratios = list(dict.fromkeys(name for one in results for name in one.get("ratios", ())))
-    for to in ("dense", "floor", "floor, in place"):
-        names = [name for name in ratios if name.endswith(f" / {to}")]
-        if names:
-            columns = [name.split(" / ")[0] for name in names]
-            table(f"time, {to} = 1", columns, lambda one: [around(one, n) for n in names])  # noqa: B023
+    if "ratios" in results[0]:
+        add_times(found, add)
     if "held_bytes" in results[0]:
-        columns = ["dense, MiB", *CUTS, *(f"{cut} / formula" for cut in CUTS)]
 
-        def sizes(one: dict[str, Any]) -> list[str]:
+        def sizes(one: Any) -> list[str]:
             held, formula = one["held_bytes"], one["formula_bytes"]
             shares = [f"{held[cut] / held['dense']:.1%}" for cut in CUTS]
             exact = [f"{held[cut] / formula[cut]:.3f}" for cut in CUTS]
-            return [f"{held['dense'] / MIB:.1f}", *shares, *exact]
+            return [mib(held["dense"]), *shares, *exact]
 
-        table("bytes held", columns, sizes)
+        add("Bytes held", ["dense, MiB", *CUTS, *(f"{cut} / formula" for cut in CUTS)], sizes)
+    return "\n\n".join(parts)
+
+
+def add_times(found: Mapping[str, Any], add: Callable[..., None]) -> None:
+    """The tables of times: on a GPU in milliseconds, and by what they are relative to."""
+    results = found["results"]
+    if on_gpu(found):
+
+        def milliseconds(one: Any) -> list[str]:
+            return [f"{1e3 * statistics.median(times):.2f}" for times in one["seconds"].values()]
+
+        add("Milliseconds", list(results[0]["seconds"]), milliseconds)
+    known = dict.fromkeys(name for one in results for name in one["ratios"])
+    for base in ("dense", "floor", "floor, in place"):
+        names = [name for name in known if name.endswith(f" / {base}")]
+
+        def cells(one: Any, names: list[str] = names) -> list[str]:
+            # A backend may run for some cases alone.
+            return [around(one["ratios"][name]) if name in one["ratios"] else "" for name in names]
+
+        if names:
+            add(f"Time, {base} = 1", [name.partition(" / ")[0] for name in names], cells)
 
 
 @torch.inference_mode()
@@ -292,110 +247,80 @@ def main(
     batch: Annotated[list[int] | None, typer.Option(help="Samples; may repeat.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Visual tokens; may repeat.")] = None,
     text: Annotated[int, typer.Option(help="Other tokens of the prompt; all stay.")] = 64,
-    steps: Annotated[int | None, typer.Option(help="Decoded tokens in a turn.")] = None,
-    repeat: Annotated[int, typer.Option(help="Turns.")] = 5,
+    steps: Annotated[int | None, typer.Option(help="Decoded tokens in a turn.", min=1)] = None,
+    repeat: Annotated[int, typer.Option(help="Turns.", min=1)] = 5,
     r: Annotated[float, typer.Option(help="Retention rate of an ordinary layer.")] = 0.4,
     dr: Annotated[float, typer.Option(help="What the other layers keep more or less.")] = 0.3,
     shares: Annotated[tuple[float, float], typer.Option(help="At r + dr, at r.")] = THIRDS,
     by_sample: Annotated[bool, typer.Option(help="Samples differ in layers' rates.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where it is.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 on CUDA, else float32.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of the CPU; default: torch's own.")] = None,
     backend: Annotated[str | None, typer.Option(help=f"Force one of {BACKENDS}.")] = None,
     attention_only: Annotated[bool, typer.Option(help="Attention by each backend, alone.")] = False,
-    memory: Annotated[bool, typer.Option(help="Peaks, each in its own process.")] = False,
+    memory: Annotated[bool, typer.Option(help="Peaks alone, of a long decode.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures.")] = None,
-    job: Annotated[str | None, typer.Option("--child", hidden=True)] = None,
 ) -> None:
     """Compare the decode step's time, or its memory, over a cut cache and over others."""
-    if job is not None:
-        print(json.dumps(caches.peak_bytes(json.loads(job))))
-        return
-    console = Console()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = device != "cpu"
-    shapes = shape or DEFAULT_SHAPES[on_gpu]
-    kind = getattr(torch, dtype or ("bfloat16" if on_gpu else "float32"), None)
-    steps = steps or (64 if memory else 4 if on_gpu else 3)
-    dtypes = ", ".join(map(_name, TOLERANCE))
-    problems = {
-        f"--shape must be one of {', '.join(SHAPES)}.": not {*shapes} <= {*SHAPES},
-        f"--device {device} is not here; use cpu.": on_gpu and not torch.cuda.is_available(),
-        f"--dtype must be one of {dtypes}.": kind not in TOLERANCE,
-        f"--backend must be one of {BACKENDS}.": backend not in (None, *ragged.BACKENDS),
-        "--memory and --attention-only are two things; choose one.": memory and attention_only,
-        "r - dr and r + dr must lie within 0 and 1.": min(r - dr, 1 - r - dr) < -1e-9,
-        "--shares must add up to 1 at most.": min(*shares, 1 - sum(shares)) < -1e-9,
-    }
-    for problem, is_so in problems.items():
-        if is_so:
-            raise typer.BadParameter(problem)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    where, kind = place(device, dtype, threads)
+    gpu = where.type != "cpu"
+    chosen = shape or DEFAULT_SHAPES[gpu]
+    steps = steps or (64 if memory else 4 if gpu else 3)
+    refuse(
+        {
+            f"--shape must be one of {', '.join(SHAPES)}.": not {*chosen} <= {*SHAPES},
+            f"--backend must be one of {BACKENDS}.": backend not in (None, *ragged.BACKENDS),
+            "--memory and --attention-only are two things; choose one.": memory and attention_only,
+            "r - dr and r + dr must lie within 0 and 1.": min(r - dr, 1 - r - dr) < -1e-9,
+            "--shares must add up to 1 at most.": min(*shares, 1 - sum(shares)) < -1e-9,
+        }
+    )
     if backend is not None:
         ragged.choose_backend = lambda *_: backend  # type: ignore[assignment]
-    setting = {
-        "command": " ".join(["decode.py", *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU",
-        "threads": torch.get_num_threads(),
-        "dtype": _name(kind),
-        "backend": backend or "auto",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "vlmprune": __version__,
-    }
-    console.print(", ".join(f"{name} {value}" for name, value in setting.items()))
     prompts = [
         Setting(b, n, text, r, dr, shares, by_sample)
         for n in tokens or ((8192,) if memory else (576, 2880, 8192))
-        for b in batch or ([4] if memory else DEFAULT_BATCHES[on_gpu])
+        for b in batch or ([4] if memory else DEFAULT_BATCHES[gpu])
     ]
-    results, decoder = [], None
-    for name in shapes:
-        decoder = None  # Not two models at once.
-        needed = int(1.1 * SHAPES[name].parameters * kind.itemsize)
-        if needed > caches.free_bytes(device):
-            console.print(f"skipped {name}: its weights take {needed / GIB:.1f} GiB")
-            continue
-        decoder = None if memory else Decoder(SHAPES[name], device, kind)
-        done: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    for name in chosen:
+        decoder = Decoder(SHAPES[name], where, kind)
         for prompt in prompts:
             label = f"{name}, batch {prompt.batch}, {prompt.visual} visual tokens"
             room = max(steps + 1, CHECKED_STEPS, TAIL)
-            needed = caches.case_bytes(SHAPES[name], prompt, room, kind)
-            if needed > caches.free_bytes(device):
-                console.print(f"skipped {label}: it takes about {needed / GIB:.1f} GiB")
+            needed, free = case_bytes(SHAPES[name], prompt, room, kind), shapes.free_bytes(where)
+            if free is not None and needed > free:
+                print(f"skipped {label}: it takes about {needed / shapes.GIB:.1f} GiB")
                 continue
-            result: dict[str, Any] = {"shape": name, "setting": asdict(prompt), "on_gpu": on_gpu}
+            result: dict[str, Any] = {"shape": name, "setting": asdict(prompt)}
             try:
-                if decoder is None:
-                    same = {key: setting[key] for key in ("dtype", "threads")}
-                    result |= peaks(result | same | {"device": device, "steps": steps})
+                if memory:
+                    found = {one: peaks(decoder, prompt, one, steps) for one in MEMORY_KINDS}
+                    result["peak_bytes"] = {
+                        when: {one: told[when] for one, told in found.items()}
+                        for when in ("decoding", "filling")
+                    }
                 else:
                     result |= measure(decoder, prompt, room, steps, repeat, attention_only)
             except torch.OutOfMemoryError:
-                console.print(f"skipped {label}: out of memory")
+                print(f"skipped {label}: out of memory")
                 continue
             except (VlmpruneError, ValueError) as error:
-                console.print(f"[bold red]{label}: {error}")
-                raise typer.Exit(1) from error
+                raise VlmpruneError(f"{label}: {error}") from error
             finally:
-                if on_gpu:
+                if gpu:
                     torch.cuda.empty_cache()
-            done.append(result)
-        if done:
-            show(console, name, done)
-        results += done
-    if json_path is not None:
-        note = "measured on a GPU" if on_gpu else "seconds of a CPU: use the ratios only"
-        figures = {"setting": setting, "seconds_are": note, "results": results}
-        write(json_path, json.dumps(figures, indent=2) + "\n")
-
-
-def _name(kind: torch.dtype) -> str:
-    return str(kind).removeprefix("torch.")
+            results.append(result)
+        del decoder  # Not two models at once.
+    setting = {
+        "command": " ".join(["decode.py", *sys.argv[1:]]),
+        "dtype": str(kind).removeprefix("torch."),
+        "backend": backend or "auto",
+    }
+    figures = content(where, setting, results=results)
+    print(markdown(figures))
+    save(json_path, figures)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)()

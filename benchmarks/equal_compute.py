@@ -1,25 +1,15 @@
-"""The small study of layers against visual tokens, as tables of docs/results.md.
-
-    python benchmarks/equal_compute.py   # the page, from results/equal_compute.json
+"""The small study of layers against visual tokens, as the tables of docs/results.md.
 
 The figures are made by `training/embedded/study.py`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import typer
+from pages import table
 
-from accuracy_tables import header, line
-from vlmprune.files import write
-
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "equal_compute.json"
-PAGE = ROOT / "docs" / "results.md"
 KINDS = ("all", "reading", "the rest")
 
 
@@ -33,10 +23,10 @@ def every(found: Mapping[str, Any]) -> str:
     rows = {(row["layers"], row["tokens"]): row for row in found["rows"]}
     depths = sorted({layers for layers, _ in rows})
     tokens = sorted({n for _, n in rows}, reverse=True)
-    lines = [header(["visual tokens", *(f"{depth} layers" for depth in depths)])]
-    for n in tokens:
-        lines.append(line([str(n), *(percent(rows[depth, n]["all"]) for depth in depths)]))
-    return "\n".join(lines)
+    heads = ["visual tokens", *(f"{depth} layers" for depth in depths)]
+    return table(
+        heads, ([str(n), *(percent(rows[depth, n]["all"]) for depth in depths)] for n in tokens)
+    )
 
 
 def affordable(found: Mapping[str, Any], layers: int, mflops: float) -> dict[str, Any] | None:
@@ -51,14 +41,15 @@ def equal(found: Mapping[str, Any]) -> str:
     budgets = [row["mflops"] for row in found["rows"] if row["layers"] == depths[0]]
     parts = []
     for kind in KINDS:
-        lines = [f"**{kind}**", "", header(["MFLOPs", *(f"{depth} layers" for depth in depths)])]
+        lines = []
         for budget in sorted(budgets, reverse=True):
             cells = [f"{budget:.0f}"]
             for depth in depths:
                 row = affordable(found, depth, budget)
                 cells.append("" if row is None else f"{row['tokens']}: {percent(row[kind])}")
-            lines.append(line(cells))
-        parts.append("\n".join(lines))
+            lines.append(cells)
+        heads = ["MFLOPs", *(f"{depth} layers" for depth in depths)]
+        parts.append(f"**{kind}**\n\n" + table(heads, lines))
     return "\n\n".join(parts)
 
 
@@ -72,26 +63,3 @@ def setup(found: Mapping[str, Any]) -> str:
         f"about {made['scenes']} test scenes, intervals of 95 % over scenes. FLOPs: decoder layers "
         f"at prefill, with {found['text']} text tokens."
     )
-
-
-def rendered(page: str, found: Mapping[str, Any]) -> str:
-    """The page with the parts between its markers made anew."""
-    for name, made in (
-        ("study setup", setup(found)),
-        ("study equal", equal(found)),
-        ("study every", every(found)),
-    ):
-        before, begin, rest = page.partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition(f"<!-- end {name} -->")
-        assert begin and end, name
-        page = before + begin + made + "\n" + end + after
-    return page
-
-
-def main(results: Path = RESULTS, target: Path = PAGE) -> None:
-    """Write the tables."""
-    write(target, rendered(target.read_text(), json.loads(results.read_text())))
-
-
-if __name__ == "__main__":
-    typer.run(main)

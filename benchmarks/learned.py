@@ -1,30 +1,26 @@
 """Accuracy of the methods that learn beside those that do not, at equal numbers of visual tokens.
 
-    python benchmarks/learned.py            # what is missing or stale, then the page
-    python benchmarks/learned.py --render   # the page alone, from the JSON
+    python benchmarks/learned.py   # what is missing or stale
 
 The embedded model's held-out scenes, with the weights that travel with the package. Rows are kept
-and made anew as `accuracy.py` does it.
+and made anew as `accuracy.py` does it; `render.py` writes the tables.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from accuracy import PAGE, RESULTS, SEEDS, Row, measure, read
-from accuracy_tables import KINDS, Table, header, line, name, percent
+from accuracy import SEEDS, Row, measure
+from pages import RESULTS
+from program import command
 from vlmprune import METHODS
-from vlmprune.files import write
 from vlmprune.methods.bases.learned import shipped
-from vlmprune.study.evals.run import BATCH
 
-LEARNED = RESULTS.with_name("learned.json")
+FILE = RESULTS / "learned.json"
 TRAINED = ("quecc", "vistog")
 """Methods whose weights are for pictures; VideoLLM-MoD's are for clips."""
 BESIDE = {
@@ -55,49 +51,14 @@ def planned() -> list[Row]:
     return rows
 
 
-def tables(found: Mapping[str, Any]) -> str:
-    """One table a number of tokens: all kinds, each kind, and the difference from random."""
-    table = Table(found)
-    parts = []
-    for tokens in sorted({row["budget"] for row in found["rows"]}, reverse=True):
-        word = "token" if tokens == 1 else "tokens"
-        lines = [f"**{tokens:g} visual {word}**", ""]
-        lines.append(header(["method", "all", "minus random", *KINDS]))
-        for label, budget in table.rows:
-            if budget != tokens:
-                continue
-            made = table.made[label, budget]
-            gain = made.minus(table.made["random", tokens])
-            apart = "" if label == "random" else percent(gain, signed=True)
-            kinds = (percent(made.by_kind[kind]) for kind in KINDS)
-            lines.append(line([name(label), percent(made.mean), apart, *kinds]))
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
-
-
-def rendered(page: str, found: Mapping[str, Any]) -> str:
-    """The page with the part between its markers made anew."""
-    before, begin, rest = page.partition("<!-- learned -->\n")
-    _, end, after = rest.partition("<!-- end learned -->")
-    assert begin and end
-    return before + begin + tables(found) + "\n" + end + after
-
-
 def main(
-    render: Annotated[bool, typer.Option(help="Make no row, only the page.")] = False,
     again: Annotated[bool, typer.Option(help="Make rows anew that are known.")] = False,
-    results: Annotated[Path, typer.Option(help="JSON file, read and written.")] = LEARNED,
-    target: Annotated[Path, typer.Option(help="Page with the markers.")] = PAGE,
+    results: Annotated[Path, typer.Option(help="JSON file, read and written.")] = FILE,
 ) -> None:
-    """Measure what is missing, and write the tables."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    """Measure what is missing."""
     torch.set_num_threads(1)
-    rows = planned()
-    found = read(results) if render else measure(results, rows, BATCH, again)
-    known = {(row["label"], row["budget"]): row for row in found["rows"]}
-    found = found | {"rows": [known[row.key] for row in rows if row.key in known]}
-    write(target, rendered(target.read_text(), found))
+    measure(results, planned(), again=again)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)()

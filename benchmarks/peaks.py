@@ -13,12 +13,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
+from pages import mib, table
 from vlmprune import METHODS, Pruner
+from vlmprune.hosts.attention import read
 from vlmprune.runtime.attention import taps
 from vlmprune.select import bipartite
+from vlmprune.study.measure import peak_bytes
 from vlmprune.views import EncoderView, LayerView, Rows, RowView
 
 WIDTH, PROJECTED, HEADS, KEYS = 1024, 4096, 16, 64
@@ -157,37 +159,31 @@ def merging(tokens: int) -> None:
     bipartite.averaging(into, torch.ones(1, tokens), tokens - merge)
 
 
-def peak_of(name: str, tokens: int, measure: Callable[[Callable[[], Any]], int]) -> Peak:
-    """One method's peak, and how it grows.
-
-    Args:
-        name: in `METHODS`.
-        tokens: visual tokens.
-        measure: gives the most bytes that a call holds at once.
-    """
-    few, many = (_peaks(name, amount, measure) for amount in (tokens // 4, tokens))
+def peak_of(name: str, tokens: int) -> Peak:
+    """One method's peak among so many visual tokens, and how it grows."""
+    few, many = (_peaks(name, amount) for amount in (tokens // 4, tokens))
     growth = math.log(max(*many, 1) / max(*few, 1), 4)
     return Peak(name, tokens, *many, growth)
 
 
-def _peaks(name: str, tokens: int, measure: Callable[[Callable[[], Any]], int]) -> tuple[int, int]:
+def _peaks(name: str, tokens: int) -> tuple[int, int]:
     cls: Any = METHODS[name]
     pruner: Pruner = cls(**settings(cls))
-    call = (lambda: merging(tokens)) if name == "tome" else choice(pruner, tokens)
-    reading = 0
+    calls = [(lambda: merging(tokens)) if name == "tome" else choice(pruner, tokens)]
     if pruner.shortens and pruner.reads(DEPTH, FEATURE).patches is not None:
         query = torch.randn(1, HEADS, tokens, KEYS)
         key = torch.randn_like(query)
-        reading = measure(lambda: taps.patch_attention(query, key, KEYS**-0.5, None))
-    return measure(call), reading
+        call = read(torch.nn.Identity(), query, key, KEYS**-0.5)
+        calls.append(lambda: taps.patch_attention(call, None))
+    choosing, *reading = (peak_bytes(one, torch.device("cpu")) or 0 for one in calls)
+    return choosing, sum(reading)
 
 
-def table(peaks: list[Peak]) -> Table:
-    """For people."""
-    shown = Table(title=f"extra peak memory of a choice among {peaks[0].tokens} visual tokens")
-    for name in ("method", "choosing", "reading attention", "growth"):
-        shown.add_column(name, justify="left" if name == "method" else "right")
+def markdown(peaks: list[Peak]) -> str:
+    """A table of the peaks."""
+    rows = []
     for one in peaks:
-        sizes = [f"{size / 2**20:.1f} MiB" if size else "" for size in (one.choosing, one.reading)]
-        shown.add_row(one.method, *sizes, f"tokens^{one.growth:.1f}")
-    return shown
+        sizes = [mib(size) if size else "" for size in (one.choosing, one.reading)]
+        rows.append([f"`{one.method}`", *sizes, f"{one.growth:.1f}"])
+    heads = ["method", "choosing, MiB", "reading attention, MiB", "growth"]
+    return table(heads, rows)

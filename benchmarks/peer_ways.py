@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -15,17 +14,17 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from decode import ratio, turns
 from selection import authors_choice, clear_inputs, common
+from turns import clock, in_turns, ratio
 from vlmprune import PLPHP, VisPruner, select
 from vlmprune.hosts.release import cache_returned, with_cache
 from vlmprune.io.models import attached
-from vlmprune.study.measure import stored_bytes, wait
+from vlmprune.study.measure import stored_bytes
 
 RATIO = 0.5  # VisPruner's share of tokens chosen by attention, the authors' default.
 CLEAR_KEEP = 64  # Tokens kept of the 576 on which rounding decides nothing.
 SNAP_WINDOW = 64  # Queries that kvpress's score asks, its default.
-ALL, THEIRS, OURS = "all tokens", "theirs", "ours"
+ALL, THEIRS, OURS = "all", "theirs", "ours"
 Choose = Callable[[Tensor, Tensor, int, float], Tensor]
 
 
@@ -54,10 +53,15 @@ class Job:
     repeat: int
 
     def now(self) -> float:
-        """Seconds; of processor time where one thread of a CPU does all."""
-        wait(self.model.device)
-        alone = self.model.device.type == "cpu" and torch.get_num_threads() == 1
-        return time.thread_time() if alone else time.perf_counter()
+        """Seconds, by the clock of `turns`."""
+        return clock(self.model.device)
+
+
+def ratios(
+    seconds: Mapping[str, list[float]], pairs: Iterable[tuple[str, str]]
+) -> dict[str, tuple[float, float]]:
+    """How some ways stand to others, by what is divided by what."""
+    return {f"{a} / {b}": ratio(seconds[a], seconds[b]) for a, b in pairs}
 
 
 # The authors' procedure
@@ -142,7 +146,7 @@ def authors(job: Job) -> dict[str, Any]:
         return first
 
     ways = (ALL, THEIRS, OURS)
-    turns(ways, turn, 1)
+    in_turns(ways, turn, 1)
     chosen = dict(kept)
     with eager_tower(model):
         attention, features = (x.double() for x in encoded(model, pixels))
@@ -152,20 +156,16 @@ def authors(job: Job) -> dict[str, Any]:
     clear = clear_inputs(len(pixels), model.device)
     by = [call(*clear, CLEAR_KEEP, RATIO) for call in (authors_choice, select.vispruner)]
     whole.clear()
-    first = turns(ways, turn, job.repeat)
-    pairs = {
-        "theirs / ours": (THEIRS, OURS),
-        "all / ours": (ALL, OURS),
-        "all / theirs": (ALL, THEIRS),
-    }
+    first = in_turns(ways, turn, job.repeat)
+    pairs = ((THEIRS, OURS), (ALL, OURS), (ALL, THEIRS))
     return {
         "same_choice_on_clear_inputs": torch.equal(*by),
         "kept": int(chosen[OURS].numel()),
         "kept_by_both": common(chosen[THEIRS], chosen[OURS]),
         "kept_by_theirs_in_float64_too": common(chosen[THEIRS], again),
         "same_answer_given_the_same_tokens": torch.equal(same_choice, said[OURS]),
-        "first_token": {name: ratio(first[a], first[b]) for name, (a, b) in pairs.items()},
-        "whole_call": {name: ratio(whole[a], whole[b]) for name, (a, b) in pairs.items()},
+        "first_token": ratios(first, pairs),
+        "whole_call": ratios(whole, pairs),
         "seconds": {"first_token": first, "whole_call": whole},
     }
 
@@ -282,35 +282,18 @@ def kvpress(job: Job) -> dict[str, Any]:
 
     for name in (ALL, OURS, THEIRS):  # Theirs is given as many pairs as ours keeps.
         turn(name)
-    seconds = turns((ALL, THEIRS, OURS), turn, job.repeat)
-    pairs = {
-        "theirs / all": (THEIRS, ALL),
-        "ours / all": (OURS, ALL),
-        "ours / theirs": (OURS, THEIRS),
-    }
+    seconds = in_turns((ALL, THEIRS, OURS), turn, job.repeat)
+    pairs = ((THEIRS, ALL), (OURS, ALL), (OURS, THEIRS))
     return {
         "pairs_attended": {name: n / attended[ALL] for name, n in attended.items()},
         "bytes_held_after_prefill": {name: n / held[ALL] for name, n in held.items()},
-        "decode_step": {name: ratio(seconds[a], seconds[b]) for name, (a, b) in pairs.items()},
+        "decode_step": ratios(seconds, pairs),
         "seconds": {"decode_step": seconds},
     }
 
 
-# OpenVINO GenAI
-
-
-def openvino(job: Job) -> dict[str, Any]:
-    """OpenVINO GenAI's pruning: always skipped so far, with what is in the way."""
-    if importlib.util.find_spec("openvino_genai") is None:
-        raise SkippedError("openvino-genai is not installed.")
-    raise SkippedError(
-        f"openvino-genai {version_of('openvino-genai')} runs only models in OpenVINO's own "
-        "format, and what exports them (optimum-intel 2.2.0) needs Transformers below 5.6, where "
-        f"vlmprune needs 5.16 or later ({version_of('transformers')} here)."
-    )
-
-
 def version_of(package: str) -> str:
+    """The version of a package that is installed here."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -10,7 +10,6 @@
   the same model, and against no pruning.
 - kvpress: AdaKV of the package kvpress, which masks keys and frees none, against PLPHP with
   per_head="adaptive" at as many pairs of key and value: bytes held and the decode step.
-- openvino: visual token pruning of OpenVINO GenAI.
 
 Each is optional: one that cannot run here is skipped by its name, with the reason. All ways take
 turns within one process, the order reversed every other time, after a warm-up. Weights are random.
@@ -22,28 +21,20 @@ bears other work on the machine better.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from peer_ways import RATIO, Job, SkippedError, authors, kvpress, openvino, version_of
-from vlmprune import VlmpruneError
-from vlmprune.files import write
+from pages import around, table
+from peer_ways import RATIO, Job, SkippedError, authors, kvpress, version_of
+from program import about, command, content, place, refuse, save
 from vlmprune.io.models import quiet
 from vlmprune.study.bench import shapes
-from vlmprune.study.measure import facts
 
-PEERS: dict[str, Callable[[Job], dict[str, Any]]] = {
-    "authors": authors,
-    "kvpress": kvpress,
-    "openvino": openvino,
-}
+PEERS: dict[str, Callable[[Job], dict[str, Any]]] = {"authors": authors, "kvpress": kvpress}
 
 
 def run(job: Job, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -58,36 +49,46 @@ def run(job: Job, names: list[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def show(console: Console, name: str, result: dict[str, Any]) -> None:
-    """Print one peer's figures, or why there are none."""
-    if "skipped" in result:
-        console.print(f"{name}: skipped. {result['skipped']}", markup=False, soft_wrap=True)
-        return
-    table = Table(title=name, title_justify="left")
-    table.add_column("time")
-    timed = [key for key in ("first_token", "whole_call", "decode_step") if key in result]
-    for pair in result[timed[0]]:
-        table.add_column(pair, justify="right")
-    for key in timed:
-        cells = [f"{middle:.2f} ± {spread:.0%}" for middle, spread in result[key].values()]
-        table.add_row(key.replace("_", " "), *cells)
-    console.print(table)
-    if "kept" in result:
-        clear, said = (
-            "the same" if result[key] else "DIFFERENT"
-            for key in ("same_choice_on_clear_inputs", "same_answer_given_the_same_tokens")
-        )
-        console.print(f"choice: {clear} tokens on inputs where rounding decides nothing")
-        console.print(
-            f"on this tower's features {result['kept_by_both']} of {result['kept']} tokens are "
-            f"kept by both; theirs in float64 keeps {result['kept_by_theirs_in_float64_too']} of "
-            f"its own; given the same tokens, {said} answer",
-            soft_wrap=True,
-        )
-    for key in ("pairs_attended", "bytes_held_after_prefill"):
-        if key in result:
-            shares = ", ".join(f"{way} {share:.1%}" for way, share in result[key].items())
-            console.print(f"{key.replace('_', ' ')}: {shares}")
+def markdown(found: Mapping[str, Any]) -> str:
+    """Every peer's figures, or why there are none."""
+    setting = found["setting"]
+    parts = [
+        f"{setting['shape']}, {setting['images']} picture(s), {setting['visual_tokens']} visual "
+        f"and {setting['text_tokens']} text tokens, keep {setting['keep']}, retention "
+        f"{setting['retention']}, {setting['new_tokens']} new tokens, {setting['repeat']} turns; "
+        f"{about(setting, setting['dtype'])}."
+    ]
+    for name, result in found["peers"].items():
+        if "skipped" in result:
+            parts.append(f"{name}: skipped. {result['skipped']}")
+            continue
+        timed = [key for key in ("first_token", "whole_call", "decode_step") if key in result]
+        rows = [
+            [key.replace("_", " "), *(around(made) for made in result[key].values())]
+            for key in timed
+        ]
+        parts += [f"**{name}**", table(["time", *result[timed[0]]], rows)]
+        for key in ("pairs_attended", "bytes_held_after_prefill"):
+            if key in result:
+                shares = ", ".join(f"{way} {share:.1%}" for way, share in result[key].items())
+                parts.append(f"{key.replace('_', ' ')}: {shares}")
+        if "kept" in result:
+            parts.append(choices(result))
+    return "\n\n".join(parts)
+
+
+def choices(result: Mapping[str, Any]) -> str:
+    """Whether the authors' procedure and ours choose and answer the same."""
+    clear, said = (
+        "the same" if result[key] else "DIFFERENT"
+        for key in ("same_choice_on_clear_inputs", "same_answer_given_the_same_tokens")
+    )
+    return (
+        f"choice: {clear} tokens on inputs where rounding decides nothing; on this tower's "
+        f"features {result['kept_by_both']} of {result['kept']} tokens are kept by both; theirs in "
+        f"float64 keeps {result['kept_by_theirs_in_float64_too']} of its own; given the same "
+        f"tokens, {said} answer"
+    )
 
 
 @torch.inference_mode()
@@ -96,12 +97,12 @@ def main(
     shape: Annotated[str, typer.Option(help="A LLaVA-1.5 shape: small, llava-1.5-7b.")] = "small",
     layers: Annotated[int | None, typer.Option(help="Decoder layers; default: all.")] = None,
     tower_layers: Annotated[int | None, typer.Option(help="Vision layers; default: all.")] = None,
-    images: Annotated[int, typer.Option(help="Pictures in the prompt.")] = 1,
-    text: Annotated[int, typer.Option(help="Words in the prompt.")] = 64,
+    images: Annotated[int, typer.Option(help="Pictures in the prompt.", min=1)] = 1,
+    text: Annotated[int, typer.Option(help="Words in the prompt.", min=1)] = 64,
     keep: Annotated[int, typer.Option(help="VisPruner: tokens kept of each picture.")] = 64,
     retention: Annotated[float, typer.Option(help="PLPHP: share kept of visual tokens.")] = 0.4,
-    new_tokens: Annotated[int, typer.Option(help="Tokens each call generates.")] = 4,
-    repeat: Annotated[int, typer.Option(help="Turns.")] = 5,
+    new_tokens: Annotated[int, typer.Option(help="Tokens each call generates.", min=1)] = 4,
+    repeat: Annotated[int, typer.Option(help="Turns.", min=1)] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="bfloat16 on CUDA, else float32.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of the CPU; default: torch's own.")] = None,
@@ -109,33 +110,26 @@ def main(
 ) -> None:
     """Compare others' ways with ours on the same work."""
     names = peer or list(PEERS)
-    for name in names:
-        if name not in PEERS:
-            raise typer.BadParameter(f"--peer {name} is unknown; use {', '.join(PEERS)}.")
-    if min(images, text, new_tokens) < 1 or repeat < 2:
-        raise typer.BadParameter("--images, --text, --new-tokens: 1 or more; --repeat: 2 or more.")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    kind = dtype or ("bfloat16" if device != "cpu" else "float32")
-    try:
-        config = shapes.config_of(shape, layers, tower_layers)
-        if config.model_type != "llava":
-            raise VlmpruneError(f"--shape {shape} is no LLaVA-1.5; use small or llava-1.5-7b.")
-        tokens, important = shapes.tokens_per_image(config), int(keep * RATIO)
-        if not 8 <= keep - important <= tokens - important or (tokens - important) % 2:
-            raise VlmpruneError(
-                f"the authors' procedure fails at --keep {keep}: half of it must be 8 or more, "
-                f"{tokens} at most in all, and leave an even number of {tokens}; use 64."
-            )
-        model = shapes.build(config, torch.device(device), getattr(torch, kind))
-        inputs = shapes.prompt(model, 1, images, text)
-        found = run(Job(model, inputs, keep, retention, new_tokens, repeat), names)
-    except VlmpruneError as error:
-        raise typer.BadParameter(str(error)) from error
-    setting = facts(model.device) | {
+    unknown = [name for name in names if name not in PEERS]
+    refuse({f"--peer {one} is unknown; use {', '.join(PEERS)}.": True for one in unknown})
+    where, kind = place(device, dtype, threads)
+    config = shapes.config_of(shape, layers, tower_layers)
+    tokens, important = shapes.tokens_per_image(config), int(keep * RATIO)
+    fits = 8 <= keep - important <= tokens - important and (tokens - important) % 2 == 0
+    refuse(
+        {
+            f"--shape {shape} is no LLaVA-1.5; use small or llava-1.5-7b.": config.model_type
+            != "llava",
+            f"the authors' procedure fails at --keep {keep}: half of it must be 8 or more, "
+            f"{tokens} at most in all, and leave an even number of {tokens}; use 64.": not fits,
+        }
+    )
+    model = shapes.build(config, where, kind)
+    inputs = shapes.prompt(model, 1, images, text)
+    setting = {
         "shape": shape,
         "layers": shapes.depths(config),
-        "dtype": kind,
+        "dtype": str(kind).removeprefix("torch."),
         "images": images,
         "visual_tokens": images * tokens,
         "text_tokens": text,
@@ -144,23 +138,13 @@ def main(
         "new_tokens": new_tokens,
         "repeat": repeat,
     }
-    packages = {"kvpress": "kvpress", "openvino": "openvino-genai"}
-    for name in names:
-        if "skipped" not in found[name] and name in packages:
-            setting["versions"][packages[name]] = version_of(packages[name])
-    console = Console()
-    console.print(", ".join(f"{key} {value}" for key, value in setting["versions"].items()))
-    console.print(
-        f"{shape}, {kind}, {setting['threads']} thread(s), {images} x {tokens} visual and {text} "
-        f"text tokens, keep {keep}, retention {retention}, {new_tokens} new tokens, {repeat} turns"
-    )
-    for name in names:
-        show(console, name, found[name])
-    if json_path is not None:
-        note = "use the ratios only" if model.device.type == "cpu" else "measured on a GPU"
-        content = {"setting": setting, "seconds_are": note, "peers": found}
-        write(json_path, json.dumps(content, indent=2) + "\n")
+    made = run(Job(model, inputs, keep, retention, new_tokens, repeat), names)
+    found = content(where, setting, peers=made)
+    if "skipped" not in made.get("kvpress", {"skipped": ""}):
+        found["setting"]["versions"]["kvpress"] = version_of("kvpress")
+    print(markdown(found))
+    save(json_path, found)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)()

@@ -1,30 +1,36 @@
-"""The GPU section of docs/benchmarks.md, made from the JSON files that `gpu.sh` wrote.
+"""The figures of docs/, made from the JSON files that the programs here wrote.
 
     python benchmarks/render.py
+    python benchmarks/render.py --results FOLDER --docs FOLDER
 
-The section stands between `<!-- gpu -->` and `<!-- end gpu -->`. Without any JSON there is none:
-the markers stay, with nothing between them. Of what was measured on a CPU, as in a dry run, there
-are ratios alone, under a heading that says so.
+A part of a page stands between `<!-- name -->` and `<!-- end name -->`. One whose file is not there
+stays as it is, but for the figures of a GPU: without any the markers stay, with nothing between
+them. Of what was measured on a CPU there are ratios alone, and of GPU figures that were, as in a
+dry run, under a heading that says so.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vlmprune.files import write
+import accuracy
+import decode
+import equal_compute
+import learned
+import selection
+import serve_page
+from accuracy_tables import Table
+from pages import DOCS, RESULTS, replaced
+from program import command
 from vlmprune.study.bench import tables
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "gpu"
-PAGE = ROOT / "docs" / "benchmarks.md"
-MARKERS = re.compile(r"(<!-- gpu -->\n).*?(<!-- end gpu -->)", flags=re.DOTALL)
+Content = Mapping[str, Any]
+
 NAMES = {
     "llava-next": "LLaVA-NeXT-7B",
     "llava-1.5": "LLaVA-1.5-7B",
@@ -32,28 +38,21 @@ NAMES = {
     "selection": "Selection and the tap",
     "decode": "Decoding over a cut cache",
 }
-"""Headings in order; other files come after these, under their own names."""
+"""Headings of what `gpu.sh` measured, in order; other files come after these, by their names."""
 
 
-def section(files: Mapping[str, Any]) -> str:
-    """The section.
-
-    Args:
-        files: content of the JSON files by name, without ending.
-
-    Returns:
-        Markdown; empty where there is no file.
-    """
+def gpu(files: Mapping[str, Content]) -> str:
+    """What `gpu.sh` measured: the content of its JSON files by name, without ending."""
     if not files:
         return ""
     order = [name for name in NAMES if name in files] + sorted(set(files) - set(NAMES))
-    gpu = all("CPU" not in files[name].get("seconds_are", "") for name in order)
-    parts = [f"## {'On a GPU' if gpu else 'A dry run of the GPU figures, on a CPU'}"]
-    parts.append(
+    on_gpu = all(tables.on_gpu(files[name]) for name in order)
+    parts = [
+        f"## {'On a GPU' if on_gpu else 'A dry run of the GPU figures, on a CPU'}",
         "`sh benchmarks/gpu.sh`: random weights in the shapes of real models, so that what they "
-        "answer means nothing; how long it takes is what the shape takes."
-    )
-    makers: dict[str, Callable[[Any], str]] = {"selection": selection, "decode": decode}
+        "answer means nothing; how long it takes is what the shape takes.",
+    ]
+    makers = {"selection": selection.markdown, "decode": decode.markdown}
     explained = False
     for name in order:
         if name in makers:
@@ -63,77 +62,81 @@ def section(files: Mapping[str, Any]) -> str:
             made = tables.markdown(files[name], with_legend=not explained)
             explained = True
         parts += [f"### {NAMES.get(name, name)}", made.strip()]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
-def selection(content: Mapping[str, Any]) -> str:
-    """What `selection.py` found."""
-    gpu = "CPU" not in content["seconds_are"]
-    lines = [
-        "| crops | selection | tower | peak of selection | tap |",
-        "|---:|---:|---:|---:|---:|",
-    ]
-    for one in content["results"]:
-        peak = one["peak_bytes"]
-        ours = one["seconds"]["selection, ours"]
-        cells = (
-            str(one["crops"]),
-            f"{one['selection_speedup']:.2f}x" + (f" ({1e3 * ours:.2f} ms)" if gpu else ""),
-            f"{one['tower_speedup']:.2f}x",
-            f"{peak['selection, theirs'] / max(1, peak['selection, ours']):.2f}x",
-            f"{100 * one['tap_share_of_tower']:.2f} %",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    what = (
-        "The authors' procedure over ours, and the tap's share of the tower's time "
-        f"(`benchmarks/selection.py`); {content['setting']}."
-    )
-    return f"{what}\n\n" + "\n".join(lines)
+def of_methods(found: Content) -> dict[str, str]:
+    """The parts about all methods."""
+    shown = Table(accuracy.planned_now(found, accuracy.planned([])))
+    return {
+        "setup": shown.setup(),
+        "accuracy": shown.accuracy(),
+        "gains": shown.gains(),
+        "cost": shown.cost(),
+        "own": shown.own(),
+        "kinds": shown.kinds(),
+        "left out": "\n".join(f"- {why}." for why in accuracy.NOT_HERE.values()),
+    }
 
 
-def decode(content: Mapping[str, Any]) -> str:
-    """What `decode.py` found."""
-    setting, results = content["setting"], content["results"]
-    about = ", ".join(setting[name] for name in ("device", "dtype"))
-    versions = f"torch {setting['torch']}, transformers {setting['transformers']}"
-    what = (
-        "Time of one decode step relative to the dense cache; the floors are Transformers' cache "
-        f"cut to the same bytes (`{setting['command']}`); {about}, {versions}."
-    )
-    if not results:
-        return f"{what} Nothing fitted the memory."
-    gpu = all(one["on_gpu"] for one in results)
-    names = [name for name in results[0]["ratios"] if name.endswith("/ dense")]
-    heads = [name.partition(" / ")[0] for name in names]
-    first = ["shape, batch x visual tokens", *(["dense, ms"] if gpu else [])]
-    lines = [f"| {' | '.join([*first, *heads])} |", "|---" * (len(first) + len(heads)) + "|"]
-    for one in results:
-        prompt = one["setting"]
-        cells = [f"{one['shape']}, {prompt['batch']} x {prompt['visual']}"]
-        if gpu:
-            cells.append(f"{1e3 * statistics.median(one['seconds']['dense']):.2f}")
-        ratios = (one["ratios"].get(name) for name in names)
-        cells += ["" if ratio is None else f"{ratio[0]:.2f}" for ratio in ratios]
-        lines.append(f"| {' | '.join(cells)} |")
-    return f"{what}\n\n" + "\n".join(lines)
+def of_learned(found: Content) -> dict[str, str]:
+    """The part about methods that learn."""
+    return {"learned": Table(accuracy.planned_now(found, learned.planned())).by_tokens()}
 
 
-def render(text: str, files: Mapping[str, Any]) -> str:
-    """The page with its section made anew."""
-    if not MARKERS.search(text):
-        raise typer.BadParameter("the page has no lines <!-- gpu --> and <!-- end gpu -->")
-    return MARKERS.sub(lambda at: f"{at[1]}{section(files)}{at[2]}", text)
+def of_study(found: Content) -> dict[str, str]:
+    """The parts about layers against tokens."""
+    return {
+        "study setup": equal_compute.setup(found),
+        "study equal": equal_compute.equal(found),
+        "study every": equal_compute.every(found),
+    }
+
+
+def read(folder: Path) -> dict[str, Content]:
+    """The JSON files of a folder by their names, without ending."""
+    files = sorted(folder.glob("*.json"))
+    return {one.stem: json.loads(one.read_text(encoding="utf-8")) for one in files}
+
+
+def results_page(folder: Path) -> dict[str, str]:
+    """The parts of docs/results.md whose files are there."""
+    makers = {"accuracy": of_methods, "learned": of_learned, "equal_compute": of_study}
+    made: dict[str, str] = {}
+    for name, found in read(folder).items():
+        if name in makers:
+            made |= makers[name](found)
+    return made
+
+
+PAGES: dict[str, Callable[[Path], dict[str, str]]] = {
+    "benchmarks.md": lambda folder: {"gpu": gpu(read(folder / "gpu"))},
+    "results.md": results_page,
+    "serving.md": lambda folder: serve_page.parts(read(folder)),
+}
+"""By page what stands between its markers, out of a folder of results."""
+
+
+def render(text: str, made: Mapping[str, str]) -> str:
+    """A page with its parts made anew."""
+    for name, part in made.items():
+        text = replaced(text, name, part)
+    return text
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="Folder of JSON files.")] = RESULTS,
-    page: Annotated[Path, typer.Option(help="Page with the markers.")] = PAGE,
+    results: Annotated[Path, typer.Option(help="Folder of the JSON files.")] = RESULTS,
+    docs: Annotated[Path, typer.Option(help="Folder of the pages; those it has are made.")] = DOCS,
 ) -> None:
-    """Render the section."""
-    found = sorted(results.glob("*.json")) if results.is_dir() else []
-    files = {one.stem: json.loads(one.read_text(encoding="utf-8")) for one in found}
-    write(page, render(page.read_text(encoding="utf-8"), files))
+    """Write the parts of all pages, and draw the curve of docs/serving.md."""
+    for name, parts in PAGES.items():
+        page = docs / name
+        if page.exists():
+            made = render(page.read_text(encoding="utf-8"), parts(results))
+            page.write_text(made, encoding="utf-8")
+    if (docs / "serving.md").exists():
+        serve_page.draw(read(results), docs / "serving.png")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)()

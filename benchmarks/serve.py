@@ -22,9 +22,7 @@ not end within `--limit`. On a CPU use the ratios only.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -40,9 +38,9 @@ from rich.console import Console
 import serve_load
 import serve_page
 import serve_server
+from program import CPU, GPU, command, refuse, save
 from serve_page import ALL, PLAIN
-from vlmprune import VlmpruneError, __version__, costs
-from vlmprune.files import write
+from vlmprune import VlmpruneError, costs
 from vlmprune.study import measure
 
 # What of the environment the figures depend on.
@@ -69,9 +67,9 @@ class Case:
 
     def processor_seconds(self) -> dict[str, float]:
         """What the server's processes have taken so far; empty where it is not ours."""
-        return (
-            {} if self.server is None else serve_server.processor_seconds(self.server.process.pid)
-        )
+        if self.server is None:
+            return {}
+        return serve_server.processor_seconds(self.server.process.pid)
 
 
 @dataclass
@@ -306,9 +304,7 @@ def main(
         not in ("", *serve_server.SHAPES),
         f"--open-keep must be among the budgets {budgets}.": not {*chosen} <= {*map(str, budgets)},
     }
-    for problem, is_so in problems.items():
-        if is_so:
-            raise typer.BadParameter(problem)
+    refuse(problems)
     if not shape and model is None and url is None:
         shape = "llava-0.7b"
     work = Work(words, tokens, requests, clients, arriving, load or [0.5, 0.9], [ALL, *chosen])
@@ -322,45 +318,31 @@ def main(
         wrong = f", {told['errors']} errors ({told['error']})" if told and told["errors"] else ""
         console.print(f"{text}{found}{wrong}", markup=False, highlight=False)
 
-    begin, kept = time.monotonic(), []
-    try:
-        with ExitStack() as stack:
-            place = serve_server.started(stack, options, say)
-            setting = {
-                "command": " ".join(["serve.py", *without_paths(sys.argv[1:])]),
-                **place.facts,
-                "method": method,
-                "device": measure.facts(device)["device_name"],
-                "environment": {n: os.environ[n] for n in _VARIABLES if n in os.environ},
-                "versions": {
-                    "vlmprune": __version__,
-                    **serve_server.versions(),
-                    "python": platform.python_version(),
-                },
-                **{"words": words, "output_tokens": tokens, "clients": clients},
-                **{"requests": requests, "arriving": arriving},
-            }
+    begin, kept = time.monotonic(), list[dict[str, Any]]()
+    here = measure.facts(device)
+    with ExitStack() as stack:
+        place = serve_server.started(stack, options, say)
+        setting = {
+            "command": " ".join(["serve.py", *without_paths(sys.argv[1:])]),
+            **place.facts,
+            "method": method,
+            "device": here["device_name"],
+            "environment": {n: os.environ[n] for n in _VARIABLES if n in os.environ},
+            "versions": serve_server.versions(here["versions"]),
+            **{"words": words, "output_tokens": tokens, "clients": clients},
+            **{"requests": requests, "arriving": arriving},
+        }
 
-            def save(facts: dict[str, Any], cases: dict[str, Any], done: list[Any]) -> None:
-                gpu = device.type == "cuda"
-                note = "measured on a GPU" if gpu else "seconds of a CPU: use the ratios only"
-                content = {
-                    "setting": setting | facts,
-                    "seconds_are": note,
-                    "cases": cases,
-                    "rounds": done,
-                }
-                if json_path is not None:
-                    write(json_path, json.dumps(content, indent=1) + "\n")
-                kept.append(content)
+        def write(facts: dict[str, Any], cases: dict[str, Any], done: list[Any]) -> None:
+            note = GPU if device.type == "cuda" else CPU
+            told = {"setting": setting | facts, "seconds_are": note, "cases": cases, "rounds": done}
+            save(json_path, told)
+            kept.append(told)
 
-            left = limit - (time.monotonic() - begin)
-            asyncio.run(measured(work, place, budgets, rounds, left, save, say))
-    except VlmpruneError as error:
-        console.print(f"error: {error}", style="bold red", markup=False)
-        raise typer.Exit(1) from error
+        left = limit - (time.monotonic() - begin)
+        asyncio.run(measured(work, place, budgets, rounds, left, write, say))
     console.print(serve_page.section(kept[-1]), markup=False)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)()

@@ -18,10 +18,12 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 # Seconds between two looks at the server's metrics.
 LOOK = 0.25
@@ -284,15 +286,10 @@ def busy_seconds() -> float | None:
     return (user + nice + system) / os.sysconf("SC_CLK_TCK")
 
 
-def quantile(values: Iterable[float], share: float) -> float:
-    """The value below which such a share lies, on a straight line between neighbours."""
-    ordered = sorted(values)
-    if not ordered:
-        return math.nan
-    at = share * (len(ordered) - 1)
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+def quantiles(values: Sequence[float], *shares: int) -> dict[str, float]:
+    """The values below which such per cents lie, by "p50" and the like; no numbers of none."""
+    some = values or [math.nan]
+    return {f"p{share}": float(np.percentile(some, share)) for share in shares}
 
 
 def figures(answers: Sequence[Answer]) -> dict[str, Any]:
@@ -315,8 +312,8 @@ def figures(answers: Sequence[Answer]) -> dict[str, Any]:
         "output_tokens_per_second": tokens / seconds,
         "prompt_tokens": sum(one.prompt for one in good) / len(good),
         "output_tokens": tokens / len(good),
-        "first_token": {"p50": quantile(first, 0.5), "p95": quantile(first, 0.95)},
-        "between_tokens": {"p50": quantile(gaps, 0.5), "p95": quantile(gaps, 0.95)},
-        "whole_answer": {"p50": quantile([one.times[-1] - one.due for one in good], 0.5)},
+        "first_token": quantiles(first, 50, 95),
+        "between_tokens": quantiles(gaps, 50, 95),
+        "whole_answer": quantiles([one.times[-1] - one.due for one in good], 50),
         "sent_late": max(one.sent - one.due for one in good),
     }

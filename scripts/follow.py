@@ -2,12 +2,12 @@
 
     python scripts/follow.py [--method SPEC] [--edges]
 
-A tiny LLaVA with random weights answers one question under a pruner, and a tracer notes each call of
-one module of the package by another. Rooms, and the parts of `runtime`, are ranked as `.importlinter`
-has them. Printed are, up to the host's own `generate` and for the whole call, the modules and rooms
-entered, how often the way goes from one module to another ("stays"), and which calls climb: from a
-room to one above it. A method's own choice, asked for by the record `method.Method`, is the one climb
-that is meant, and is counted apart.
+A tiny LLaVA with random weights answers one question under a pruner, and a tracer notes each call
+of one module of the package by another. Rooms, and the parts of `runtime`, are ranked as in
+`.importlinter`. Printed are, up to the host's own `generate` and for the whole call, the modules
+and rooms entered, how often the way goes from one module to another ("stays"), and which calls
+climb, from a room to one above it. A method's own choice, asked for by the record `method.Method`,
+is the one climb that is meant, and is counted apart.
 """
 
 from __future__ import annotations
@@ -62,42 +62,44 @@ class Tracer:
         self.after: list[tuple[str, str, str]] = []
         self.generating = False
 
-    def module(self, code: Any) -> str | None:
+    def _module(self, code: Any) -> str | None:
         path = Path(code.co_filename)
         if not path.is_relative_to(ROOT):
             return None
         return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
-    def room(self, module: str) -> str:
+    def _room(self, module: str) -> str:
         parts = module.split(".")
         return ".".join(parts[:2]) if parts[0] == "runtime" else parts[0]
 
     def __call__(self, frame: Any, event: str, _: Any) -> None:
+        """Note one event of Python's own tracing."""
         if event != "call":
             return
         code = frame.f_code
         if code.co_name == "generate" and "generation/utils" in code.co_filename.replace("\\", "/"):
             self.generating = True
-        own = self.module(code)
+        own = self._module(code)
         if own is None or code.co_name.startswith("<"):
             return
         back = frame.f_back
-        while back is not None and self.module(back.f_code) is None:
+        while back is not None and self._module(back.f_code) is None:
             back = back.f_back
-        caller = "" if back is None else self.module(back.f_code) or ""
+        caller = "" if back is None else self._module(back.f_code) or ""
         if caller != own:
             (self.after if self.generating else self.before).append((caller, own, code.co_qualname))
 
     def told(self, edges: list[tuple[str, str, str]]) -> dict[str, Any]:
+        """What passages come to."""
         climbs = Counter(
-            (self.room(a), self.room(b), name)
+            (self._room(a), self._room(b), name)
             for a, b, name in edges
-            if a and self.ranked.get(self.room(b), 0) > self.ranked.get(self.room(a), 0)
+            if a and self.ranked.get(self._room(b), 0) > self.ranked.get(self._room(a), 0)
         )
         meant = {edge: n for edge, n in climbs.items() if edge[1] in CHOICES}
         return {
             "modules": len({b for _, b, _ in edges}),
-            "rooms": sorted({self.room(b) for _, b, _ in edges}),
+            "rooms": sorted({self._room(b) for _, b, _ in edges}),
             "stays": len(edges),
             "climbs": {" > ".join(e): n for e, n in climbs.items() if e not in meant},
             "choices asked of the method": sum(meant.values()),
@@ -107,7 +109,7 @@ class Tracer:
 def tiny() -> tuple[Any, dict[str, Any]]:
     """A model and a request for it."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    shape: Any = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
     vision = CLIPVisionConfig(**shape, num_hidden_layers=3, image_size=56, patch_size=14)
     text = LlamaConfig(**shape, num_hidden_layers=3, vocab_size=64, num_key_value_heads=2)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=5)
@@ -140,7 +142,8 @@ def main() -> None:
     ):
         told = tracer.told(edges)
         print(
-            f"{name}: {told['modules']} modules in {len(told['rooms'])} rooms, {told['stays']} stays,"
+            f"{name}: {told['modules']} modules in {len(told['rooms'])} rooms, "
+            f"{told['stays']} stays,"
         )
         print(f"  {sum(told['climbs'].values())} climbs,", end=" ")
         print(f"{told['choices asked of the method']} choices asked of the method")

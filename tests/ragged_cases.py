@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from vlmprune.hosts.attention import AttentionCall
 from vlmprune.runtime.attention import ragged
 from vlmprune.runtime.attention.ragged import Ragged
 
@@ -31,8 +32,12 @@ class Case:
 
     def run(self, backend: str) -> Tensor:
         prefix = Ragged.cut(self.keys, self.values, self.keep)
-        tail = (self.tail_keys, self.tail_values, self.mask, self.scaling)
-        return ragged.attend(self.query, prefix, *tail, backend)
+        return ragged.attend(self.on_tail(), prefix, backend)
+
+    def on_tail(self) -> AttentionCall:
+        """What asks, on the tail."""
+        tail = (self.tail_keys, self.tail_values, self.mask)
+        return AttentionCall(nn.Identity(), self.query, *tail, {"scaling": self.scaling})
 
     def to(self, device: str, dtype: torch.dtype) -> Case:
         def move(tensor: Tensor | None) -> Any:

@@ -224,3 +224,54 @@ def test_stages_can_be_filled_before_they_are_built() -> None:
     assert first.names == [one.name for one in dataclasses.fields(VisPruner)]
     first.settings["keep"] = 3
     assert spec.build([first, second]) == VisPruner(3, 1) | PLPHP()
+
+
+@pytest.mark.parametrize(
+    ("text", "specs"),
+    [
+        ("vispruner", ["vispruner"]),
+        (" a, b ,c", ["a", "b", "c"]),
+        ("vispruner:important_ratio=0.75,fastv", ["vispruner:important_ratio=0.75", "fastv"]),
+        ("a:x=1,y=2,b:z=3,w=4,c", ["a:x=1,y=2", "b:z=3,w=4", "c"]),
+        ("a:x=1 , y = 2,b", ["a:x=1,y = 2", "b"]),
+        ("vispruner+plphp:r=0.4,dr=0.3,random", ["vispruner+plphp:r=0.4,dr=0.3", "random"]),
+        ('plphp:from="a,b=c.json",r=0.5,a', ['plphp:from="a,b=c.json",r=0.5', "a"]),
+        ("a:x=1,b:y=2+c:z=3", ["a:x=1", "b:y=2+c:z=3"]),
+        ("a,,b", ["a", "", "b"]),
+    ],
+)
+def test_a_list_of_specs_is_parted_between_methods(text: str, specs: list[str]) -> None:
+    assert spec.listed(text) == specs
+
+
+def test_a_setting_fills_the_stages_that_leave_it_open() -> None:
+    stages = spec.read("vispruner:keep=8+random+plphp")
+    assert spec.fill(stages, "keep", 64) == 1
+    assert [stage.settings.get("keep") for stage in stages] == [8, 64, None]
+    assert spec.fill(stages, "keep", 32) == 0 and spec.fill(stages, "tau", 1) is None
+    assert [stage.settings.get("keep") for stage in stages] == [8, 64, None]
+
+
+def test_a_stage_as_text_and_what_its_method_is() -> None:
+    one, two, video = spec.read("random:keep=0.5,seed=3+plphp:from=a.json,r=0.3+evs:keep=0.5")
+    assert one.text() == "random:keep=0.5,seed=3" and one.text(without=("keep",)) == "random:seed=3"
+    assert two.text() == "plphp:r=0.3,from=a.json"
+    assert [stage.is_control for stage in (one, two, video)] == [True, False, False]
+    assert [stage.for_videos for stage in (one, two, video)] == [False, False, True]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_and_its_name(name: str) -> None:
+    assert spec.class_of(name) is METHODS[name]
+    needed = dict.fromkeys(spec.Stage(name).missing, 2)
+    if set(needed) <= {"keep"}:
+        assert spec.name_of(METHODS[name](**needed)) == name
+    assert spec.name_of(VisPruner(keep=1) | PLPHP()) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "pair"),
+    [(" a = b=c ", ("a", "b=c")), ("a", None), ("a=", None), ("=b", None), ("", None)],
+)
+def test_a_name_and_its_value(text: str, pair: tuple[str, str] | None) -> None:
+    assert spec.pair(text) == pair

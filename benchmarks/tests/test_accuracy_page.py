@@ -1,17 +1,19 @@
-"""The table of accuracies: its marks, and that the page shows what was stored."""
+"""The tables of accuracies: marks, rows that are made anew, and that pages show the files."""
 
 from __future__ import annotations
 
-import ast
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
-from vlmprune.learned import Learned
 
+import accuracy
 import accuracy_tables
-import definitions
-from repository import ROOT
+import equal_compute
+import learned
+import render
+from pages import DOCS, RESULTS
 from vlmprune import METHODS
 
 LISTED = [[f"{group}-{kind}", kind, group] for group in "abcd" for kind in accuracy_tables.KINDS]
@@ -76,48 +78,49 @@ def test_marks() -> None:
     assert kinds[5].endswith("| 33.3 ± 0.0 | 50.0 ± 0.0 |")
 
 
-def test_the_page_shows_what_is_stored() -> None:
-    import accuracy
+@pytest.mark.parametrize("page", render.PAGES)
+def test_the_committed_pages_show_the_committed_files(page: str) -> None:
+    text, parts = (DOCS / page).read_text(encoding="utf-8"), render.PAGES[page](RESULTS)
+    assert render.render(text, parts) == text
+    for name, part in parts.items():
+        if part:
+            # Control: a part that is not the files' is made anew.
+            other = text.replace(f"<!-- {name} -->\n{part}", f"<!-- {name} -->\nold")
+            assert other != text and render.render(other, parts) == text
 
-    found = json.loads((ROOT / "benchmarks" / "results" / "accuracy.json").read_text())
-    text = (ROOT / "docs" / "results.md").read_text()
-    shown = found | {"rows": list(accuracy.in_order(found["rows"]))}
-    assert accuracy_tables.page(text, shown, accuracy.NOT_HERE) == text
-    for name in ("setup", "accuracy", "gains", "cost", "own", "kinds", "left out"):
-        assert f"<!-- {name} -->\n<!--" not in text
+
+def test_every_part_of_the_results_is_rendered() -> None:
+    text = (DOCS / "results.md").read_text(encoding="utf-8")
+    marked = {line[5:-4] for line in text.splitlines() if line.startswith("<!-- ")}
+    parts = render.PAGES["results.md"](RESULTS)
+    assert marked == {*parts, *(f"end {name}" for name in parts)} and all(parts.values())
 
 
 def test_every_method_is_planned_or_left_out_by_name() -> None:
-    import accuracy
-
     assert {one.method for one in accuracy.planned([])} | set(accuracy.NOT_HERE) == set(METHODS)
     for one in accuracy.planned([]):
         assert len(one.pruners) == len(one.settings)
 
 
-def test_a_fingerprint_follows_what_a_method_uses(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("vispruner", "fastervlm", "divprune", "plphp", "fastv")
-    before = {name: definitions.fingerprint(METHODS[name]) for name in names}
-    assert len(set(before.values())) == len(names)
-    original = definitions.definitions
+def test_rows_are_stale_by_their_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = accuracy.planned(["fastv"])[:2]
+    kept = {"label": one.label, "budget": one.budget, **accuracy.facts(one)}
+    assert not accuracy.stale(one, kept)
+    assert accuracy.stale(one, None) and accuracy.stale(other, kept)
+    assert accuracy.stale(one, kept | {"settings": [{"keep": 0.4}]})
+    trained = learned.planned()[-1]
+    kept = accuracy.facts(trained)
+    assert "weights" in kept and accuracy.stale(trained, kept | {"weights": ["other"]})
+    # Of other pictures nothing is known.
+    file = tmp_path / "results.json"
+    accuracy.write(file, accuracy.read(file) | {"rows": [kept]})
+    assert accuracy.read(file)["rows"] == [kept]
+    monkeypatch.setattr(accuracy, "digest", lambda folder: "another")
+    assert accuracy.read(file)["rows"] == []
 
-    def changed(module: str) -> dict[str, list[ast.stmt]]:
-        found = original(module)
-        if module == "vlmprune.select.rules":
-            found = found | {"vispruner": ast.parse("def vispruner(): return 1").body}
-        return found
 
-    monkeypatch.setattr(definitions, "definitions", changed)
-    after = {name: definitions.fingerprint(METHODS[name]) for name in names}
-    assert {name for name in names if after[name] != before[name]} == {"vispruner"}
-
-
-def test_the_study_is_shown_as_stored() -> None:
-    import equal_compute
-
-    found = json.loads(equal_compute.RESULTS.read_text())
-    text = (ROOT / "docs" / "results.md").read_text()
-    assert equal_compute.rendered(text, found) == text
+def test_the_study_counts_what_a_budget_buys() -> None:
+    found = json.loads((RESULTS / "equal_compute.json").read_text())
     # What a budget buys is within it, and the next larger grid is not.
     for row in found["rows"]:
         for layers in (2, 3, 5):
@@ -131,16 +134,8 @@ def test_the_study_is_shown_as_stored() -> None:
     assert full == pytest.approx({layers: layers * layer for layers in (2, 3, 5)})
 
 
-def test_learned_methods_are_shown_as_stored() -> None:
-    import learned
-
-    found = json.loads(learned.LEARNED.read_text())
-    text = (ROOT / "docs" / "results.md").read_text()
+def test_learned_methods_are_stored_as_planned() -> None:
+    found = json.loads(learned.FILE.read_text())
     rows = {(row["label"], row["budget"]): row for row in found["rows"]}
-    planned = learned.planned()
-    assert {row.key for row in planned} == set(rows)
-    shown = found | {"rows": [rows[row.key] for row in planned]}
-    assert learned.rendered(text, shown) == text
-    for row in planned:
-        if issubclass(METHODS[row.method], Learned):
-            assert rows[row.key]["weights"] == [repr(one) for one in row.pruners]
+    assert {row.key for row in learned.planned()} == set(rows)
+    assert not any(accuracy.stale(row, rows[row.key]) for row in learned.planned())

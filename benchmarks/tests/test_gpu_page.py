@@ -19,7 +19,7 @@ from commandline import call
 from repository import ROOT
 from shell import STUB, needs_shell
 from tiny import model, request
-from vlmprune import VisPruner
+from vlmprune import VisPruner, VlmpruneError
 from vlmprune.study import measure
 from vlmprune.study.bench import run as bench
 from vlmprune.study.bench import shapes
@@ -30,9 +30,7 @@ def commands(folder: Path, small: bool, **settings: str) -> tuple[list[list[str]
     log, stub = folder / "log", folder / "python"
     stub.write_text(STUB.format(log=log))
     stub.chmod(0o755)
-    page = folder / "page.md"
-    page.write_text("<!-- gpu -->\n<!-- end gpu -->\n")
-    names = {"PYTHON": str(stub), "RESULTS": str(folder / "gpu"), "PAGE": str(page)}
+    names = {"PYTHON": str(stub), "RESULTS": str(folder), "DOCS": str(folder)}
     names |= {"SMALL": "1" if small else "", **settings}
     done = subprocess.run(
         ["sh", str(ROOT / "benchmarks" / "gpu.sh")],
@@ -55,6 +53,9 @@ def test_the_scripts_commands_are_understood(
         *["-m"] * 3,
         *(f"benchmarks/{name}.py" for name in ("selection", "decode", "render")),
     ]
+    # What is written is read there.
+    assert all(str(tmp_path / "gpu") in one[-1] for one in found[:-1])
+    assert found[-1][1:] == ["--results", str(tmp_path), "--docs", str(tmp_path)]
     made: list[str] = []
 
     class MadeError(Exception):
@@ -96,33 +97,42 @@ def content() -> dict[str, Any]:
     return json.loads(json.dumps(made))  # type: ignore[no-any-return]
 
 
+VERSIONS = {"torch": "2", "transformers": "5"}
+SETTING = {"device_name": "a GPU", "threads": 1, "dtype": "bfloat16", "versions": VERSIONS}
 SELECTION = {
-    "setting": "a GPU",
+    "setting": SETTING,
     "seconds_are": "measured on a GPU",
     "results": [
         {
             "crops": 5,
-            "selection_speedup": 4.0,
-            "tower_speedup": 1.5,
+            "selection": [4.0, 0.1],
+            "tower": [1.5, 0.02],
             "tap_share_of_tower": 0.002,
-            "peak_bytes": {"selection, theirs": 300, "selection, ours": 100},
-            "seconds": {"selection, ours": 0.00125},
+            "tap_share_by_whole_towers": 0.001,
+            "same_choice_on_clear_inputs": True,
+            "tokens_in_common_with_theirs": {
+                **{"theirs": 64, "ours": 43},
+                **{"ours, own tower": 42, "theirs, float64": 50},
+            },
+            "peak_bytes": {
+                **{"selection, theirs": 60 * 2**20, "selection, ours": 20 * 2**20},
+                **{"tower, theirs": 3 * 2**20, "tower, ours": 2**20},
+            },
+            "seconds": {"selection, ours": [0.001, 0.00125, 0.002], "tower, ours": [0.01]},
         }
     ],
 }
 DECODE = {
-    "setting": {
-        **{"device": "a GPU", "dtype": "bfloat16", "torch": "2", "transformers": "5"},
-        "command": "decode.py",
-    },
+    "setting": SETTING | {"command": "decode.py", "backend": "auto"},
     "seconds_are": "measured on a GPU",
     "results": [
         {
             "shape": "llava-1.5-7b",
             "setting": {"batch": 16, "visual": 2880},
-            "on_gpu": True,
-            "seconds": {"dense": [0.02, 0.04, 0.03]},
+            "seconds": {"dense": [0.02, 0.04, 0.03], "floor": [0.01], "equal": [0.012]},
             "ratios": {"floor / dense": [0.5, 0.01], "equal / dense": [0.6, 0.01]},
+            "held_bytes": {"dense": 2**30, "equal": 2**29, "adaptive": 2**29},
+            "formula_bytes": {"equal": 2**28, "adaptive": 2**29},
         }
     ],
 }
@@ -134,9 +144,9 @@ def test_the_section_is_made_of_the_files(content: dict[str, Any], tmp_path: Pat
     (tmp_path / "gpu").mkdir()
     for name, one in files.items():
         (tmp_path / "gpu" / f"{name}.json").write_text(json.dumps(one))
-    page = tmp_path / "page.md"
+    page = tmp_path / "benchmarks.md"
     page.write_text("before\n<!-- gpu -->\nold\n<!-- end gpu -->\nafter\n")
-    render.main(tmp_path / "gpu", page)
+    render.main(tmp_path, tmp_path)
     text = page.read_text()
     assert text.startswith("before\n<!-- gpu -->\n## On a GPU\n")
     assert text.endswith("\n<!-- end gpu -->\nafter\n") and "\nold\n" not in text
@@ -147,24 +157,26 @@ def test_the_section_is_made_of_the_files(content: dict[str, Any], tmp_path: Pat
         "### Selection and the tap",
         "### Decoding over a cut cache",
     ]
-    assert "| 5 | 4.00x (1.25 ms) | 1.50x | 3.00x | 0.20 % |" in text
-    assert "| llava-1.5-7b, 16 x 2880 | 30.00 | 0.50 | 0.60 |" in text
+    assert "| 5 | 4.00 ± 0.40 (1.25 ms) | 1.50 ± 0.03 (10.00 ms) | 3.0 (60 → 20 MiB) |" in text
+    assert "| 3.0 (3.0 → 1.0 MiB) | 0.20 % | 0.10 % |" in text
+    assert "the same tokens on inputs" in text and "float64 50." in text
+    assert "| llava-1.5-7b, 16 x 2880 | 30.00 | 10.00 | 12.00 |" in text
+    assert "| llava-1.5-7b, 16 x 2880 | 0.50 ± 0.01 | 0.60 ± 0.01 |" in text
+    assert "| llava-1.5-7b, 16 x 2880 | 1024 | 50.0% | 50.0% | 2.000 | 1.000 |" in text
     assert text.count("what choosing takes") == 1 and text.count("vlmprune bench …") == 2
-    again = render.render(text, files)
-    assert again == text
+    assert render.render(text, {"gpu": render.gpu(files)}) == text
 
 
 def test_no_file_no_section(content: dict[str, Any], tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(render.render("<!-- gpu -->\n<!-- end gpu -->\n", {"llava-1.5": content}))
-    assert "dry run" in page.read_text() and "On a GPU" not in page.read_text()
-    assert " ms" not in page.read_text()
-    render.main(tmp_path / "none", page)
-    assert page.read_text() == "<!-- gpu -->\n<!-- end gpu -->\n"
-
-
-def test_the_committed_page_shows_the_committed_files() -> None:
-    found = sorted(render.RESULTS.glob("*.json"))
-    files = {one.stem: json.loads(one.read_text()) for one in found}
-    text = render.PAGE.read_text()
-    assert render.render(text, files) == text
+    dry = render.render("<!-- gpu -->\n<!-- end gpu -->\n", {"gpu": render.gpu({"dry": content})})
+    assert "dry run" in dry and "On a GPU" not in dry and " ms" not in dry
+    for name in ("benchmarks", "serving"):
+        (tmp_path / f"{name}.md").write_text(dry.replace(" gpu", " serve") + dry)
+    render.main(tmp_path / "none", tmp_path)
+    for name in ("benchmarks", "serving"):
+        text = (tmp_path / f"{name}.md").read_text()
+        # What is measured elsewhere alone may stand there without its file.
+        assert text.endswith("<!-- gpu -->\n<!-- end gpu -->\n") == (name == "benchmarks")
+        assert "dry run" in text
+    with pytest.raises(VlmpruneError, match="no lines <!-- gpu -->"):
+        render.render("nothing", {"gpu": ""})

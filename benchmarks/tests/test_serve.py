@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+import program
 import serve
 import serve_load
 import serve_page
 import serve_server
 from repository import ROOT
 from shell import STUB, needs_shell
+from vlmprune.study.bench import shapes
 
-app = typer.Typer()
-app.command()(serve.main)
+app = program.command(serve.main)
 
 
 def test_arrivals_are_a_poisson_process_by_seed() -> None:
@@ -103,8 +103,8 @@ def test_means_over_time_and_quantiles() -> None:
     assert serve_load.over_time(looks, "x") == {"mean": 13 / 4, "peak": 9.0}
     assert serve_load.over_time(looks[:1], "x") == {"mean": 1.0, "peak": 1.0}
     values = [5.0, 1.0, 2.0, 4.0, 3.0]
-    assert [serve_load.quantile(values, q) for q in (0, 0.5, 0.95, 1)] == [1, 3, 4.8, 5]
-    assert math.isnan(serve_load.quantile([], 0.5))
+    assert serve_load.quantiles(values, 0, 50, 95) == {"p0": 1, "p50": 3, "p95": 4.8}
+    assert math.isnan(serve_load.quantiles([], 50)["p50"])
 
 
 def test_what_answers_add_up_to() -> None:
@@ -233,7 +233,7 @@ def test_the_command_measures_a_running_server(url: str, tmp_path: Path) -> None
 def test_a_failing_request_stops_it(url: str) -> None:
     words = ["--url", url, "--keep", "13", "--requests", "1", "--clients", "1"]
     done = CliRunner().invoke(app, words)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "a request of case '13' failed: 400" in " ".join(done.output.split())
 
 
@@ -262,7 +262,7 @@ def test_without_vllm_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(serve_server.sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     done = CliRunner().invoke(app, ["--shape", "tiny"], env={"COLUMNS": "300"})
-    assert done.exit_code == 1 and "vllm is not installed here" in done.output
+    assert done.exit_code == 2 and "vllm is not installed here" in done.output
 
 
 def test_a_server_that_ends_is_told_with_its_last_words(tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_a_checkpoint_is_one_of_llava(tmp_path: Path) -> None:
     model, info = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     size = sum(one.numel() for one in model.parameters())
-    assert size == serve_server.parameters(serve_server.config_of("tiny"))
+    assert size == shapes.parameters(serve_server.config_of("tiny"))
     processor = AutoProcessor.from_pretrained(tmp_path)
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "w3 w9"}]}
     text = processor.apply_chat_template([message])
@@ -330,7 +330,7 @@ def test_a_checkpoint_is_one_of_llava(tmp_path: Path) -> None:
 
 def test_the_default_shape_has_half_a_billion_parameters() -> None:
     config = serve_server.config_of("llava-0.7b")
-    assert 0.5e9 < serve_server.parameters(config) < 1e9
+    assert 0.5e9 < shapes.parameters(config) < 1e9
     side = config.vision_config.image_size // config.vision_config.patch_size
     assert side**2 == 576
 
@@ -342,12 +342,12 @@ def test_the_gpu_script_serves_on_demand(tmp_path: Path, small: str) -> None:
     stub.write_text(STUB.format(log=log))
     stub.chmod(0o755)
     names = {"PYTHON": str(stub), "SERVE": "1", "SMALL": small, "RESULTS": str(tmp_path)}
-    names["PAGE"] = str(tmp_path / "page.md")
+    names["DOCS"] = str(tmp_path)
     command = ["sh", str(ROOT / "benchmarks" / "gpu.sh")]
     done = subprocess.run(command, env={**os.environ, **names}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, second = (part.splitlines() for part in log.read_text().split("END\n")[:-1])
-    assert first[0] == "benchmarks/serve.py" and second[0] == "benchmarks/serve_page.py"
+    assert first[0] == "benchmarks/serve.py" and second[0] == "benchmarks/render.py"
     words = first[1:]
     assert words[words.index("--shape") + 1] == ("tiny" if small else "llava-1.5-7b")
     # All of it is understood: what is wrong is only that vLLM is not asked for.

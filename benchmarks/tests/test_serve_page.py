@@ -8,10 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
-import typer
 from PIL import Image
 
+import render
 import serve_page
 
 
@@ -115,23 +114,14 @@ def test_one_round_has_no_spread_and_other_parts_may_lack() -> None:
 
 
 def test_the_page_and_the_curve(tmp_path: Path) -> None:
-    page, picture = tmp_path / "page.md", tmp_path / "curve.png"
+    page, picture = tmp_path / "serving.md", tmp_path / "serving.png"
     page.write_text("before\n<!-- serve -->\nold\n<!-- end serve -->\nafter\n")
     other = copy.deepcopy(content()) | {"seconds_are": "measured on a GPU"}
     (tmp_path / "serve.json").write_text(json.dumps(content()))
     (tmp_path / "serve-gpu.json").write_text(json.dumps(other))
-    serve_page.main(tmp_path, page, picture)
+    render.main(tmp_path, tmp_path)
     text = page.read_text()
     heads = [line for line in text.splitlines() if line.startswith("### ")]
     assert heads == ["### On a GPU", "### On a CPU"] and "\nold\n" not in text
     assert text.startswith("before\n<!-- serve -->\n") and text.endswith("serve -->\nafter\n")
-    assert serve_page.render(text, serve_page.stored(tmp_path)) == text
     assert Image.open(picture).format == "PNG"
-    assert serve_page.render(text, {}) == "before\n<!-- serve -->\n<!-- end serve -->\nafter\n"
-    with pytest.raises(typer.BadParameter, match="no lines"):
-        serve_page.render("nothing", {})
-
-
-def test_the_committed_page_shows_the_committed_figures() -> None:
-    text = serve_page.PAGE.read_text("utf-8")
-    assert serve_page.render(text, serve_page.stored(serve_page.RESULTS)) == text

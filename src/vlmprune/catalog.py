@@ -8,8 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from vlmprune.errors import VlmpruneError
-
 
 def methods(names: Sequence[str] = ()) -> dict[str, Any]:
     """Methods: name, stage, needs, paper, settings with defaults, deviations.
@@ -20,12 +18,11 @@ def methods(names: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         VlmpruneError: one is unknown.
     """
+    from vlmprune import spec
     from vlmprune.methods import METHODS
 
-    for name in names:
-        if name not in METHODS:
-            raise VlmpruneError(f"method {name!r} is unknown; use one of {', '.join(METHODS)}.")
-    return {"methods": [_method(name, METHODS[name]) for name in names or METHODS]}
+    classes = {name: spec.class_of(name) for name in names or METHODS}
+    return {"methods": [_method(name, classes[name]) for name in names or METHODS]}
 
 
 def _method(name: str, cls: type) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmprune import costs
+from vlmprune.costs import units
 from vlmprune.views.layout import Layout
 
 
@@ -291,9 +292,9 @@ class Report:
         items = " and ".join(f"{n} {kind}(s)" for kind, n in counts.items() if n)
         return (
             f"{self.method}: {self.visual_tokens_before} → {self.visual_tokens_after} visual "
-            f"tokens in {items}, {_flops(self.flops_before)} → "
-            f"{_flops(self.flops_after)}FLOPs, KV {self.kv_bytes_before / 2**20:.1f} → "
-            f"{self.kv_bytes_after / 2**20:.1f} MiB{cut}, {self.positions} positions{score}, "
+            f"tokens in {items}, {units.flops(self.flops_before)} → "
+            f"{units.flops(self.flops_after)}FLOPs, KV {units.mib(self.kv_bytes_before)} → "
+            f"{units.mib(self.kv_bytes_after)} MiB{cut}, {self.positions} positions{score}, "
             f"selected in {1000 * self.seconds_selecting:.1f} ms"
         )
 
@@ -380,10 +381,3 @@ def _by_row(rows: list[int], counts: Iterable[int]) -> list[int]:
     """Sums over each row of a batch with so many images, of one count an image."""
     left = iter(counts)
     return [sum(islice(left, images)) for images in rows]
-
-
-def _flops(value: float) -> str:
-    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if value >= scale:
-            return f"{value / scale:.2f} {unit}"
-    return f"{value:.0f} "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import reduce
 from numbers import Integral, Real
@@ -24,6 +25,8 @@ from vlmprune.methods import METHODS
 from vlmprune.pruner import Pruner
 
 FROM = "from"
+CONTROL = "control"
+"""What a control gives as its paper."""
 
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
 # A plus sign chains only where a method follows, or nothing at all, so that 1e+5 stays one number.
@@ -31,6 +34,7 @@ _CHAIN = re.compile(
     rf"({_QUOTED})|(\||\+(?=\s*(?:[A-Za-z_]\w*\s*(?:[:|+]|$)|$)))|(.)", re.DOTALL | re.ASCII
 )
 _COMMA = re.compile(rf"({_QUOTED})|(,)|(.)", re.DOTALL)
+_SETTING = re.compile(r"[A-Za-z_]\w*\s*=")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|inf)|nan")
 _WORDS = {"true": True, "false": False, "none": None}
@@ -57,6 +61,16 @@ class Stage:
         return METHODS[self.name]
 
     @property
+    def is_control(self) -> bool:
+        """Whether the method is there to be compared with, which is what it gives as its paper."""
+        return bool(self.cls.paper == CONTROL)
+
+    @property
+    def for_videos(self) -> bool:
+        """Whether the method works on videos alone."""
+        return bool(self.cls.needs.startswith("a video"))
+
+    @property
     def names(self) -> list[str]:
         """All settings that the method has."""
         return [one.name for one in _fields(self.cls)]
@@ -67,9 +81,7 @@ class Stage:
         if self.file is not None:
             return []
         return [
-            one.name
-            for one in _fields(METHODS[self.name])
-            if required(one) and one.name not in self.settings
+            one.name for one in _fields(self.cls) if required(one) and one.name not in self.settings
         ]
 
     def build(self) -> Pruner:
@@ -83,16 +95,23 @@ class Stage:
             raise VlmpruneError(
                 f"method {self.name!r} needs {name}; write {self.name}:{name}=… with a value."
             )
-        cls: Any = METHODS[self.name]
         if self.file is None:
-            return cls(**self.settings)
+            made: Pruner = self.cls(**self.settings)
+            return made
         try:
-            return cls.from_file(Path(self.file).expanduser(), **self.settings)
+            return self.cls.from_file(Path(self.file).expanduser(), **self.settings)
         except OSError as error:
             raise VlmpruneError(
                 f"{FROM}={self.file} cannot be read ({error.strerror}); give a file that "
                 f"{self.name} can read."
             ) from error
+
+    def text(self, without: Collection[str] = ()) -> str:
+        """The stage as a spec has it, without some settings."""
+        given = {k: _text(k, v) for k, v in self.settings.items() if k not in without}
+        if self.file is not None:
+            given[FROM] = self.file
+        return _joined(self.name, given)
 
 
 def parse(text: str) -> Pruner:
@@ -129,6 +148,55 @@ def read(text: str) -> list[Stage]:
     if not text.strip():
         raise VlmpruneError(f"the method is empty; write for example {_EXAMPLE}.")
     return [_stage(part, text) for part in _split(_CHAIN, text)]
+
+
+def listed(text: str) -> list[str]:
+    """The specs of a list parted by commas, although commas also part a method's settings.
+
+    A part of the form name=value is a setting of the method before it.
+    """
+    found: list[str] = []
+    for part in map(str.strip, _split(_COMMA, text)):
+        if found and _SETTING.match(part):
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return found
+
+
+def pair(text: str) -> tuple[str, str] | None:
+    """Name and value of `name=value`, without white space around them; None where one lacks."""
+    name, _, value = (one.strip() for one in text.partition("="))
+    return (name, value) if name and value else None
+
+
+def fill(stages: Sequence[Stage], name: str, value: Any) -> int | None:
+    """Give a setting to each stage that has it and leaves it open.
+
+    Returns:
+        How many took it; None where no stage has such a setting.
+    """
+    having = [stage for stage in stages if name in stage.names]
+    unset = [stage for stage in having if name not in stage.settings]
+    for stage in unset:
+        stage.settings[name] = value
+    return len(unset) if having else None
+
+
+def class_of(name: str) -> type[Pruner]:
+    """The method of a name.
+
+    Raises:
+        VlmpruneError: there is none.
+    """
+    if name not in METHODS:
+        raise VlmpruneError(f"method {name!r} is unknown; use one of {', '.join(METHODS)}.")
+    return METHODS[name]
+
+
+def name_of(method: Method) -> str | None:
+    """The name of a method; None where it is none of `METHODS`."""
+    return next((name for name, cls in METHODS.items() if cls is type(method)), None)
 
 
 def dump(pruner: Pruner) -> str:
@@ -182,8 +250,7 @@ def _stage(part: str, text: str) -> Stage:
             f"a method is missing in {text!r}; write one on each side of `|` or `+`, as in "
             f"{_EXAMPLE}."
         )
-    if name not in METHODS:
-        raise VlmpruneError(f"method {name!r} is unknown; use one of {', '.join(METHODS)}.")
+    class_of(name)
     stage = Stage(name)
     if colon and not rest.strip():
         raise VlmpruneError(f"no settings follow the colon of {part.strip()!r}; leave it out.")
@@ -193,15 +260,16 @@ def _stage(part: str, text: str) -> Stage:
 
 
 def _add(stage: Stage, setting: str) -> None:
-    name, equals, value = (one.strip() for one in setting.partition("="))
-    if not equals or not name or not value:
+    named = pair(setting)
+    if named is None:
         raise VlmpruneError(
             f"setting {setting.strip()!r} of {stage.name} is not of the form name=value, as in "
             f"{_EXAMPLE}."
         )
+    name, value = named
     if name in stage.settings or (name == FROM and stage.file is not None):
         raise VlmpruneError(f"setting {name!r} of {stage.name} is given twice; give it once.")
-    can_read = reads_files(METHODS[stage.name])
+    can_read = reads_files(stage.cls)
     if name == FROM and can_read:
         # A file is always a name, whatever else it might be read as.
         stage.file = _unquote(value, stage) if value.startswith('"') else value
@@ -234,12 +302,12 @@ def _unquote(text: str, stage: Stage) -> str:
 
 
 def _dump(pruner: Method) -> str:
-    name = next((name for name, cls in METHODS.items() if cls is type(pruner)), None)
+    name = name_of(pruner)
     if name is None:
         raise VlmpruneError(
             f"{type(pruner).__name__} is none of {', '.join(METHODS)}, so it has no name to write."
         )
-    settings = []
+    settings = {}
     for one in _fields(type(pruner)):
         value = getattr(pruner, one.name)
         if not required(one):
@@ -247,8 +315,13 @@ def _dump(pruner: Method) -> str:
             # 1 and 1.0, and 1 and True, are equal yet can mean different things.
             if type(value) is type(default) and value == default:
                 continue
-        settings.append(f"{one.name}={_text(one.name, value)}")
-    return f"{name}:{','.join(settings)}" if settings else name
+        settings[one.name] = _text(one.name, value)
+    return _joined(name, settings)
+
+
+def _joined(name: str, settings: Mapping[str, str]) -> str:
+    text = ",".join(f"{setting}={value}" for setting, value in settings.items())
+    return f"{name}:{text}" if text else name
 
 
 def _text(name: str, value: Any) -> str:

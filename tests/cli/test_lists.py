@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 
 from commandline import call, config_of_embedded, sentence
-from vlmprune import METHODS, __version__
+from vlmprune import METHODS, __version__, catalog
 from vlmprune.hosts.families import FAMILIES, TOWERS
 
 
@@ -80,3 +80,9 @@ def test_models_lists_all():
     for family in FAMILIES.values():
         assert family.cls in shown
     assert "embedded model" in shown and "attention received" in shown
+
+
+def test_the_help_of_train_names_the_methods_that_learn():
+    told = " ".join(call("train", "--help").stdout.split())
+    learning = [one["name"] for one in catalog.methods()["methods"] if one["training"] != "none"]
+    assert f"{', '.join(learning[:-1])} or {learning[-1]}." in told

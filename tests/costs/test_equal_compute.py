@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from commandline import call, sentence
 from vlmprune import costs, embedded
 from vlmprune.cli.plan import pairs_table
-from vlmprune.costs.equal_compute import LADDER, budget_of, pairs
+from vlmprune.costs.architectures import DECODERS
+from vlmprune.costs.equal_compute import budget_of, pairs
 from vlmprune.errors import VlmpruneError
 
 
@@ -34,7 +35,7 @@ SIZES = {
 @pytest.mark.parametrize("budget", [0.7, 8.0, 40.0])
 def test_each_model_gets_the_most_tokens_that_fit(budget, text):
     found = {pair.model: pair for pair in pairs(budget, text)}
-    assert set(found) == set(LADDER)
+    assert set(found) == set(DECODERS)
     for name, sizes in SIZES.items():
         tokens = found[name].visual_tokens
         if tokens is None:
@@ -63,14 +64,14 @@ def test_text_tokens_cost_a_large_model_its_visual_ones():
 @given(
     tokens=st.integers(0, 3000),
     text=st.integers(0, 200),
-    name=st.sampled_from([*LADDER, "llava-next-7b"]),
+    name=st.sampled_from([*DECODERS, "llava-next-7b"]),
 )
 def test_what_a_model_spends_buys_the_same_tokens(tokens, text, name):
     if tokens + text == 0:
         return
     (pair,) = pairs(budget_of(f"{name}@{tokens}", text), text, [name])
     assert pair.visual_tokens == tokens
-    config = LADDER.get(name) or SimpleNamespace(**vars(LADDER["vicuna-7b"]))
+    config = DECODERS.get(name) or SimpleNamespace(**vars(DECODERS["vicuna-7b"]))
     assert pair.kv_bytes == costs.kv_bytes(config, tokens + text)
 
 

@@ -13,7 +13,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextCo
 
 from vlmprune import costs
 from vlmprune.cli.plan import plans_table
-from vlmprune.costs.plan import KNOWN, MIB, Plan, plan
+from vlmprune.costs.architectures import KNOWN
+from vlmprune.costs.plan import Plan, plan
+from vlmprune.costs.units import MIB
 from vlmprune.errors import VlmpruneError
 
 
@@ -184,6 +186,6 @@ def test_json_and_table() -> None:
         "1440 → 360",
         "43.6 → 3.80",
         "1440 → 72.5",
-        "91%",
+        "91 %",
     ):
         assert cell in text

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlmprune.cli.options import AsJson, Device, Dtype, Force, Model
+from vlmprune.cli.options import (
+    AsJson,
+    Device,
+    Dtype,
+    Force,
+    Markdown,
+    Model,
+    Number,
+    Numbers,
+    Text,
+    Texts,
+)
 from vlmprune.cli.printing import (
     bare_table,
     console,
-    flops,
-    mib,
+    figures_table,
+    notes,
     print_json,
     progress,
     typed,
 )
+from vlmprune.costs.units import change, flops, mib
 from vlmprune.errors import VlmpruneError
 
 if TYPE_CHECKING:
@@ -23,7 +35,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from vlmprune.study.bench.results import BenchResult, Figures, Quartiles
+    from vlmprune.study.bench.results import BenchResult, Figures
 
 GPU, CPU = "measured on a GPU", "of a CPU: use the ratios only"
 """What the seconds in the JSON are."""
@@ -32,7 +44,7 @@ GPU, CPU = "measured on a GPU", "of a CPU: use the ratios only"
 def bench(
     context: typer.Context,
     method: Annotated[
-        Optional[list[str]],  # noqa: UP045 - Typer reads this at run time, on Python 3.10 too
+        Texts,
         typer.Option(
             metavar="SPEC",
             help="A method with its settings, as vispruner:keep=64 (the default) or "
@@ -41,22 +53,20 @@ def bench(
     ] = None,
     model: Model = None,
     shape: Annotated[
-        Optional[str],  # noqa: UP045
+        Text,
         typer.Option(
             help="Instead of a model, its class with random weights in this shape: small (for a "
             "CPU), llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b, …"
         ),
     ] = None,
     layers: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="With --shape: only so many of the language model's layers."),
+        Number, typer.Option(help="With --shape: only so many of the language model's layers.")
     ] = None,
     tower_layers: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="With --shape: only so many of the vision tower's layers."),
+        Number, typer.Option(help="With --shape: only so many of the vision tower's layers.")
     ] = None,
     images: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        Texts,
         typer.Option(
             metavar="N|FILE",
             help="Pictures of each prompt: how many (1 by default), or a file, which may be given "
@@ -64,7 +74,7 @@ def bench(
         ),
     ] = None,
     visual_tokens: Annotated[
-        Optional[list[int]],  # noqa: UP045
+        Numbers,
         typer.Option(
             help="With --shape: as many pictures as have this many visual tokens, or one of as "
             "many where the model takes any size; may be given several times."
@@ -72,8 +82,7 @@ def bench(
     ] = None,
     text_tokens: Annotated[int, typer.Option(help="With --shape: words of each prompt.")] = 64,
     batch: Annotated[
-        Optional[list[int]],  # noqa: UP045
-        typer.Option(help="Prompts at once, 1 by default; may be given several times."),
+        Numbers, typer.Option(help="Prompts at once, 1 by default; may be given several times.")
     ] = None,
     new_tokens: Annotated[
         int, typer.Option(help="Tokens that every call generates, end tokens ignored.")
@@ -97,17 +106,10 @@ def bench(
     device: Device = None,
     dtype: Dtype = None,
     out: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="FILE.json", help="Write all figures to a file, too."),
+        Text, typer.Option(metavar="FILE.json", help="Write all figures to a file, too.")
     ] = None,
-    markdown: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="FILE.md", help="Write the figures as a table, too."),
-    ] = None,
-    plot: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="FILE.png", help="Draw them, too."),
-    ] = None,
+    markdown: Markdown = None,
+    plot: Annotated[Text, typer.Option(metavar="FILE.png", help="Draw them, too.")] = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -254,74 +256,65 @@ def _print(results: list[BenchResult], content: dict[str, Any]) -> None:
     if first.full.peak_bytes is None:
         lines.append("peak memory is not measured on a CPU without --memory")
     lines.append("visual KV, FLOPs: of the visual tokens")
-    for line in [*lines, *setting(content).split("; ")[:2]]:
-        out.print(line, style="dim", markup=False, soft_wrap=True)
+    notes([*lines, *setting(content).split("; ")[:2]])
 
 
 def _details(result: BenchResult, gpu: bool) -> Table:
     """One method beside all tokens: ratios first, then what they come from."""
     from rich.text import Text
 
-    from vlmprune.study.bench.tables import saved
+    from vlmprune.study.bench.tables import factor, selecting, spread, timed
 
     full, one = result.full, result.methods[0]
     floor = result.floor(one)
     ways = (full, one, *(way for way in dict.fromkeys(floor or ()) if way is not full))
     table = bare_table(*(way.name for way in ways))
 
-    def row(name: str, show: Callable[[Figures], str], change: Callable[[Figures], str]) -> None:
+    def row(name: str, show: Callable[[Figures], str], against: Callable[[Figures], str]) -> None:
         cells = [Text(show(full))]
-        cells += [Text(f"{change(way):>6}  {show(way)}".rstrip()) for way in ways[1:]]
+        cells += [Text(f"{against(way):>6}  {show(way)}".rstrip()) for way in ways[1:]]
         table.add_row(name, *cells)
 
-    def times(name: str, ratio: str, rate: bool = False) -> None:
+    def times(title: str, name: str, ratio: str, unit: str = "ms") -> None:
         def show(way: Figures) -> str:
             quartiles = getattr(way, name)
             if quartiles is None or gpu:
-                return _rate(quartiles) if rate else _time(quartiles)
-            return _share(quartiles).strip()
+                return timed(quartiles, unit)
+            return spread(quartiles).strip()
 
-        row(name_of[name], show, lambda way: _times(way.against(full)[ratio]))
+        row(title, show, lambda way: _times(way.against(full)[ratio]))
 
-    def sizes(name: str, show: Callable[[Any], str]) -> None:
+    def sizes(title: str, name: str, show: Callable[[Any], str]) -> None:
         row(
-            name_of[name],
+            title,
             lambda way: show(getattr(way, name)),
-            lambda way: saved(getattr(full, name), getattr(way, name)),
+            lambda way: change(getattr(full, name), getattr(way, name)),
         )
 
-    name_of = {
-        "visual_tokens": "visual tokens",
-        "first_ms": "first token",
-        "prefill_ms": "  prefill",
-        "decode_tokens_per_second": "decode",
-        "total_ms": "total",
-        "visual_kv_bytes": "visual KV",
-        "cache_bytes": "whole cache",
-        "peak_bytes": "peak memory",
-        "flops": "FLOPs",
-    }
-    sizes("visual_tokens", str)
-    times("first_ms", "first_token_speedup")
-    times("prefill_ms", "prefill_speedup")
+    sizes("visual tokens", "visual_tokens", str)
+    times("first token", "first_ms", "first_token_speedup")
+    times("  prefill", "prefill_ms", "prefill_speedup")
     row(
         "  selecting",
-        lambda way: _time(way.selecting_ms) if gpu else "",
-        lambda way: _percent(way.against(full)["selecting_share"]),
+        lambda way: timed(way.selecting_ms) if gpu and way is one else "",
+        lambda way: selecting(way.against(full)["selecting_share"]),
     )
-    times("decode_tokens_per_second", "decode_speedup", rate=True)
-    times("total_ms", "total_speedup")
+    times("decode", "decode_tokens_per_second", "decode_speedup", "tok/s")
+    times("total", "total_ms", "total_speedup")
     if floor is not None:
         row(
             "x floor",
             lambda way: "",
-            lambda way: f"{one.over(*floor)['first_token']:.2f}" if way is one else "",
+            lambda way: factor(one.over(*floor)["first_token"] if way is one else None),
         )
-    sizes("visual_kv_bytes", mib)
-    sizes("cache_bytes", mib)
-    if full.peak_bytes is not None:
-        sizes("peak_bytes", lambda size: mib(size or 0))
-    sizes("flops", flops)
+    for title, name in (
+        ("visual KV", "visual_kv_bytes"),
+        ("whole cache", "cache_bytes"),
+        ("peak memory", "peak_bytes"),
+    ):
+        if getattr(full, name) is not None:
+            sizes(title, name, lambda size: f"{mib(size or 0)} MiB")
+    sizes("FLOPs", "flops", lambda value: f"{flops(value)}FLOPs")
     row(
         "same first",
         lambda way: "",
@@ -334,23 +327,21 @@ def _details(result: BenchResult, gpu: bool) -> Table:
 
 def _overview(result: BenchResult, gpu: bool) -> Table:
     """Several methods, a line each: ratios alone."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
     from rich.text import Text
 
-    from vlmprune.study.bench.tables import saved
+    from vlmprune.study.bench.tables import factor, selecting
 
     full = result.full
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    table.add_column("", overflow="fold")
     titles = ["visual\ntokens", "first\ntoken", "pre-\nfill", "decode", "total"]
     titles += ["x\nfloor", "selec-\nting", "visual\nKV", "FLOPs"]
-    for title in titles:
-        table.add_column(title, justify="right", no_wrap=True)
+    table = figures_table("", titles)
     if gpu:
-        times = [_time(full.first_ms, False), _time(full.prefill_ms, False)]
-        decode = full.decode_tokens_per_second
-        times += ["" if decode is None else f"{decode.median:.0f}/s", _time(full.total_ms, False)]
+        rate = full.decode_tokens_per_second
+        first, prefill, total = (
+            "" if one is None else f"{one.median:.1f} ms"
+            for one in (full.first_ms, full.prefill_ms, full.total_ms)
+        )
+        times = [first, prefill, "" if rate is None else f"{rate.median:.0f}/s", total]
         table.add_row(full.name, str(full.visual_tokens), *times, "", "", "", "")
     for one in result.methods:
         against, floor = one.against(full), result.floor(one)
@@ -359,10 +350,10 @@ def _overview(result: BenchResult, gpu: bool) -> Table:
             Text(one.name),
             str(one.visual_tokens),
             *(_times(against[f"{name}_speedup"]) for name in names),
-            "" if floor is None else f"{one.over(*floor)['first_token']:.2f}",
-            _percent(against["selecting_share"]),
+            factor(floor and one.over(*floor)["first_token"]),
+            selecting(against["selecting_share"]),
             *(
-                saved(getattr(full, name), getattr(one, name)) or "="
+                change(getattr(full, name), getattr(one, name)) or "="
                 for name in ("visual_kv_bytes", "flops")
             ),
         )
@@ -371,26 +362,6 @@ def _overview(result: BenchResult, gpu: bool) -> Table:
 
 def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}x"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.2g} %"
-
-
-def _time(quartiles: Quartiles | None, around: bool = True) -> str:
-    if quartiles is None:
-        return ""
-    return f"{quartiles.median:.1f} ms{_share(quartiles) if around else ''}"
-
-
-def _rate(quartiles: Quartiles | None) -> str:
-    if quartiles is None:
-        return "–"  # noqa: RUF001 - a dash, as tables have
-    return f"{quartiles.median:.1f} tok/s{_share(quartiles)}"
-
-
-def _share(quartiles: Quartiles) -> str:
-    return f" ±{100 * quartiles.share:.0f} %" if len(quartiles.values) > 1 else ""
 
 
 def _same(count: int, rows: int) -> str:

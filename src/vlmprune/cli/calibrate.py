@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlmprune.cli.options import AsJson, Device, Dtype, Force, Model
-from vlmprune.cli.printing import console, print_json, progress
+from vlmprune.cli.options import AsJson, Batch, Device, Dtype, Force, Model, Question, Text, Texts
+from vlmprune.cli.printing import console, notes, print_json, progress, ruled_table
+from vlmprune.costs.units import percent
 from vlmprune.errors import VlmpruneError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 def calibrate(
     images: Annotated[
-        Optional[list[str]],  # noqa: UP045 - Typer reads this at run time, on Python 3.10 too
+        Texts,
         typer.Argument(
             metavar="IMAGE|FOLDER",
             help="Pictures, or folders of them, like those that the model will see; the embedded "
@@ -32,10 +33,7 @@ def calibrate(
     out: Annotated[
         str, typer.Option(metavar="FILE.json", help="The file that `PLPHP.from_file` reads.")
     ] = "plphp.json",
-    question: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="Asked about each picture; may be given several times."),
-    ] = None,
+    question: Question = None,
     model: Model = None,
     window: Annotated[
         int, typer.Option(help="How many of the prompt's last tokens are asked.")
@@ -47,10 +45,9 @@ def calibrate(
         float, typer.Option(help="Share of layers that is to lie below alpha.")
     ] = 0.75,
     plot: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="FILE.png", help="Where to draw it; by default beside --out."),
+        Text, typer.Option(metavar="FILE.png", help="Where to draw it; by default beside --out.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Questions at once.")] = 4,
+    batch: Batch = 4,
     device: Device = None,
     dtype: Dtype = None,
     force: Force = False,
@@ -105,12 +102,13 @@ def calibrate(
     show.print(_table(content, gammas.retention(pruner).mean(dim=0).tolist()))
     show.print()
     spec = f"plphp:from={target}"
-    for line in (
-        f"alpha {alpha:g}, beta {beta:g}: from {len(files)} picture(s), {len(asked)} question(s) "
-        "each; for this model only",
-        f"kept in {target}, drawn in {picture}; use it as --method {spec}",
-    ):
-        show.print(line, style="dim", markup=False, soft_wrap=True)
+    notes(
+        (
+            f"alpha {alpha:g}, beta {beta:g}: from {len(files)} picture(s), {len(asked)} "
+            "question(s) each; for this model only",
+            f"kept in {target}, drawn in {picture}; use it as --method {spec}",
+        )
+    )
 
 
 def _files(given: list[str], model: str | None) -> list[str]:
@@ -159,13 +157,10 @@ def _questions(model: str | None) -> list[str]:
 
 
 def _table(content: dict[str, Any], retention: list[float]) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = ruled_table()
     for name in ("layer", "vision attention", "lowest", "highest", "keeps"):
         table.add_column(name, justify="right", no_wrap=True)
     for layer, kept in zip(content["layers"], retention, strict=True):
         figures = (f"{layer[name]:.3f}" for name in ("mean", "min", "max"))
-        table.add_row(str(layer["layer"]), *figures, f"{100 * kept:.0f} %")
+        table.add_row(str(layer["layer"]), *figures, percent(kept))
     return table

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlmprune.cli.options import AsJson, Device, Dtype, Force, Model
-from vlmprune.cli.printing import bar, console, print_json, typed
+from vlmprune.cli.options import (
+    AsJson,
+    Batch,
+    Device,
+    Dtype,
+    Force,
+    Limit,
+    Model,
+    Number,
+    Question,
+    Text,
+    Texts,
+)
+from vlmprune.cli.printing import (
+    bar,
+    console,
+    figures_table,
+    notes,
+    print_json,
+    ruled_table,
+    typed,
+)
 from vlmprune.errors import VlmpruneError
 
 if TYPE_CHECKING:
@@ -27,7 +47,7 @@ NARROW = 96
 def compare(
     context: typer.Context,
     pictures: Annotated[
-        Optional[list[str]],  # noqa: UP045 - Typer reads this at run time, on Python 3.10 too
+        Texts,
         typer.Argument(
             metavar="PICTURE",
             help="Pictures of your own, each asked every --question; without any, a --task is "
@@ -36,7 +56,7 @@ def compare(
         ),
     ] = None,
     methods: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        Texts,
         typer.Option(
             metavar="SPECS",
             help="Methods parted by commas, with settings where wanted, as in "
@@ -44,28 +64,22 @@ def compare(
         ),
     ] = None,
     keep: Annotated[
-        Optional[str],  # noqa: UP045
+        Text,
         typer.Option(
             metavar="BUDGETS",
             help="Budgets parted by commas, for each method whose spec leaves it open; numbers of "
             f"visual tokens, or fractions; by default {KEEPS}.",
         ),
     ] = None,
-    question: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="Asked about each picture given; may be given several times."),
-    ] = None,
+    question: Question = None,
     task: Annotated[
-        Optional[str],  # noqa: UP045
+        Text,
         typer.Option(
             help="scenes (the embedded model's held-out set, the default), folder:PATH with "
             "pictures and a questions.json, or a local copy of a standard set (see `eval`)."
         ),
     ] = None,
-    limit: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Questions of the task, from its first; by default all."),
-    ] = None,
+    limit: Limit = None,
     out: Annotated[
         str,
         typer.Option(
@@ -75,11 +89,10 @@ def compare(
         ),
     ] = "compare",
     html: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="FILE.html", help="Where the page goes; by default into --out."),
+        Text, typer.Option(metavar="FILE.html", help="Where the page goes; by default into --out.")
     ] = None,
     show: Annotated[
-        Optional[int],  # noqa: UP045
+        Number,
         typer.Option(
             help="Questions on the page, at most 12; by default 4 of a task, and the first 12 "
             "about pictures given."
@@ -87,10 +100,9 @@ def compare(
     ] = None,
     model: Model = None,
     max_new_tokens: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Longest answer about pictures given; by default 64."),
+        Number, typer.Option(help="Longest answer about pictures given; by default 64.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Questions answered at once.")] = 32,
+    batch: Batch = 32,
     repeat: Annotated[int, typer.Option(help="Timed turns, of which the medians count.")] = 5,
     device: Device = None,
     dtype: Dtype = None,
@@ -104,6 +116,7 @@ def compare(
     _check_together(pictures, question, task, limit, max_new_tokens)
     with bar() as tell:
         tell("Starting…", 0, 1)
+        from vlmprune import spec
         from vlmprune.io import models, options, sources
         from vlmprune.io.outputs import Output, check_folder, claim, named
         from vlmprune.io.pictures import open_images
@@ -116,13 +129,11 @@ def compare(
         from vlmprune.study.compare.run import compare as compare_all
 
         with models.quiet():
-            specs = [one for text in methods or [METHODS] for one in configurations.split(text)]
+            specs = [one for text in methods or [METHODS] for one in spec.listed(text)]
             found = configurations.ways_of(
                 specs, configurations.keeps_of(keep or KEEPS), keep is not None
             )
-            options.at_least_one(batch=batch, repeat=repeat)
-            if limit is not None:
-                options.at_least_one(limit=limit)
+            options.at_least_one(batch=batch, repeat=repeat, limit=limit)
             if show is not None and show < 0:
                 raise VlmpruneError(f"--show {show} is below 0; use 0 for none.")
             if show is not None and show > MOST:
@@ -208,8 +219,10 @@ def _print(
 ) -> None:
     from rich.text import Text
 
+    from vlmprune.study.wording import counted
+
     out = console()
-    questions = f"{result.questions} question{'' if result.questions == 1 else 's'}"
+    questions = counted(result.questions, "question")
     out.print(Text.assemble((result.model, "bold"), f" on {result.task}, {questions}"))
     out.print()
     out.print(_table(result, out.width))
@@ -226,17 +239,16 @@ def _print(
             "against random: points, question by question, ± half of the 95 % interval; wins or "
             "loses where that leaves out 0"
         )
-    turns = f"{result.repeat} turn{'' if result.repeat == 1 else 's'}"
     lines += [
         "visual tokens: averaged over layers; LLM FLOPs, KV: of the visual tokens; all FLOPs: with "
         "the vision tower",
-        f"prefill: time to the first token, all tokens = 1; medians of {turns}",
+        "prefill: time to the first token, all tokens = 1; medians of "
+        f"{counted(result.repeat, 'turn')}",
         f"{facts['device_name']}; {result.device}, {facts['threads']} thread(s), {result.dtype}",
         f"page: {targets['page']}; plot: {targets['plot']}; figures: {targets['figures']}",
         f"answers are kept in {answers}: asked again, only what is missing is answered",
     ]
-    for line in lines:
-        out.print(line, style="dim", markup=False, soft_wrap=True)
+    notes(lines)
 
 
 def _scored(result: Comparison) -> str:
@@ -245,27 +257,22 @@ def _scored(result: Comparison) -> str:
         if result.scored
         else "agreement: share of answers that are the unpruned model's; none is known to be true"
     )
-    if result.rows[0].score.low is None:
+    if result.rows[0].score.ends is None:
         return f"{words}; too few pictures for an interval"
     return f"{words}, with its 95 % interval, bootstrapped over pictures"
 
 
 def _table(result: Comparison, width: int) -> Table:
     """All rows; a narrow terminal does without the FLOPs of the vision tower."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
     from rich.text import Text
 
     from vlmprune.study.compare.tables import columns, sections
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    names = [len(row.name) for row in result.rows]
-    table.add_column("", overflow="fold", min_width=min(18, max(names) + 2))
     titles = columns(result)
     if width < NARROW:
         titles.pop("flops", None)
-    for title in titles.values():
-        table.add_column(title, justify="right", no_wrap=True)
+    least = min(18, max(len(row.name) for row in result.rows) + 2)
+    table = figures_table("", titles.values(), least)
     for title, lines in sections(result):
         if title:
             table.add_row(Text(title, style="bold"))
@@ -279,13 +286,11 @@ def _table(result: Comparison, width: int) -> Table:
 
 def _answers(result: Comparison, question: str, texts: list[str]) -> Table:
     """What all configurations answered to one question."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
     from rich.text import Text
 
     from vlmprune.study.wording import budget
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = ruled_table()
     for title in ("", Text(question), ""):
         table.add_column(title, overflow="fold")
     for row, text in zip(result.rows, texts, strict=True):

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vlmprune.cli.options import AsJson, Budget, Device, Dtype, Force, Model, keep_of
-from vlmprune.cli.printing import bar, console, print_json, typed
+from vlmprune.cli.options import (
+    AsJson,
+    Batch,
+    Budget,
+    Device,
+    Dtype,
+    Force,
+    Keep,
+    Limit,
+    Markdown,
+    Model,
+    Text,
+    keep_of,
+)
+from vlmprune.cli.printing import bar, console, notes, print_json, ruled_table, typed
 from vlmprune.errors import VlmpruneError
 
 if TYPE_CHECKING:
@@ -32,12 +45,7 @@ def evaluate(
             help="A method with its settings, as vispruner:keep=64; chain several by +.",
         ),
     ] = "vispruner",
-    keep: Annotated[
-        Optional[str],  # noqa: UP045 - Typer reads this at run time, on Python 3.10 too
-        typer.Option(
-            help="Visual tokens to keep, or a fraction such as 0.25; 64 where a method must know."
-        ),
-    ] = None,
+    keep: Keep = None,
     budget: Budget = None,
     task: Annotated[
         str,
@@ -47,27 +55,21 @@ def evaluate(
             "textvqa:PATH, scienceqa:PATH, mme:PATH, vqav2:PATH."
         ),
     ] = "scenes",
-    limit: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Questions of the task, from its first; by default all."),
-    ] = None,
+    limit: Limit = None,
     model: Model = None,
-    batch: Annotated[int, typer.Option(help="Questions answered at once.")] = 32,
+    batch: Batch = 32,
     no_baseline: Annotated[
         bool, typer.Option("--no-baseline", help="Do not ask the unpruned model.")
     ] = False,
     out: Annotated[
-        Optional[str],  # noqa: UP045
+        Text,
         typer.Option(
             metavar="FILE.jsonl",
             help="Where answers go, one a line as they are given; a run that was stopped goes on "
             f"with them. By default a file below {FOLDER}.",
         ),
     ] = None,
-    markdown: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="FILE.md", help="Write the table there too."),
-    ] = None,
+    markdown: Markdown = None,
     device: Device = None,
     dtype: Dtype = None,
     force: Force = False,
@@ -95,9 +97,7 @@ def evaluate(
             stages = spec.read(method)
             pruner = options.make_pruner(method, settings)
             _check_pictures(stages)
-            options.at_least_one(batch=batch)
-            if limit is not None:
-                options.at_least_one(limit=limit)
+            options.at_least_one(batch=batch, limit=limit)
             chosen = tasks.find_task(task)
             samples = chosen.samples(limit)
             if no_baseline and not any(one.answers for one in samples):
@@ -174,7 +174,7 @@ def evaluate(
 
 def _check_pictures(stages: Sequence[Stage]) -> None:
     for stage in stages:
-        if stage.cls.needs.startswith("a video"):
+        if stage.for_videos:
             raise VlmpruneError(
                 f"{stage.name} needs videos, and tasks have pictures; choose another --method."
             )
@@ -184,10 +184,7 @@ def _print(result: Assessed, kept: dict[str, str]) -> None:
     from rich.text import Text
 
     out = console()
-    count = len(result.answers.results)
-    questions = f"{count} question{'' if count == 1 else 's'}"
-    task = result.answers.task
-    out.print(Text.assemble((result.label, "bold"), f" on {task}, {questions}"), soft_wrap=True)
+    out.print(Text.assemble((result.label, "bold"), f" on {result.asked}"), soft_wrap=True)
     out.print()
     table = _table(result, " (")
     # Without room of its own, a table measures what fits.
@@ -200,19 +197,16 @@ def _print(result: Assessed, kept: dict[str, str]) -> None:
     lines = [*result.notes(), "answers are kept in " + " and ".join(_stores(kept))]
     if "markdown" in kept:
         lines.append(f"table: {kept['markdown']}")
-    for line in lines:
-        out.print(line, style="dim", markup=False, soft_wrap=True)
+    notes(lines)
 
 
 def _table(result: Assessed, bracket: str) -> Table:
     """The table, with what is to stand before an interval."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
     from rich.text import Text
 
     from vlmprune.study.wording import ALL_TOKENS
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = ruled_table()
     table.add_column("", style="dim", no_wrap=True)
     table.add_column(ALL_TOKENS, justify="right")
     table.add_column(Text(result.spec), justify="right", style="bold", overflow="fold")

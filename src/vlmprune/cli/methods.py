@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlmprune.cli.options import AsJson
-from vlmprune.cli.printing import console, plain_grid, print_json
+from vlmprune.cli.options import AsJson, Texts
+from vlmprune.cli.printing import console, plain_grid, print_json, ruled_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,8 +17,7 @@ HINT = "Give settings as in --method vispruner:keep=64,important_ratio=0.75; cha
 
 def methods(
     names: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Argument(metavar="NAME", help="Methods to be told about; by default all."),
+        Texts, typer.Argument(metavar="NAME", help="Methods to be told about; by default all.")
     ] = None,
     brief: Annotated[bool, typer.Option("--brief", help="One line a method.")] = False,
     as_json: AsJson = False,
@@ -43,10 +42,7 @@ def methods(
 
 def overview(found: dict[str, Any]) -> Table:
     """One line a method of `methods()`."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = ruled_table()
     for title in ("method", "stage", "needs", "reusable", "paper"):
         table.add_column(title, style="bold" if title == "method" else "")
     for one in found["methods"]:

@@ -6,25 +6,42 @@ from typing import Annotated, Optional
 
 import typer
 
+from vlmprune.costs.units import number
 from vlmprune.errors import VlmpruneError
 
-# Typer reads these at run time, on Python 3.10 too, hence Optional.
+# Typer reads these at run time, and its releases before 0.12.4 know no `str | None`.
+Text = Optional[str]  # noqa: UP045
+Texts = Optional[list[str]]  # noqa: UP045
+Number = Optional[int]  # noqa: UP045
+Numbers = Optional[list[int]]  # noqa: UP045
+Fraction = Optional[float]  # noqa: UP045
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Batch = Annotated[int, typer.Option(help="Questions at once.")]
 Budget = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help='What --keep counts for: "crop" (each one) or "image" (all its crops).'),
+    Text, typer.Option(help='What --keep counts for: "crop" (each one) or "image" (all its crops).')
+]
+Device = Annotated[Text, typer.Option(help="cpu, cuda, …; by default the GPU where there is one.")]
+Dtype = Annotated[
+    Text, typer.Option(help="float32, float16 or bfloat16; by default float32 on a CPU.")
+]
+Keep = Annotated[
+    Text,
+    typer.Option(
+        help="Visual tokens to keep, or a fraction such as 0.25; 64 where a method must know."
+    ),
+]
+Limit = Annotated[
+    Number, typer.Option(help="Questions of the task, from its first; by default all.")
+]
+Markdown = Annotated[
+    Text, typer.Option(metavar="FILE.md", help="Write the figures as a table, too.")
 ]
 Model = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="A model folder or an id of the Hub; by default the embedded model."),
+    Text, typer.Option(help="A model folder or an id of the Hub; by default the embedded model.")
 ]
-Device = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="cpu, cuda, …; by default the GPU where there is one."),
-]
-Dtype = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="float32, float16 or bfloat16; by default float32 on a CPU."),
+Question = Annotated[
+    Texts, typer.Option(help="Asked about each picture; may be given several times.")
 ]
 
 Force = Annotated[
@@ -39,11 +56,9 @@ def keep_of(text: str) -> int | float:
     Raises:
         VlmpruneError: it is no number.
     """
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    raise VlmpruneError(
-        f"--keep {text} is not a number; use an integer of at least 1, or a fraction in (0, 1]."
-    )
+    keep = number(text)
+    if keep is None:
+        raise VlmpruneError(
+            f"--keep {text} is not a number; use an integer of at least 1, or a fraction in (0, 1]."
+        )
+    return keep

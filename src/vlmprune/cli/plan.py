@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vlmprune.cli.options import AsJson, Budget, keep_of
-from vlmprune.cli.printing import console, print_json
+from vlmprune.cli.options import AsJson, Budget, Number, Text, keep_of
+from vlmprune.cli.printing import console, figures_table, print_json
+from vlmprune.costs.units import digits, mib, percent
 from vlmprune.errors import VlmpruneError
 
 if TYPE_CHECKING:
@@ -21,28 +22,24 @@ if TYPE_CHECKING:
 
 def plan(
     model: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Argument(help="An architecture, or a folder with a config.json."),
+        Text, typer.Argument(help="An architecture, or a folder with a config.json.")
     ] = None,
     keep: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Visual tokens to keep, or a fraction; by default all."),
+        Text, typer.Option(help="Visual tokens to keep, or a fraction; by default all.")
     ] = None,
     budget: Budget = None,
     crops: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Crops of the image; by default 1, or 5 for LLaVA-NeXT."),
+        Number, typer.Option(help="Crops of the image; by default 1, or 5 for LLaVA-NeXT.")
     ] = None,
     compute_budget: Annotated[
-        Optional[str],  # noqa: UP045
+        Text,
         typer.Option(
             metavar="TFLOPS|MODEL@TOKENS",
             help="List pairs of language model and visual tokens that cost so much.",
         ),
     ] = None,
     text_tokens: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Of --compute-budget: text tokens of a prompt, by default 50."),
+        Number, typer.Option(help="Of --compute-budget: text tokens of a prompt, by default 50.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -53,7 +50,7 @@ def plan(
     if compute_budget is not None:
         _equal_compute(model, (keep, budget, crops), compute_budget, text_tokens, as_json)
         return
-    from vlmprune.costs.plan import KNOWN
+    from vlmprune.costs.architectures import KNOWN
     from vlmprune.costs.plan import plan as planned
 
     if model is None:
@@ -80,6 +77,7 @@ def _equal_compute(
 ) -> None:
     """`plan --compute-budget`."""
     from vlmprune.costs import equal_compute
+    from vlmprune.costs.architectures import DECODERS
 
     if any(one is not None for one in others):
         raise VlmpruneError(
@@ -90,7 +88,7 @@ def _equal_compute(
     if text < 0:
         raise VlmpruneError(f"--text-tokens {text} is negative; use 0 or more.")
     tflops = equal_compute.budget_of(compute_budget, text)
-    models = [*equal_compute.LADDER, *([] if model is None else [model])]
+    models = [*DECODERS, *([] if model is None else [model])]
     found = equal_compute.pairs(tflops, text, models)
     if as_json:
         pairs = [pair.as_dict() for pair in found]
@@ -104,37 +102,20 @@ def plans_table(plans: Iterable[Plan]) -> Table:
 
     KV caches are in MiB, which the published tables call MB. FLOPs have three digits.
     """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    from vlmprune.costs.plan import MIB
-
-    result = Table(
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
-        caption="One image; LLM, vision and total in TFLOPs of visual tokens; KV in MiB.",
-    )
-    result.add_column("model", overflow="fold")
-    for title in ("tokens", "LLM", "vision", "total", "KV", "saved"):
-        result.add_column(title, justify="right")
+    result = figures_table("model", ("tokens", "LLM", "vision", "total", "KV", "saved"))
+    result.caption = "One image; LLM, vision and total in TFLOPs of visual tokens; KV in MiB."
     for p in plans:
         pruned = p.visual_tokens_after != p.visual_tokens_before
         result.add_row(
             p.model,
             _change(str(p.visual_tokens_before), str(p.visual_tokens_after), pruned),
-            _change(_digits(p.llm_tflops_before), _digits(p.llm_tflops_after), pruned),
-            _digits(p.encoder_tflops),
-            _change(_digits(p.total_tflops_before), _digits(p.total_tflops_after), pruned),
-            _change(_digits(p.kv_bytes_before / MIB), _digits(p.kv_bytes_after / MIB), pruned),
-            f"{p.flops_saving:.0%}" if pruned else "",
+            _change(digits(p.llm_tflops_before), digits(p.llm_tflops_after), pruned),
+            digits(p.encoder_tflops),
+            _change(digits(p.total_tflops_before), digits(p.total_tflops_after), pruned),
+            _change(mib(p.kv_bytes_before), mib(p.kv_bytes_after), pruned),
+            percent(p.flops_saving) if pruned else "",
         )
     return result
-
-
-def _digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def _change(before: str, after: str, pruned: bool) -> str:
@@ -143,30 +124,16 @@ def _change(before: str, after: str, pruned: bool) -> str:
 
 def pairs_table(found: Iterable[Pair], tflops: float, text_tokens: int) -> Table:
     """The pairs as a Rich table."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    from vlmprune.costs.plan import MIB
-
-    result = Table(
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
-        caption=(
-            f"Prefill of {text_tokens} text tokens and the most visual tokens within "
-            f"{tflops:.3g} TFLOPs, none where the text alone costs more; the vision tower comes "
-            "on top. KV in MiB."
-        ),
+    result = figures_table("language model", ("layers", "visual tokens", "TFLOPs", "KV"))
+    result.caption = (
+        f"Prefill of {text_tokens} text tokens and the most visual tokens within {tflops:.3g} "
+        "TFLOPs, none where the text alone costs more; the vision tower comes on top. KV in MiB."
     )
-    result.add_column("language model", overflow="fold")
-    for title in ("layers", "visual tokens", "TFLOPs", "KV"):
-        result.add_column(title, justify="right")
     for pair in found:
-        size = f"{pair.parameters / 1e9:.3g} B"
+        size = f"{digits(pair.parameters / 1e9)} B"
         if pair.visual_tokens is None:
             result.add_row(pair.model, size, "none", "", "")
         else:
-            held = f"{pair.kv_bytes / MIB:.3g}"
-            result.add_row(pair.model, size, str(pair.visual_tokens), f"{pair.tflops:.3g}", held)
+            figures = digits(pair.tflops), mib(pair.kv_bytes)
+            result.add_row(pair.model, size, str(pair.visual_tokens), *figures)
     return result

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from rich.console import Console
     from rich.table import Table
@@ -71,13 +71,43 @@ def print_json(content: dict[str, Any]) -> None:
     typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
 
 
-def bare_table(*ways: str) -> Table:
-    """A table with a column of names and one for each way, the pruned ones in bold."""
+def notes(lines: Iterable[str]) -> None:
+    """What the figures above depend on, and where files went, a line each."""
+    out = console()
+    for line in lines:
+        out.print(line, style="dim", markup=False, soft_wrap=True)
+
+
+def ruled_table(collapse_padding: bool = False) -> Table:
+    """A table with one line, below its headings."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+
+    return Table(
+        box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=collapse_padding
+    )
+
+
+def figures_table(name: str, figures: Iterable[str], least: int | None = None) -> Table:
+    """A table with a column of names, which fold, and columns of figures, which do not.
+
+    Args:
+        name: heading of the names.
+        figures: headings of the figures.
+        least: characters that the names have at least.
+    """
+    table = ruled_table(collapse_padding=True)
+    table.add_column(name, overflow="fold", min_width=least)
+    for title in figures:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table
+
+
+def bare_table(*ways: str) -> Table:
+    """A table with a column of names and one for each way, the pruned ones in bold."""
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left")
+    table = ruled_table()
     table.add_column("", style="dim", no_wrap=True)
     for number, way in enumerate(ways):
         table.add_column(Text(way), style="bold" if number else "", overflow="fold")
@@ -97,24 +127,6 @@ def plain_grid(title: str) -> Table:
         pad_edge=False,
         padding=(0, 2, 0, 0),
     )
-
-
-def less(before: float, after: float) -> str:
-    """What is saved, as a percentage; nothing where nothing is."""
-    return "" if before == after else f"-{100 * (1 - after / before):.0f} %"
-
-
-def mib(size: int) -> str:
-    """Bytes in MiB (2**20)."""
-    return f"{size / 2**20:.2f} MiB"
-
-
-def flops(value: float) -> str:
-    """FLOPs with three digits."""
-    for unit, scale in (("T", 1e12), ("G", 1e9)):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}FLOPs"
-    return f"{value / 1e6:.3g} MFLOPs"
 
 
 def typed(context: typer.Context) -> str:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlmprune.cli.options import AsJson, Budget, Device, Dtype, Force, Model, keep_of
-from vlmprune.cli.printing import bare_table, console, flops, less, mib, print_json, progress
+from vlmprune.cli.options import (
+    AsJson,
+    Budget,
+    Device,
+    Dtype,
+    Force,
+    Fraction,
+    Keep,
+    Model,
+    Text,
+    keep_of,
+)
+from vlmprune.cli.printing import bare_table, console, notes, print_json, progress
+from vlmprune.costs.units import change, flops, mib, percent
 from vlmprune.errors import VlmpruneError
 
 if TYPE_CHECKING:
@@ -30,18 +42,12 @@ def run(
             "by + (or by | in quotes). See `vlmprune methods`.",
         ),
     ] = "vispruner",
-    keep: Annotated[
-        Optional[str],  # noqa: UP045 - Typer reads this at run time, on Python 3.10 too
-        typer.Option(
-            help="Visual tokens to keep, or a fraction such as 0.25; 64 where a method must know."
-        ),
-    ] = None,
+    keep: Keep = None,
     important_ratio: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(help="Share of them taken by attention; the rest is diverse."),
+        Fraction, typer.Option(help="Share of them taken by attention; the rest is diverse.")
     ] = None,
     positions: Annotated[
-        Optional[str],  # noqa: UP045
+        Text,
         typer.Option(help='"compact" renumbers, "original" keeps gaps, "auto" as the model wants.'),
     ] = None,
     budget: Budget = None,
@@ -53,8 +59,7 @@ def run(
     device: Device = None,
     dtype: Dtype = None,
     save_overlay: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="FILE", help="Draw the kept tokens on the picture."),
+        Text, typer.Option(metavar="FILE", help="Draw the kept tokens on the picture.")
     ] = None,
     force: Force = False,
     as_json: AsJson = False,
@@ -129,7 +134,7 @@ def _print_outcome(model: str, method: str, question: str, outcome: BothWays) ->
         table.add_row(name, Text(show(full)), Text(show(pruned)), change)
 
     def saved(name: str) -> str:
-        return less(getattr(full, name), getattr(pruned, name))
+        return change(getattr(full, name), getattr(pruned, name))
 
     row("answer", lambda m: m.answer, "same" if full.answer == pruned.answer else "differs")
     row("visual tokens", lambda m: str(m.visual_tokens), saved("visual_tokens"))
@@ -137,9 +142,9 @@ def _print_outcome(model: str, method: str, question: str, outcome: BothWays) ->
     faster = outcome.decode_speedup
     row("decode", _rate, "" if faster is None else f"{faster:.2f}x")
     row("total", lambda m: f"{m.total_ms:.1f} ms", f"{outcome.total_speedup:.2f}x")
-    row("KV cache", lambda m: mib(m.kv_bytes), saved("kv_bytes"))
-    row("LLM FLOPs", lambda m: flops(m.decoder_flops), saved("decoder_flops"))
-    row("with encoder", lambda m: flops(m.flops), saved("flops"))
+    row("KV cache", lambda m: f"{mib(m.kv_bytes)} MiB", saved("kv_bytes"))
+    row("LLM FLOPs", lambda m: f"{flops(m.decoder_flops)}FLOPs", saved("decoder_flops"))
+    row("with encoder", lambda m: f"{flops(m.flops)}FLOPs", saved("flops"))
 
     out = console()
     out.print(Text.assemble((question, "bold"), (f"  ({model})", "dim")))
@@ -161,11 +166,10 @@ def _print_outcome(model: str, method: str, question: str, outcome: BothWays) ->
     rates = [rate for layer in report.cut for rate in layer.retention if rate is not None]
     if rates:
         lines.append(
-            f"{len(report.cut)} layers' caches cut, to {100 * min(rates):.0f} % to "
-            f"{100 * max(rates):.0f} % of their visual tokens"
+            f"{len(report.cut)} layers' caches cut, to {percent(min(rates))} to "
+            f"{percent(max(rates))} of their visual tokens"
         )
-    for line in lines:
-        out.print(line, style="dim", markup=False)
+    notes(lines)
 
 
 def _rate(measured: OneWay) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vlmprune.cli.options import AsJson, Device, Dtype, Force, Model
-from vlmprune.cli.printing import console, print_json, progress
+from vlmprune.cli.options import AsJson, Batch, Device, Dtype, Force, Model, Number, Texts
+from vlmprune.cli.printing import console, figures_table, notes, print_json, progress
+from vlmprune.costs.units import percent
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,11 +30,10 @@ def search(
         ),
     ],
     max_loss: Annotated[
-        str,
-        typer.Option(help="The most that may be lost, as a share of the unpruned accuracy."),
+        str, typer.Option(help="The most that may be lost, as a share of the unpruned accuracy.")
     ] = "1%",
     over: Annotated[
-        Optional[list[str]],  # noqa: UP045 - Typer reads this at run time, on Python 3.10 too
+        Texts,
         typer.Option(
             help="What to vary: keep=0.05..0.5, or keep=16,32,64; may be given several times. "
             "By default keep, important_ratio and their like."
@@ -47,8 +47,7 @@ def search(
         ),
     ] = "scenes",
     limit: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Questions of each half of the task; by default all."),
+        Number, typer.Option(help="Questions of each half of the task; by default all.")
     ] = None,
     trials: Annotated[int, typer.Option(help="Settings to try.")] = 40,
     cost: Annotated[
@@ -62,7 +61,7 @@ def search(
         bool, typer.Option(help="Forget the trials of an earlier search into this file.")
     ] = False,
     model: Model = None,
-    batch: Annotated[int, typer.Option(help="Questions at once.")] = 32,
+    batch: Batch = 32,
     device: Device = None,
     dtype: Dtype = None,
     force: Force = False,
@@ -83,9 +82,7 @@ def search(
 
         with models.quiet():
             libraries.module("optuna", "search")
-            options.at_least_one(batch=batch)
-            if limit is not None:
-                options.at_least_one(limit=limit)
+            options.at_least_one(batch=batch, limit=limit)
             target = Path(out).expanduser()
             asked = ask(
                 method,
@@ -123,6 +120,8 @@ def search(
 
 
 def _print(outcome: Outcome, asked: Asked) -> None:
+    from vlmprune.study.wording import in_points
+
     show = console()
     show.print(_table(outcome))
     show.print()
@@ -130,42 +129,35 @@ def _print(outcome: Outcome, asked: Asked) -> None:
     lines = []
     if found.best is None:
         nearest = found.nearest
-        least = "none was measured" if nearest is None else f"the least lost {nearest.loss:.1%}"
+        least = "none was measured"
+        if nearest is not None:
+            least = f"the least lost {percent(nearest.loss, '.1f')}"
         lines.append(
-            f"no setting tried stays within a loss of {found.max_loss:.1%} ({least}); allow more "
-            "by --max-loss, or give more --trials"
+            f"no setting tried stays within a loss of {percent(found.max_loss, '.1f')} ({least}); "
+            "allow more by --max-loss, or give more --trials"
         )
     else:
         lines.append(f"--method {outcome.method}")
     if difference is not None and outcome.checked is not None and outcome.full is not None:
         lines.append(
             f"on {difference.count} questions about other pictures: "
-            f"{100 * (outcome.checked.accuracy or 0):.1f} % against "
-            f"{100 * (outcome.full.accuracy or 0):.1f} % without pruning, a difference of "
-            f"{100 * difference.value:+.1f} points ({100 * difference.low:+.1f} to "
-            f"{100 * difference.high:+.1f})"
+            f"{percent(outcome.checked.accuracy or 0, '.1f')} against "
+            f"{percent(outcome.full.accuracy or 0, '.1f')} without pruning, a difference in points "
+            f"of {in_points(difference)}"
         )
     lines.append(f"kept in {asked.out}, drawn in {asked.picture}, trials in {asked.journal}")
-    for line in lines:
-        show.print(line, style="dim", markup=False, soft_wrap=True)
+    notes(lines)
 
 
 def _table(outcome: Outcome) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name in ("settings", "accuracy", "loss", "cost"):
-        table.add_column(name, justify="left" if name == "settings" else "right")
+    table = figures_table("settings", ("accuracy", "loss", "cost"))
     found = outcome.found
-    table.add_row("no pruning", f"{100 * found.full:.1f} %", "", "100 %", style="dim")
+    table.add_row("no pruning", percent(found.full, ".1f"), "", percent(1), style="dim")
     for one in found.front[-SHOWN:][::-1]:
         settings = ", ".join(f"{name}={_short(value)}" for name, value in one.settings.items())
         table.add_row(
             settings,
-            f"{100 * one.accuracy:.1f} %",
-            f"{100 * one.loss:.1f} %",
-            f"{100 * one.cost:.1f} %",
+            *(percent(value, ".1f") for value in (one.accuracy, one.loss, one.cost)),
             style="bold" if one == found.best else "",
         )
     return table

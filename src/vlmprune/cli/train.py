@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlmprune.cli.options import AsJson, Device, Dtype, Force, Model
+from vlmprune.cli.options import AsJson, Device, Dtype, Force, Limit, Model, Number, Text, Texts
 from vlmprune.cli.printing import bar, console, print_json, typed
+from vlmprune.costs.units import percent
 from vlmprune.errors import VlmpruneError
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("float32", "bfloat16")
 WEIGHED = ("token", "answer")
-STORED = ("float32", "float16", "bfloat16")
 
 
 def train(
@@ -38,25 +38,20 @@ def train(
     ],
     model: Model = None,
     images: Annotated[
-        Optional[str],  # noqa: UP045 - Typer reads this at run time, on Python 3.10 too
-        typer.Option(metavar="DIR", help="Where pictures lie; by default beside --data."),
+        Text, typer.Option(metavar="DIR", help="Where pictures lie; by default beside --data.")
     ] = None,
     window: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="QueCC: side of the windows that become one token; 4 by default."),
+        Number, typer.Option(help="QueCC: side of the windows that become one token; 4 by default.")
     ] = None,
-    tokens: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="VisToG: semantic tokens; 64 by default."),
-    ] = None,
+    tokens: Annotated[Number, typer.Option(help="VisToG: semantic tokens; 64 by default.")] = None,
     setting: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        Texts,
         typer.Option(
             "--set", metavar="NAME=VALUE", help="Another setting of the method; may come often."
         ),
     ] = None,
     base: Annotated[
-        Optional[str],  # noqa: UP045
+        Text,
         typer.Option(
             "--from",
             metavar="DIR",
@@ -86,14 +81,14 @@ def train(
         str, typer.Option(help="Of the arithmetic: float32, or bfloat16 (mixed).")
     ] = "float32",
     cache: Annotated[
-        Optional[str],  # noqa: UP045
+        Text,
         typer.Option(
             metavar="DIR",
             help="Keep the frozen vision encoder's states there, and run it once a picture.",
         ),
     ] = None,
     side: Annotated[
-        Optional[int],  # noqa: UP045
+        Number,
         typer.Option(help="Pixels a side that pictures are scaled to; the processor's by default."),
     ] = None,
     held_out: Annotated[
@@ -101,13 +96,10 @@ def train(
     ] = 32,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 200,
     task: Annotated[
-        Optional[str],  # noqa: UP045
+        Text,
         typer.Option(help="A task, as `vlmprune eval` has it, that is asked at evaluations too."),
     ] = None,
-    limit: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Questions of the task, from its first; by default all."),
-    ] = None,
+    limit: Limit = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the last checkpoint in --out.")
@@ -132,17 +124,12 @@ def train(
         from vlmprune.training import data as reading
         from vlmprune.training import start
 
-        if precision not in PRECISIONS:
-            raise VlmpruneError(
-                f"--precision {precision!r} is unknown; use {' or '.join(PRECISIONS)}."
-            )
-        if weigh not in WEIGHED:
-            raise VlmpruneError(f"--weigh {weigh!r} is unknown; use {' or '.join(WEIGHED)}.")
-        if store not in STORED:
-            raise VlmpruneError(f"--store {store!r} is unknown; use one of {', '.join(STORED)}.")
-        options.at_least_one(steps=steps, batch=batch, eval_every=eval_every, save_every=save_every)
-        if side is not None:
-            options.at_least_one(side=side)
+        options.one_of("--precision", precision, PRECISIONS)
+        options.one_of("--weigh", weigh, WEIGHED)
+        options.one_of("--store", store, options.DTYPES)
+        options.at_least_one(
+            steps=steps, batch=batch, eval_every=eval_every, save_every=save_every, side=side
+        )
         for name, number in (("turns", turns), ("held-out", held_out), ("warm-up", warm_up)):
             if number < 0:
                 raise VlmpruneError(f"--{name} {number} is below 0; use 0 or more.")
@@ -225,13 +212,15 @@ def _hyper(window: int | None, tokens: int | None, given: Sequence[str]) -> dict
     Raises:
         VlmpruneError: one is malformed or given twice.
     """
+    from vlmprune import spec
+
     found: dict[str, Any] = {}
     named: list[tuple[str, Any]] = [("window", window), ("tokens", tokens)]
     for text in given:
-        name, equals, value = text.partition("=")
-        if not (name and equals and value):
+        pair = spec.pair(text)
+        if pair is None:
             raise VlmpruneError(f"--set {text!r} is not NAME=VALUE; write it as heads=8.")
-        named.append((name, _value(value)))
+        named.append((pair[0], spec.value_of(pair[1])))
     for name, value in named:
         if value is None:
             continue
@@ -239,16 +228,6 @@ def _hyper(window: int | None, tokens: int | None, given: Sequence[str]) -> dict
             raise VlmpruneError(f"{name} is given twice; give it once.")
         found[name] = value
     return found
-
-
-def _value(text: str) -> Any:
-    """An integer, a number, or else text."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def _content(run: Any, state: Any, folder: Path, amount: int) -> dict[str, Any]:
@@ -274,7 +253,7 @@ def _lines(method: str, content: dict[str, Any]) -> list[str]:
     if "held_out_loss" in content:
         figures.append(f"on what was held out {content['held_out_loss']:.3f}")
     if "accuracy" in content:
-        figures.append(f"accuracy {100 * content['accuracy']:.1f} %")
+        figures.append(f"accuracy {percent(content['accuracy'], '.1f')}")
     return [
         f"{method}: {content['steps']} steps on {content['entries']} entries, "
         f"{content['parameters']:,} parameters; {', '.join(figures)}",

@@ -1,8 +1,9 @@
 """FLOPs, bytes and plans: what a number of visual tokens costs, with no weights.
 
-Here belongs what a config and token counts are enough for. May import `hosts.config` and
-`hosts.sizes`, which read configs, `hosts.pretrained` in a function, to read one from a folder,
-`select.budget` and `errors`; no tensor library.
+Here belongs what a config and token counts are enough for, sizes of real models (`architectures`),
+and how such figures are written (`units`). May import `hosts.config` and `hosts.sizes`, which read
+configs, `hosts.pretrained` in a function, to read one from a folder, `select.budget` and `errors`;
+no tensor library.
 """
 
 from vlmprune.costs.flops import (

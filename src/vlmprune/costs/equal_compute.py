@@ -15,24 +15,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vlmprune import costs
-from vlmprune.costs.plan import KNOWN, TERA, DecoderConfig, architecture
+from vlmprune.costs.architectures import DECODERS
+from vlmprune.costs.plan import architecture
+from vlmprune.costs.units import TERA
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import config as configs
 from vlmprune.hosts import sizes
-
-# Language models of one family, then the two that the published tables are about. Sizes are those
-# of the models' own config files.
-LADDER: dict[str, Any] = {
-    "qwen2.5-0.5b": DecoderConfig(896, 4864, 24, 14, 2),
-    "qwen2.5-1.5b": DecoderConfig(1536, 8960, 28, 12, 2),
-    "qwen2.5-3b": DecoderConfig(2048, 11008, 36, 16, 2),
-    "qwen2.5-7b": DecoderConfig(3584, 18944, 28, 28, 4),
-    "vicuna-7b": KNOWN["llava-1.5-7b"].text_config,
-    "vicuna-13b": KNOWN["llava-1.5-13b"].text_config,
-    "qwen2.5-14b": DecoderConfig(5120, 13824, 48, 40, 8),
-    "qwen2.5-32b": DecoderConfig(5120, 27648, 64, 40, 8),
-    "qwen2.5-72b": DecoderConfig(8192, 29568, 80, 64, 8),
-}
 
 
 @dataclass(frozen=True)
@@ -98,8 +86,8 @@ def pairs(
         tflops: the budget: prefill of the decoder layers, visual and text tokens together. The
             vision tower is paid whatever the language model is, and not counted.
         text_tokens: tokens of the prompt that are not visual; 0 where they are cached.
-        models: names of `LADDER` or of `plan.KNOWN`, or local folders with a `config.json`; by
-            default all of `LADDER`.
+        models: names of `DECODERS` or of `KNOWN`, or local folders with a `config.json`; by
+            default all of `DECODERS`.
         kv_value_bytes: bytes of one cached number.
 
     Returns:
@@ -115,7 +103,7 @@ def pairs(
     found = []
     # What a model itself spends, carried through TFLOPs, must still buy the same tokens.
     flops = tflops * TERA * (1 + 1e-12)
-    for name in dict.fromkeys(models or LADDER):
+    for name in dict.fromkeys(models or DECODERS):
         config = _decoder(name)
         tokens = _most(config, flops, text_tokens)
         held = text_tokens + (tokens or 0)
@@ -150,11 +138,11 @@ def _parameters(config: Any) -> int:
 
 
 def _decoder(name: str) -> Any:
-    if name in LADDER:
-        return LADDER[name]
+    if name in DECODERS:
+        return DECODERS[name]
     try:
         return architecture(name)
     except VlmpruneError as error:
         raise VlmpruneError(
-            f"{str(error).rstrip('.')}; of language models alone {', '.join(LADDER)} are known."
+            f"{str(error).rstrip('.')}; of language models alone {', '.join(DECODERS)} are known."
         ) from error

@@ -8,56 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune import costs
+from vlmprune.costs.architectures import CROPS, KNOWN
+from vlmprune.costs.units import TERA
 from vlmprune.errors import VlmpruneError, reason
 from vlmprune.hosts.config import required
 from vlmprune.select.budget import Budget, resolve_keep
-
-TERA = 1e12
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Sizes of a language model, under the names of a Transformers config."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-
-
-@dataclass(frozen=True)
-class _Tower:
-    model_type: str = "clip_vision_model"
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_hidden_layers: int = 24
-    image_size: int = 336
-    patch_size: int = 14
-
-
-@dataclass(frozen=True)
-class _Architecture:
-    model_type: str
-    text_config: DecoderConfig
-    vision_config: _Tower = _Tower()
-
-
-_VICUNA_7B = DecoderConfig(4096, 11008, 32, 32, 32)
-_VICUNA_13B = DecoderConfig(5120, 13824, 40, 40, 40)
-
-KNOWN: dict[str, Any] = {
-    "llava-1.5-7b": _Architecture("llava", _VICUNA_7B),
-    "llava-1.5-13b": _Architecture("llava", _VICUNA_13B),
-    "llava-next-7b": _Architecture("llava_next", _VICUNA_7B),
-    "llava-next-13b": _Architecture("llava_next", _VICUNA_13B),
-}
-
-# Crops of one image, by model type; any-resolution models at their largest: a base view and 2 x 2.
-CROPS = {"llava": 1, "vipllava": 1, "llava_next": 5}
-# Of those the types whose config says which of the tower's tokens are passed on.
-_SELECTING = ("llava", "llava_next")
 
 # `image_seq_length` that the LLaVA config classes have when nobody sets it.
 _DEFAULT_SEQUENCE = 576
@@ -148,7 +103,7 @@ def plan(
         raise VlmpruneError(f"crops={crops} is too few; use 1 or more.")
     try:
         config, per_crop, patches = _architecture(model)
-        count = CROPS[config.model_type] if crops is None else crops
+        count = CROPS[config.model_type].count if crops is None else crops
         before = count * per_crop
         if keep is None:
             after = before
@@ -212,7 +167,7 @@ def _architecture(model: str) -> tuple[Any, int, int]:
     # "full" hands the CLS token on to the decoder as one more visual token; ViP-LLaVA, whose config
     # has no such field, never does.
     cls_token = 0
-    if config.model_type in _SELECTING:
+    if CROPS[config.model_type].selects:
         cls_token = int(required(config, "vision_feature_select_strategy") == "full")
     patches = _local_patches(folder, config, cls_token)
     return config, patches + cls_token, patches

@@ -14,11 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts import parallel
+from vlmprune.hosts import masks, parallel
 from vlmprune.hosts.release import version
+from vlmprune.select.softmax import scores
 
 # A modeling file's registry of attention functions, and its own function where none is registered.
 _REGISTRY, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
@@ -47,12 +49,12 @@ class AttentionCall:
         query: [B, H, Q, D], after rotary embedding and norms.
         key: [B, H', C, D], H' a divisor of H; the last Q keys are those of the queries.
         value: [B, H', C, Dv].
-        mask: None, [B, C] of which 0 is padding, or [B or 1, 1 or H, Q, C], bool or additive;
-            other kinds (flex attention's) are not read.
+        mask: as `hosts.masks` reads it; other kinds (flex attention's) are not read.
         others: the host's further arguments, which are handed on and read here alone.
         placed: how many of queries, keys, values and mask the host gives by place; it may give the
             others by name.
         masked: whether the host gives a mask at all, None included.
+        function: the host's plain attention function; None of a call that is only looked at.
     """
 
     module: nn.Module
@@ -63,6 +65,7 @@ class AttentionCall:
     others: dict[str, Any] = field(default_factory=dict)
     placed: int = len(_TENSORS)
     masked: bool = True
+    function: Callable[..., Any] | None = None
 
     @property
     def scale(self) -> float:
@@ -128,16 +131,76 @@ class AttentionCall:
         """Whether the function takes masks of padding alone, being causal by itself."""
         return "flash" in self.function_name
 
-    def sampled(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> AttentionCall:
-        """The call on other tensors, each query with a line of the mask."""
-        return replace(self.without_positions(), query=query, key=key, value=value, mask=mask)
+    @property
+    def ahead(self) -> int:
+        """Keys before the first query's own."""
+        return self.key.shape[2] - self.query.shape[2]
+
+    def lines(self, rows: Tensor, causal: bool) -> Tensor:
+        """What some queries see of all keys.
+
+        Args:
+            rows: [B or 1, n] int64 their numbers.
+            causal: whether none sees later keys where no mask of four dimensions comes.
+
+        Returns:
+            [B or 1, 1 or H, n, C], bool or, where the mask is, additive.
+        """
+        columns = self.key.shape[2]
+        found = masks.lines(self.mask, rows, columns, self.ahead if causal else None)
+        if self.ends is None or (self.mask is not None and self.mask.ndim == 4):
+            return found
+        ends = self.ends.to(rows.device)
+        own = (ends[1:] <= rows[..., None]).sum(dim=-1)[:, None, :, None]
+        at = torch.arange(columns, device=rows.device)
+        return found & (at >= ends[own]) & (at < ends[own + 1])
+
+    def weights(self, query: Tensor, lines: Tensor | None) -> Tensor:
+        """Post-softmax attention that queries pay to the keys, in float32.
+
+        Args:
+            query: [B, H, n, D] some queries.
+            lines: what they see, as `lines` has it; None for everything.
+
+        Returns:
+            [B, H, n, C]; 0 in rows that see nothing.
+        """
+        return masks.weights(scores(query, self.key, self.scale, self.softcap), lines)
+
+    def sample(self, number: int) -> AttentionCall:
+        """The call on one sample of the batch."""
+        one, mask = slice(number, number + 1), self.mask
+        if isinstance(mask, Tensor) and len(mask) > 1:
+            mask = mask[one]
+        query, key, value = (states[one] for states in (self.query, self.key, self.value))
+        return replace(self, query=query, key=key, value=value, mask=mask)
+
+    def alone(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionCall:
+        """The call on a sequence that was packed with others, without a mask."""
+        others = {name: one for name, one in self.others.items() if name != _ENDS}
+        return replace(self, query=query, key=key, value=value, mask=None, others=others)
+
+    def with_mask(self, mask: Tensor | None) -> AttentionCall:
+        """The call under another mask; written out, as it is made of each layer at each step."""
+        return AttentionCall(
+            self.module,
+            self.query,
+            self.key,
+            self.value,
+            mask,
+            self.others,
+            self.placed,
+            self.masked,
+            self.function,
+        )
 
     def without_positions(self) -> AttentionCall:
         """The call for other rows, whose positions would look like packed sequences."""
         return replace(self, others={k: v for k, v in self.others.items() if k != _POSITIONS})
 
-    def run(self, function: Callable[..., Any]) -> Any:
-        """The result of an attention function, ([B, Q, H, Dv], weights or None)."""
+    def run(self) -> Any:
+        """The result of the host's attention function, ([B, Q, H, Dv], weights or None)."""
+        assert self.function is not None
         if self.mask is not None and not self.masked:
             raise VlmpruneError(
                 f"{type(self.module).__name__} of transformers {version()} gives its attention no "
@@ -148,11 +211,13 @@ class AttentionCall:
         if self.masked or self.mask is not None:
             tensors.append(self.mask)
         named = dict(zip(_TENSORS[self.placed :], tensors[self.placed :], strict=False))
-        return function(self.module, *tensors[: self.placed], **named, **self.others)
+        return self.function(self.module, *tensors[: self.placed], **named, **self.others)
 
 
-def called(module: nn.Module, *args: Any, **kwargs: Any) -> AttentionCall:
-    """Take a call apart, as a modeling file makes it.
+def called(
+    function: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any
+) -> AttentionCall:
+    """Take a call of a function apart, as a modeling file makes it.
 
     Raises:
         TypeError: it is no call on queries, keys and values.
@@ -160,7 +225,7 @@ def called(module: nn.Module, *args: Any, **kwargs: Any) -> AttentionCall:
     if len(args) == len(_TENSORS) and isinstance(args[2], Tensor):
         # As all modeling files of the tested releases make it.
         query, key, value, mask = args
-        return AttentionCall(module, query, key, value, mask, kwargs)
+        return AttentionCall(module, query, key, value, mask, kwargs, function=function)
     if len(args) > len(_TENSORS):
         raise TypeError(f"{len(args)} arguments come by place")
     tensors = dict(zip(_TENSORS, args, strict=False))
@@ -170,14 +235,19 @@ def called(module: nn.Module, *args: Any, **kwargs: Any) -> AttentionCall:
         raise TypeError(f"no {missing[0]} comes")
     query, key, value = (tensors[name] for name in _TENSORS[:3])
     mask, masked = tensors.get(_TENSORS[3]), len(tensors) == len(_TENSORS)
-    return AttentionCall(module, query, key, value, mask, kwargs, len(args), masked)
+    return AttentionCall(module, query, key, value, mask, kwargs, len(args), masked, function)
 
 
 def read(
-    module: nn.Module, query: Tensor, key: Tensor, scale: float, ends: Tensor | None
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    ends: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> AttentionCall:
     """What is looked at of the attention of another library, which has no call of this kind."""
-    return AttentionCall(module, query, key, key, None, {_SCALE: scale, _ENDS: ends})
+    return AttentionCall(module, query, key, key, mask, {_SCALE: scale, _ENDS: ends})
 
 
 def implementation(module: Any) -> str:

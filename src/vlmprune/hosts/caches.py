@@ -20,6 +20,10 @@ from vlmprune.hosts import release
 GrowingLayer = DynamicLayer
 WindowLayer = DynamicSlidingWindowLayer
 
+_UPDATE = "update"
+# The methods by which a cache loses columns, or takes, leaves out or repeats samples.
+CROP, RESET, REPEAT = "crop", "reset", "batch_repeat_interleave"
+SELECT = ("reorder_cache", "batch_select_indices")
 _LENGTH, _LAYERS, _REPLICATED = "get_seq_length", "layers", "layer_class_to_replicate"
 
 # Everything that the layers do which ours take the place of. What a later release adds could read
@@ -130,6 +134,11 @@ def stored_keys(cache: Any, index: int) -> Any:
     if index >= len(held) or not held[index].get_seq_length():
         return None
     return held[index].keys
+
+
+def growing(cls: type) -> list[str]:
+    """Names of the methods by which layers add to a cache of a class: keys, or other states."""
+    return [name for name in dir(cls) if name.startswith(_UPDATE) and callable(getattr(cls, name))]
 
 
 def check_layers(replaced: type, ours: type) -> None:

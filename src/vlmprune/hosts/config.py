@@ -45,7 +45,8 @@ _TEXTS: Mapping[str, Collection[str]] = {
 }
 
 # Kinds of decoder layers that hold no keys and values, in Transformers' words.
-_WITHOUT_CACHE = ("linear_attention", "conv", "mamba", "moe", "mlp")
+_RECURRENT = ("linear_attention", "conv", "mamba")
+_WITHOUT_CACHE = (*_RECURRENT, "moe", "mlp")
 
 
 def required(config: Any, name: str) -> Any:
@@ -298,6 +299,11 @@ def caching_layers(config: Any) -> list[bool] | None:
     """For each decoder layer whether it caches keys and values; None where kinds are not listed."""
     kinds = _text_field(of_text(config), "layer_types")
     return None if kinds is None else [kind not in _WITHOUT_CACHE for kind in kinds]
+
+
+def recurrent_kinds(config: Any) -> list[str]:
+    """The kinds of decoder layers that carry a state from column to column, as they come."""
+    return sorted(kind for kind in listed_kinds(config) if kind in _RECURRENT)
 
 
 def deepstack_layers(config: Any) -> int:

@@ -10,17 +10,19 @@ each call it is asked what costs next to nothing: whether all that was due was r
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts import release
+from vlmprune.hosts import masks, release
 from vlmprune.hosts.attention import AttentionCall
+from vlmprune.select.softmax import scores
 
 # Of float32, what a sum over many keys may be off by, as a share of the largest value: 21 classes
 # were at most 5e-7 off, and 0.38 with the scale hidden.
@@ -116,31 +118,35 @@ def due(call: AttentionCall, causal: bool) -> tuple[Hashable, ...] | None:
     return key if own.due(*key) else None
 
 
-def run(function: Callable[..., Any], call: AttentionCall, causal: bool) -> Any:
-    """The result of an attention function; the first time, rows of it are held against ours.
+def run(proceed: Callable[[AttentionCall], Any], call: AttentionCall, causal: bool) -> Any:
+    """What a call gives; the first time, rows of it are held against ours.
+
+    Args:
+        proceed: makes the call.
+        call: it.
+        causal: as in `due`.
 
     Raises:
         ContractError: the host attends otherwise than it is read here.
     """
-    result = call.run(function)
+    result = proceed(call)
     key = due(call, causal)
     own = ledger.get()
     if key is not None and own is not None:
         out = result[0] if isinstance(result, tuple) else result
-        if check_rows(function, call, out, causal):
+        if check_rows(call, out, causal):
             own.prove(*key)
     return result
 
 
 @torch.no_grad()
-def check_rows(function: Callable[..., Any], call: AttentionCall, out: Any, causal: bool) -> bool:
+def check_rows(call: AttentionCall, out: Any, causal: bool) -> bool:
     """Hold rows of the host's result against softmax(q·kᵀ)·v as its parts are read here.
 
     In half precision the host's function is asked for the same rows in float32 as well, as far as
     it can be, for its rounding would hide a scale that is not far off.
 
     Args:
-        function: the host's attention function.
         call: the call.
         out: [B, Q, H, Dv] what it returned.
         causal: as in `due`.
@@ -163,38 +169,34 @@ def check_rows(function: Callable[..., Any], call: AttentionCall, out: Any, caus
     # Under autocast the checks would be rounded as the host is.
     with torch.autocast(call.query.device.type, enabled=False):
         for sample in _samples(call, causal):
-            numbers = _numbers(call, sample, causal)
-            told |= _check_sample(function, call, out, sample, numbers, causal)
+            one = call.sample(sample)
+            numbers = _numbers(one, causal)
+            host = out[sample, numbers].float()
+            told |= _check_sample(one, host, numbers, causal, _unit(call, out))
     return told
 
 
 def _check_sample(
-    function: Callable[..., Any],
-    call: AttentionCall,
-    out: Tensor,
-    sample: int,
-    numbers: Sequence[int],
-    causal: bool,
+    call: AttentionCall, host: Tensor, numbers: Tensor, causal: bool, unit: float
 ) -> bool:
-    """`check_rows` of some rows of one sample."""
-    ours, scores = _rows(call, sample, numbers, causal, call.scale)
-    host = out[sample, list(numbers)].float()
-    largest = float(call.value[sample].detach().abs().max())
+    """`check_rows` of some rows of one sample, [n, H, Dv]."""
+    lines = call.lines(numbers[None], causal)
+    ours, highest = _rows(call, numbers, lines, call.scale)
+    largest = float(call.value.detach().abs().max())
     if not bool(ours.isfinite().all()) and not bool(host.isfinite().all()):
         # The model overflows, which is not the contract's to tell.
         return False
-    unit = _unit(call, out)
-    _compare(call, host, ours, unit * (8 + 4 * scores) * largest, largest)
+    _compare(call, host, ours, unit * (8 + 4 * highest) * largest, largest)
     if unit <= torch.finfo(torch.float32).eps:
         return True
-    exact = None if call.flash else _asked_again(function, call, sample, numbers, causal)
+    exact = None if call.flash else _asked_again(call, numbers, lines)
     if exact is not None:
-        fine = torch.finfo(torch.float32).eps * (8 + 4 * scores) * largest
+        fine = torch.finfo(torch.float32).eps * (8 + 4 * highest) * largest
         _compare(call, exact, ours, fine, largest)
         return True
     for factor in _FACTORS:
-        other = _rows(call, sample, numbers, causal, call.scale * factor)[0]
-        told = float((other - ours).norm()) > unit * (4 + 2 * scores) * float(ours.norm())
+        other = _rows(call, numbers, lines, call.scale * factor)[0]
+        told = float((other - ours).norm()) > unit * (4 + 2 * highest) * float(ours.norm())
         if told and float((other - host).norm()) < float((ours - host).norm()):
             raise _differs(call, host, ours)
     return True
@@ -229,105 +231,56 @@ def _differs(call: AttentionCall, host: Tensor, ours: Tensor) -> ContractError:
     )
 
 
-def _asked_again(
-    function: Callable[..., Any],
-    call: AttentionCall,
-    sample: int,
-    numbers: Sequence[int],
-    causal: bool,
-) -> Tensor | None:
-    """[n, H, Dv] the host's own rows of one sample, computed in float32; None where it cannot."""
-    one = slice(sample, sample + 1)
-    added = []
-    for number in numbers:
-        bias, seen = _bias(call, sample, number, causal)
-        added.append(bias.masked_fill(~seen, torch.finfo(torch.float32).min))
-    few = call.sampled(
-        call.query[one, :, list(numbers)].float(),
-        call.key[one].float(),
-        call.value[one].float(),
-        torch.stack(added, dim=1)[None],
+def _asked_again(call: AttentionCall, numbers: Tensor, lines: Tensor) -> Tensor | None:
+    """[n, H, Dv] the host's own rows of a sample, computed in float32; None where it cannot."""
+    seen = masks.visible(lines)
+    exact = masks.added(seen, torch.float32)
+    if lines.dtype != torch.bool:
+        exact = masks.hidden(lines.float(), seen)
+    few = replace(
+        call.without_positions(),
+        query=call.query[:, :, numbers].float(),
+        key=call.key.float(),
+        value=call.value.float(),
+        mask=exact,
     )
     try:
-        out: Tensor = few.run(function)[0][0]
+        out: Tensor = few.run()[0][0]
     # What is no function of tensors alone fails in its own way; the looser check was passed.
     except Exception:
         return None
     return out.float()
 
 
-def _seen(call: AttentionCall, sample: int, causal: bool) -> list[int]:
-    """How many keys each query of a sample sees."""
-    mask, queries, columns = call.mask, call.query.shape[2], call.key.shape[2]
-    if isinstance(mask, Tensor) and mask.ndim == 4:
-        lines = mask[min(sample, len(mask) - 1), :, :, :columns]
-        if lines.dtype != torch.bool:
-            lines = lines > torch.finfo(lines.dtype).min / 2
-        counts = lines.any(dim=0).sum(dim=-1).expand(queries)
-    else:
-        real = torch.ones(columns, dtype=torch.long, device=call.query.device)
-        if isinstance(mask, Tensor):
-            real = mask[sample, -columns:].bool().long()
-        counts = real.cumsum(dim=0)[columns - queries :] if causal else real.sum().expand(queries)
-    found: list[int] = counts.tolist()
-    return found
-
-
 def _samples(call: AttentionCall, causal: bool) -> list[int]:
     """The samples whose last query sees the most keys and the fewest, of those that see any."""
-    last = call.query.shape[2] - 1
-    seen = {i: int(_bias(call, i, last, causal)[1].sum()) for i in range(len(call.query))}
-    some = sorted((i for i, count in seen.items() if count), key=seen.__getitem__)
+    last = torch.tensor([[call.query.shape[2] - 1]], device=call.query.device)
+    counts = masks.visible(call.lines(last, causal)).sum(dim=(1, 2, 3)).expand(len(call.query))
+    seen: list[int] = counts.tolist()
+    some = sorted((i for i, count in enumerate(seen) if count), key=seen.__getitem__)
     return [*dict.fromkeys((*some[-1:], *some[:1]))]
 
 
-def _numbers(call: AttentionCall, sample: int, causal: bool) -> list[int]:
-    """Some of the queries that see a key, from the first to the last."""
-    some = [number for number, count in enumerate(_seen(call, sample, causal)) if count]
+def _numbers(call: AttentionCall, causal: bool) -> Tensor:
+    """[n] some of a sample's queries that see a key, from the first to the last."""
+    queries, device = call.query.shape[2], call.query.device
+    seeing = masks.seeing(call.mask, queries, call.key.shape[2], causal)
+    some = torch.arange(queries, device=device)
+    if seeing is not None:
+        some = some[seeing[0].to(device).expand(queries)]
     steps = min(len(some), _ROWS)
-    return [some[round(i * (len(some) - 1) / max(1, steps - 1))] for i in range(steps)]
-
-
-def _bias(call: AttentionCall, sample: int, number: int, causal: bool) -> tuple[Tensor, Tensor]:
-    """What is added to the scores of a row, and which keys it sees; each [1 or H, C]."""
-    columns, queries = call.key.shape[2], call.query.shape[2]
-    at = torch.arange(columns, device=call.query.device)
-    nothing = torch.zeros(1, columns, device=call.query.device)
-    mask = call.mask
-    if isinstance(mask, Tensor) and mask.ndim == 4:
-        line = mask[min(sample, len(mask) - 1), :, min(number, mask.shape[2] - 1), :columns]
-        if line.dtype == torch.bool:
-            return nothing, line
-        return line.float(), line > torch.finfo(line.dtype).min / 2
-    seen = (at <= number + columns - queries) if causal else at >= 0
-    if isinstance(mask, Tensor):
-        seen = seen & mask[sample, -columns:].bool()
-    ends = call.ends
-    if ends is not None:
-        own = int((ends[1:].to(at.device) <= number).sum())
-        seen = seen & (at >= ends[own]) & (at < ends[own + 1])
-    return nothing, seen[None]
+    return some[[round(i * (len(some) - 1) / max(1, steps - 1)) for i in range(steps)]]
 
 
 def _rows(
-    call: AttentionCall, sample: int, numbers: Sequence[int], causal: bool, scale: float
+    call: AttentionCall, numbers: Tensor, lines: Tensor, scale: float
 ) -> tuple[Tensor, float]:
-    """[n, H, Dv] rows of attention in float32, and the largest of their scores."""
-    rows, largest = [], 0.0
-    key, value = call.key[sample].float(), call.value[sample].float()
-    for number in numbers:
-        query = call.query[sample, :, number].float()
-        groups = query.view(len(key), -1, query.shape[-1])
-        scores = (groups @ key.transpose(1, 2) * scale).flatten(0, 1)
-        if call.softcap is not None:
-            scores = (scores / call.softcap).tanh() * call.softcap
-        bias, seen = _bias(call, sample, number, causal)
-        largest = max(largest, float(scores.masked_fill(~seen, 0.0).abs().max()))
-        weights = (scores + bias).masked_fill(~seen, -torch.inf).softmax(dim=-1)
-        # Where heads see different keys, one may see none.
-        weights = weights.masked_fill(~seen.any(dim=-1, keepdim=True), 0.0)
-        rows.append((weights.view(*groups.shape[:2], -1) @ value).flatten(0, 1))
-    return torch.stack(rows), largest
+    """[n, H, Dv] rows of a sample's attention in float32, and the largest of their scores."""
+    found = scores(call.query[:, :, numbers], call.key, scale, call.softcap)
+    largest = float(found.masked_fill(~masks.visible(lines), 0.0).abs().max())
+    groups = masks.weights(found, lines).view(1, call.key.shape[1], -1, found.shape[3])
+    rows = (groups @ call.value.float()).view(*found.shape[1:3], -1)
+    return rows.transpose(0, 1), largest
 
 
 class Reached:

@@ -30,6 +30,10 @@ class EncoderCall:
         """What the host makes of it, with fields by name."""
         return self.method(self.pixels, **self.arguments)
 
+    def also(self, more: Mapping[str, Any]) -> EncoderCall:
+        """The call with further arguments."""
+        return EncoderCall(self.method, self.pixels, {**self.arguments, **more})
+
 
 def encoder_call(
     method: Callable[..., Any],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -18,6 +18,8 @@ from vlmprune.hosts import release
 # the encoder's own states.
 _TOKENS, _DEEP, _LAST = "pooler_output", "deepstack_features", "last_hidden_state"
 _STATES, _ATTENTIONS = "hidden_states", "attentions"
+# The arguments that ask for these.
+_WANTED = ("output_hidden_states", "output_attentions")
 # Of what `generate` returns.
 _SEQUENCES = "sequences"
 
@@ -105,13 +107,95 @@ def encoded(like: Any, cls: type, tokens: list[Tensor], deep: list[Any], whole: 
     fields = {name: value for name, value in held.items() if name not in large}
     # Each in its place, for tuples are made of them in order; and as items, for a host may ask
     # whether the output holds anything.
-    fields[_TOKENS] = tokens
+    fields[_TOKENS] = _typed(held.get(_TOKENS), tokens)
     if deep:
-        fields[_DEEP] = deep
+        layers = held.get(_DEEP) or [None] * len(deep)
+        fields[_DEEP] = [_typed(one, layer) for one, layer in zip(layers, deep, strict=True)]
     made: Any = cls() if like is None else type(like)()
     for name, value in fields.items():
         made[name] = value
     return made
+
+
+def _typed(like: Any, items: Any) -> Any:
+    """Items as a tuple where the host has one."""
+    return tuple(items) if isinstance(like, tuple) and isinstance(items, list) else items
+
+
+def more_wanted(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the arguments of a host's method that encodes: those that ask for states or attention."""
+    return {name: arguments[name] for name in _WANTED if arguments.get(name)}
+
+
+def in_form(held: Any, tokens: Sequence[Tensor], kept: Sequence[Tensor], ordered: bool) -> Any:
+    """Visual tokens that are left, in the form in which an encoder returned all of them.
+
+    So `[i]` is of the image (or crop, or row) of which it is in what the encoder returned. Where
+    a tensor would need equally many tokens of each and they have not, it is a list.
+
+    Args:
+        held: what the encoder returned: [..., n, D], or a list or tuple of such.
+        tokens: [k, D] of each item.
+        kept: [n] bool of each item.
+        ordered: whether an item's tokens do not lie as they did.
+
+    Returns:
+        It; None where the encoder returned other tokens than the items have.
+    """
+    parts = [held] if isinstance(held, Tensor) else list(held)
+    lengths = [part.shape[:-1].numel() for part in parts]
+    if sum(lengths) != sum(map(len, kept)):
+        return None
+    if ordered and sum(part.shape[:-2].numel() for part in parts) > len(tokens):
+        return list(tokens)
+    stays = torch.cat([one.cpu() for one in kept]).split(lengths)
+    left = torch.cat(list(tokens)).split([int(one.sum()) for one in stays])
+    made = [_shaped(*one) for one in zip(parts, left, stays, strict=True)]
+    if isinstance(held, Tensor):
+        return made[0]
+    whole = [own if isinstance(one, list) else one for one, own in zip(made, left, strict=True)]
+    return type(held)(whole)
+
+
+def _shaped(part: Tensor, left: Tensor, stays: Tensor) -> Tensor | list[Tensor]:
+    """[..., k, D] of [K, D] tokens that are left of [..., n, D]; a list where k differs."""
+    lead = part.shape[:-2]
+    if not len(stays):
+        # Of a row without images.
+        return part
+    counts = stays.view(-1, part.shape[-2]).sum(dim=1).unique()
+    if len(counts) == 1:
+        return left.view(*lead, int(counts), left.shape[-1])
+    return list(left.split(stays.view(lead[0], -1).sum(dim=1).tolist()))
+
+
+def same_form(a: Any, b: Any) -> bool:
+    """Whether two have the same form, but for how many tokens there are."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        both = isinstance(a, Tensor) and isinstance(b, Tensor)
+        return both and a.shape[:-2] == b.shape[:-2]
+    return type(a) is type(b) and len(a) == len(b) and all(map(same_form, a, b))
+
+
+def with_shown(result: Any, instead: Sequence[tuple[Any, Any]]) -> Any:
+    """What a forward returned, with some of its values replaced.
+
+    Args:
+        result: fields or a tuple, which may hold such again.
+        instead: pairs of a value, found by identity, and what to put in its place.
+    """
+    for value, other in instead:
+        if result is value:
+            return other
+    if isinstance(result, ModelOutput):
+        for name, value in list(result.items()):
+            changed = with_shown(value, instead)
+            if changed is not value:
+                result[name] = changed
+    elif type(result) is tuple:
+        made = tuple(with_shown(value, instead) for value in result)
+        return made if any(a is not b for a, b in zip(made, result, strict=True)) else result
+    return result
 
 
 def output_class(function: Callable[..., Any]) -> type:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vlmprune.errors import VlmpruneError
@@ -17,7 +18,8 @@ from vlmprune.hosts import config, release
 # The methods that are shadowed while a pruner is attached.
 GENERATE, FORWARD = "generate", "forward"
 
-_PROMPT, _IDS, _MASK, _POSITIONS = "inputs", "input_ids", "attention_mask", "position_ids"
+IDS, MASK, TYPES = "input_ids", "attention_mask", "mm_token_type_ids"
+_PROMPT, _POSITIONS, _EMBEDS = "inputs", "position_ids", "inputs_embeds"
 _AHEAD, _STREAMER, _CONFIG = "mm_encoder_outputs", "streamer", "generation_config"
 _CACHING, _LOGITS, _STATES = "use_cache", "logits_to_keep", "output_hidden_states"
 _ATTENTIONS = "output_attentions"
@@ -33,8 +35,14 @@ _COMPILED, _COMPILED_CLASS, _COMPILED_CALL = (
 )
 
 # Inputs that have one entry a column, and what a column of padding holds in them.
-ALIGNED: Mapping[str, int] = {"token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100}
 LABELS = "labels"
+# Labels that were moved to the column that predicts them.
+SHIFTED = "shift_labels"
+ALIGNED: Mapping[str, int] = {"token_type_ids": 0, TYPES: 0, LABELS: -100, SHIFTED: -100}
+# What a collator that packs samples adds for kernels: where samples end in the flattened batch, the
+# longest one's columns, and the number of each column's sample in its row.
+_ENDS, _LONGEST = ("cu_seq_lens_q", "cu_seq_lens_k"), ("max_length_q", "max_length_k")
+_SAMPLES = "seq_idx"
 
 
 @dataclass(frozen=True)
@@ -58,17 +66,27 @@ class ModelCall:
     @property
     def ids(self) -> Tensor | None:
         """[B, L] token ids."""
-        return self.given.get(_IDS)
+        return self.given.get(IDS)
 
     @property
     def mask(self) -> Tensor | None:
         """[B, L], 0 where a column is padding; None where none was given."""
-        return self.given.get(_MASK)
+        return self.given.get(MASK)
+
+    @property
+    def masks_columns(self) -> bool:
+        """Whether the mask is a plain [B, L] one; `generate` makes others for a static cache."""
+        return isinstance(self.mask, Tensor) and self.mask.ndim == 2
 
     @property
     def positions(self) -> Tensor | None:
         """Positions of the columns; None where none were given."""
         return self.given.get(_POSITIONS)
+
+    @property
+    def embeds(self) -> Tensor | None:
+        """[B, L, D] embedded columns, which say nothing of placeholders."""
+        return self.given.get(_EMBEDS)
 
     @property
     def labels(self) -> Tensor | None:
@@ -111,9 +129,51 @@ class ModelCall:
         """Whether an input of a medium comes along, by the name that its record gives."""
         return self.given.get(name) is not None
 
+    @property
+    def packing(self) -> list[str]:
+        """Names of the inputs that come along and say where packed samples lie."""
+        names = (*_ENDS, *_LONGEST, _SAMPLES)
+        return [name for name in names if self.given.get(name) is not None]
+
+    def check_packing(self, lengths: Sequence[int], samples: Tensor) -> None:
+        """Refuse inputs that say of packed samples something else than their positions.
+
+        Args:
+            lengths: columns of each sample, row by row.
+            samples: [B, L] number of each column's sample in its row.
+
+        Raises:
+            VlmpruneError: one does.
+        """
+        right = self.with_packing(lengths, samples).given
+        for name in self.packing:
+            given = self.given[name]
+            longest = name in _LONGEST
+            found, due = torch.as_tensor(given), torch.as_tensor(right[name])
+            # A kernel may be told of more columns than any sample has.
+            if bool((found < due).any()) if longest else not torch.equal(found.long(), due.long()):
+                raise VlmpruneError(
+                    f"{name} says of packed samples something else than position_ids; pass both "
+                    "as one collator made them."
+                )
+
+    def with_packing(self, lengths: Sequence[int], samples: Tensor) -> ModelCall:
+        """The call with those of these inputs that it has, made anew; like `check_packing`."""
+        made: dict[str, Any] = {}
+        for name in self.packing:
+            given = self.given[name]
+            if name in _ENDS:
+                made[name] = torch.tensor([0, *lengths]).cumsum(dim=0).to(given)
+            elif name == _SAMPLES:
+                made[name] = samples.to(given)
+            else:
+                most = max(lengths)
+                made[name] = torch.full_like(given, most) if isinstance(given, Tensor) else most
+        return self.also(made)
+
     def with_(self, **changed: Any) -> ModelCall:
         """The call with other arguments, by what they are: ids, mask, positions, streamer."""
-        names = {"ids": _IDS, "mask": _MASK, "positions": _POSITIONS, "streamer": _STREAMER}
+        names = {"ids": IDS, "mask": MASK, "positions": _POSITIONS, "streamer": _STREAMER}
         return self.also({names[what]: one for what, one in changed.items()})
 
     def with_cache(self, cache: Any) -> ModelCall:
@@ -125,8 +185,22 @@ class ModelCall:
         return self.also({_AHEAD: {**self.encoded, **outputs}})
 
     def with_prompt(self, ids: Tensor) -> ModelCall:
-        """The call of a `generate` with other ids."""
-        return self.without((_IDS,)).also({_PROMPT: ids})
+        """The call of a `generate` with other ids, under each name under which they came."""
+        twice = self.given.get(_PROMPT) is not None and self.ids is not None
+        return self.without((IDS,)).also({_PROMPT: ids} | ({IDS: ids} if twice else {}))
+
+    def renamed(self, former: Mapping[str, str]) -> ModelCall:
+        """The call with arguments under the names that the host has for former ones.
+
+        Args:
+            former: the host's name by the former one. Where both came, the host's own counts.
+        """
+        moved = {
+            new: self.given[name]
+            for name, new in former.items()
+            if self.brings(name) and not self.brings(new)
+        }
+        return self.without(former).also(moved)
 
     def without(self, names: Iterable[str]) -> ModelCall:
         """The call without some arguments, by the host's names."""
@@ -156,6 +230,29 @@ def model_call(
     ours = kwargs.get(_VISION)
     rest = {name: one for name, one in kwargs.items() if name != _VISION}
     return ModelCall(model, release.by_name(function, *args, **rest)), ours
+
+
+def aligned_of(call: ModelCall, columns: int, whole: int) -> dict[str, Tensor]:
+    """Inputs that have one entry a column, those of the new columns, by the host's names.
+
+    Args:
+        call: the call.
+        columns: new ones.
+        whole: all columns, those of a cache included.
+
+    Raises:
+        VlmpruneError: one has another number of columns.
+    """
+    found = {name: call.given.get(name) for name in ALIGNED}
+    out = {}
+    for name, values in found.items():
+        if not isinstance(values, Tensor):
+            continue
+        if values.shape[-1] not in (columns, whole):
+            due = f"{columns}" if columns == whole else f"{columns} or {whole}"
+            raise VlmpruneError(f"{name} has {values.shape[-1]} columns where {due} are due.")
+        out[name] = values[:, -columns:]
+    return out
 
 
 class Settings:
@@ -304,7 +401,7 @@ def check_model(model: Any, pixels: Iterable[str]) -> None:
     cls = type(model)
     release.cache_name(cls)
     takes = inspect.signature(cls.forward).parameters
-    missing = [name for name in (_IDS, _MASK, _POSITIONS, *pixels) if name not in takes]
+    missing = [name for name in (IDS, MASK, _POSITIONS, *pixels) if name not in takes]
     missing += [name for name in (GENERATE, "base_model", "get_decoder") if not hasattr(cls, name)]
     if missing:
         raise VlmpruneError(

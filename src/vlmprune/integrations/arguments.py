@@ -100,20 +100,17 @@ def _pruner(method: str, settings: Mapping[str, Any]) -> Pruner | None:
         return None
     stages = spec.read(method)
     for name, value in settings.items():
-        having = [stage for stage in stages if name in stage.names]
-        unset = [stage for stage in having if name not in stage.settings]
-        if not having:
+        taken = spec.fill(stages, name, spec.value_of(value) if isinstance(value, str) else value)
+        if taken is None:
             has = "; ".join(f"{stage.name} has {', '.join(stage.names)}" for stage in stages)
             raise VlmpruneError(
                 f"argument {name!r} is none of {', '.join(NAMES)}, and no setting of the method "
                 f"({has})."
             )
-        if not unset:
+        if not taken:
             raise VlmpruneError(
                 f"{name} is given twice, in method={method} and beside it; give it once."
             )
-        for stage in unset:
-            stage.settings[name] = spec.value_of(value) if isinstance(value, str) else value
     return spec.build(stages)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
 from vlmprune import spec
 from vlmprune.costs import plan
+from vlmprune.costs.architectures import CROPS
 from vlmprune.errors import VlmpruneError
 from vlmprune.io.sources import Source
 from vlmprune.pruner import Pruner
@@ -39,19 +40,16 @@ def make_pruner(method: str, settings: Mapping[str, Any]) -> Pruner:
         if value is None:
             continue
         option = f"--{name.replace('_', '-')}"
-        having = [stage for stage in stages if name in stage.names]
-        unset = [stage for stage in having if name not in stage.settings]
-        if not having:
+        taken = spec.fill(stages, name, value)
+        if taken is None:
             raise VlmpruneError(
                 f"{option} is no setting of {', '.join(stage.name for stage in stages)}; leave it "
                 "out."
             )
-        if not unset:
+        if not taken:
             raise VlmpruneError(
                 f"{name} is given twice, in --method {method} and by {option}; give it once."
             )
-        for stage in unset:
-            stage.settings[name] = value
     for stage in stages:
         if "keep" in stage.missing:
             stage.settings["keep"] = KEEP
@@ -65,7 +63,7 @@ def check_budget(source: Source, pruner: Pruner) -> None:
         VlmpruneError: there are fewer visual tokens than `keep`.
     """
     keep, budget = budget_of(pruner)
-    if keep is None or source.folder is None or source.model_type not in plan.CROPS:
+    if keep is None or source.folder is None or source.model_type not in CROPS:
         return
     if budget == "crop" or source.model_type == "llava":
         plan.plan(str(source.folder), keep, budget)
@@ -78,14 +76,31 @@ def budget_of(pruner: Pruner) -> tuple[int | float | None, Budget]:
     return (None, "crop") if stage is None else (stage.keep, stage.unit)
 
 
-def at_least_one(**counts: int) -> None:
-    """Refuse options that are below 1.
+def one_of(what: str, value: str, choices: Collection[str]) -> str:
+    """A value that is one of some.
+
+    Args:
+        what: the value is, for the error sentence.
+        value: as it was given.
+        choices: what it may be.
+
+    Raises:
+        VlmpruneError: it is none of them.
+    """
+    if value not in choices:
+        known = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
+        raise VlmpruneError(f"{what} {value!r} is unknown; use {known}.")
+    return value
+
+
+def at_least_one(**counts: int | None) -> None:
+    """Refuse options that are below 1; None is one that was not given.
 
     Raises:
         VlmpruneError: one of them is.
     """
     for name, value in counts.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise VlmpruneError(f"--{name.replace('_', '-')} {value} is too few; use 1 or more.")
 
 
@@ -127,6 +142,4 @@ def choose_dtype(name: str | None, device: torch.device) -> Any:
     """
     if name is None:
         return torch.float32 if device.type == "cpu" else "auto"
-    if name not in DTYPES:
-        raise VlmpruneError(f"dtype {name!r} is unknown; use one of {', '.join(DTYPES)}.")
-    return getattr(torch, name)
+    return getattr(torch, one_of("dtype", name, DTYPES))

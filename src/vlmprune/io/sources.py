@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune import embedded
-from vlmprune.costs import plan
+from vlmprune.costs.architectures import KNOWN
 from vlmprune.errors import VlmpruneError, reason
 from vlmprune.hosts import config as fields
 from vlmprune.hosts.families import FAMILIES, TOWERS, generic, towers
@@ -43,7 +43,7 @@ def find_model(model: str | None) -> Source:
     folder = Path(model).expanduser()
     if folder.exists():
         return Source(str(folder), folder, _supported(_local_config(folder)), model)
-    if model in plan.KNOWN:
+    if model in KNOWN:
         raise VlmpruneError(
             f"model {model!r} is an architecture for `vlmprune plan` and `bench --shape`, without "
             "weights; give a model folder or an id of the Hub."

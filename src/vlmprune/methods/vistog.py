@@ -18,6 +18,7 @@ from vlmprune.methods.bases.projector import Projector, widths
 from vlmprune.methods.uniform import UniformGrid
 from vlmprune.runtime.encoder import semantic_tokens
 from vlmprune.runtime.family import family_of
+from vlmprune.runtime.hooks import Hooks
 from vlmprune.select.grouping import assigned, gumbel, means
 from vlmprune.select.scoring import uniform_places
 from vlmprune.views import EncoderView, Reads, Selection
@@ -216,13 +217,11 @@ def blank_cells(model: Any, count: int) -> Tensor:
     def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(layer_call(encoder.layers[0], args, kwargs).hidden)
 
-    hook = encoder.layers[0].register_forward_pre_hook(look, with_kwargs=True)
-    try:
+    with Hooks() as hooks:
+        hooks.before(encoder.layers[0], look)
         channels = sizes.channels(model.config)
         pixels = torch.zeros(1, channels, rows * patch, columns * patch)
         medium.tower(model)(pixels.to(model.device, model.dtype))
-    finally:
-        hook.remove()
     places = torch.tensor(uniform_places(rows, columns, count)) + (encoder.cls == 0)
     return seen[0][0].float().cpu()[places]
 

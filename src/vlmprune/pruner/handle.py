@@ -114,4 +114,4 @@ class Handle(Generic[M]):
         Raises:
             VlmpruneError: the method looks at the question, or the request holds no image.
         """
-        return run.encode(self.attachment, inputs)
+        return run.encoded(self.attachment, inputs)

@@ -84,7 +84,7 @@ def _check_contract(model: Any, family: Family, method: Method) -> None:
         caches.check_layers(caches.GrowingLayer, GappedLayer)
     if method.cuts:
         caches.check_layers(caches.GrowingLayer, RaggedLayer)
-        for index in decoder.full_attention_layers(model)[:1]:
+        for index in decoder.full_attention_layers(model):
             layer = decoder.decoder_layers(model)[index]
             attention.check_tappable(layer, "prune before the language model")
     if method.drops or method.routes or method.cuts:

@@ -86,10 +86,11 @@ class Attachment:
         note_report(self.latest, report)
 
     @cached_property
-    def attention(self) -> nn.Module:
-        """The attention module of a decoder layer with full attention."""
+    def attentions(self) -> Mapping[int, nn.Module]:
+        """The attention modules of the decoder layers with full attention, by layer."""
         layers = decoder.decoder_layers(self.model)
-        return attention.attention_of(layers[decoder.full_attention_layers(self.model)[0]])
+        full = decoder.full_attention_layers(self.model)
+        return {index: attention.attention_of(layers[index]) for index in full}
 
     @property
     def architecture(self) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from vlmprune.hosts import processed, release
 from vlmprune.hosts.measured import prefill_module, stored_bytes
 from vlmprune.hosts.release import cache_returned
+from vlmprune.runtime.hooks import Hooks
 from vlmprune.version import __version__
 
 __all__ = [
@@ -161,12 +162,10 @@ def _prefill(model: Any, watch: Stopwatch) -> Iterator[list[Any]]:
         if len(marks) == 1:
             marks.append(watch.mark())
 
-    hooks = [decoder.register_forward_pre_hook(before), decoder.register_forward_hook(after)]
-    try:
+    with Hooks() as hooks:
+        hooks.before(decoder, before)
+        hooks.after(decoder, after)
         yield marks
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:

@@ -15,34 +15,35 @@ GROUPS = 10
 
 
 @dataclass(frozen=True)
-class Mean:
-    """A mean score with the ends of its 95 % interval, and of how many samples.
-
-    Attributes:
-        value: the mean.
-        low, high: 2.5th and 97.5th percentile over resamples of the groups.
-        count: samples.
-    """
-
-    value: float
-    low: float
-    high: float
-    count: int
-
-
-@dataclass(frozen=True)
 class Interval:
     """A mean with its 95 % interval.
 
     Attributes:
         value: the mean.
-        low: lower end; None where there are too few questions to tell.
-        high: upper end.
+        low: lower end, the 2.5th percentile over resamples of the groups; None where there are too
+            few questions to tell.
+        high: upper end, the 97.5th percentile.
     """
 
     value: float
     low: float | None = None
     high: float | None = None
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """Both ends; None where there are none."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Mean(Interval):
+    """The same, and of how many samples.
+
+    Attributes:
+        count: samples.
+    """
+
+    count: int = 0
 
 
 def mean_of(scores: Sequence[float], groups: Sequence[str]) -> Mean | None:

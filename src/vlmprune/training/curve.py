@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmprune.draw import style
+from vlmprune.draw.style import BLUE, DPI, GREEN, GREYS, ORANGE
 from vlmprune.io.outputs import Output, mark_of
 
 MARK = mark_of("train")
@@ -57,35 +59,31 @@ def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
 
 def _drawn(title: str, made: Sequence[dict[str, float]]) -> bytes:
     """A PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes: Any = figure.add_subplot()
+    figure = style.figure(7, 4, title)
+    axes = figure.add_subplot()
 
     def of(name: str) -> tuple[list[float], list[float]]:
         some = [one for one in made if name in one]
         return [one["step"] for one in some], [one[name] for one in some]
 
     steps, losses = of("loss")
-    axes.plot(steps, losses, color="0.8", linewidth=1)
-    axes.plot(steps, smoothed(losses), color="tab:blue", label="loss")
+    axes.plot(steps, losses, color=GREYS[-1], linewidth=1)
+    axes.plot(steps, smoothed(losses), color=BLUE, label="loss")
     steps, losses = of("held_out_loss")
     if losses:
-        axes.plot(steps, losses, "o-", color="tab:orange", markersize=3, label="held-out loss")
+        axes.plot(steps, losses, "o-", color=ORANGE, markersize=3, label="held-out loss")
     axes.set_xlabel("step")
     axes.set_ylabel("loss per answer token")
     axes.set_ylim(bottom=0)
-    axes.set_title(title, fontsize=9)
     handles, labels = axes.get_legend_handles_labels()
     steps, right = of("accuracy")
     if right:
         other = axes.twinx()
-        other.plot(steps, [100 * one for one in right], "s--", color="tab:green", markersize=3)
-        other.set_ylim(0, 100)
-        other.set_ylabel("accuracy, %", color="tab:green")
+        other.plot(steps, right, "s--", color=GREEN, markersize=3)
+        other.set_ylim(0, 1)
+        style.in_percent(other.yaxis)
+        other.set_ylabel("accuracy", color=GREEN)
     axes.legend(handles, labels, frameon=False, loc="upper right")
     target = io.BytesIO()
-    figure.savefig(target, format="png", metadata={"Software": MARK})
+    figure.savefig(target, format="png", dpi=DPI, metadata={"Software": MARK})
     return target.getvalue()

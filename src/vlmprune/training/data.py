@@ -9,12 +9,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.io.listed import entries
 
 IMAGE = "<image>"
 FORM = (
@@ -66,17 +66,7 @@ def read(path: str | Path, pictures: str | Path | None = None) -> list[Entry]:
     """
     path = Path(path).expanduser()
     folder = path.parent if pictures is None else Path(pictures).expanduser()
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise VlmpruneError(
-            f"data {str(path)!r} cannot be read ({error.strerror}); give a JSON file in LLaVA's "
-            f"form, {FORM}."
-        ) from error
-    except ValueError as error:
-        raise VlmpruneError(f"{path} is no JSON ({error}); write it as {FORM}.") from error
-    if not isinstance(listed, list) or not listed:
-        raise VlmpruneError(f"{path} holds no list of conversations; write it as {FORM}.")
+    listed = entries(path, "conversations", FORM)
     seen: set[Path] = set()
     found = [_entry(path, folder, number, one, seen) for number, one in enumerate(listed)]
     kept = [one for one in found if one.images]

@@ -190,7 +190,9 @@ class Learner(nn.Module):
         first = [sum(counts[:i]) for i in range(len(counts))]
         self._tell(places)
         assert self.handle is not None
-        return calls.encode(self.handle.attachment, {k: v[first] for k, v in text.items()} | pixels)
+        return calls.encoded(
+            self.handle.attachment, {k: v[first] for k, v in text.items()} | pixels
+        )
 
     def _tell(self, places: Tensor | None, order: Tensor | None = None) -> None:
         """Of which pictures the kept states are wanted next."""

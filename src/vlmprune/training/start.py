@@ -15,6 +15,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.hosts.config import longest_prompt
 from vlmprune.io import libraries
 from vlmprune.io.models import Loaded
+from vlmprune.io.options import one_of
 from vlmprune.methods import METHODS
 from vlmprune.methods.bases.learned import Learned
 from vlmprune.study.tasks import Task
@@ -68,8 +69,7 @@ def check(wanted: Wanted) -> type[Learned]:
         )
     for name in ("accelerate", "peft"):
         libraries.module(name, EXTRA)
-    if wanted.stage not in STAGES:
-        raise VlmpruneError(f"--stage {wanted.stage!r} is unknown; use {' or '.join(STAGES)}.")
+    one_of("--stage", wanted.stage, STAGES)
     if wanted.stage == "align" and wanted.lora:
         raise VlmpruneError(
             f"--lora {wanted.lora} trains the language model, which --stage align leaves as it is; "

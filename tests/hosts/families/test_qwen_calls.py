@@ -232,16 +232,6 @@ def test_a_prompt_may_end_in_visual_tokens(name: str) -> None:
 
 
 @FAMILIES
-def test_token_types_may_be_missing(name: str) -> None:
-    built = MODELS[name]
-    req = ZOO[name].request(built, [["video", "image"], ["image"]])
-    without = {k: v for k, v in req.inputs.items() if k != "mm_token_type_ids"}
-    with VisPruner(keep=0.4)(built), torch.no_grad():
-        assert distance(generate(built, req.inputs), generate(built, without)) == 0
-        assert torch.equal(built(**req.inputs).logits, built(**without).logits)
-
-
-@FAMILIES
 def test_a_call_inside_a_call_encodes_its_own_items(name: str) -> None:
     built = MODELS[name]
     outer = ZOO[name].request(built, [["image", "video"]])

@@ -260,16 +260,20 @@ def test_inputs_that_no_processor_makes_are_refused() -> None:
         generate(BUILT["mistral3"], req.inputs)
 
 
-def test_the_former_name_of_pixels_is_refused_where_it_was_changed() -> None:
+def test_the_former_name_of_pixels_is_taken_where_it_was_changed() -> None:
+    """Video-LLaVA's own processor still returns it."""
     built = BUILT["video_llava"]
     takes = inspect.signature(type(built).forward).parameters
     req = ZOO["video_llava"].request(built, [["image"]])
     if "pixel_values" not in takes:
         assert "pixel_values_images" in req.inputs
         return
-    req.inputs["pixel_values_images"] = req.inputs.pop("pixel_values")
-    with VisPruner(keep=2)(built), pytest.raises(VlmpruneError, match="is called pixel_values in"):
-        generate(built, req.inputs)
+    former = dict(req.inputs)
+    former["pixel_values_images"] = former.pop("pixel_values")
+    with VisPruner(keep=2)(built) as handle:
+        expected = generate(built, req.inputs)
+        assert distance(expected, generate(built, former)) == 0
+        assert handle.report is not None and handle.report.visual_tokens_after == 2
 
 
 def test_models_that_cannot_be_followed_are_refused_at_attach() -> None:

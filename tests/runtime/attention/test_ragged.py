@@ -288,8 +288,7 @@ def test_tensors_made_in_inference_mode_serve_outside_it() -> None:
     with torch.inference_mode():
         prefix = Ragged.cut(case.keys, case.values, case.keep)
     with torch.no_grad():
-        tail = (case.tail_keys, case.tail_values, None, case.scaling)
-        got = ragged.attend(case.query, prefix.join(prefix.before(0)), *tail)
+        got = ragged.attend(case.on_tail(), prefix.join(prefix.before(0)))
     assert close(got, case.run("reference"))
 
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vlmprune.hosts.attention import AttentionCall
 from vlmprune.runtime.attention import subset
 from vlmprune.runtime.attention.ragged import Ragged
 from vlmprune.runtime.decoder.cache_cut import drawn
 from vlmprune.views import Probes
+
+
+def asking(
+    query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float, flash: bool
+) -> AttentionCall:
+    module: Any = nn.Identity()
+    module.config = SimpleNamespace(_attn_implementation="flash_attention_2" if flash else "sdpa")
+    return AttentionCall(module, query, key, value, mask, {"scaling": scale})
 
 
 def test_probes_do_not_depend_on_the_batch() -> None:
@@ -37,16 +47,16 @@ def test_masks_of_flash_attention(rows: list[int]) -> None:
     chosen[0, :2] = chosen[0, :2].flip(0)
     seen: list[Any] = []
 
-    def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        seen.append(mask)
-        visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
-        if mask is not None:
-            visible = visible & mask[:, None, None]
-        scores = (q @ k.transpose(2, 3)).masked_fill(~visible, -torch.inf)
-        return (scores.softmax(-1).nan_to_num() @ v).transpose(1, 2)
+    def plain(few: AttentionCall) -> tuple[Tensor]:
+        seen.append(few.mask)
+        visible = torch.ones(few.query.shape[2], few.key.shape[2], dtype=torch.bool).tril()
+        if few.mask is not None:
+            visible = visible & few.mask[:, None, None]
+        scores = (few.query @ few.key.transpose(2, 3)).masked_fill(~visible, -torch.inf)
+        return ((scores.softmax(-1).nan_to_num() @ few.value).transpose(1, 2),)
 
     calls = [
-        subset.attend(plain, query, keys, values, mask, chosen, None, 1.0, True)
+        subset.attend(plain, asking(query, keys, values, mask, 1.0, True), chosen, None)
         for mask in (None, torch.ones(2, 5, dtype=torch.long))
     ]
     assert (seen[0] is None) == (rows[0] == rows[1])
@@ -96,18 +106,20 @@ def test_every_kind_of_mask(kind: str, prefix: bool, ahead: int) -> None:
     keep[0, 1, 0] = False
     cut = Ragged.cut(*held, keep) if prefix else None
 
-    def plain(q: Tensor, k: Tensor, v: Tensor, given: Tensor | None) -> Tensor:
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    def plain(few: AttentionCall) -> tuple[Tensor]:
+        q, given = few.query, few.mask
+        k, v = few.key.repeat_interleave(group, 1), few.value.repeat_interleave(group, 1)
         if given is None:
             given = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
         if given.ndim == 2 and kind == "padding":
             given = given[:, None, None] & torch.ones(q.shape[2], k.shape[2]).bool().tril(
                 k.shape[2] - q.shape[2]
             )
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, given).transpose(1, 2)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, given)
+        return (out.transpose(1, 2),)
 
-    flash = kind == "padding"
-    out = subset.attend(plain, query, keys, values, mask, chosen, cut, width**-0.5, flash)
+    call = asking(query, keys, values, mask, width**-0.5, kind == "padding")
+    out = subset.attend(plain, call, chosen, cut)
     for b in range(batch):
         for h in range(heads * group):
             own = h // group

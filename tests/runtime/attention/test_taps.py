@@ -27,7 +27,7 @@ _stays = pytest.fixture(autouse=True)(nothing_stays)
 def attention_rows(
     query: Float[Tensor, "B H L D"], key: Float[Tensor, "B G L D"], scaling: float, rows: TapRows
 ) -> Float[Tensor, "B L"]:
-    return taps.attention_rows(query, key, scaling, rows)
+    return taps.attention_rows(read(nn.Identity(), query, key, scaling), rows)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -183,9 +183,9 @@ def test_padding_neither_gives_nor_receives(form: str) -> None:
         mask = torch.zeros(2, 1, 300, 300).masked_fill(~mask, torch.finfo(torch.float32).min)
     elif form == "two-dimensional":
         mask = real.long()
-    found = taps.attention_rows(query, key, 0.3, "received", mask)
-    assert torch.allclose(found[:1], taps.attention_rows(query[:1], key[:1], 0.3, "received"))
-    alone = taps.attention_rows(query[1:, :, :170], key[1:, :, :170], 0.3, "received")
+    found = taps.attention_rows(read(nn.Identity(), query, key, 0.3, mask=mask), "received")
+    assert torch.allclose(found[:1], attention_rows(query[:1], key[:1], 0.3, "received"))
+    alone = attention_rows(query[1:, :, :170], key[1:, :, :170], 0.3, "received")
     assert torch.allclose(found[1:, :170], alone) and not found[1, 170:].any()
 
 
@@ -195,9 +195,9 @@ def test_images_in_one_masked_sequence_are_scored_apart() -> None:
     query, key = torch.randn(1, 4, 200, 8), torch.randn(1, 4, 200, 8)
     lengths = [60, 140]
     mask = torch.block_diag(*[torch.ones(n, n, dtype=torch.bool) for n in lengths])[None, None]
-    found = taps.attention_rows(query, key, 0.3, "received", mask)
+    found = taps.attention_rows(read(nn.Identity(), query, key, 0.3, mask=mask), "received")
     alone = [
-        taps.attention_rows(q, k, 0.3, "received")
+        attention_rows(q, k, 0.3, "received")
         for q, k in zip(query.split(lengths, 2), key.split(lengths, 2), strict=True)
     ]
     assert torch.allclose(found, torch.cat(alone, dim=1))

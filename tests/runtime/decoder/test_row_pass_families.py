@@ -48,3 +48,21 @@ def test_dropping_equals_masking(name: str) -> None:
         assert distance(pruned, expected) < TOLERANCE
         with hiding(built, {layer: one.flip(1) for layer, one in dropped.items()}):
             assert distance(pruned, generate(built, req.inputs)) > DIFFERENT
+
+
+def test_a_placeholder_without_pixels_is_text() -> None:
+    """A video's, in a question about an image: nothing is dropped there, and nothing counted."""
+    entry = ZOO["llava_next_video"]
+    built = entry.build("sdpa")
+    req = entry.request(built, [["image"]])
+    ids = req.inputs["input_ids"].clone()
+    ids[0, -1] = built.config.video_token_index
+    inputs = {**req.inputs, "input_ids": ids}
+    with FastV(keep=4, layer=1)(built) as handle:
+        pruned = generate(built, inputs)
+    report = handle.report
+    assert report is not None and report.visual_tokens_after == 4
+    dropped = {one.index: dropped_columns(req, report, one.kept) for one in report.layers}
+    with hiding(built, dropped):
+        assert distance(pruned, generate(built, inputs)) < TOLERANCE
+    assert distance(pruned, generate(built, inputs)) > DIFFERENT

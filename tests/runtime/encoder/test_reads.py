@@ -20,7 +20,7 @@ from tiny import model, request
 from unrecorded import MAKES, built_by, vipllava
 from unrecorded import request as unknown
 from vlmprune import METHODS, VlmpruneError
-from vlmprune.hosts.attention import attention_of
+from vlmprune.hosts.attention import attention_of, read
 from vlmprune.methods.bases.budgeted import Budgeted
 from vlmprune.runtime.attention import taps
 from vlmprune.views import EncoderView, Reads, Selection
@@ -334,7 +334,7 @@ def test_patch_attention_in_chunks(
     before = taps.CHUNK
     try:
         taps.CHUNK = chunk
-        found = taps.patch_attention(query, key, 0.7, cls, real)
+        found = taps.patch_attention(read(nn.Identity(), query, key, 0.7, mask=real), cls)
     finally:
         taps.CHUNK = before
     scores = query.double() @ key.double().repeat_interleave(2, 1).transpose(2, 3) * 0.7
@@ -365,7 +365,7 @@ def test_memory_is_linear_in_tokens() -> None:
 
     query = torch.randn(1, 2, 1000, 4)
     with Sizes():
-        taps.patch_attention(query, query, 0.5, 0)
+        taps.patch_attention(read(nn.Identity(), query, query, 0.5), 0)
     assert max(largest) == 2 * taps.CHUNK * 1000
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from commandline import COFFEE
 from vlmprune import VisPruner, costs, embedded
-from vlmprune.costs.plan import KNOWN
+from vlmprune.costs.architectures import KNOWN
 from vlmprune.errors import VlmpruneError
 from vlmprune.io import models
 from vlmprune.study import measure

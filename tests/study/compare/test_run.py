@@ -71,24 +71,6 @@ def methods() -> Iterator[None]:
 # --- lists ---
 
 
-@pytest.mark.parametrize(
-    ("text", "specs"),
-    [
-        ("vispruner", ["vispruner"]),
-        (" a, b ,c", ["a", "b", "c"]),
-        ("vispruner:important_ratio=0.75,fastv", ["vispruner:important_ratio=0.75", "fastv"]),
-        ("a:x=1,y=2,b:z=3,w=4,c", ["a:x=1,y=2", "b:z=3,w=4", "c"]),
-        ("a:x=1 , y = 2,b", ["a:x=1,y = 2", "b"]),
-        ("vispruner+plphp:r=0.4,dr=0.3,random", ["vispruner+plphp:r=0.4,dr=0.3", "random"]),
-        ('plphp:from="a,b=c.json",r=0.5,a', ['plphp:from="a,b=c.json",r=0.5', "a"]),
-        ("a:x=1,b:y=2+c:z=3", ["a:x=1", "b:y=2+c:z=3"]),
-        ("a,,b", ["a", "", "b"]),
-    ],
-)
-def test_a_list_of_specs_is_parted_between_methods(text: str, specs: list[str]) -> None:
-    assert configurations.split(text) == specs
-
-
 def test_budgets_are_numbers_or_fractions() -> None:
     assert configurations.keeps_of("64, 0.25,1,1.0") == [64, 0.25, 1, 1.0]
     assert [type(one) for one in configurations.keeps_of("1,1.0")] == [int, float]

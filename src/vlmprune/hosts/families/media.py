@@ -70,7 +70,7 @@ class Medium:
         inputs: the processor's outputs that hold it, the pixels first.
         host_only: those of them that the encoder does not take.
         stacked: whether the host's forward wants one tensor rather than a list of items.
-        replaced: former names of the pixels, which are refused.
+        replaced: former names of the pixels, which the host takes as well.
         overlay: how a picture of the kept tokens is drawn: "whole" and "tiles" as the processor
             of LLaVA-1.5 and of LLaVA-NeXT cut an image, "canvas" as that of InternVL does,
             "square" where it is resized to one crop, "own" where it keeps its resolution; empty
@@ -107,6 +107,11 @@ class Medium:
     parts: ClassVar[Parts] = Parts()
     unlocal: ClassVar[str] = ""
     entering: ClassVar[bool] = True
+
+    @property
+    def takes_own(self) -> bool:
+        """Whether the host's forward takes tokens in the form in which its encoder returns them."""
+        return True
 
     def required(self) -> Parts:
         """All that must be there at attach: `parts`, and what each medium needs."""

@@ -89,6 +89,7 @@ FAMILIES: dict[str, Family] = {
         positions="compact",
         media=(Gemma3Images(),),
         note=f"no CLS token; scores averaged as its patches are; {_WINDOWS}",
+        mixes="its sliding windows look an image up by position, as if it were in the first",
     ),
     "paligemma": Family(
         score="attention received in the last layer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from vlmprune.hosts.contract import broken
 from vlmprune.hosts.families.media import Encoder, Inputs, Medium, Scored, needs
 from vlmprune.hosts.families.record import Family
 from vlmprune.hosts.parts import Parts
+from vlmprune.hosts.requests import IDS, MASK, TYPES
 from vlmprune.views import layout
 from vlmprune.views.layout import Layout
 
@@ -46,6 +48,8 @@ class QwenImages(Medium):
                 "video_grid_thw",
                 "attention_mask",
             ),
+            "model.compute_3d_position_ids": ("input_ids", "attention_mask", "mm_token_type_ids"),
+            "_prepare_position_ids_for_generation": ("inputs_tensor", "model_kwargs"),
         },
     )
 
@@ -270,32 +274,48 @@ class DeepVideos(QwenVideos):
 
 
 def rope(
-    model: Any, ids: Tensor, mask: Tensor, visual: Sequence[Tensor], inputs: Sequence[Inputs]
-) -> Tensor:
+    model: Any, ids: Tensor, mask: Tensor, inputs: Sequence[Inputs], plain: bool
+) -> Tensor | None:
     """[3, B, L] positions of a whole request, by the host's own rule.
+
+    Where the token types are missing, the host's forward (in some classes an error) and its
+    `generate` each have a rule of their own, which is asked.
 
     Args:
         model: the host.
         ids: [B, L] token ids.
         mask: [B, L], 0 where a column is padding.
-        visual: [B, L] bool, the placeholders of images and those of videos.
         inputs: the inputs of images and those of videos.
+        plain: whether a plain forward is asked for positions, or `generate`.
+
+    Returns:
+        The positions; None where the host has those of text.
+
+    Raises:
+        VlmpruneError: the host refuses a request without token types.
     """
-    kinds = torch.zeros_like(ids, dtype=torch.int)
-    for number, columns in enumerate(visual, start=1):
-        kinds = kinds.masked_fill(columns, number)
-    grids = {
-        name: given[name]
-        for medium, given in zip(MEDIA, inputs, strict=True)
-        for name in medium.inputs[1:]
-        if given.get(name) is not None
-    }
+    given: dict[str, Any] = {}
+    for medium, one in zip(MEDIA, inputs, strict=True):
+        given |= {k: one[k] for k in (*medium.inputs[1:], TYPES) if one.get(k) is not None}
     # The host's rule fails on a row of padding alone, whose positions nobody reads.
     mask = mask.masked_fill((mask == 0).all(dim=1, keepdim=True), 1)
-    positions, _ = model.model.get_rope_index(
-        input_ids=ids, mm_token_type_ids=kinds, attention_mask=mask, **grids
-    )
-    return positions
+    if TYPES in given:
+        given[TYPES] = given[TYPES][:, -ids.shape[1] :]
+        positions, _ = model.model.get_rope_index(input_ids=ids, attention_mask=mask, **given)
+        return positions
+    given[MASK] = mask
+    if not plain:
+        positions = model._prepare_position_ids_for_generation(ids, given)
+        return positions[-3:]
+    rule = model.model.compute_3d_position_ids
+    asked = {name: given.get(name) for name in inspect.signature(rule).parameters}
+    try:
+        return rule(**{**asked, IDS: ids})
+    except ValueError as error:
+        raise VlmpruneError(
+            f"{type(model).__name__} makes no positions without {TYPES}; pass all that the "
+            "model's own processor returns."
+        ) from error
 
 
 MEDIA = (QwenImages(), QwenVideos())

@@ -24,9 +24,11 @@ class Family:
         score: the attention that scores visual tokens; a substitute where there is no CLS token.
         note: what a user should know, in a few words.
         rope: for models with three positions a column (temporal, height, width): (model, ids,
-            mask, placeholders of each modality, inputs of each) → [3, B, L]. Their positions
-            are always original.
+            mask, inputs of each modality, whether a plain forward asks) → [3, B, L], or None
+            for those of text. Their positions are always original.
         first: where positions of a plain forward begin (in `generate` the host adds it itself).
+        mixes: why packed samples whose columns come with types are not kept apart by the host; ""
+            where they are.
         since: the first tested release of Transformers that has the class.
         fails: releases (a version specifier) with a fault that keeps the class from being pruned,
             and the fault, as it goes on after "where".
@@ -38,7 +40,13 @@ class Family:
     media: tuple[Medium, ...]
     note: str
     score: str = "CLS attention; attention received where the tower has no CLS token"
-    rope: Callable[..., Tensor] | None = None
+    rope: Callable[..., Tensor | None] | None = None
     first: int = 0
+    mixes: str = ""
     since: str = "5.16"
     fails: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def former(self) -> Mapping[str, str]:
+        """What the host calls pixels that came under a name of before."""
+        return {name: one.inputs[0] for one in self.media for name in one.replaced}

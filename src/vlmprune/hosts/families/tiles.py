@@ -237,9 +237,10 @@ class Idefics3Images(Tiles):
 
     def form(self, output: Any) -> Any:
         """One tensor; SmolVLM of early releases counts blocks along dimension 0."""
-        formed = super().form(output)
-        outputs.set_tokens(formed, outputs.tokens_of(formed).transpose(0, 1))
-        return formed
+        tokens = outputs.tokens_of(output)
+        if isinstance(tokens, list | tuple):
+            outputs.set_tokens(output, torch.cat(list(tokens))[:, None])
+        return output
 
 
 class Llama4Images(Tiles):
@@ -268,6 +269,11 @@ class Llama4Images(Tiles):
         """It has one, the last of a tile's tokens."""
         return True
 
+    @property
+    def takes_own(self) -> bool:
+        """Its forward takes no tokens, but states of the encoder."""
+        return False
+
     cls_last = True
 
     def tower(self, model: Any) -> nn.Module:
@@ -292,9 +298,11 @@ class Llama4Images(Tiles):
         return [model.multi_modal_projector(one) for one in self.split(output, layouts)]
 
     def form(self, output: Any) -> Any:
-        """The host's forward reads `last_hidden_state`."""
-        outputs.set_last(output, torch.cat(list(outputs.tokens_of(output)))[None])
-        outputs.set_tokens(output, None)
+        """The host's forward reads `last_hidden_state`; without a cache, at each step anew."""
+        tokens = outputs.tokens_of(output)
+        if tokens is not None:
+            outputs.set_last(output, torch.cat(list(tokens))[None])
+            outputs.set_tokens(output, None)
         return output
 
 

@@ -248,6 +248,11 @@ class OneVisionVideos(Frames):
             outputs.set_tokens(formed, outputs.tokens_of(formed)[:, :-1])
         return formed
 
+    @property
+    def takes_own(self) -> bool:
+        """Not in early releases, which add the newline in their forward."""
+        return self._newline_included()
+
     @staticmethod
     def _newline_included() -> bool:
         return packing.takes("LlavaOnevisionForConditionalGeneration", "mm_encoder_outputs")

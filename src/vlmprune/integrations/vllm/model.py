@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmprune.integrations.vllm import policy as policies
 from vlmprune.integrations.vllm import tower_reads
@@ -19,6 +19,7 @@ from vlmprune.integrations.vllm.positions import OriginalPositions
 from vlmprune.pruner import Pruner
 from vlmprune.runtime.encoder import merging
 from vlmprune.runtime.encoder.encode import Encoded, encode
+from vlmprune.runtime.encoder.reads import wanted
 from vlmprune.runtime.geometry import Geometry, Item, Span
 from vlmprune.views import EncoderView
 from vlmprune.views.layout import Layout
@@ -106,17 +107,19 @@ class PrunedModel(OriginalPositions):
         nowhere = Span(0, torch.zeros(0, dtype=torch.long))
         geometry = Geometry(tuple(Item(0, i, one, nowhere) for i, one in enumerate(layouts)))
 
-        def run(*given: Any) -> Any:
-            reads = given[5]
+        inputs, module = medium.joined(items), cast(nn.Module, host)
+        reads = wanted(module, [medium], [inputs], [True], pruner.reads, repr(pruner))
+
+        def run(*_: Any) -> Any:
             return tower_reads.run(call, host, medium, items, layouts, reads, pruner.attends)
 
         return encode(
-            host,  # type: ignore[arg-type]
+            module,
             [medium],
             {medium.method: call},
-            [medium.joined(items)],
+            [inputs],
             geometry,
-            asked=pruner.reads,
+            reads=reads,
             who=repr(pruner),
             attends=pruner.attends,
             run=run,
@@ -150,10 +153,10 @@ class PrunedModel(OriginalPositions):
                 )
                 for i, new in zip(own, made, strict=True):
                     tokens[i] = new
-            stays = to_tokens(mine, selection.kept, always=True)
+            stays = _to_tokens(mine, selection.kept)
             behind = None
             if selection.last is not None and not self.original:
-                behind = to_tokens(mine, selection.last)
+                behind = _to_tokens(mine, selection.last)
             for place, i in enumerate(own):
                 kept[i] = stays[place].cpu()
                 if behind is not None:
@@ -188,16 +191,13 @@ def part(encoded: Encoded, items: Sequence[int]) -> tuple[EncoderView, Tensor]:
     ), encoded.cells[crops]
 
 
-def to_tokens(layouts: Sequence[Layout], cells: Tensor, always: bool = False) -> list[Tensor]:
+def _to_tokens(layouts: Sequence[Layout], cells: Tensor) -> list[Tensor]:
     """A choice of cells [crops, cells] as [n] bools over each item's visual tokens.
 
-    Args:
-        layouts: one an item.
-        cells: the choice.
-        always: what holds for tokens that belong to no cell.
+    Tokens that belong to no cell are always chosen; where they lie, `merging.order` does not ask.
     """
     parts = cells.split([one.crops for one in layouts])
     return [
-        one.to_tokens(own[:, : one.patches].to(one.labels.device)) & ((one.labels >= 0) | always)
+        one.to_tokens(own[:, : one.patches].to(one.labels.device))
         for one, own in zip(layouts, parts, strict=True)
     ]

@@ -22,7 +22,6 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.hosts.families import advised_positions
 from vlmprune.integrations.vllm.names import VARIABLE
 from vlmprune.method import Method
-from vlmprune.methods import METHODS
 from vlmprune.methods.average_pooling import AveragePooling
 from vlmprune.methods.evs import EVS
 from vlmprune.methods.fopru import FoPru
@@ -165,8 +164,7 @@ def _unfit_chain(stages: list[Method], number: int) -> str:
 
 
 def _name(stage: Method) -> str:
-    names = [name for name, cls in METHODS.items() if cls is type(stage)]
-    return names[0] if names else repr(stage)
+    return spec.name_of(stage) or repr(stage)
 
 
 def count(method: Pruner | None, layout: Layout) -> int:

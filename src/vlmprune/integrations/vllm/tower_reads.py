@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from vlmprune.hosts.attention import read
 from vlmprune.integrations.vllm.host import Absent, Host, Served
 from vlmprune.runtime.attention.taps import KeyTap, PatchTap, Tap, tapped
 from vlmprune.runtime.encoder.encode import TowerReads
+from vlmprune.runtime.hooks import Hooks
 from vlmprune.views import Reads
 from vlmprune.views.layout import Layout
 
@@ -58,16 +59,15 @@ def run(
         if reads.keys is not None:
             wanted["keys"] = (encoder.layers[reads.keys], KeyTap())
     features: list[Tensor] = []
-    with ExitStack() as stack:
+    with Hooks() as hooks:
         lengths = medium.lengths(host, items)
         for layer, tap in wanted.values():
-            stack.enter_context(watched(layer, tap, lengths))
+            hooks.enter_context(watched(layer, tap, lengths))
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             features.append(args[0] if args else next(iter(kwargs.values())))
 
-        hook = medium.projector(host).register_forward_pre_hook(keep, with_kwargs=True)
-        stack.callback(hook.remove)
+        hooks.before(medium.projector(host), keep)
         output = call()
     sizes = medium.rows(host, items)
 
@@ -131,11 +131,9 @@ def watched(layer: nn.Module, tap: Tap, lengths: Sequence[int] | None = None) ->
         ends = given.get("cu_seqlens") if told is None else told
         tap.see(read(attention, query, key, attention.scale, ends))
 
-    hook = attention.register_forward_pre_hook(look, with_kwargs=True)
-    try:
+    with Hooks() as hooks:
+        hooks.before(attention, look)
         yield
-    finally:
-        hook.remove()
 
 
 def attention_in(layer: nn.Module) -> Any:

@@ -1,97 +1,83 @@
-"""A scoped override of the attention functions that Transformers has registered.
+"""The one interception of attention calls: `around(call, proceed)`, for a module and a while.
 
-While somebody needs it, and only then, the function registered for a model's attention
-implementation is replaced by a dispatcher. It lets watchers of a module see the call, and hands
-calls whose keys bring a guest of their own (a cache that knows how to attend to itself) to that
-guest. All other calls, of other models and threads too, go to the plain function.
+While an interceptor is registered for a module, and only then, the function that Transformers has
+registered for the module's attention implementation is replaced by a dispatcher. It takes each call
+of the module apart and hands it to the interceptors, one inside the other: **the first registered
+is the outermost**, and inside the last the host's plain function computes the call. So whoever
+changes a call registers before those that are to see it changed, and whoever attends by itself
+after those that watch. An interceptor acts in the thread that registered it; calls of other
+modules, models and threads go to the plain function as they come.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from vlmprune.hosts import contract
 from vlmprune.hosts.attention import AttentionCall, Registered, called
+from vlmprune.runtime.scope import OwnThread
 
-# The attribute under which keys carry their guest.
-GUEST = "vlmprune_guest"
+# Makes a call, by the interceptors inside and the host's function.
+Proceed = Callable[[AttentionCall], Any]
 
 
-class Watcher(Protocol):
-    """Sees the attention calls of a module.
+class Interceptor(Protocol):
+    """Stands around the attention calls of a module."""
 
-    Attributes:
-        causal: whether it reads a call as causal that brings no mask of four dimensions.
-        whole: whether the call brings all keys that its mask is about.
+    def around(self, call: AttentionCall, proceed: Proceed) -> Any:
+        """The result of one call, ([B, Q, H, Dv], weights or None).
+
+        It may look at the call, proceed with another (a copy with other queries, keys, values or
+        mask), or not proceed at all and attend to whatever it holds itself: what it was made with,
+        such as the number of a decoder layer and the layer of a cache, is its own affair. What it
+        reads of the call is proved where it proceeds by `contract.run`.
+        """
+
+
+class Changing:
+    """Proceeds with other calls.
+
+    Args:
+        change: from a call to what is made of it before those inside see it.
     """
 
-    causal: bool
-    whole: bool
+    def __init__(self, change: Callable[[AttentionCall], AttentionCall]) -> None:
+        self.change = change
 
-    def see(self, call: AttentionCall) -> None:
-        """Take note of one call."""
-
-
-class Guest(Protocol):
-    """Computes the attention calls whose keys carry it."""
-
-    def attend(self, function: Callable[..., Any], call: AttentionCall) -> Any:
-        """The call's result, by the plain `function` or otherwise."""
-
-
-# A call → what is made of it before anybody sees it.
-Change = Callable[[AttentionCall], AttentionCall]
-
-
-def guest_of(key: Tensor) -> Guest | None:
-    """The guest that keys carry, if they do."""
-    return vars(key).get(GUEST)
+    def around(self, call: AttentionCall, proceed: Proceed) -> Any:
+        """The result of the other call."""
+        return proceed(self.change(call))
 
 
 class _Dispatcher:
-    """Stands in for one registered attention function while at least one user needs it."""
+    """Stands in for one registered attention function while at least one module needs it."""
 
     def __init__(self, registered: Registered) -> None:
         self.registered = registered
-        self.users = 0
-        self.watchers: dict[nn.Module, list[Watcher]] = {}
-        self.changes: dict[nn.Module, list[Change]] = {}
+        # Never changed in place, as other threads may read them meanwhile.
+        self.around: dict[nn.Module, tuple[tuple[OwnThread, Interceptor], ...]] = {}
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         function = self.registered.function(module)
-        try:
-            call = called(module, *args, **kwargs)
-        except TypeError as error:
-            if self._concerns(module, (*args, *kwargs.values())):
-                raise contract.broken(
-                    module, f"it calls its attention function otherwise ({error})"
-                ) from error
+        own = [one for thread, one in self.around.get(module, ()) if thread.runs]
+        if not own:
             return function(module, *args, **kwargs)
-        # Copies, as other threads may add or remove theirs meanwhile.
-        for change in tuple(self.changes.get(module, ())):
-            call = change(call)
-        result, watchers = None, tuple(self.watchers.get(module, ()))
-        if watchers:
-            for causal in {one.causal for one in watchers if one.whole}:
-                if contract.due(call, causal):
-                    result = contract.run(function, call, causal)
-            for watcher in watchers:
-                watcher.see(call)
-        guest = guest_of(call.key)
-        if guest is not None:
-            return guest.attend(function, call)
-        return call.run(function) if result is None else result
-
-    def _concerns(self, module: nn.Module, given: Iterable[Any]) -> bool:
-        """Whether somebody is to see a module's call, or to compute it."""
-        if module in self.watchers or module in self.changes:
-            return True
-        return any(isinstance(one, Tensor) and guest_of(one) is not None for one in given)
+        try:
+            call = called(function, module, *args, **kwargs)
+        except TypeError as error:
+            raise contract.broken(
+                module, f"it calls its attention function otherwise ({error})"
+            ) from error
+        proceed: Proceed = AttentionCall.run
+        for one in reversed(own[1:]):
+            proceed = partial(one.around, proceed=proceed)
+        return own[0].around(call, proceed)
 
 
 _lock = threading.RLock()
@@ -99,64 +85,50 @@ _dispatchers: dict[tuple[int, str], _Dispatcher] = {}
 
 
 @contextmanager
-def dispatching(module: Any) -> Iterator[None]:
-    """Dispatch the attention calls that `module`'s implementation makes, inside the block."""
-    dispatcher = _acquire(module)
+def intercepting(interceptor: Interceptor, *modules: Any) -> Iterator[None]:
+    """Put an interceptor around the attention calls that modules make in this thread in the block.
+
+    Inside those that were registered before, see above.
+
+    Raises:
+        VlmpruneError: a module's attention function is not found.
+    """
+    entry = OwnThread(), interceptor
+    taken = list[tuple[_Dispatcher, Any]]()
     try:
-        yield
-    finally:
-        _release(dispatcher)
-
-
-@contextmanager
-def watching(module: Any, watcher: Watcher) -> Iterator[None]:
-    """Let `watcher` see the attention calls of `module` inside the block."""
-    dispatcher = _acquire(module)
-    try:
-        with _among(dispatcher.watchers, module, watcher):
-            yield
-    finally:
-        _release(dispatcher)
-
-
-@contextmanager
-def changing(module: Any, change: Change) -> Iterator[None]:
-    """Let `change` make other attention calls of those of `module` inside the block."""
-    dispatcher = _acquire(module)
-    try:
-        with _among(dispatcher.changes, module, change):
-            yield
-    finally:
-        _release(dispatcher)
-
-
-@contextmanager
-def _among(users: dict[nn.Module, list[Any]], module: nn.Module, user: Any) -> Iterator[None]:
-    with _lock:
-        users.setdefault(module, []).append(user)
-    try:
+        with _lock:
+            # At each step for each layer, and layers mostly share an entry of the registry.
+            found: dict[Any, _Dispatcher] = {}
+            for module in modules:
+                kind = type(module), id(module.config)
+                dispatcher = found.get(kind)
+                if dispatcher is None:
+                    dispatcher = found[kind] = _dispatcher(module)
+                dispatcher.around[module] = (*dispatcher.around.get(module, ()), entry)
+                taken.append((dispatcher, module))
         yield
     finally:
         with _lock:
-            users[module].remove(user)
-            if not users[module]:
-                del users[module]
+            for dispatcher, module in taken:
+                _remove(dispatcher, module, entry)
 
 
-def _acquire(module: Any) -> _Dispatcher:
-    with _lock:
-        registered = Registered(module)
-        dispatcher = _dispatchers.get(registered.key)
-        if dispatcher is None:
-            dispatcher = _dispatchers[registered.key] = _Dispatcher(registered)
-            registered.install(dispatcher)
-        dispatcher.users += 1
-        return dispatcher
+def _dispatcher(module: Any) -> _Dispatcher:
+    """What stands in for a module's attention function, put there if it does not yet."""
+    registered = Registered(module)
+    found = _dispatchers.get(registered.key)
+    if found is None:
+        found = _dispatchers[registered.key] = _Dispatcher(registered)
+        registered.install(found)
+    return found
 
 
-def _release(dispatcher: _Dispatcher) -> None:
-    with _lock:
-        dispatcher.users -= 1
-        if not dispatcher.users:
-            dispatcher.registered.remove()
-            del _dispatchers[dispatcher.registered.key]
+def _remove(dispatcher: _Dispatcher, module: Any, entry: tuple[OwnThread, Interceptor]) -> None:
+    left = tuple(one for one in dispatcher.around[module] if one is not entry)
+    if left:
+        dispatcher.around[module] = left
+        return
+    del dispatcher.around[module]
+    if not dispatcher.around:
+        dispatcher.registered.remove()
+        del _dispatchers[dispatcher.registered.key]

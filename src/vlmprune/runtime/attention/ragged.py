@@ -2,7 +2,7 @@
 
 What was kept never changes while decoding, so it lies packed, without padding; new tokens go to
 a small dense tail. A query attends to both, and the two results are merged by log-sum-exp.
-Pure functions; `ragged_triton` is loaded only where it runs.
+`ragged_triton` is loaded only where it runs.
 """
 
 from __future__ import annotations
@@ -13,46 +13,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmprune.hosts.attention import AttentionCall
 from vlmprune.runtime.attention import ragged_varlen
 from vlmprune.runtime.attention.ragged_tokens import Pair, Ragged
 from vlmprune.runtime.attention.ragged_varlen import nothing
+from vlmprune.select.softmax import scores, softmax
 
 BACKENDS = ("reference", "cpu", "varlen", "triton")
 Mask = Tensor | None
 
 
-def attend(
-    query: Tensor,
-    prefix: Ragged,
-    tail_keys: Tensor,
-    tail_values: Tensor,
-    tail_mask: Mask,
-    scaling: float,
-    backend: str = "auto",
-) -> Tensor:
-    """Attention of query [B, Hq, Q, D] to a whole prefix and to a dense tail.
+def attend(call: AttentionCall, prefix: Ragged, backend: str = "auto") -> Tensor:
+    """Attention of a call's queries [B, Hq, Q, D] to a whole prefix and to a dense tail.
 
-    Tail keys [B, H, T, D], values [B, H, T, Dv] and mask are as in `dense_partial`. Backends:
-    "reference", plain and slow; "cpu", without padding, on any device; "varlen", on CUDA in half
-    precision with a torch that has `varlen_attn`; "triton", on CUDA for one query and a mask
-    shared by the heads; "auto", what `choose_backend` says. Returns [B, Hq, Q, Dv] in the
-    query's dtype; rows that see nothing are 0.
+    Keys and values of the call are the tail, [B, H, T, D] and [B, H, T, Dv], and its mask, None or
+    in four dimensions, is as in `dense_partial`. Backends: "reference", plain and slow; "cpu",
+    without padding, on any device; "varlen", on CUDA in half precision with a torch that has
+    `varlen_attn`; "triton", on CUDA for one query and a mask shared by the heads; "auto", what
+    `choose_backend` says. Returns [B, Hq, Q, Dv] in the query's dtype; rows that see nothing are 0.
 
     Raises:
         ValueError: shapes do not fit, or the backend is unknown or cannot run this.
     """
+    query, scaling = call.query, call.scale
+    tail = call.key, call.value, call.mask, scaling
     _check(query, prefix)
     if backend == "auto":
-        backend = choose_backend(query, prefix, tail_mask)
+        backend = choose_backend(query, prefix, call.mask)
     if backend == "triton":
-        if not _triton_runs(query, prefix, tail_mask):
+        if not _triton_runs(query, prefix, call.mask):
             raise ValueError("triton needs CUDA, one query, dims up to 256, a mask for all heads.")
-        return _triton().attend(query, prefix, tail_keys, tail_values, tail_mask, scaling)
+        return _triton().attend(query, prefix, *tail)
     first = partial(query, prefix, scaling, backend)
-    if not tail_keys.shape[2]:
+    if not call.key.shape[2]:
         return first[0]
-    plain = backend == "reference"
-    second = dense_partial(query, tail_keys, tail_values, tail_mask, scaling, plain)
+    second = dense_partial(query, *tail, backend == "reference")
     return _mix(first, second, sure=0 not in prefix.lengths)
 
 
@@ -140,9 +135,9 @@ def _reference(rows: Tensor, prefix: Ragged, scaling: float, _: int) -> Pair:
     for i, length in enumerate(prefix.lengths):
         if length:
             part = slice(prefix.starts[i], prefix.starts[i] + length)
-            scores = rows[i].float() @ prefix.keys[part].float().T * scaling
-            out[i] = scores.softmax(dim=-1) @ prefix.values[part].float()
-            lse[i] = scores.logsumexp(dim=-1)
+            found = scores(rows[i, None, None], prefix.keys[part][None, None], scaling)[0, 0]
+            out[i] = softmax(found) @ prefix.values[part].float()
+            lse[i] = found.logsumexp(dim=-1)
     return out, lse
 
 
@@ -175,10 +170,10 @@ def _attention(
             rows, keys, values, attn_mask=mask, scale=scaling
         )
     else:
-        scores = rows.float() @ keys.float().transpose(2, 3) * scaling
-        scores = scores if mask is None else scores + mask
-        lse = scores.logsumexp(dim=3)
-        out = (scores - lse[..., None]).exp_() @ values.float()
+        found = scores(rows, keys, scaling)
+        found = found if mask is None else found + mask
+        lse = found.logsumexp(dim=3)
+        out = (found - lse[..., None]).exp_() @ values.float()
     if mask is not None:
         unseen = (mask == -torch.inf).all(dim=3)
         lse = lse.masked_fill(unseen, -torch.inf)

@@ -1,17 +1,20 @@
 """Attention among some of a prompt's tokens: rows and columns picked out, and results put back.
 
-Pure functions that import torch alone. Samples may pick unequal numbers; the shorter ones are
+Samples may pick unequal numbers; the shorter ones are
 filled up on the left with copies of their first token, which nobody sees as a key.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlmprune.hosts import masks
+from vlmprune.hosts.attention import AttentionCall
 from vlmprune.runtime.attention import ragged
 from vlmprune.runtime.attention.ragged_tokens import Ragged
 
@@ -47,45 +50,40 @@ class Picked:
 
 
 def attend(
-    plain: Callable[..., Tensor],
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
+    proceed: Callable[[AttentionCall], Any],
+    call: AttentionCall,
     chosen: Tensor,
     prefix: Ragged | None,
-    scale: float,
-    flash: bool,
 ) -> Tensor:
     """Attention of the chosen rows to the chosen columns, and to all of a prefix.
 
     Args:
-        plain: attention without a prefix: (query, keys, values, mask) to [B, Q, Hq, Dv].
-        query: [B, Hq, Q, D], of the last Q of the columns.
-        keys: [B, H, T, D].
-        values: [B, H, T, Dv].
-        mask: as Transformers has it: None, [B, columns], or [B or 1, h, Q, columns], bool or
-            additive; of which the last T columns are meant.
+        proceed: makes the call without a prefix.
+        call: on the T columns behind the prefix, with Transformers' mask of these or of more, of
+            which the last T are meant.
         chosen: [B, T] bool.
         prefix: what came before, which every chosen row sees.
-        scale: factor of the dot products.
-        flash: whether `plain` is causal by itself, so that it takes masks of padding alone.
 
     Returns:
         [B, Q, Hq, Dv]; 0 in rows that were not chosen.
     """
-    length, total = query.shape[2], keys.shape[2]
-    ahead = total - length
+    length, ahead = call.query.shape[2], call.ahead
     columns = pick(chosen)
     rows = pick(chosen[:, ahead:]) if ahead else columns
-    mask = None if mask is None else mask[..., mask.shape[-1] - total :]
-    few = rows.of(query), columns.of(keys), columns.of(values)
+    mask = masks.last(call.mask, call.key.shape[2])
+    # Positions of all rows would not fit, and gaps in them look like packed sequences.
+    few = replace(
+        call.without_positions(),
+        query=rows.of(call.query),
+        key=columns.of(call.key),
+        value=columns.of(call.value),
+        mask=None,
+    )
     if prefix is not None:
-        seen = mask_among(mask, rows, columns, ahead)
-        out = ragged.attend(few[0], prefix, *few[1:], seen, scale).transpose(1, 2)
-    else:
-        out = plain(*few, plain_mask(mask, rows, columns, ahead, flash, query.dtype))
-    return rows.back(out, length)
+        few = replace(few, mask=mask_among(mask, rows, columns, ahead))
+        return rows.back(ragged.attend(few, prefix).transpose(1, 2), length)
+    few = replace(few, mask=_plain_mask(mask, rows, columns, ahead, call))
+    return rows.back(proceed(few)[0], length)
 
 
 def pick(chosen: Tensor) -> Picked:
@@ -103,8 +101,7 @@ def mask_among(mask: Tensor | None, rows: Picked, columns: Picked, ahead: int) -
     """What each picked row sees of the picked columns.
 
     Args:
-        mask: None (all earlier columns), [B, T] of which 0 is padding (the same among what is no
-            padding), or [B or 1, h, Q, T], bool or additive.
+        mask: as `hosts.masks` reads it, of the T columns.
         rows: of the Q rows, n.
         columns: of the T columns, m.
         ahead: number of columns before the first row's own.
@@ -112,30 +109,20 @@ def mask_among(mask: Tensor | None, rows: Picked, columns: Picked, ahead: int) -
     Returns:
         [B, h, n, m], bool or, where the mask is, additive.
     """
-    real = columns.real[:, None, None]
-    if mask is None or mask.ndim == 2:
-        seen = columns.index[:, None, None] <= rows.index[:, None, :, None] + ahead
-        if mask is not None:
-            real = real & mask.bool().gather(1, columns.index)[:, None, None]
-        return seen & real
-    sample = torch.arange(mask.shape[0], device=mask.device)[:, None, None]
-    found = mask[sample, :, rows.index[:, :, None], columns.index[:, None]].permute(0, 3, 1, 2)
-    if found.dtype == torch.bool:
-        return found & real
-    return found if columns.even else found.masked_fill(~real, torch.finfo(found.dtype).min)
+    found = masks.lines(mask, rows.index, columns.index, ahead)
+    return found if columns.even else masks.hidden(found, columns.real[:, None, None])
 
 
-def plain_mask(
-    mask: Tensor | None, rows: Picked, columns: Picked, ahead: int, flash: bool, dtype: torch.dtype
+def _plain_mask(
+    mask: Tensor | None, rows: Picked, columns: Picked, ahead: int, call: AttentionCall
 ) -> Tensor | None:
     """The same in the form in which Transformers would hand it to its attention function."""
     if mask is not None and mask.ndim == 4:
         return mask_among(mask, rows, columns, ahead)
     if mask is not None:
-        return mask.bool().gather(1, columns.index) & columns.real
-    if columns.even and (flash or not ahead):
+        return masks.visible(mask).gather(1, columns.index) & columns.real
+    if columns.even and (call.flash or not ahead):
         return None
-    if flash:
+    if call.flash:
         return columns.real
-    seen = mask_among(None, rows, columns, ahead)
-    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    return masks.added(mask_among(None, rows, columns, ahead), call.query.dtype)

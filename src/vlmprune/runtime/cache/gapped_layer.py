@@ -1,8 +1,6 @@
 """The KV-cache layer that lacks columns: rows that were dropped before it left no keys in it.
 
-It stores what came, densely, and knows which column of the sequence each stored one is. It
-reports its logical length, in columns seen, because masks and positions are counted in columns;
-`nbytes` tells what is stored.
+It stores what came, densely, and knows which column of the sequence each stored one is.
 """
 
 from __future__ import annotations
@@ -16,9 +14,10 @@ from torch import Tensor
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import caches, contract
 from vlmprune.hosts.caches import GrowingLayer, WindowLayer
+from vlmprune.runtime.cache.short_layer import ShortLayer
 
 
-class GappedLayer(GrowingLayer):
+class GappedLayer(ShortLayer):
     """A dynamic cache layer in which columns may be missing.
 
     Stored are the columns `held`, and behind them a tail in which none is missing.
@@ -26,21 +25,15 @@ class GappedLayer(GrowingLayer):
     Attributes:
         held: [B, P] int64; the column of each stored one before the tail, -1 where a sample has
             fewer; None as long as none is missing.
-        start: columns before the tail, stored or not.
         padded: whether `held` may contain -1.
         shift: [B] by how much later positions are lower in this layer; None for not at all.
         window: how many columns a layer with a sliding window looks back; None without one. All
             stored columns stay, and the host's mask hides those outside.
     """
 
-    # Tensors, once initialised.
-    keys: Any
-    values: Any
-
     def __init__(self) -> None:
         super().__init__()
         self.held: Tensor | None = None
-        self.start = 0
         self.padded = False
         self.shift: Tensor | None = None
         self.window: int | None = None
@@ -60,13 +53,6 @@ class GappedLayer(GrowingLayer):
         columns = torch.arange(new.start - stored, new.start, device=device)
         new.held = columns.expand(rows, -1)
         return new
-
-    @property
-    def stored(self) -> int:
-        """Columns stored, padding included."""
-        if not self.is_initialized or self.keys.numel() == 0:
-            return 0
-        return int(self.keys.shape[-2])
 
     @property
     def tail(self) -> int:
@@ -99,20 +85,28 @@ class GappedLayer(GrowingLayer):
         Raises:
             VlmpruneError: no pruner is attached to tell which columns they are.
         """
+        self.check_alone()
         coming, self._coming = self._coming, False
-        # Once reset it may be used as any other.
-        if coming is False and (self.held is not None or self.window is not None):
+        if not isinstance(coming, bool):
+            self.held, self.start, self.padded = coming
+        keys, values = super().update(key_states, value_states)
+        if self.held is None and self.window is not None:
+            # The columns of which the host's mask tells.
+            seen = self.window - 1 + key_states.shape[-2]
+            return keys[:, :, -seen:], values[:, :, -seen:]
+        return keys, values
+
+    def check_alone(self) -> None:
+        """Refuse columns of which nobody said which they are.
+
+        Raises:
+            VlmpruneError: some are missing. Once reset the layer may be used as any other.
+        """
+        if self._coming is False and self.held is not None:
             raise VlmpruneError(
                 "this cache lacks columns in its later layers, and the model alone would misread "
                 "it; continue it with the pruner attached, or start with a fresh cache."
             )
-        if not isinstance(coming, bool):
-            self.held, self.start, self.padded = coming
-        return super().update(key_states, value_states)
-
-    def get_seq_length(self) -> int:
-        """Columns seen, stored or not."""
-        return self.start + self.tail
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns that the host's mask has, and the first of them."""
@@ -136,13 +130,20 @@ class GappedLayer(GrowingLayer):
         Args:
             tokens_to_remove: minus their number.
         """
+        if self.held is None:
+            # It was reset. A positive number means what the release says it does.
+            super().crop(tokens_to_remove)
+            return
         if tokens_to_remove > 0:
             raise VlmpruneError(
                 f"crop({tokens_to_remove}) on a cache that lacks columns is ambiguous; pass minus "
                 "the number of columns to remove."
             )
         left = max(0, self.get_seq_length() + tokens_to_remove)
-        if self.held is None or self.stored == 0 or tokens_to_remove == 0:
+        if self.stored == 0 or tokens_to_remove == 0:
+            return
+        if left == 0:
+            self.reset()
             return
         if left >= self.start:
             stored = self.held.shape[1] + left - self.start
@@ -162,29 +163,12 @@ class GappedLayer(GrowingLayer):
 
     def reset(self) -> None:
         """Forget everything."""
+        super().reset()
         self.held = self.shift = None
-        self.start, self.padded, self._coming = 0, False, False
-        self.keys = self.values = None
-        self.is_initialized = False
+        self.padded, self._coming = False, False
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the samples in another order; one may be taken several times."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sample."""
-        if self.stored:
-            rows = torch.arange(self.keys.shape[0], device=self.keys.device)
-            self.batch_select_indices(rows.repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the samples at `indices`, in their order."""
-        if not self.stored:
-            return
-        rows = torch.as_tensor(indices, device=self.keys.device)
-        if rows.dtype == torch.bool:
-            rows = rows.nonzero()[:, 0]
-        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+    def take_samples(self, rows: Tensor) -> None:
+        """The columns and shifts of some samples."""
         if self.held is not None:
             self.held = self.held.index_select(0, rows.to(self.held.device))
         if self.shift is not None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
 from vlmprune.hosts import caches
 from vlmprune.hosts.caches import GrowingLayer
-from vlmprune.runtime.attention.interception import dispatching
+from vlmprune.runtime.attention.interception import intercepting
 from vlmprune.runtime.cache.ragged_layer import Binding, Cutter, RaggedLayer
 
 
@@ -43,12 +45,14 @@ def binding_of(cache: Any) -> Binding | None:
 
 
 @contextmanager
-def attending(cache: Any, attention: Any, cutter: Cutter | None) -> Iterator[None]:
+def attending(
+    cache: Any, attentions: Mapping[int, nn.Module], cutter: Cutter | None
+) -> Iterator[None]:
     """Let a forward inside the block attend to the cache's ragged layers, and cut them.
 
     Args:
         cache: any cache, or None.
-        attention: the attention module of one decoder layer.
+        attentions: the attention modules of the decoder layers with full attention, by layer.
         cutter: decides the cut of the prompt that the forward brings; None for none.
 
     Raises:
@@ -58,9 +62,10 @@ def attending(cache: Any, attention: Any, cutter: Cutter | None) -> Iterator[Non
     if binding is None:
         yield
         return
-    binding.open, binding.cutter, binding.attention = True, cutter, attention
+    modules = [*attentions.values()]
+    binding.open, binding.cutter, binding.attention = True, cutter, modules[0]
     try:
-        with dispatching(attention):
+        with intercepting(binding, *modules):
             yield
         binding.check_attended()
     finally:

@@ -20,7 +20,7 @@ from vlmprune.hosts.contract import broken
 from vlmprune.hosts.requests import ModelCall
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.call.state import Active, Progress
-from vlmprune.runtime.scope import OwnThread
+from vlmprune.runtime.hooks import Hooks
 
 # By what share an embedded visual token may differ from its feature, in float32 and in half
 # precision, besides a factor that all of them have, as some hosts scale them.
@@ -105,26 +105,23 @@ def _compared(
         return
     if placed:
         _check_handed(attachment, progress, call, first)
-    thread, seen = OwnThread(), dict[str, Tensor]()
+    seen = dict[str, Tensor]()
 
     def turned(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        if thread.runs:
-            found = decoder.RotaryCall(module, args, kwargs, output).positions
-            seen.setdefault("positions", found.detach())
+        found = decoder.RotaryCall(module, args, kwargs, output).positions
+        seen.setdefault("positions", found.detach())
 
     def entered(module: Any, args: Any, kwargs: Any) -> None:
         found = decoder.embeddings_of(kwargs)
-        if thread.runs and found is not None:
+        if found is not None:
             seen.setdefault("embedded", found.detach())
 
-    with ExitStack() as stack:
+    with Hooks() as hooks:
         if placed:
             for module in decoder.rotary_modules(attachment.model):
-                hook = module.register_forward_hook(turned, with_kwargs=True)
-                stack.callback(hook.remove)
+                hooks.after(module, turned)
         if embedded:
-            into = decoder.decoder_of(attachment.model)
-            stack.callback(into.register_forward_pre_hook(entered, with_kwargs=True).remove)
+            hooks.before(decoder.decoder_of(attachment.model), entered)
         yield
     if placed and "positions" in seen:
         _check_turned(attachment, call, seen["positions"], start)
@@ -166,7 +163,7 @@ def _real(call: ModelCall, start: int) -> Tensor:
     """[B, L] bool; the columns of a forward that are no padding, behind `start` of its cache."""
     mask, ids = call.mask, call.ids
     assert ids is not None
-    if mask is None or mask.ndim != 2:
+    if mask is None or not call.masks_columns:
         return torch.ones(ids.shape, dtype=torch.bool)
     width = ids.shape[1]
     own = mask[:, start : start + width] if mask.shape[1] > start else mask[:, -width:]

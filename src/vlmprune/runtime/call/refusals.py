@@ -37,16 +37,52 @@ def check_common(call: ModelCall, ids: Tensor | None) -> None:
             "inputs_embeds cannot be pruned, for they do not show where the images are; pass "
             "input_ids and pixel_values."
         )
-    if call.mask is not None and call.mask.ndim != 2:
+    if call.embeds is not None:
         raise VlmpruneError(
-            f"attention_mask has {call.mask.ndim} dimensions; vlmprune needs the plain [batch, "
-            "length] mask."
+            "inputs_embeds came beside input_ids, and nothing says that they are the same; leave "
+            "inputs_embeds out."
+        )
+    if call.mask is not None and not call.masks_columns:
+        form = f"{call.mask.ndim} dimensions" if isinstance(call.mask, Tensor) else "several masks"
+        raise VlmpruneError(
+            f"attention_mask has {form}; vlmprune needs the plain [batch, length] mask."
+        )
+
+
+def check_positions(attachment: Attachment, given: Tensor) -> None:
+    """Refuse positions of another kind than the model has."""
+    if given.ndim > 2 and attachment.family.rope is None:
+        raise VlmpruneError(
+            f"position_ids have {given.ndim} dimensions, but a column of "
+            f"{type(attachment.model).__name__} has one position; pass [batch, length], or leave "
+            "them out."
+        )
+
+
+def check_unpacked(call: ModelCall) -> None:
+    """Refuse what says where packed samples lie, in a call that holds none."""
+    for name in call.packing:
+        raise VlmpruneError(
+            f"{name} tells of packed samples, which can be pruned in a plain forward with "
+            "position_ids that start anew, without attention_mask and with use_cache=False; leave "
+            f"{name} out otherwise."
+        )
+
+
+def check_packable(attachment: Attachment) -> None:
+    """Refuse packed samples under methods that act where only the host knows their borders."""
+    method = attachment.method
+    if method.cuts or attachment.asks or attachment.skips:
+        raise VlmpruneError(
+            f"{method!r} cannot tell packed samples apart inside the language model; pad them "
+            "instead, or prune before the language model alone."
         )
 
 
 def check_generate(call: ModelCall, ids: Tensor | None, setting: Settings) -> None:
     """Refuse what `generate` cannot do with fewer tokens."""
     check_common(call, ids)
+    check_unpacked(call)
     if setting.assisted:
         raise VlmpruneError(
             f"vlmprune does not support assisted decoding; leave out {ASSISTANT}, "
@@ -129,3 +165,38 @@ def _check_decoder(attachment: Attachment, setting: Settings, does: str) -> None
             f"{method} does not work with a compiled model, whose graphs pass its cache by; use "
             "the model as it is, or prune before the language model alone."
         )
+
+
+def check_flash(attachment: Attachment, ids: Tensor) -> None:
+    """Refuse gaps in the positions where flash attention takes them for packed samples."""
+    kind = config.attention_implementation(config.of_text(attachment.model.config))
+    gaps = attachment.positions == "original" and attachment.family.rope is None
+    if "flash" in kind and gaps and ids.shape[0] == 1:
+        raise VlmpruneError(
+            f"positions='original' leaves gaps that {kind} takes for packed sequences at batch 1; "
+            "load the model with attn_implementation='sdpa', or use positions='compact'."
+        )
+
+
+def check_picks(call: ModelCall) -> None:
+    """Refuse a plain forward that asks for the logits of single columns."""
+    if call.picks_logits:
+        raise VlmpruneError(
+            "logits_to_keep as a tensor counts columns that pruning removes; pass an int."
+        )
+
+
+def check_inside(attachment: Attachment, call: ModelCall, setting: Settings, caching: bool) -> None:
+    """Refuse, before any work, what a method inside the language model cannot do.
+
+    Args:
+        attachment: of the method to the model.
+        call: the call.
+        setting: its settings.
+        caching: whether it fills a cache.
+    """
+    method = attachment.method
+    if method.cuts and (caching or method.probes is not None):
+        check_cutting(attachment, call, setting)
+    if attachment.asks or attachment.skips:
+        check_dropping(attachment, call, setting)

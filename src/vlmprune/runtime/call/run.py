@@ -1,105 +1,141 @@
-"""The host's `generate` and `forward` while a pruner is attached.
+"""The host's `generate` and `forward` while a pruner is attached: one flow, top to bottom.
 
-Each call is turned into a shorter but ordinary one, handed to the host's own method, and its
-result put back into the form that the user would have got.
+    plan      which columns and images are new                       plan.py         Plan
+    encode    the vision encoder, once, with taps                    choose.py       Encoded
+    choose    the method's choice                                    choose.py       Choice
+    shorten   ids, mask, positions, features                         short_request.py ShortRequest
+    run       the host's own method on the shorter request           step.py, each forward
+    restore   what the user would have got, and the cache's record   here, remembered.py
+    report    what was kept and saved                                report.py       Report
+
+Each step hands a record on to the next. What is refused stands in `refusals.py`; packed samples are
+taken apart before `plan` and put together after `shorten` (`packed.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmprune import costs
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts import caches, contract, decoder, generation, outputs, release
+from vlmprune.hosts import caches, contract, decoder, generation, outputs, parallel, release
 from vlmprune.hosts.generation import ShownPrompt, WholePrompt
-from vlmprune.hosts.requests import ModelCall, PlainSettings, Settings, deltas_kept, model_call
+from vlmprune.hosts.requests import (
+    ModelCall,
+    PlainSettings,
+    Settings,
+    deltas_kept,
+    model_call,
+    set_deltas,
+)
 from vlmprune.runtime.attachment import Attachment
-from vlmprune.runtime.cache.ragged_cache import adopt, attending, binding_of
-from vlmprune.runtime.call import progress
-from vlmprune.runtime.call.prepare import handed, leave_deltas, prefix_of, prepare, remember
+from vlmprune.runtime.call.choose import choose, encode, report_of
+from vlmprune.runtime.call.packed import packing_of
+from vlmprune.runtime.call.plan import Asked, planned
 from vlmprune.runtime.call.refusals import (
     check_common,
-    check_cutting,
-    check_dropping,
     check_encoded,
     check_generate,
+    check_inside,
+    check_picks,
 )
+from vlmprune.runtime.call.remembered import filling, prefix_of, remember
+from vlmprune.runtime.call.short_request import ShortRequest, handed, short_request
+from vlmprune.runtime.call.shorten import Prefix
 from vlmprune.runtime.call.state import Active
-from vlmprune.runtime.decoder.row_pass import leaving_out
+from vlmprune.runtime.call.step import in_decoder, step
 from vlmprune.runtime.encoder import visions
+from vlmprune.runtime.encoder.pruned import as_shown
 from vlmprune.runtime.encoder.visions import Vision
 from vlmprune.runtime.scope import active, outside, under
 from vlmprune.runtime.shadows import Shadow
 
 
+def shortened(attachment: Attachment, asked: Asked) -> ShortRequest:
+    """Plan, encode, choose, shorten; the report so far is the attachment's."""
+    plan = planned(attachment, asked)
+    # `generate` and `handle.encode` come here outside of the model's forward, where FSDP has its
+    # weights.
+    choice = parallel.gathered(
+        attachment.model, lambda: choose(attachment, plan, encode(attachment, plan))
+    )
+    report = None
+    if plan.geometry.items:
+        report = attachment.report = report_of(attachment, plan, choice)
+    return short_request(attachment, plan, choice, report)
+
+
 def generate(attachment: Attachment, shadow: Shadow, *args: Any, **kwargs: Any) -> Any:
     """`generate` with fewer visual tokens; returns what the host would have returned."""
     with _kept_or_given_back(attachment):
-        return _generate(attachment, shadow, args, kwargs)
+        call, vision = _taken_apart(attachment, shadow, args, kwargs)
+        if not _concerns(attachment, call, vision):
+            attachment.report_nothing()
+            with outside():
+                return call.run(shadow.original)
+        setting, ids = Settings(call), call.prompt
+        # As the host's own `generate` runs, for what is recomputed depends on it.
+        with torch.no_grad():
+            check_generate(call, ids, setting)
+            check_inside(attachment, call, setting, True)
+            assert ids is not None
+            mask = _mask_of(ids, setting) if call.mask is None else call.mask
+            asked = Asked(call, ids, mask, call.cache, plain=False, vision=vision)
+            short = shortened(attachment, asked)
+        if not short.state.items:
+            attachment.report_nothing()
+        result = _generated(attachment, shadow, short, setting)
+        return _restored(attachment, short, result, setting)
 
 
-def _generate(
-    attachment: Attachment, shadow: Shadow, args: tuple[Any, ...], kwargs: dict[str, Any]
+def _generated(
+    attachment: Attachment, shadow: Shadow, short: ShortRequest, setting: Settings
 ) -> Any:
-    call, given = model_call(attachment.model, shadow.original, args, kwargs)
-    vision = _vision(attachment, given)
-    ids, cache, setting = call.prompt, call.cache, Settings(call)
-    check_encoded(call)
-    if vision is None and not _brings_items(attachment, call) and prefix_of(cache) is None:
-        attachment.report_nothing()
-        with outside():
-            return call.run(shadow.original)
-    # As the host's own `generate` runs, for what is recomputed depends on it.
-    with torch.no_grad():
-        check_generate(call, ids, setting)
-        if attachment.method.cuts:
-            check_cutting(attachment, call, setting)
-        if attachment.asks or attachment.skips:
-            check_dropping(attachment, call, setting)
-
-    assert ids is not None
-    mask = _mask_of(ids, setting) if call.mask is None else call.mask
-    given_positions = call.positions
-    with torch.no_grad():
-        prepared = prepare(
-            attachment, ids, mask, given_positions, cache, call, False, vision=vision
-        )
-    state = prepared.state
-    if not state.items:
-        attachment.report_nothing()
-    left = prepared.prompt.ids
-    limits = setting.shorter(mask.shape[1] - left.shape[1])
-    if ids.shape[1] < mask.shape[1]:
+    """What the host's own `generate` makes of the shorter request."""
+    asked, state = short.plan.asked, short.state
+    left = short.prompt.ids
+    assert asked.mask is not None
+    limits = setting.shorter(asked.mask.shape[1] - left.shape[1])
+    if asked.ids.shape[1] < asked.mask.shape[1]:
         # Ids that came without the columns of the cache go on without them.
-        left = left[:, prepared.known[1] :]
-    short = call.without(n for medium in attachment.family.media for n in medium.inputs)
-    short = short.with_prompt(left).also(prepared.pixels | limits | prepared.prompt.aligned)
-    short = short.with_(mask=prepared.prompt.mask, positions=handed(prepared.prompt))
-    state.whole = WholePrompt(ids, left.shape[1], partial(_apart, attachment))
+        left = left[:, short.plan.cached :]
+    state.whole = WholePrompt(asked.ids, left.shape[1], partial(_apart, attachment))
+    call = asked.call.without(n for medium in attachment.family.media for n in medium.inputs)
+    call = call.with_prompt(left).also(short.pixels | limits | short.prompt.aligned)
+    call = call.with_(mask=short.prompt.mask, positions=handed(short.prompt))
     if call.streamer is not None:
-        short = short.with_(streamer=ShownPrompt(call.streamer, state.whole))
+        call = call.with_(streamer=ShownPrompt(call.streamer, state.whole))
+    with (
+        under(state),
+        state.running(shadow),
+        filling(state, asked.cache, short.prefix, _searched(setting)),
+    ):
+        return call.run(shadow.original)
 
-    with under(state), state.running(shadow):
-        result = short.run(shadow.original)
 
-    sequences = outputs.sequences_of(result)
-    new = sequences.shape[1] - left.shape[1]
-    state.check_end(attachment.model, prepared.prompt.ids.shape[1] + new - 1)
-    times = sequences.shape[0] // ids.shape[0]
-    for holder in (cache, state.progress.cache, release.cache_returned(result)):
-        searched = "it comes from a beam search" * (setting.beams > 1)
-        remember(holder, prepared.prefix.repeat(times), searched)
-    leave_deltas(attachment, prepared.prefix, given_positions)
+def _restored(attachment: Attachment, short: ShortRequest, result: Any, setting: Settings) -> Any:
+    """What `generate` returned with the user's prompt, and its cache with a record of it."""
+    asked, state = short.plan.asked, short.state
+    assert state.whole is not None
+    found = outputs.sequences_of(result)
+    new = found.shape[1] - state.whole.short
+    state.check_end(attachment.model, short.prompt.ids.shape[1] + new - 1)
+    sequences = state.whole.widened(found)
+    filled = short.prefix.repeat(len(found) // len(asked.ids))
+    filled = replace(filled, answer=sequences[:, asked.ids.shape[1] :])
+    for holder in (asked.cache, state.progress.cache, release.cache_returned(result)):
+        remember(holder, filled, _searched(setting))
+    _leave_deltas(attachment, short)
     if state.report is not None:
         # Calls that were made meanwhile reported theirs.
         attachment.report = state.report
-    return outputs.with_sequences(result, state.whole.widened(sequences))
+    return outputs.with_sequences(result, sequences)
 
 
 def forward(attachment: Attachment, shadow: Shadow, *args: Any, **kwargs: Any) -> Any:
@@ -116,9 +152,98 @@ def forward(attachment: Attachment, shadow: Shadow, *args: Any, **kwargs: Any) -
             call = ModelCall(attachment.model, given)
             if state.progress.is_own(call):
                 with state.running(shadow):
-                    return _step(attachment, state, shadow.original, call)
+                    return step(attachment, state, shadow.original, call)
         with outside():
             return _forward(attachment, shadow, args, kwargs)
+
+
+def _forward(
+    attachment: Attachment, shadow: Shadow, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A plain forward that is a call of its own."""
+    call, vision = _taken_apart(attachment, shadow, args, kwargs)
+    if not _concerns(attachment, call, vision):
+        return call.run(shadow.original)
+    check_common(call, call.ids)
+    check_picks(call)
+    caching = call.caches and not decoder.recomputes(call.model)
+    check_inside(attachment, call, PlainSettings(call), caching)
+    brings = vision is not None or _brings_items(attachment, call)
+    probes = attachment.method.probes is not None
+    if attachment.method.cuts and (caching or probes) and call.cache is None and brings:
+        call = call.with_cache(caches.new_cache(attachment.model))
+    packing = packing_of(attachment, call, caching)
+    whole = call if packing is None else packing.apart(attachment, call)
+    assert whole.ids is not None
+    asked = Asked(whole, whole.ids, whole.mask, call.cache, True, caching, vision)
+    short = shortened(attachment, asked)
+
+    new, state, pruned = slice(short.plan.cached, None), short.state, short.state.pruned
+    shorter = call.without(name for medium in attachment.family.media for name in medium.inputs)
+    shorter = shorter.also(short.pixels).also(short.prompt.aligned)
+    shorter = shorter.with_(
+        ids=short.prompt.ids[:, new],
+        mask=short.prompt.mask,
+        positions=handed(short.prompt, new) + attachment.family.first,
+    )
+    state.rows, columns = short.prompt.ids.shape[0], short.columns
+    if packing is not None:
+        columns = packing.columns(columns, short.new.mask)
+        shorter = packing.together(attachment, shorter, state)
+    with (
+        under(state),
+        state.running(shadow),
+        filling(state, asked.cache, short.prefix),
+        in_decoder(attachment, state, shorter),
+    ):
+        result = as_shown(shorter.run(shadow.original), pruned.values())
+
+    holders = (release.cache_returned(result), asked.cache, state.progress.cache)
+    after = next((one for one in holders if one is not None), None)
+    if after is None and caching and contract.checks():
+        raise contract.broken(result, "it holds no KV cache where one was filled")
+    _leave_deltas(attachment, short)
+    # Tokens without an image need no new record: the old one still says what was dropped.
+    if state.items or prefix_of(after) is None:
+        remember(after, short.prefix, "")
+    return outputs.at_columns(result, columns) if shadow.inner else result
+
+
+def encoded(attachment: Attachment, inputs: dict[str, Any]) -> Vision:
+    """The images and videos of a request after pruning, for later requests."""
+    visions.check(attachment)
+    call = ModelCall(attachment.model, inputs).renamed(attachment.family.former)
+    check_common(call, call.ids)
+    if not _brings_items(attachment, call):
+        raise VlmpruneError(
+            "there is no image or video to encode; pass all that the model's processor returns."
+        )
+    assert call.ids is not None
+    with _kept_or_given_back(attachment):
+        bare = call.with_(positions=None)
+        short = shortened(attachment, Asked(bare, call.ids, call.mask, None, False, False))
+    plan, choice, report = short.plan, short.choice, short.state.report
+    assert report is not None
+    return visions.gather(
+        attachment, plan.geometry, plan.brought, choice.kept, choice.pruned, report
+    )
+
+
+def features(attachment: Attachment, shadow: Shadow, *args: Any, **kwargs: Any) -> Any:
+    """`get_image_features` and its like: pruned inside a pruned call, the host's own elsewhere."""
+    state = active.get()
+    if (
+        not isinstance(state, Active)
+        or state.attachment is not attachment
+        or shadow.name not in state.pruned
+    ):
+        return shadow.original(*args, **kwargs)
+    pruned = state.pruned[shadow.name]
+    state.progress.taken.add(shadow.name)
+    if state.rows is None:
+        # `generate` encodes ahead, and repeats the items by itself.
+        return pruned.listed()
+    return pruned.formed(state.times, outputs.more_wanted(kwargs))
 
 
 def rules(attachment: Attachment, shadow: Shadow, *args: Any, **kwargs: Any) -> Any:
@@ -138,111 +263,6 @@ def _apart(attachment: Attachment) -> Iterator[None]:
         yield
 
 
-def _step(
-    attachment: Attachment, state: Active, original: Callable[..., Any], call: ModelCall
-) -> Any:
-    """A forward that a pruned `generate` makes."""
-    call, ids = _mended(state, call), call.ids
-    if ids is None:
-        raise contract.broken(attachment.model, "a forward within generate is given no input_ids")
-    state.rows = ids.shape[0]
-    ahead: dict[str, Any] = {
-        medium.kind: state.pruned[medium.method].repeated(call.encoded[medium.kind], state.times)
-        for medium in attachment.family.media
-        if medium.kind in call.encoded and medium.method in state.pruned
-    }
-    if ahead:
-        call = call.with_encoded(ahead)
-        taken = [m.method for m in attachment.family.media if m.kind in ahead]
-        state.progress.taken.update(taken)
-    with _in_decoder(attachment, state, call):
-        return call.run(original)
-
-
-def _forward(
-    attachment: Attachment, shadow: Shadow, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    call, given = model_call(attachment.model, shadow.original, args, kwargs)
-    vision = _vision(attachment, given)
-    cache, ids = call.cache, call.ids
-    check_encoded(call)
-    brings = vision is not None or _brings_items(attachment, call)
-    if not brings and prefix_of(cache) is None:
-        return call.run(shadow.original)
-    check_common(call, ids)
-    if call.picks_logits:
-        raise VlmpruneError(
-            "logits_to_keep as a tensor counts columns that pruning removes; pass an int."
-        )
-    assert ids is not None
-    caching, settings = _caches(call), PlainSettings(call)
-    if attachment.method.cuts and (caching or attachment.method.probes is not None):
-        check_cutting(attachment, call, settings)
-        if cache is None and brings:
-            cache = caches.new_cache(attachment.model)
-            call = call.with_cache(cache)
-    if attachment.asks or attachment.skips:
-        check_dropping(attachment, call, settings)
-    given_positions = call.positions
-    prepared = prepare(
-        attachment, ids, call.mask, given_positions, cache, call, True, caching, vision
-    )
-    new = slice(prepared.known[1], None)
-    short = call.without(name for medium in attachment.family.media for name in medium.inputs)
-    short = short.also(prepared.pixels).also(prepared.prompt.aligned)
-    short = short.with_(
-        ids=prepared.prompt.ids[:, new],
-        mask=prepared.prompt.mask,
-        positions=handed(prepared.prompt, new) + attachment.family.first,
-    )
-    state = prepared.state
-    state.rows = prepared.prompt.ids.shape[0]
-    with under(state), state.running(shadow), _in_decoder(attachment, state, short):
-        result = short.run(shadow.original)
-    returned = release.cache_returned(result)
-    filled = state.progress.cache
-    after = next((one for one in (returned, cache, filled) if one is not None), None)
-    if after is None and caching and contract.checks():
-        raise contract.broken(result, "it holds no KV cache where one was filled")
-    leave_deltas(attachment, prepared.prefix, given_positions)
-    # Tokens without an image need no new record: the old one still says what was dropped.
-    if state.items or prefix_of(after) is None:
-        remember(after, prepared.prefix, "")
-    return outputs.at_columns(result, prepared.columns) if shadow.inner else result
-
-
-def encode(attachment: Attachment, inputs: dict[str, Any]) -> Vision:
-    """The images and videos of a request after pruning, for later requests."""
-    visions.check(attachment)
-    call = ModelCall(attachment.model, inputs)
-    check_common(call, call.ids)
-    if not _brings_items(attachment, call):
-        raise VlmpruneError(
-            "there is no image or video to encode; pass all that the model's processor returns."
-        )
-    assert call.ids is not None
-    with _kept_or_given_back(attachment):
-        prepared = prepare(attachment, call.ids, call.mask, None, None, call, False, False)
-    return prepared.vision()
-
-
-def features(attachment: Attachment, shadow: Shadow, *args: Any, **kwargs: Any) -> Any:
-    """`get_image_features` and its like: pruned inside a pruned call, the host's own elsewhere."""
-    state = active.get()
-    if (
-        not isinstance(state, Active)
-        or state.attachment is not attachment
-        or shadow.name not in state.pruned
-    ):
-        return shadow.original(*args, **kwargs)
-    pruned = state.pruned[shadow.name]
-    state.progress.taken.add(shadow.name)
-    if state.rows is None:
-        # `generate` encodes ahead, and repeats the items by itself.
-        return pruned.listed()
-    return pruned.formed(state.times)
-
-
 @contextmanager
 def _kept_or_given_back(attachment: Attachment) -> Iterator[None]:
     """Prove the contract inside the block; where it does not hold, give the model back."""
@@ -254,97 +274,45 @@ def _kept_or_given_back(attachment: Attachment) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _in_decoder(attachment: Attachment, state: Active, call: ModelCall) -> Iterator[None]:
-    """Let a forward drop rows between layers, and cut or continue a cache."""
-    cache, dropping = call.cache, state.dropping
-    if dropping is not None and dropping.done and cache is not None:
-        dropping = None
-    with (
-        progress.following(attachment, state, call),
-        leaving_out(attachment.model, dropping, cache, call.states_wanted),
-        _cutting(attachment, state, cache),
-    ):
-        yield
-    if dropping is None or dropping.done:
-        return
-    dropping.done = True
-    if state.report is not None:
-        before = attachment.positions if attachment.method.shortens else ""
-        attachment.report = state.report = dropping.reported(state.report, attachment.model, before)
+def _taken_apart(
+    attachment: Attachment, shadow: Shadow, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[ModelCall, Vision | None]:
+    """A call by name, and the argument that is ours, once it is sure that it fits."""
+    call, given = model_call(attachment.model, shadow.original, args, kwargs)
+    call = call.renamed(attachment.family.former)
+    check_encoded(call)
+    if given is None:
+        return call, None
+    visions.check(attachment, given)
+    return call, given.to(attachment.model.device)
 
 
-@contextmanager
-def _cutting(attachment: Attachment, state: Active, cache: Any) -> Iterator[None]:
-    """Let a forward attend to a cache that was cut, and cut what a prompt brings."""
-    cut = state.cut
-    if cut is not None and cut.done:
-        cut = None
-    if cut is not None and cache is not None:
-        adopt(cache, attachment.cuttable, len(decoder.decoder_layers(attachment.model)))
-    if binding_of(cache) is None:
-        yield
-    else:
-        with attending(cache, attachment.attention, cut):
-            yield
-    # A forward with its prompt in parts is done when the last has come.
-    if cut is not None and (cache is None or cut.due(caches.length_of(cache))):
-        cut.check_cut(attachment.model, attachment.cuttable)
-        cut.done = True
-        if state.report is not None:
-            cached = costs.kv_layers(attachment.model.config)
-            attachment.report = state.report = state.report.with_layers(
-                cut.layers, cached, cut.seconds, state.numbers
-            )
-
-
-def _vision(attachment: Attachment, vision: Any) -> Vision | None:
-    """The argument that is ours, once it is sure that it fits."""
-    if vision is None:
-        return None
-    visions.check(attachment, vision)
-    found: Vision = vision.to(attachment.model.device)
-    return found
+def _concerns(attachment: Attachment, call: ModelCall, vision: Vision | None) -> bool:
+    """Whether there is anything to prune, or a cache to go on with that was."""
+    brings = vision is not None or _brings_items(attachment, call)
+    return brings or prefix_of(call.cache) is not None
 
 
 def _brings_items(attachment: Attachment, call: ModelCall) -> bool:
     """Whether a call comes with images or videos."""
-    for medium in attachment.family.media:
-        for name in medium.replaced:
-            if call.brings(name):
-                raise VlmpruneError(
-                    f"{name} is called {medium.inputs[0]} in this release of transformers; pass "
-                    "it under that name."
-                )
     return any(call.brings(medium.inputs[0]) for medium in attachment.family.media)
 
 
-def _caches(call: ModelCall) -> bool:
-    """Whether a plain forward fills a cache."""
-    return call.caches and not decoder.recomputes(call.model)
+def _searched(setting: Settings) -> str:
+    """Why the cache of a `generate` cannot be continued; empty where it can."""
+    return "it comes from a beam search" * (setting.beams > 1)
 
 
-def _mended(state: Active, call: ModelCall) -> ModelCall:
-    """Mend what `generate` hands to the model: later positions, and gaps without a mask."""
-    positions, ids = call.positions, call.ids
-    if positions is None:
-        return call
-    if state.drift is not None and state.drift.ndim == 2:
-        seen = caches.length_of(call.cache)
-        call = call.with_(positions=state.drifted(positions, seen))
-    elif state.drift is not None:
-        times = positions.shape[-2] // state.drift.shape[0]
-        last, drift = (
-            t.repeat_interleave(times, 0)[:, None].to(positions.device)
-            for t in (state.last, state.drift)
-        )
-        moved = torch.where(positions > last, positions + drift, positions)
-        call = call.with_(positions=moved)
-    alone = state.gapped and call.mask is None and not caches.length_of(call.cache)
-    if alone and ids is not None:
-        # Without mask and cache, gaps in the positions would be read as packed sequences.
-        call = call.with_(mask=torch.ones_like(ids))
-    return call
+def _leave_deltas(attachment: Attachment, short: ShortRequest) -> None:
+    """Let the host count on by itself, as it may after a call that was given no positions.
+
+    A model with three positions a column keeps, from one call to the next, how far they are from
+    the number of its columns, of which there are fewer now.
+    """
+    if attachment.family.rope is not None and short.plan.asked.call.positions is None:
+        filled: Prefix = short.prefix
+        ahead = filled.next_position - (filled.prompt.mask != 0).sum(dim=1)
+        set_deltas(attachment.model, ahead[:, None])
 
 
 def _mask_of(ids: Tensor, setting: Settings) -> Tensor:

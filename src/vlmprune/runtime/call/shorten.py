@@ -8,13 +8,13 @@ keep mask, so that cache lengths and mask growth come out right by themselves. F
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vlmprune.hosts.requests import ALIGNED
+from vlmprune.hosts.requests import ALIGNED, LABELS, SHIFTED
 from vlmprune.runtime.geometry import Span
 
 
@@ -47,6 +47,8 @@ class Prefix:
         items: number of items of each modality in it.
         shift: [B] how much lower its positions are than the user counts them.
         refusal: if not None, why the cache cannot be continued.
+        whole: whether it holds all columns, so that a model without a pruner can go on as well.
+        answer: [B, A] what was generated behind it; placeholders in it stand for no image.
     """
 
     full_ids: Tensor
@@ -55,27 +57,51 @@ class Prefix:
     items: tuple[int, ...]
     shift: Tensor
     refusal: str | None = None
+    whole: bool = True
+    answer: Tensor | None = None
+
+    def answered(self, ids: Tensor, known: int) -> Tensor:
+        """[B, L] bool; the new columns that the model generated in the turn before.
+
+        The last token of an answer is in no cache, nor are those that were cropped away since.
+
+        Args:
+            ids: [B, L] the new columns.
+            known: columns before them.
+        """
+        found = torch.zeros_like(ids, dtype=torch.bool)
+        if self.answer is not None:
+            left = self.answer[:, known - self.full_ids.shape[1] :].to(ids.device)
+            width = min(left.shape[1], ids.shape[1])
+            found[:, :width] = (left[:, :width] == ids[:, :width]).cumprod(dim=1) != 0
+        return found
 
     def repeat(self, times: int) -> Prefix:
         """The prefix of a cache whose rows were each repeated."""
         if times == 1:
             return self
 
-        def rows(tensor: Tensor) -> Tensor:
-            return tensor.repeat_interleave(times, 0)
+        rows = torch.arange(len(self.full_ids), device=self.full_ids.device)
+        return self.select(rows.repeat_interleave(times))
+
+    def select(self, rows: Tensor) -> Prefix:
+        """The prefix of a cache of which the samples `rows` were taken, in their order."""
+
+        def taken(tensor: Tensor, dim: int = 0) -> Tensor:
+            return tensor.index_select(dim, rows.to(tensor.device))
 
         short = self.prompt
-        return Prefix(
-            rows(self.full_ids),
-            Prompt(
-                rows(short.ids),
-                rows(short.mask),
-                short.positions.repeat_interleave(times, short.positions.ndim - 2),
+        return replace(
+            self,
+            full_ids=taken(self.full_ids),
+            prompt=Prompt(
+                taken(short.ids),
+                taken(short.mask),
+                taken(short.positions, short.positions.ndim - 2),
             ),
-            rows(self.next_position),
-            self.items,
-            rows(self.shift),
-            self.refusal,
+            next_position=taken(self.next_position),
+            shift=taken(self.shift),
+            answer=None if self.answer is None else taken(self.answer),
         )
 
 
@@ -102,6 +128,9 @@ def shorten(
     real = prompt.mask != 0
     before = dropped.long().cumsum(dim=1)
     following = latest(prompt) + 1
+    if not bool(dropped.any()):
+        # Not even padding between real columns, as a later turn of a batch may have it, moves.
+        return prompt, following
     moved = prompt.positions
     if positions == "compact":
         moved = moved - before
@@ -114,22 +143,22 @@ def shorten(
     order = rank.sort(dim=1, descending=right, stable=True).indices
     order = order[:, :length] if right else order[:, order.shape[1] - length :]
     added = dropped.gather(1, order)
-    aligned = dict(prompt.aligned)
-    if "labels" in aligned and not right:
-        # A row's first column has no predecessor, so nothing predicts it; padding that comes to
-        # stand before it must not begin to.
-        aligned["labels"] = aligned["labels"].clone()
-        aligned["labels"][:, 0] = ALIGNED["labels"]
+    # A row's first column has no predecessor, so nothing predicts it; padding that comes to stand
+    # before it must not begin to.
+    unpredicted = nn.functional.pad(added[:, :-1], (1, 0))
 
     def take(values: Tensor, padding: int) -> Tensor:
         return values.gather(-1, order.expand(*values.shape[:-1], -1)).masked_fill(added, padding)
 
-    short = Prompt(
-        take(prompt.ids, pad_id),
-        take(prompt.mask, 0),
-        take(moved, 0),
-        {name: take(values, ALIGNED[name]) for name, values in aligned.items()},
-    )
+    aligned = dict(prompt.aligned)
+    if SHIFTED in aligned:
+        aligned[SHIFTED] = unshifted(aligned[SHIFTED])
+    aligned = {name: take(values, ALIGNED[name]) for name, values in aligned.items()}
+    for name in aligned.keys() & {LABELS, SHIFTED}:
+        aligned[name] = aligned[name].masked_fill(unpredicted, ALIGNED[name])
+    if SHIFTED in aligned:
+        aligned[SHIFTED] = _shifted(aligned[SHIFTED], ~added, prompt.aligned[SHIFTED][:, -1])
+    short = Prompt(take(prompt.ids, pad_id), take(prompt.mask, 0), take(moved, 0), aligned)
     return short, following
 
 
@@ -153,6 +182,27 @@ def stands_for(prompt: Prompt, dropped: Tensor) -> Tensor | None:
     length = int(counts.max()) + int((prompt.mask == 0).sum(dim=1).min())
     right = bool((prompt.mask[:, -1] == 0).any())
     return number.clamp(min=0) + (0 if right else length - counts)
+
+
+def unshifted(values: Tensor) -> Tensor:
+    """[B, L] labels of the columns, from those that each column predicts.
+
+    The last is of a column behind these, and is not among them.
+    """
+    return nn.functional.pad(values[:, :-1], (1, 0), value=ALIGNED[LABELS])
+
+
+def _shifted(labels: Tensor, own: Tensor, behind: Tensor) -> Tensor:
+    """[B, S] what each column predicts: the label of the next one that is left.
+
+    Args:
+        labels: [B, S] of the columns.
+        own: [B, S] bool; columns that were there before, not added padding.
+        behind: [B] what the last column predicted.
+    """
+    moved = nn.functional.pad(labels[:, 1:], (0, 1), value=ALIGNED[LABELS])
+    last = own.shape[1] - 1 - own.flip(1).int().argmax(dim=1)
+    return moved.scatter(1, last[:, None], behind[:, None])
 
 
 def dropped_columns(like: Tensor, places: Sequence[Span], kept: Sequence[Tensor]) -> Tensor:

@@ -16,15 +16,18 @@ from torch import Tensor, nn
 
 from vlmprune import costs
 from vlmprune.errors import VlmpruneError
+from vlmprune.hosts import masks
+from vlmprune.hosts.attention import AttentionCall
 from vlmprune.hosts.contract import Reached
 from vlmprune.method import Method
 from vlmprune.report import LayerReport
 from vlmprune.runtime.attention import ragged
 from vlmprune.runtime.attention.ragged_tokens import Ragged
-from vlmprune.runtime.cache.ragged_layer import RaggedGuest, RaggedLayer
+from vlmprune.runtime.cache.ragged_layer import RaggedLayer, Shown
 from vlmprune.runtime.decoder.rows import visual_places
 from vlmprune.runtime.decoder.timer import Timer
 from vlmprune.runtime.geometry import VisualColumns
+from vlmprune.select.softmax import scores, softmax
 from vlmprune.views import LayerView, Probes, Retention
 
 # Numbers of keys that are scored at once.
@@ -105,47 +108,45 @@ class CacheCut:
         return length == self.columns
 
     @torch.no_grad()
-    def attended(self, guest: RaggedGuest, query: Tensor, mask: Any, scale: float) -> Tensor | None:
-        """[B, T] bool: the guest's columns among which its layer attends; None for all.
+    def attended(self, shown: Shown, call: AttentionCall) -> Tensor | None:
+        """[B, T] bool: the columns shown among which the layer attends; None for all.
 
         Args:
-            guest: the call, before its attention.
-            query: [B, Hq, Q, D]; all rows of the prompt.
-            mask: as Transformers hands it to attention.
-            scale: factor of the dot products.
+            shown: by the layer.
+            call: with all rows of the prompt, before its attention.
 
         Raises:
             VlmpruneError: the prompt comes in parts.
         """
         if self.probes is None:
             return None
-        if not self.due(guest.layer.get_seq_length()):
+        if not self.due(shown.layer.get_seq_length()):
             raise VlmpruneError(
                 f"{self.method!r} chooses among all tokens of a prompt, which comes in parts here; "
                 "leave out prefill_chunk_size."
             )
-        with Timer(self, query):
-            self._choice = choice = self._choose(guest, query, scale, mask)
+        with Timer(self, call.query):
+            self._choice = choice = self._choose(shown, call)
             if choice.found is None or choice.whole:
                 return None
-            columns = self._columns(choice.kept, query.shape[0] // self.mask.shape[0])
+            columns = self._columns(choice.kept, call.query.shape[0] // self.mask.shape[0])
             # What any head keeps takes part.
-            return columns[:, :, guest.layer.start :].any(dim=1).to(query.device)
+            return columns[:, :, shown.layer.start :].any(dim=1).to(call.query.device)
 
     @torch.no_grad()
-    def cut(self, guest: RaggedGuest, query: Tensor, scale: float) -> None:
+    def cut(self, shown: Shown, call: AttentionCall) -> None:
         """Cut the layer to what the method keeps."""
-        layer = guest.layer
+        layer, query = shown.layer, call.query
         self.reached.note(layer.index, layer)
         with Timer(self, query):
             times = query.shape[0] // self.mask.shape[0]
             dense = self._nbytes(layer)
             choice, self._choice = self._choice, None
-            choice = choice or self._choose(guest, query, scale)
+            choice = choice or self._choose(shown, call)
             kept, found = choice.kept, choice.found
             if found is not None:
                 if not choice.whole:
-                    self._store(guest, kept, times)
+                    self._store(shown, kept, times)
                 self.layers.append(
                     LayerReport(
                         index=layer.index,
@@ -160,23 +161,21 @@ class CacheCut:
                     )
                 )
 
-    def _choose(
-        self, guest: RaggedGuest, query: Tensor, scale: float, mask: Any = None
-    ) -> LayerChoice:
-        times = query.shape[0] // self.mask.shape[0]
-        view = self._view(guest, query, scale, times)
+    def _choose(self, shown: Shown, call: AttentionCall) -> LayerChoice:
+        times = call.query.shape[0] // self.mask.shape[0]
+        view = self._view(shown, call, times)
         if self.probes is not None:
-            view = self._probed(view, guest, query, scale, mask, times)
-        found = self.method.retain(guest.layer.index, view)
+            view = self._probed(view, shown, call, times)
+        found = self.method.retain(shown.layer.index, view)
         real = (view.images >= 0)[:, None]
         if found is None:
             return LayerChoice(view, None, real, True)
         kept = found.kept & real
         return LayerChoice(view, found, kept, bool((kept == real).all()))
 
-    def _view(self, guest: RaggedGuest, query: Tensor, scale: float, times: int) -> LayerView:
-        keys, values, prefix = guest.keys, guest.values, guest.prefix
-        start = guest.layer.start
+    def _view(self, shown: Shown, call: AttentionCall, times: int) -> LayerView:
+        query, keys, values, prefix = call.query, shown.keys, shown.values, shown.prefix
+        start = shown.layer.start
         total: Any = 0.0
         rows: Any = 0
         for columns in self.window:
@@ -184,13 +183,13 @@ class CacheCut:
             at = columns - (self.columns - query.shape[2])
             row = query.gather(2, at.clamp(min=0)[:, None, None, None].expand_as(query[:, :, :1]))
             sees = self._before(columns[:, None], start, times)
-            attention = self._attention(row, guest, sees, scale)[:, :, 0]
+            attention = self._attention(row, shown, sees, call)[:, :, 0]
             there = (at >= 0)[:, None, None]
             total, rows = total + attention * there, rows + there.long()
         places = _repeat(self.places, times).to(query.device) - start
         images = _repeat(self.images, times).to(query.device)
         index = places.clamp(min=0)[:, None].expand(-1, query.shape[1], -1)
-        sharing = guest.layer.sharing
+        sharing = shown.layer.sharing
         attention = sharing.joined((total / rows.clamp(min=1)).gather(2, index))
         heads = keys.shape[1] * sharing.ranks
         held = self._others(times)[:, start:].sum(dim=1).to(query.device) * heads
@@ -205,18 +204,11 @@ class CacheCut:
             (keys.shape[3] + values.shape[3]) * keys.element_size(),
         )
 
-    def _probed(
-        self,
-        view: LayerView,
-        guest: RaggedGuest,
-        query: Tensor,
-        scale: float,
-        mask: Any,
-        times: int,
-    ) -> LayerView:
+    def _probed(self, view: LayerView, shown: Shown, call: AttentionCall, times: int) -> LayerView:
         """The view with what the probe rows see."""
         assert self.probes is not None
-        start, tail = guest.layer.start, guest.keys.shape[2]
+        query, mask = call.query, call.mask
+        start, tail = shown.layer.start, shown.keys.shape[2]
         batch, heads, rows, width = query.shape
         columns = _repeat(self.probes, times).to(query.device)
         sums = torch.zeros(batch, tail, device=query.device)
@@ -225,37 +217,28 @@ class CacheCut:
         for part in columns.split(max(1, SCORED // (batch * heads * tail)), dim=1):
             at = (part - (self.columns - rows)).clamp(min=0)
             if isinstance(mask, Tensor) and mask.ndim == 4:
-                sees = rows_of(mask, at, tail)
+                lines = masks.lines(masks.last(mask, tail), at, tail, None)
+                sees = masks.visible(lines).any(dim=1)
             else:
                 sees = self._before(part, start, times)
             sees = sees & (part >= 0)[..., None]
             probes = query.gather(2, at[:, None, :, None].expand(-1, heads, -1, width))
-            sums += self._attention(probes, guest, sees, scale).mean(dim=1).sum(dim=1)
+            sums += self._attention(probes, shown, sees, call).mean(dim=1).sum(dim=1)
             seen += sees.sum(dim=1)
         places = (_repeat(self.places, times).to(query.device) - start).clamp(min=0)
-        return replace(view, sums=guest.layer.sharing.mean(sums), seen=seen, places=places)
+        return replace(view, sums=shown.layer.sharing.mean(sums), seen=seen, places=places)
 
     def _before(self, columns: Tensor, start: int, times: int) -> Tensor:
         """[B, R, T] bool: the real columns from `start` on, up to each of `columns` [B, R]."""
         real = _repeat(self.mask, times)[:, start:].to(columns.device)
-        numbers = torch.arange(real.shape[1], device=columns.device) + start
-        return real[:, None] & (numbers <= columns[..., None])
+        return masks.lines(real, columns - start, real.shape[1], 0)[:, 0]
 
-    def _attention(self, rows: Tensor, guest: RaggedGuest, sees: Tensor, scale: float) -> Tensor:
+    def _attention(self, rows: Tensor, shown: Shown, sees: Tensor, call: AttentionCall) -> Tensor:
         """Post-softmax attention [B, Hq, R, T] of queries `rows` [B, Hq, R, D]."""
-        keys = guest.keys
-        batch, heads, tail, _ = keys.shape
-        grouped = rows.reshape(batch, heads, -1, rows.shape[-1]).float()
-        # In parts, so that float32 copies of half-precision keys stay small.
-        part = max(256, SCORED // (batch * heads * rows.shape[-1]))
-        parts = [grouped @ k.float().transpose(2, 3) for k in keys.split(part, dim=2)]
-        scores = (torch.cat(parts, dim=-1) * scale).view(*rows.shape[:3], tail)
-        scores = scores.masked_fill(~sees[:, None], -torch.inf)
-        total = scores.logsumexp(dim=-1)
-        if guest.prefix is not None:
-            total = torch.logaddexp(total, ragged.partial(rows, guest.prefix, scale)[1])
-        # A row of padding alone sees nothing, and its attention is none.
-        return (scores - total[..., None]).exp().masked_fill(total.isneginf()[..., None], 0.0)
+        found, beside = scores(rows, shown.keys, call.scale), None
+        if shown.prefix is not None:
+            beside = ragged.partial(rows, shown.prefix, call.scale)[1]
+        return softmax(found, sees[:, None], beside)
 
     def _nbytes(self, layer: RaggedLayer) -> int:
         """Bytes that a layer holds, those of heads of other processes included."""
@@ -296,11 +279,11 @@ class CacheCut:
         values = torch.where(real, kept.to(keep.device), keep.gather(2, places))
         return keep.scatter_(2, places, values)
 
-    def _store(self, guest: RaggedGuest, kept: Tensor, times: int) -> None:
-        layer, start = guest.layer, guest.layer.start
-        keep = self._columns(layer.sharing.own(kept), times)[:, :, start:].to(guest.keys.device)
-        new = Ragged.cut(guest.keys, guest.values, keep, offset=start)
-        prefix = new if guest.prefix is None else guest.prefix.join(new)
+    def _store(self, shown: Shown, kept: Tensor, times: int) -> None:
+        layer, start = shown.layer, shown.layer.start
+        keep = self._columns(layer.sharing.own(kept), times)[:, :, start:].to(shown.keys.device)
+        new = Ragged.cut(shown.keys, shown.values, keep, offset=start)
+        prefix = new if shown.prefix is None else shown.prefix.join(new)
         layer.set_prefix(prefix, self.columns)
 
 
@@ -323,24 +306,6 @@ def drawn(mask: Tensor, probes: Probes) -> Tensor:
     longest = max((len(row) for row in rows), default=0)
     padded = [nn.functional.pad(row, (longest - len(row), 0), value=-1) for row in rows]
     return torch.stack(padded).to(mask.device)
-
-
-def rows_of(mask: Tensor, at: Tensor, tail: int) -> Tensor:
-    """What some queries see of the last `tail` columns.
-
-    Args:
-        mask: [B or 1, h, Q, columns], bool or additive.
-        at: [B, R] numbers of the queries.
-        tail: number T of columns.
-
-    Returns:
-        [B, R, T] bool.
-    """
-    sample = torch.arange(mask.shape[0], device=mask.device)[:, None]
-    found = mask[sample, :, at][..., mask.shape[-1] - tail :]
-    if found.dtype != torch.bool:
-        found = found > torch.finfo(found.dtype).min / 2
-    return found.any(dim=2)
 
 
 def row_lengths(prefix: Ragged) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vlmprune.hosts import attention, caches, config, decoder
 from vlmprune.hosts.contract import Reached, broken
 from vlmprune.hosts.decoder import LayerCall, RotaryCall
-from vlmprune.runtime.attention.interception import watching
+from vlmprune.runtime.attention.interception import intercepting
 from vlmprune.runtime.cache.gapped_layer import gapped_layers
 from vlmprune.runtime.decoder import rows as ops
 from vlmprune.runtime.decoder.layer_arguments import LayerArguments
@@ -32,7 +32,7 @@ from vlmprune.runtime.decoder.missing_rows import MissingRows
 from vlmprune.runtime.decoder.prompt_rows import PromptRows
 from vlmprune.runtime.decoder.rows import Going
 from vlmprune.runtime.decoder.timer import Timer
-from vlmprune.runtime.scope import OwnThread
+from vlmprune.runtime.hooks import After, Before, Hooks
 from vlmprune.views import Ask
 
 
@@ -76,7 +76,6 @@ class Pass:
         self.arguments = LayerArguments(
             missing is not None and missing.positions == "compact", flash
         )
-        self.thread = OwnThread()
         self.look: Look | None = None
         # What looks at the layer that runs.
         self.watched: Look | None = None
@@ -97,8 +96,6 @@ class Pass:
 
     def before(self, index: int, layer: nn.Module, call: LayerCall) -> LayerCall | None:
         """What a layer gets instead of what the host gives it; None for the same."""
-        if not self.thread.runs:
-            return None
         self.reached.note(index, layer)
         given = hidden = call.hidden
         start = caches.length_of(call.cache, index)
@@ -114,8 +111,6 @@ class Pass:
         Raises:
             ContractError: its attention was to be seen, and was not.
         """
-        if not self.thread.runs:
-            return None
         self.watches.close()
         watched, self.watched = self.watched, None
         # Where the layer failed, its error is on its way.
@@ -232,7 +227,7 @@ class Pass:
         rows, counted = self.prompt.asked(ask) if previous else (None, None)
         self.look = Look(rows, counted, ask.keys)
         self.watched = self.look
-        self.watches.enter_context(watching(attention.attention_of(layer), self.look))
+        self.watches.enter_context(intercepting(self.look, attention.attention_of(layer)))
 
 
 @contextmanager
@@ -277,38 +272,26 @@ def hooked(
     """
     layers = decoder.decoder_layers(model)
 
-    # A hook that another thread removes may be run once more by this one, without keywords.
-    def before(index: int) -> Callable[..., Any]:
-        def run_before(layer: nn.Module, args: Any, kwargs: Any = None) -> Any:
-            if kwargs is None:
-                return None
+    def before(index: int) -> Before:
+        def run_before(layer: nn.Module, args: Any, kwargs: Any) -> Any:
             changed = run.before(index, layer, decoder.layer_call(layer, args, kwargs))
             return None if changed is None else changed.unbuilt()
 
         return run_before
 
-    def after(index: int) -> Callable[..., Any]:
-        return lambda layer, args, output: run.after(index, layer, output)
+    def after(index: int) -> After:
+        return lambda layer, args, kwargs, output: run.after(index, layer, output)
 
-    def note(module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
-        if output is not None and run.thread.runs:
-            run.arguments.angles.note(RotaryCall(module, args, kwargs, output))
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        run.arguments.angles.note(RotaryCall(module, args, kwargs, output))
 
-    hooks = [
-        module.register_forward_hook(note, with_kwargs=True)
-        for module in (decoder.rotary_modules(model) if turned else ())
-    ]
-    for index in indices:
-        hooks.append(layers[index].register_forward_pre_hook(before(index), with_kwargs=True))
-        if behind:
-            # Before the host's own hooks, which record states.
-            hooks.append(
-                layers[index].register_forward_hook(after(index), prepend=True, always_call=True)
-            )
-    try:
+    with Hooks() as hooks:
+        hooks.callback(run.close)
+        for module in decoder.rotary_modules(model) if turned else ():
+            hooks.after(module, note)
+        for index in indices:
+            hooks.before(layers[index], before(index))
+            if behind:
+                hooks.after(layers[index], after(index), first=True, always=True)
         yield
-    finally:
-        run.close()
-        for hook in hooks:
-            hook.remove()
     run.reached.check(model, indices, "ran around the hooks that leave tokens out there")

@@ -1,6 +1,6 @@
 """Rows of a batch of sequences between two decoder layers: which ones go on, in which order.
 
-Imports no library but torch.
+Of this package it imports `hosts.masks` alone.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from vlmprune.hosts import masks
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,7 @@ def rows_mask(
     """What the rows of a layer see of the columns that it stores, from the host's own mask.
 
     Args:
-        mask: the host's: None (causal, no padding), [B, T], or [B or 1, 1 or H, L, T], bool or
-            additive, over the last T columns.
+        mask: the host's, as `hosts.masks` reads it, over the last T columns.
         rows: [B, R] int64; where each row stands among the forward's columns.
         columns: [B, C] int64; the column of each stored one, the rows' own last; -1 for padding.
         start: columns before the forward's first.
@@ -152,37 +153,21 @@ def rows_mask(
         return None
     if mask is None and flat:
         return columns >= 0
-    if mask is None:
-        out = columns[:, None] <= (rows + start)[..., None]
-        out = (out & (columns >= 0)[:, None])[:, None]
-    else:
-        offset = start + length - mask.shape[-1]
-        index = columns - offset
-        seen = (columns >= 0) & (index >= 0)
-        index = index.clamp(min=0)
-        batch = len(columns)
-        if mask.ndim == 2:
-            return mask.expand(batch, -1).gather(1, index).bool() & seen
-        out = mask.expand(batch, -1, -1, -1)
-        heads, width = out.shape[1], out.shape[3]
-        if rows.shape[1] < length or real is not None:
-            out = out.gather(2, rows[:, None, :, None].expand(-1, heads, -1, width))
-        out = out.gather(3, index[:, None, None].expand(-1, heads, out.shape[2], -1))
-        if mask.dtype == torch.bool:
-            out = out & seen[:, None, None]
-        else:
-            out = out.masked_fill(~seen[:, None, None], torch.finfo(mask.dtype).min)
+    # A mask says something of the last columns only.
+    index = columns if mask is None else columns - (start + length - mask.shape[-1])
+    seen, index = (columns >= 0) & (index >= 0), index.clamp(min=0)
+    if mask is not None and mask.ndim == 2:
+        return masks.visible(mask).expand(len(columns), -1).gather(1, index) & seen
+    some = mask is None or rows.shape[1] < length or real is not None
+    out = masks.lines(mask, rows if some else None, index, start)
+    out = masks.hidden(out, seen[:, None, None])
     if real is None:
         return out
     # A padding row sees itself, for attention to nothing is not a number.
     count = columns.shape[1]
     at = torch.arange(count, device=device)
     own = at == (torch.arange(rows.shape[1], device=device) + count - rows.shape[1])[:, None]
-    if out.dtype == torch.bool:
-        alone = own
-    else:
-        alone = torch.zeros(own.shape, dtype=out.dtype, device=device)
-        alone = alone.masked_fill(~own, torch.finfo(out.dtype).min)
+    alone = own if out.dtype == torch.bool else masks.added(own, out.dtype)
     return torch.where(real[:, None, :, None], out, alone)
 
 

@@ -12,7 +12,7 @@ each was, and the mean over the members, by size, is the merged token plus its M
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -29,9 +29,9 @@ from vlmprune.hosts.families.towers import Crops
 from vlmprune.hosts.release import recomputes
 from vlmprune.hosts.towers import TowerCall
 from vlmprune.method import Method
-from vlmprune.runtime.attention.interception import changing
+from vlmprune.runtime.attention.interception import Changing, intercepting
 from vlmprune.runtime.attention.taps import KeyTap, tapped
-from vlmprune.runtime.scope import OwnThread
+from vlmprune.runtime.hooks import Hooks
 from vlmprune.select import bipartite, coarse_grid
 from vlmprune.views import Inside
 from vlmprune.views.layout import Layout
@@ -189,12 +189,6 @@ class TowerRun:
     def __init__(self, inside: Inside | None) -> None:
         self.inside = inside
         self.shared: list[Tensor] = []
-        self.thread = OwnThread()
-
-    @property
-    def here(self) -> bool:
-        """Whether the running thread is the one that the run belongs to."""
-        return self.thread.runs
 
     def per_patch(self, layer: nn.Module | None, rows: list[Tensor]) -> list[Tensor]:
         """Attention to a layer's tokens [B, T], handed out to those that the tower began with.
@@ -218,12 +212,12 @@ def acting(model: Any, medium: Medium, inputs: Inputs, inside: Inside | None) ->
         return
     assert isinstance(medium, Crops)
     encoder = medium.encoder(model, inputs)
-    with ExitStack() as stack:
+    with Hooks() as hooks:
         if inside.grid is None:
-            yield _Merging(encoder, inside, stack)
+            yield _Merging(encoder, inside, hooks)
         else:
             grid = medium.patch_grid(model, inputs)
-            yield _Downscaling(medium.tower(model), grid, inside, encoder.cls, stack)
+            yield _Downscaling(medium.tower(model), grid, inside, encoder.cls, hooks)
 
 
 class _Merging(TowerRun):
@@ -233,7 +227,7 @@ class _Merging(TowerRun):
     tower began with is by now, `size` [B, t] of how many each is made, and the layer's own merge.
     """
 
-    def __init__(self, encoder: Encoder, inside: Inside, stack: ExitStack) -> None:
+    def __init__(self, encoder: Encoder, inside: Inside, hooks: Hooks) -> None:
         super().__init__(inside)
         self.cls = int(encoder.cls == 0)
         self.places = self.size = self.into = self.weights = torch.empty(0)
@@ -241,18 +235,14 @@ class _Merging(TowerRun):
         self.begun: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
         last = len(inside.merges) - 1
         for number, (layer, merge) in enumerate(zip(encoder.layers, inside.merges, strict=False)):
-            self._hook(layer, merge, number == 0, number == last, stack)
+            self._hook(layer, merge, number == 0, number == last, hooks)
 
-    def _hook(
-        self, layer: nn.Module, merge: int, first: bool, last: bool, stack: ExitStack
-    ) -> None:
+    def _hook(self, layer: nn.Module, merge: int, first: bool, last: bool, hooks: Hooks) -> None:
         norm, mlp = towers.parts_of(layer)
         tap = KeyTap()
         begun = self.begun[layer] = []
 
         def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self.here:
-                return
             if first:
                 tokens = decoder.layer_call(layer, args, kwargs).hidden[..., 0]
                 self.size = torch.ones_like(tokens, dtype=torch.float32)
@@ -261,8 +251,6 @@ class _Merging(TowerRun):
             begun.append((self.places, self.size))
 
         def weigh(call: AttentionCall) -> AttentionCall:
-            if not self.here:
-                return call
             if call.mask is not None:
                 raise VlmpruneError(
                     f"{type(layer).__name__} masks its tokens, which vlmprune cannot merge then; "
@@ -274,20 +262,16 @@ class _Merging(TowerRun):
             weights = None if first else self.size.log().to(dtype)[:, None, None]
             return replace(call, mask=weights)
 
-        def merged(_: nn.Module, args: tuple[Tensor, ...]) -> Any:
-            if not self.here:
-                return None
+        def merged(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
             self.into = bipartite.match(tap.rows_seen.pop(), merge, bool(self.cls))
             left = self.size.shape[1] - merge
             self.weights, self.size = bipartite.averaging(self.into, self.size, left)
-            return (self._mean(args[0]), *args[1:])
+            return (self._mean(args[0]), *args[1:]), kwargs
 
-        def back(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-            return _taken(output, self.into) if self.here else None
+        def back(_: nn.Module, __: Any, ___: Any, output: Tensor) -> Tensor:
+            return _taken(output, self.into)
 
-        def end(_: nn.Module, __: Any, output: Any) -> Any:
-            if not self.here:
-                return None
+        def end(_: nn.Module, __: Any, ___: Any, output: Any) -> Any:
             states = decoder.states_of(output)
             if merge:
                 states = self._mean(states)
@@ -297,16 +281,14 @@ class _Merging(TowerRun):
                 self.shared += list(self.places[:, self.cls :] - self.cls)
             return decoder.with_states(output, states)
 
-        hooks = [layer.register_forward_pre_hook(begin, with_kwargs=True)]
+        hooks.before(layer, begin)
         # Before the host's own hooks, which record the states.
-        hooks.append(layer.register_forward_hook(end, prepend=True))
+        hooks.after(layer, end, first=True)
         if merge:
-            stack.enter_context(tapped(layer, tap))
-            hooks.append(norm.register_forward_pre_hook(merged))
-            hooks.append(mlp.register_forward_hook(back))
-        for hook in hooks:
-            stack.callback(hook.remove)
-        stack.enter_context(changing(attention.attention_of(layer), weigh))
+            hooks.enter_context(tapped(layer, tap))
+            hooks.before(norm, merged)
+            hooks.after(mlp, back)
+        hooks.enter_context(intercepting(Changing(weigh), attention.attention_of(layer)))
 
     def _mean(self, states: Tensor) -> Tensor:
         """[B, T, C] states by the layer's own merge, in float32."""
@@ -331,7 +313,7 @@ class _Downscaling(TowerRun):
         grid: tuple[int, int],
         inside: Inside,
         cls: int | None,
-        stack: ExitStack,
+        hooks: Hooks,
     ) -> None:
         super().__init__(inside)
         small = inside.grid or grid
@@ -342,8 +324,6 @@ class _Downscaling(TowerRun):
         size = [n * towers.patch_size(tower) for n in small]
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if not self.here:
-                return None
             call = TowerCall(tower, args, kwargs)
             pixels = call.pixels
             self.shared += [cells.to(pixels.device)] * len(pixels)
@@ -352,17 +332,15 @@ class _Downscaling(TowerRun):
             ).to(pixels.dtype)
             return call.scaled(few)
 
-        def after(_: nn.Module, __: Any, output: Any) -> None:
-            if not self.here:
-                return
+        def after(_: nn.Module, __: Any, ___: Any, output: Any) -> None:
             states = outputs.states_of(output)
             full = tuple(None if one is None else _put(one, self.index) for one in states)
             if full:
                 outputs.set_states(output, full)
             outputs.set_last(output, _put(outputs.last_of(output), self.index))
 
-        stack.callback(tower.register_forward_pre_hook(before, with_kwargs=True).remove)
-        stack.callback(tower.register_forward_hook(after).remove)
+        hooks.before(tower, before)
+        hooks.after(tower, after)
 
     def per_patch(self, layer: nn.Module | None, rows: list[Tensor]) -> list[Tensor]:
         """Each call's rows on the full grid; the layer makes no difference."""

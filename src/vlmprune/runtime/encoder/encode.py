@@ -7,7 +7,6 @@ hook on the projector reads the features that the model selected.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +22,10 @@ from vlmprune.runtime.encoder import proof, semantic_tokens
 from vlmprune.runtime.encoder.acting import acting
 from vlmprune.runtime.encoder.merging import per_cell
 from vlmprune.runtime.encoder.proof import Encoding
-from vlmprune.runtime.encoder.reads import also, check_calls, wanted
+from vlmprune.runtime.encoder.reads import also, check_calls
 from vlmprune.runtime.geometry import Geometry, wide
-from vlmprune.runtime.scope import OwnThread, outside
+from vlmprune.runtime.hooks import Hooks
+from vlmprune.runtime.scope import outside
 from vlmprune.views import EncoderView, Inside, Reads
 from vlmprune.views.layout import Layout
 from vlmprune.views.settings import Score
@@ -40,12 +40,14 @@ class Encoded:
         view: of every crop; attention, features and projected features detached.
         score: where the attention came from, in words.
         cells: [crops, N, C] features before the projector, with gradients.
+        acts: for each modality what the method did while its tower ran; None for nothing.
     """
 
     outputs: dict[int, Any]
     view: EncoderView
     score: str
     cells: Tensor
+    acts: Sequence[Inside | None] = ()
 
 
 @dataclass
@@ -84,7 +86,7 @@ def encode(
     inputs: Sequence[Mapping[str, Any]],
     geometry: Geometry,
     score: Score = "auto",
-    asked: Callable[[int, int], Reads] | None = None,
+    reads: Reads | None = None,
     who: str = "the method",
     acts: Sequence[Inside | None] = (),
     attends: bool = True,
@@ -100,7 +102,7 @@ def encode(
         geometry: that of the items.
         score: which attention scores tokens: "auto", as the family says, or "pooling", that of
             the tower's pooling head.
-        asked: `Pruner.reads`; None for nothing more.
+        reads: what else the method looks at (`reads.wanted`); None for nothing.
         who: the method, for error sentences.
         acts: for each modality what happens while its tower runs; empty for nothing.
         attends: whether the method looks at the family's own score, which is told then.
@@ -118,7 +120,7 @@ def encode(
     more: dict[str | int, dict[int, list[Tensor]]] = {}
     words: list[str] = []
     present = [bool(geometry.of(number)) for number in range(len(media))]
-    reads = wanted(model, media, inputs, present, asked, who)
+    reads = reads or Reads()
     beside: dict[int, list[Tensor]] = {}
     for number, medium in enumerate(media):
         if reads.semantic is not None and present[number]:
@@ -195,7 +197,26 @@ def encode(
         states={layer: rows for layer, rows in states.items() if rows is not None},
         semantic=torch.stack([c for i in order for c in beside[i]]) if beside else None,
     )
-    return Encoded(outputs, view, "; ".join(words), stacked)
+    return Encoded(outputs, view, "; ".join(words), stacked, acts)
+
+
+def encoded_again(
+    originals: Mapping[str, Callable[..., Any]],
+    medium: Medium,
+    inputs: Mapping[str, Any],
+    more: Mapping[str, Any],
+) -> Any:
+    """What the host's own method returns when it is asked for more than the first time.
+
+    Args:
+        originals: the host's own methods by name.
+        medium: the modality.
+        inputs: the request's inputs of it.
+        more: arguments beside those of the first time.
+    """
+    call = encoder_call(originals[medium.method], inputs, medium.inputs, medium.host_only)
+    with outside():
+        return call.also(more).run()
 
 
 def _deal(
@@ -243,40 +264,37 @@ def _run(
         # Of the tower as it is, in which no tokens merge.
         _run(model, medium, method, inputs, score, Reads(), None, layouts, looked)
         proves = False
-    with ExitStack() as stack:
-        stack.enter_context(outside())
-        run = stack.enter_context(acting(model, medium, inputs, inside))
-        stack.enter_context(tapped(scored.layer, tap) if head is None else pooling(head, tap))
+    with Hooks() as hooks:
+        hooks.enter_context(outside())
+        run = hooks.enter_context(acting(model, medium, inputs, inside))
+        hooks.enter_context(tapped(scored.layer, tap) if head is None else pooling(head, tap))
         taps: dict[str | int, Tap] = {}
         states: dict[int, list[Tensor]] = {}
         if reads.layers or reads.patches is not None or reads.keys is not None or reads.states:
             for number in reads.states:
-                states[number] = stack.enter_context(passing(tower.layers[number]))
+                states[number] = hooks.enter_context(passing(tower.layers[number]))
             for number in reads.layers:
                 same = head is None and tower.layers[number] is scored.layer
                 taps[number] = tap if same and scored.rows == tower.rows else Tap(tower.rows)
                 if taps[number] is not tap:
-                    stack.enter_context(tapped(tower.layers[number], taps[number]))
+                    hooks.enter_context(tapped(tower.layers[number], taps[number]))
             if reads.patches is not None:
                 taps["patches"] = PatchTap(tower.cls)
-                stack.enter_context(tapped(tower.layers[reads.patches], taps["patches"]))
+                hooks.enter_context(tapped(tower.layers[reads.patches], taps["patches"]))
             if reads.keys is not None:
                 taps["keys"] = KeyTap()
-                stack.enter_context(tapped(tower.layers[reads.keys], taps["keys"]))
-        left = {one: stack.enter_context(passing(one)) for one in looked if proves}
+                hooks.enter_context(tapped(tower.layers[reads.keys], taps["keys"]))
+        left = {one: hooks.enter_context(passing(one)) for one in looked if proves}
         patches = None
         if reads.semantic is not None:
-            patches = stack.enter_context(semantic_tokens.recorded(tower))
+            patches = hooks.enter_context(semantic_tokens.recorded(tower))
             # Only what the method's own tokens go through is trained.
-            stack.enter_context(torch.no_grad())
-        thread = OwnThread()
+            hooks.enter_context(torch.no_grad())
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if thread.runs:
-                features.append(first_of(args, kwargs))
+            features.append(first_of(args, kwargs))
 
-        hook = medium.projector(model).register_forward_pre_hook(keep, with_kwargs=True)
-        stack.callback(hook.remove)
+        hooks.before(medium.projector(model), keep)
         output = call.run()
     _check_seen(model, tap, taps, features, bool(states))
     words = scored.words if head is None else "attention of the tower's pooling head"

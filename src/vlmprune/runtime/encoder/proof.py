@@ -9,8 +9,8 @@ but that it makes each token of its own cell alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +22,8 @@ from vlmprune.hosts.attention import AttentionCall, attention_of, implementation
 from vlmprune.hosts.decoder import states_of, with_states
 from vlmprune.hosts.families.media import Encoder, Inputs, Medium
 from vlmprune.hosts.release import is_quantized
-from vlmprune.runtime.attention.interception import changing
-from vlmprune.runtime.scope import OwnThread
+from vlmprune.runtime.attention.interception import Changing, intercepting
+from vlmprune.runtime.hooks import Hooks
 from vlmprune.views.layout import NO_PATCH, Layout
 
 # How much of the others' usual change is none yet: where only queries were turned, of which little
@@ -115,12 +115,13 @@ def check(one: Encoding) -> None:
     with ExitStack() as stack:
         left = {}
         for layer, before in one.looked.items():
-            stack.enter_context(changing(attention_of(layer), _Turned(rows)))
-            left[layer] = stack.enter_context(_Restored(layer, before))
+            turned = Changing(_Turned(rows).queries)
+            stack.enter_context(intercepting(turned, attention_of(layer)))
+            left[layer] = stack.enter_context(_restored(layer, before))
         if left:
             one.again()
     for layer, found in left.items():
-        _check_looked(one, layer, found.states, rows)
+        _check_looked(one, layer, found, rows)
     with _Turned(rows).behind(one.encoder.layers[one.encoder.feature]):
         output = one.medium.completed(one.model, one.again())
     _check_tokens(one, output, chosen, share)
@@ -237,29 +238,24 @@ class _Turned:
 
     def __init__(self, rows: Tensor) -> None:
         self.rows, self.start = rows, 0
-        self.thread = OwnThread()
 
-    def __call__(self, call: AttentionCall) -> AttentionCall:
+    def queries(self, call: AttentionCall) -> AttentionCall:
         """An attention call with other queries."""
-        if not self.thread.runs:
-            return call
         stay = self._next(call.query[:, 0, :, 0])
         return replace(call, query=torch.where(stay[:, None, :, None], call.query, -call.query))
 
-    def behind(self, layer: nn.Module) -> ExitStack:
+    def behind(self, layer: nn.Module) -> Hooks:
         """Inside the block a layer hands on other states."""
-        stack = ExitStack()
+        hooks = Hooks()
 
-        def change(_: nn.Module, __: Any, output: Any) -> Any:
-            if not self.thread.runs:
-                return None
+        def change(_: nn.Module, __: Any, ___: Any, output: Any) -> Any:
             states = states_of(output)
             stay = self._next(states[..., 0])[..., None]
             return with_states(output, torch.where(stay, states, -states))
 
         # Before the host's own hooks, which record states.
-        stack.callback(layer.register_forward_hook(change, prepend=True).remove)
-        return stack
+        hooks.after(layer, change, first=True)
+        return hooks
 
     def _next(self, like: Tensor) -> Tensor:
         """Which tokens of the next call stay; those that were not seen before do not."""
@@ -268,31 +264,27 @@ class _Turned:
         return nn.functional.pad(stay, (0, like.numel() - len(stay))).view(like.shape)
 
 
-class _Restored:
-    """Inside the block records what leaves a layer, and hands on what left it before.
+@contextmanager
+def _restored(layer: nn.Module, before: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Inside the block record what leaves a layer, and hand on what left it before.
 
-    Attributes:
-        states: what left it, call by call.
+    Args:
+        layer: it.
+        before: what left it, call by call.
+
+    Yields:
+        What leaves it, call by call.
     """
+    left: list[Tensor] = []
 
-    def __init__(self, layer: nn.Module, before: Sequence[Tensor]) -> None:
-        self.layer, self.before = layer, before
-        self.states: list[Tensor] = []
-        self.thread = OwnThread()
+    def hand(_: nn.Module, __: Any, ___: Any, output: Any) -> Any:
+        states, number = states_of(output), len(left)
+        left.append(states)
+        if number >= len(before):
+            return None
+        return with_states(output, before[number].view(states.shape))
 
-    def __enter__(self) -> _Restored:
+    with Hooks() as hooks:
         # Before the host's own hooks, which record states.
-        self.hook = self.layer.register_forward_hook(self._hand, prepend=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.hook.remove()
-
-    def _hand(self, _: nn.Module, __: Any, output: Any) -> Any:
-        if not self.thread.runs:
-            return None
-        states, number = states_of(output), len(self.states)
-        self.states.append(states)
-        if number >= len(self.before):
-            return None
-        return with_states(output, self.before[number].view(states.shape))
+        hooks.after(layer, hand, first=True)
+        yield left

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ class Pruned:
         order: for each item, which of its kept tokens in their order stands at each place; None
             as they lie in it.
         cls: the class of outputs where the features were stored.
+        kept: [n] bool of each item; None where it is not known.
+        again: encodes all items once more as the host does, asked for more (its states, its
+            attention); None where it cannot.
+        shown: what was handed to the host in another form than users are to see, with that.
     """
 
     medium: Medium
@@ -37,17 +42,37 @@ class Pruned:
     flat: bool = False
     order: list[Tensor] | None = None
     cls: type = outputs.ENCODED
+    kept: list[Tensor] | None = None
+    again: Callable[[Mapping[str, Any]], Any] | None = None
+    shown: list[tuple[Any, Any]] = field(default_factory=list)
 
     def listed(self) -> Any:
         """The output with a list of items, which `generate` can repeat for beams."""
-        return self._made(list(self.features), [list(layer) for layer in self.extra])
+        return self._made(list(self.features), [list(layer) for layer in self.extra], self.output)
 
-    def formed(self, times: int) -> Any:
-        """The output as the host's forward wants it, each row's items `times` times."""
+    def formed(self, times: int, more: Mapping[str, Any] | None = None) -> Any:
+        """The output as the host's forward wants it, each row's items `times` times.
+
+        Args:
+            times: how often each row stands in the batch.
+            more: what else the host asks of its encoder; None for nothing.
+        """
         order = self._repeated_items(times)
         features = [self.features[i] for i in order]
         extra = [[layer[i] for i in order] for layer in self.extra]
-        return self.medium.form(self._made(features, extra, whole=True))
+        like = self.again(more) if more and self.again is not None else self.output
+        made = self._made(features, extra, like, whole=True)
+        held = None if self.output is None else outputs.tokens_of(self.output)
+        if held is None or self.kept is None or times > 1:
+            return self.medium.form(made)
+        shown = outputs.in_form(held, features, self.kept, self.order is not None)
+        if shown is not None and self.medium.takes_own and outputs.same_form(held, shown):
+            outputs.set_tokens(made, shown)
+            return made
+        made = self.medium.form(made)
+        if shown is not None:
+            self.shown.append((outputs.tokens_of(made), shown))
+        return made
 
     def rows_of(self, times: int) -> Tensor:
         """[n, D] the visual tokens of all rows of a batch, each row `times` times."""
@@ -76,7 +101,14 @@ class Pruned:
             return self.formed(times)
         return self.medium.form(ahead)
 
-    def _made(self, features: list[Tensor], extra: list[list[Tensor]], whole: bool = False) -> Any:
+    def _made(
+        self, features: list[Tensor], extra: list[list[Tensor]], like: Any, whole: bool = False
+    ) -> Any:
         # As the host has them: older releases do not part the items.
         deep: list[Any] = [torch.cat(e) for e in extra] if self.flat else extra
-        return outputs.encoded(self.output, self.cls, features, deep, whole)
+        return outputs.encoded(like, self.cls, features, deep, whole)
+
+
+def as_shown(result: Any, pruned: Iterable[Pruned]) -> Any:
+    """What a forward returned, with the visual tokens in the form in which users know them."""
+    return outputs.with_shown(result, [pair for one in pruned for pair in one.shown])

@@ -9,9 +9,10 @@ with a mask, without a mask, which not every attention implementation takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,15 +20,15 @@ from torch import Tensor, nn
 
 from vlmprune import costs
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts import sizes, towers
+from vlmprune.hosts import contract, sizes, towers
 from vlmprune.hosts.attention import AttentionCall, attention_of
 from vlmprune.hosts.decoder import LayerCall, layer_call, states_of
 from vlmprune.hosts.families.media import Encoder, Inputs, Medium
 from vlmprune.hosts.families.towers import Crops
 from vlmprune.hosts.release import computed_once
 from vlmprune.method import Method
-from vlmprune.runtime.attention.interception import GUEST, watching
-from vlmprune.runtime.scope import OwnThread
+from vlmprune.runtime.attention.interception import Changing, Proceed, intercepting
+from vlmprune.runtime.hooks import Hooks
 from vlmprune.views.layout import Layout
 
 
@@ -118,58 +119,40 @@ class _Call:
 class _Layer:
     """A layer whose calls on patches are recorded, with what its attention is given."""
 
-    causal, whole = False, True
-
     def __init__(self, layer: nn.Module) -> None:
         self.layer, self.attention = layer, attention_of(layer)
-        self.thread = OwnThread()
         self.calls: list[_Call] = []
 
     def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call of the layer begins (a hook)."""
-        if self.thread.runs:
-            self.calls.append(_Call(layer_call(self.layer, args, kwargs)))
+        self.calls.append(_Call(layer_call(self.layer, args, kwargs)))
 
-    def see(self, call: AttentionCall) -> None:
+    def around(self, call: AttentionCall, proceed: Proceed) -> Any:
         """Follow the call to its values."""
-        if not self.thread.runs:
-            return
+        result = contract.run(proceed, call, causal=False)
         if call.mask is not None:
             raise VlmpruneError(
                 f"{type(self.layer).__name__} masks its patches, which vlmprune does not follow; "
                 "pass what the model's own processor returns."
             )
         self.calls[-1].keys, self.calls[-1].values = call.key.detach(), call.value.detach()
+        return result
 
     def run(self, number: int, states: Tensor) -> Tensor:
         """The layer on other tokens [B, M, C], which see the patches of a recorded call."""
         call = self.calls[number]
-        lending = _Lending(call.keys, call.values)
-        with watching(self.attention, lending), _as_is(self.layer):
+        lending = Changing(partial(_lent, call))
+        with intercepting(lending, self.attention), _as_is(self.layer):
             args, kwargs = call.layer.with_hidden(states.to(call.keys.device)).unbuilt()
             out = self.layer(*args, **kwargs)
         return states_of(out)
 
 
-class _Lending:
-    """Puts a call's keys and values in front of those that other tokens bring."""
-
-    causal, whole = False, True
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
-        self.thread = OwnThread()
-
-    def see(self, call: AttentionCall) -> None:
-        """Become the call's guest, in the own thread alone."""
-        if self.thread.runs:
-            setattr(call.key, GUEST, self)
-
-    def attend(self, function: Callable[..., Any], call: AttentionCall) -> Any:
-        """Attention to all patches and to the tokens themselves."""
-        keys = torch.cat((self.keys.to(call.key), call.key), dim=2)
-        values = torch.cat((self.values.to(call.value), call.value), dim=2)
-        return replace(call, key=keys, value=values, mask=None).run(function)
+def _lent(patches: _Call, call: AttentionCall) -> AttentionCall:
+    """The attention of other tokens, with the patches' keys and values in front of their own."""
+    keys = torch.cat((patches.keys.to(call.key), call.key), dim=2)
+    values = torch.cat((patches.values.to(call.value), call.value), dim=2)
+    return replace(call, key=keys, value=values, mask=None)
 
 
 @contextmanager
@@ -221,9 +204,8 @@ class Patches:
 def recorded(encoder: Encoder) -> Iterator[Patches]:
     """Record what the layers up to the feature layer do with patches while the block runs."""
     patches = Patches(encoder.layers[: encoder.feature + 1])
-    with ExitStack() as stack:
+    with Hooks() as hooks:
         for layer in patches.layers:
-            hook = layer.layer.register_forward_pre_hook(layer.begin, with_kwargs=True)
-            stack.callback(hook.remove)
-            stack.enter_context(watching(layer.attention, layer))
+            hooks.before(layer.layer, layer.begin)
+            hooks.enter_context(intercepting(layer, layer.attention))
         yield patches

@@ -10,7 +10,7 @@ together tell any two tokens apart, with respect to what the tower's layers hand
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from vlmprune.hosts.families.generic import SUFFIX, Cls, Generic, TrialFindings,
 from vlmprune.hosts.families.media import blocks
 from vlmprune.hosts.families.record import Family
 from vlmprune.runtime.attention.taps import Tap, tapped
+from vlmprune.runtime.hooks import Hooks
 
 # What was found for a class with a config: its family, or why there is none.
 _found: dict[tuple[type, str], Family | str] = {}
@@ -81,16 +82,14 @@ def _self_check(model: Any) -> TrialFindings:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(1, sizes.channels(model.config), height, width, generator=generator)
     seen = _Trial()
-    with ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
-        stack.enter_context(_evaluating(model))
+    with Hooks() as hooks, torch.inference_mode(False), torch.enable_grad():
+        hooks.enter_context(_evaluating(model))
         for one in lists:
             for layer in one:
-                hook = layer.register_forward_hook(seen.leaf(layer), prepend=True)
-                stack.callback(hook.remove)
+                hooks.after(layer, seen.leaf, first=True)
         outer = [child for child in base.children() if not _holds(child, lists)]
         for child in outer:
-            hook = child.register_forward_pre_hook(seen.given(child), with_kwargs=True)
-            stack.callback(hook.remove)
+            hooks.before(child, seen.given)
         try:
             output = base.get_image_features(pixels.to(weight.device, weight.dtype))
             tokens = outputs.tokens_of(output)
@@ -143,26 +142,18 @@ class _Trial:
         self.leaves: dict[nn.Module, Tensor] = {}
         self.inputs: list[tuple[nn.Module, Tensor]] = []
 
-    def leaf(self, layer: nn.Module) -> Any:
-        """A hook that cuts the graph behind a layer, so that each one's own part is seen."""
+    def leaf(self, layer: nn.Module, _: Any, __: Any, output: Any) -> Any:
+        """Cut the graph behind a layer (a hook), so that each one's own part is seen."""
+        first = output[0] if isinstance(output, tuple) else output
+        cut = first.detach().requires_grad_()
+        self.leaves[layer] = cut
+        return (cut, *output[1:]) if isinstance(output, tuple) else cut
 
-        def hook(_: nn.Module, __: Any, output: Any) -> Any:
-            first = output[0] if isinstance(output, tuple) else output
-            cut = first.detach().requires_grad_()
-            self.leaves[layer] = cut
-            return (cut, *output[1:]) if isinstance(output, tuple) else cut
-
-        return hook
-
-    def given(self, module: nn.Module) -> Any:
-        """A hook that records a module's first argument."""
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            first = args[0] if args else next(iter(kwargs.values()), None)
-            if isinstance(first, Tensor):
-                self.inputs.append((module, first.detach()))
-
-        return hook
+    def given(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record a module's first argument (a hook)."""
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(first, Tensor):
+            self.inputs.append((module, first.detach()))
 
     def used(self, lists: Sequence[nn.ModuleList], tokens: Tensor) -> tuple[int, int, list[Tensor]]:
         """The list, the last of its layers that becomes features, and outputs of all that do."""

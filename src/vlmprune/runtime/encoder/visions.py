@@ -7,7 +7,7 @@ were kept, and where they lay.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from vlmprune.errors import VlmpruneError, reason
 from vlmprune.files import replacing
 from vlmprune.hosts import outputs, requests
+from vlmprune.report import Report
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.encoder.pruned import Pruned
 from vlmprune.runtime.geometry import Geometry, Item, spans
@@ -283,12 +284,12 @@ class Vision:
 def gather(
     attachment: Attachment,
     geometry: Geometry,
-    inputs: list[dict[str, Any]],
+    inputs: Sequence[Mapping[str, Any]],
     kept: list[Tensor],
     pruned: dict[str, Pruned],
+    report: Report,
 ) -> Vision:
-    """What `encode` returns, from what a request came to."""
-    assert attachment.report is not None
+    """What `handle.encode` returns, from what a request came to, and its report."""
     items: list[StoredItem | None] = [None] * len(geometry.items)
     for number, medium in enumerate(attachment.family.media):
         own = geometry.of(number)
@@ -310,13 +311,13 @@ def gather(
                 kept[i],
                 left.features[at],
                 tuple(layer[at] for layer in left.extra),
-                attachment.report.roles[i],
+                report.roles[i],
                 {name: rows[at] for name, rows in others.items()},
                 tuple(next(patches) for _ in range(one.crops)),
-                attachment.report.members[i] if attachment.report.members else None,
+                report.members[i] if report.members else None,
             )
     done = tuple(item for item in items if item is not None)
-    return Vision(done, shortening(attachment), attachment.report.score, attachment.architecture)
+    return Vision(done, shortening(attachment), report.score, attachment.architecture)
 
 
 def shortening(attachment: Attachment) -> str:

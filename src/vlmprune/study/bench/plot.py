@@ -5,11 +5,13 @@ Drawn from the JSON alone, so that a file of another machine can be drawn too.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
+from vlmprune.draw import style
+from vlmprune.draw.style import BLUE, INK
 from vlmprune.io.outputs import mark_of
+from vlmprune.study.bench.results import Quartiles
 from vlmprune.study.bench.tables import title
 
 MARK = mark_of("bench")
@@ -20,7 +22,6 @@ _PANELS = (
     ("end to end", "total_speedup", "total_ms", None),
     ("visual KV", "visual_kv_ratio", None, "decode_floor"),
 )
-_BAR, _INK, _GRID, _DPI = "#0072B2", "#1B1F26", "#E4E7EB", 150
 
 
 def plot(content: Mapping[str, Any]) -> bytes:
@@ -32,12 +33,12 @@ def plot(content: Mapping[str, Any]) -> bytes:
     Returns:
         A PNG.
     """
-    # It takes a second, and only this needs it. Without pyplot no window system is looked for.
-    from matplotlib.figure import Figure
-
     runs = content["runs"]
     height = sum(1.1 + 0.42 * len(run["methods"]) for run in runs)
-    figure = Figure(figsize=(13, 1.0 + height), layout="constrained")
+    about = (
+        f"{runs[0]['model']}; {content['device_name']}, {runs[0]['dtype']}: multiples of all tokens"
+    )
+    figure = style.figure(13, 1.0 + height, about)
     grid = figure.subplots(
         len(runs),
         len(_PANELS),
@@ -47,14 +48,8 @@ def plot(content: Mapping[str, Any]) -> bytes:
     for run, panels in zip(runs, grid, strict=True):
         for number, (panel, what) in enumerate(zip(panels, _PANELS, strict=True)):
             _panel(panel, run, *what, names=not number)
-        panels[0].set_title(_plain(title(run)), fontsize=10, loc="left", pad=20)
-    about = (
-        f"{runs[0]['model']}; {content['device_name']}, {runs[0]['dtype']}: multiples of all tokens"
-    )
-    figure.suptitle(_plain(about), fontsize=11, x=0.01, ha="left")
-    target = io.BytesIO()
-    figure.savefig(target, format="png", dpi=_DPI, metadata={"Software": MARK})
-    return target.getvalue()
+        panels[0].set_title(style.plain(title(run)), fontsize=10, loc="left", pad=20)
+    return style.png(figure, MARK)
 
 
 def _panel(
@@ -72,14 +67,14 @@ def _panel(
     for place, one in enumerate(methods):
         value = one["against_all_tokens"][ratio]
         if value is None:
-            panel.text(0.05, place, "not measured", va="center", fontsize=8, color=_INK)
+            panel.text(0.05, place, "not measured", va="center", fontsize=8, color=INK)
             continue
         reach = max(reach, value)
-        panel.barh(place, value, height=0.6, color=_BAR, zorder=2)
+        panel.barh(place, value, height=0.6, color=BLUE, zorder=2)
         found = one[quartiles] if quartiles else None
         if found and found["median"]:
-            around = value * (found["high"] - found["low"]) / 2 / found["median"]
-            panel.errorbar(value, place, xerr=around, color=_INK, linewidth=1, capsize=2, zorder=3)
+            around = value * Quartiles(**found).share
+            panel.errorbar(value, place, xerr=around, color=INK, linewidth=1, capsize=2, zorder=3)
         # At the panel's edge, where neither a bar nor a floor can lie.
         panel.text(
             *(1.0, place, f"{value:.2f}x"),
@@ -92,19 +87,13 @@ def _panel(
         best = found and found["against_all_tokens"][ratio]
         if best:
             reach = max(reach, best)
-            panel.vlines(best, place - 0.38, place + 0.38, color=_INK, linewidth=2, zorder=4)
-    panel.axvline(1, color=_INK, linewidth=0.9, linestyle=":", zorder=1)
+            panel.vlines(best, place - 0.38, place + 0.38, color=INK, linewidth=2, zorder=4)
+    panel.axvline(1, color=INK, linewidth=0.9, linestyle=":", zorder=1)
     # Room for the numbers.
     panel.set_xlim(0, 1.25 * reach)
     panel.set_ylim(len(methods) - 0.5, -0.5)
-    panel.set_yticks(range(len(methods)), [_plain(one["name"]) for one in methods] if names else [])
+    titles = [style.plain(one["name"]) for one in methods]
+    panel.set_yticks(range(len(methods)), titles if names else [])
     panel.set_xlabel(f"{name}{', floor: dark line' if floors and names else ''}", fontsize=9)
-    panel.tick_params(labelsize=8)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(axis="x", color=_GRID, linewidth=0.8)
-    panel.set_axisbelow(True)
-
-
-def _plain(text: str) -> str:
-    """As it is, since Matplotlib would read what stands between dollars as a formula."""
-    return text.replace("$", r"\$")
+    style.open_axes(panel, labels=8)
+    style.grid(panel, "x")

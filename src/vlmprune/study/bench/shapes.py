@@ -16,67 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune import costs
-from vlmprune.costs import plan
+from vlmprune.costs.architectures import CROPS, SHAPES, SMALL, Crops, QwenTower
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import sizes
+from vlmprune.io.options import one_of
 
-# A decoder and a tower that a CPU runs in seconds; 576 visual tokens an image, as LLaVA-1.5 has.
-_SMALL: dict[str, Any] = {
-    "model_type": "llava",
-    "text_config": {
-        "hidden_size": 512,
-        "intermediate_size": 1376,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-    },
-    "vision_config": {
-        "model_type": "clip_vision_model",
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "num_hidden_layers": 4,
-        "image_size": 336,
-        "patch_size": 14,
-    },
-}
-
-# The language model and the tower of Qwen2.5-VL-7B, and as narrow ones as above.
-_QWEN: dict[str, dict[str, Any]] = {
-    "qwen2.5-vl-7b": {
-        "text_config": {
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-        },
-        "vision_config": {
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "depth": 32,
-            "num_heads": 16,
-            "fullatt_block_indexes": [7, 15, 23, 31],
-        },
-    },
-    "small-qwen": {
-        "text_config": {**_SMALL["text_config"], "num_hidden_layers": 4},
-        "vision_config": {
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "depth": 4,
-            "num_heads": 2,
-            "fullatt_block_indexes": [1, 3],
-        },
-    },
-}
-_QWEN_PATCH: dict[str, int] = {"patch_size": 14, "spatial_merge_size": 2, "window_size": 112}
-
-_OWN: dict[str, dict[str, Any]] = {
-    "small": _SMALL,
-    "small-next": {**_SMALL, "model_type": "llava_next"},
-}
-NAMES = (*plan.KNOWN, "qwen2.5-vl-7b", *_OWN, "small-qwen")
-
+NAMES = tuple(SHAPES)
 GIB = 2**30
 _BOS, _PAD, _IMAGE, _VIDEO, _START, _END, _FIRST_WORD = 1, 0, 3, 4, 5, 6, 7
 _NARROW_VOCABULARY, _LLAVA_VOCABULARY, _QWEN_VOCABULARY = 4096, 32064, 152064
@@ -86,8 +31,6 @@ _SECTIONS = (2, 3, 3)
 _ANY_SIZE = 1024
 # Attention heads of the towers are 64 wide, as CLIP's are.
 _TOWER_HEAD = 64
-# LLaVA-NeXT's grid of two by two crops, the largest that it takes.
-_GRID = 2
 
 
 def config_of(name: str, layers: int | None = None, tower_layers: int | None = None) -> Any:
@@ -103,36 +46,32 @@ def config_of(name: str, layers: int | None = None, tower_layers: int | None = N
     """
     from vlmprune.hosts import pretrained
 
-    if name not in NAMES:
-        raise VlmpruneError(f"shape {name!r} is unknown; use one of {', '.join(NAMES)}.")
-    if name in _QWEN:
-        return _qwen(name, layers, tower_layers)
-    shape = _OWN[name] if name in _OWN else asdict(plan.KNOWN[name])
-    text = dict(shape["text_config"])
-    tower = {k: v for k, v in shape["vision_config"].items() if k != "model_type"}
+    shape = asdict(SHAPES[one_of("shape", name, NAMES)])
+    text, tower = shape["text_config"], shape["vision_config"]
+    if isinstance(SHAPES[name].vision_config, QwenTower):
+        return _qwen(name, text, tower, layers, tower_layers)
+    del tower["model_type"]
     _fewer(name, text, "num_hidden_layers", layers, 1)
     # The model takes the output of the layer before the last.
     _fewer(name, tower, "num_hidden_layers", tower_layers, 2)
     return pretrained.llava_config(
         shape["model_type"],
-        {
-            "vocab_size": _NARROW_VOCABULARY if name in _OWN else _LLAVA_VOCABULARY,
-            "max_position_embeddings": 2**17,
-            "pad_token_id": _PAD,
-            "bos_token_id": _BOS,
-            "eos_token_id": None,
-            **text,
-        },
+        _words(name, _LLAVA_VOCABULARY) | text,
         {"num_attention_heads": tower["hidden_size"] // _TOWER_HEAD, **tower},
         image_token_index=_IMAGE,
         tie_word_embeddings=False,
     )
 
 
-def _qwen(name: str, layers: int | None, tower_layers: int | None) -> Any:
+def _qwen(
+    name: str,
+    text: dict[str, Any],
+    tower: dict[str, Any],
+    layers: int | None,
+    tower_layers: int | None,
+) -> Any:
     from vlmprune.hosts import pretrained
 
-    text, tower = (dict(_QWEN[name][part]) for part in ("text_config", "vision_config"))
     _fewer(name, text, "num_hidden_layers", layers, 1)
     _fewer(name, tower, "depth", tower_layers, 1)
     whole = [n for n in tower["fullatt_block_indexes"] if n < tower["depth"]]
@@ -140,11 +79,7 @@ def _qwen(name: str, layers: int | None, tower_layers: int | None) -> Any:
     half = text["hidden_size"] // text["num_attention_heads"] // 2
     return pretrained.qwen_config(
         text_config={
-            "vocab_size": _QWEN_VOCABULARY if name == "qwen2.5-vl-7b" else _NARROW_VOCABULARY,
-            "max_position_embeddings": 2**17,
-            "pad_token_id": _PAD,
-            "bos_token_id": _BOS,
-            "eos_token_id": None,
+            **_words(name, _QWEN_VOCABULARY),
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 1000000.0,
@@ -152,13 +87,24 @@ def _qwen(name: str, layers: int | None, tower_layers: int | None) -> Any:
             },
             **text,
         },
-        vision_config={**_QWEN_PATCH, **tower, "out_hidden_size": text["hidden_size"]},
+        vision_config={**tower, "out_hidden_size": text["hidden_size"]},
         image_token_id=_IMAGE,
         video_token_id=_VIDEO,
         vision_start_token_id=_START,
         vision_end_token_id=_END,
         tie_word_embeddings=False,
     )
+
+
+def _words(name: str, vocabulary: int) -> dict[str, Any]:
+    """What a decoder's config says of words; of a made-up shape there are fewer."""
+    return {
+        "vocab_size": _NARROW_VOCABULARY if name in SMALL else vocabulary,
+        "max_position_embeddings": 2**17,
+        "pad_token_id": _PAD,
+        "bos_token_id": _BOS,
+        "eos_token_id": None,
+    }
 
 
 def _fewer(name: str, part: dict[str, Any], key: str, layers: int | None, least: int) -> None:
@@ -197,23 +143,25 @@ def tokens_per_image(config: Any, visual_tokens: int = _ANY_SIZE) -> int:
     """
     if any_size(config):
         return math.prod(grid_of(visual_tokens))
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    if config.model_type == "llava":
-        return int(side**2)
-    fine = _GRID * side
-    return int(side**2 + fine**2 + fine)
+    crop = tokens_per_crop(config)
+    fine = _grid(config) * math.isqrt(crop)
+    return crop + fine**2 + fine
 
 
 def tokens_per_crop(config: Any, visual_tokens: int = _ANY_SIZE) -> int:
     """Visual tokens of one crop, newlines apart."""
     if any_size(config):
         return tokens_per_image(config, visual_tokens)
-    return int((config.vision_config.image_size // config.vision_config.patch_size) ** 2)
+    return costs.patch_count(config)
 
 
 def crops_of(config: Any) -> int:
     """Crops of one image: the base view and, of an any-resolution model, its grid."""
-    return 1 + _GRID**2 if config.model_type == "llava_next" else 1
+    return CROPS.get(config.model_type, Crops()).count
+
+
+def _grid(config: Any) -> int:
+    return CROPS.get(config.model_type, Crops()).grid
 
 
 def images_for(config: Any, visual_tokens: int) -> int:
@@ -357,9 +305,10 @@ def prompt(
         inputs["mm_token_type_ids"] = (ids == config.image_token_id).long()
     else:
         side = config.vision_config.image_size
-        crops = () if config.model_type == "llava" else (crops_of(config),)
+        grid = _grid(config)
+        crops = (crops_of(config),) if grid else ()
         pixels = torch.randn(count, *crops, 3, side, side, generator=generator)
-        if crops:
-            inputs["image_sizes"] = torch.full((count, 2), _GRID * side)
+        if grid:
+            inputs["image_sizes"] = torch.full((count, 2), grid * side)
     inputs["pixel_values"] = pixels.to(model.dtype)
     return {name: values.to(model.device) for name, values in inputs.items()}

@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vlmprune.costs.units import change, flops, mib, percent
+from vlmprune.study.bench.results import Quartiles
+from vlmprune.study.markdown import table
+
 Content = Mapping[str, Any]
 DASH = "–"  # noqa: RUF001 - a dash, as tables have
 
@@ -75,7 +79,8 @@ def markdown(content: Content, with_legend: bool = True) -> str:
     """
     parts = [f"**{content['runs'][0]['model']}**; {setting(content)}."]
     for run in content["runs"]:
-        lines = [f"{title(run)[0].upper()}{title(run)[1:]}:", "", *_table(content, run)]
+        made = table(headings(content), rows(content, run))
+        lines = [f"{title(run)[0].upper()}{title(run)[1:]}:", "", made]
         if run.get("no_floor"):
             lines += ["", f"No floor: {run['no_floor']}"]
         parts.append("\n".join(lines))
@@ -101,12 +106,6 @@ def _peak(content: Content) -> str:
     return "peak memory: not measured; on a CPU it takes `--memory`"
 
 
-def _table(content: Content, run: Content) -> list[str]:
-    names = headings(content)
-    lines = [names, ["---", *["---:"] * (len(names) - 1)], *rows(content, run)]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-
-
 def _row(content: Content, run: Content, one: Content) -> list[str]:
     gpu, full = on_gpu(content), run["all_tokens"]
     against: Content = one.get("against_all_tokens") or {}
@@ -125,30 +124,37 @@ def _row(content: Content, run: Content, one: Content) -> list[str]:
         time("decode_tokens_per_second", "decode_speedup", "tok/s"),
         time("total_ms", "total_speedup"),
         ", ".join(cell or DASH for cell in times) if any(times) else "",
-        "" if share is None else f"{100 * share:.2g} %",
+        selecting(share),
         part(one["visual_kv_bytes"], full["visual_kv_bytes"]),
     ]
     if "peak" in headings(content):
         cells.append(part(one["peak_bytes"], full["peak_bytes"]))
-    return [*cells, f"{_flops(one['flops'])}{_saved(one['flops'], full['flops'])}"]
+    return [*cells, f"{flops(one['flops'])}{_saved(one['flops'], full['flops'])}"]
 
 
 def measured(quartiles: Content | None, speedup: float | None, absolute: bool, unit: str) -> str:
     """A median with its quartiles' distance; where times say nothing, the speed-up instead."""
     if quartiles is None:
         return DASH
-    around = ""
-    if len(quartiles["values"]) > 1 and quartiles["median"]:
-        around = f" ± {50 * (quartiles['high'] - quartiles['low']) / quartiles['median']:.0f} %"
+    found = Quartiles(**quartiles)
     if not absolute:
-        return f"{1 if speedup is None else speedup:.2f}x{around}"
-    ratio = "" if speedup is None else f" ({speedup:.2f}x)"
-    return f"{quartiles['median']:.1f} {unit}{around}{ratio}"
+        return f"{factor(speedup or 1)}x{spread(found)}"
+    return timed(found, unit) + ("" if speedup is None else f" ({factor(speedup)}x)")
 
 
-def _flops(value: float) -> str:
-    tera = value >= 1e11
-    return f"{value / (1e12 if tera else 1e9):.3g} {'T' if tera else 'G'}"
+def timed(quartiles: Quartiles | None, unit: str = "ms") -> str:
+    """A median with its quartiles' distance; a dash for what was not measured."""
+    return DASH if quartiles is None else f"{quartiles.median:.1f} {unit}{spread(quartiles)}"
+
+
+def spread(quartiles: Quartiles) -> str:
+    """Half the distance between the quartiles, as it stands behind a median; "" of one turn."""
+    return f" ±{percent(quartiles.share)}" if len(quartiles.values) > 1 else ""
+
+
+def selecting(share: float | None) -> str:
+    """What choosing takes; nothing where nothing is chosen."""
+    return "" if share is None else percent(share, ".2g")
 
 
 def factor(value: float | None) -> str:
@@ -160,15 +166,9 @@ def part(size: int | None, full: int | None) -> str:
     """Bytes, and what is saved of them."""
     if size is None:
         return DASH
-    return f"{size / 2**20:.4g} MiB{_saved(size, full or size)}"
-
-
-def saved(full: float, value: float) -> str:
-    """What is saved (or added), as a percentage; nothing where it rounds to nothing."""
-    percent = round(100 * (value / full - 1)) if full else 0
-    return f"{percent:+d} %" if percent else ""
+    return f"{mib(size)} MiB{_saved(size, full or size)}"
 
 
 def _saved(value: float, full: float) -> str:
-    found = saved(full, value)
+    found = change(full, value)
     return f" ({found})" if found else ""

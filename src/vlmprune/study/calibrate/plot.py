@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
+from vlmprune.costs.units import percent
+from vlmprune.draw import style
+from vlmprune.draw.style import BLUE, DPI, GREEN, GREY, ORANGE
 from vlmprune.io.outputs import check_target, write
 from vlmprune.methods import PLPHP
 from vlmprune.study.calibrate.results import MARK, Gammas
 
-# Of Okabe and Ito's palette, which the colour-blind can tell apart; darker where text has it.
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#C04F00", "#00785A", "#5F6670"
 _ALPHA, _BETA, _GAMMA = "\u03b1", "\u03b2", "\u03b3"
 # Dots drawn at most, so that the picture stays small.
 _DOTS = 2000
-_INCHES, _DPI = (8.2, 5.0), 150
 
 
 def plot(gammas: Gammas, pruner: PLPHP, path: Path, title: str = "") -> None:
@@ -38,20 +38,14 @@ def plot(gammas: Gammas, pruner: PLPHP, path: Path, title: str = "") -> None:
 
 def drawn(gammas: Gammas, pruner: PLPHP, title: str = "") -> bytes:
     """The same as a PNG's bytes."""
-    # It takes a second, and only this needs it. Without pyplot no window system is looked for.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=_INCHES, layout="constrained")
+    figure = style.figure(8.2, 5.0, title)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     _draw_gammas(above, gammas, pruner)
     _draw_retention(below, gammas, pruner)
-    if title:
-        figure.suptitle(title, fontsize=12, x=0.01, ha="left")
     for axes in (above, below):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=10)
+        style.open_axes(axes)
     target = io.BytesIO()
-    figure.savefig(target, format="png", dpi=_DPI, metadata={"Software": MARK})
+    figure.savefig(target, format="png", dpi=DPI, metadata={"Software": MARK})
     return target.getvalue()
 
 
@@ -67,30 +61,27 @@ def _draw_gammas(axes: Any, gammas: Gammas, pruner: PLPHP) -> None:
         (places + apart).flatten(),
         dots.flatten(),
         s=9,
-        color=_GREY,
+        color=GREY,
         alpha=0.35,
         linewidths=0,
         label=f"a question ({len(dots)} of {len(gammas)} drawn)",
     )
     axes.fill_between(
-        places, low, high, color=_BLUE, alpha=0.22, linewidth=0, label="middle half of questions"
+        places,
+        low,
+        high,
+        color=BLUE,
+        alpha=0.22,
+        linewidth=0,
+        label="middle half of questions",
     )
-    axes.plot(places, middle, color=_BLUE, marker="o", markersize=5, linewidth=2, label="median")
+    axes.plot(places, middle, color=BLUE, marker="o", markersize=5, linewidth=2, label="median")
     for name, value, colour, dashes, side in (
-        (_ALPHA, pruner.alpha, _ORANGE, "--", "bottom"),
-        (_BETA, pruner.beta, _GREEN, ":", "top"),
+        (_ALPHA, pruner.alpha, ORANGE, "--", "bottom"),
+        (_BETA, pruner.beta, GREEN, ":", "top"),
     ):
         axes.axhline(value, color=colour, linestyle=dashes, linewidth=1.6)
-        axes.annotate(
-            f"{name} = {value:.3g}",
-            (1, value),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 0),
-            textcoords="offset points",
-            color=colour,
-            fontsize=11,
-            va=side,
-        )
+        style.beside(axes, f"{name} = {value:.3g}", value, colour, side)
     top = max(1.05 * float(gammas.values.max()), 1.1 * pruner.alpha)
     # A little below 0, so that questions without any attention to the image are seen.
     axes.set_ylim(-0.02 * top, top)
@@ -103,23 +94,15 @@ def _draw_gammas(axes: Any, gammas: Gammas, pruner: PLPHP) -> None:
 def _draw_retention(axes: Any, gammas: Gammas, pruner: PLPHP) -> None:
     rates = gammas.retention(pruner)
     mean = rates.mean(dim=0).tolist()
-    bars = axes.bar(range(len(mean)), mean, width=0.6, color=_BLUE, alpha=0.65)
-    axes.axhline(float(rates.mean()), color=_GREY, linewidth=1, linestyle="--")
-    axes.annotate(
-        f"all: {rates.mean():.0%}",
-        (1, float(rates.mean())),
-        xycoords=("axes fraction", "data"),
-        xytext=(4, 0),
-        textcoords="offset points",
-        color=_GREY,
-        fontsize=10,
-        va="center",
-    )
+    bars = axes.bar(range(len(mean)), mean, width=0.6, color=BLUE, alpha=0.65)
+    axes.axhline(float(rates.mean()), color=GREY, linewidth=1, linestyle="--")
+    every = float(rates.mean())
+    style.beside(axes, f"all: {percent(every)}", every, GREY)
     few = len(mean) <= 16
     if few:
-        axes.bar_label(bars, [f"{value:.0%}" for value in mean], fontsize=9, padding=1)
+        axes.bar_label(bars, list(map(percent, mean)), fontsize=9, padding=1)
     axes.set_ylim(0, 1.25 * max(mean) if few else 1)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    style.in_percent(axes.yaxis)
     axes.set_ylabel("mean\nretention", fontsize=11)
     axes.set_xlabel(f"decoder layer  (r = {pruner.r:g}, Δr = {pruner.dr:g})", fontsize=11)
     step = max(1, len(mean) // 16)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlmprune import spec
+from vlmprune.costs.units import number
 from vlmprune.errors import VlmpruneError
 from vlmprune.io import options
-from vlmprune.methods import METHODS
 from vlmprune.pruner import Pruner
 
 RANDOM = "random"
 """The control that the others are compared with."""
-CONTROL = "control"
-
-_CONTINUES = re.compile(r"[A-Za-z_]\w*\s*=")
-_PARTS = re.compile(r'("(?:[^"\\]|\\.)*")|(,)|(.)', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -46,26 +41,6 @@ class Way:
         return spec.dump(self.pruner)
 
 
-def split(text: str) -> list[str]:
-    """The specs of a list parted by commas, although commas also part a method's settings.
-
-    A part of the form name=value is a setting of the method before it.
-    """
-    parts = [""]
-    for quoted, comma, other in _PARTS.findall(text):
-        if comma:
-            parts.append("")
-        else:
-            parts[-1] += quoted or other
-    specs: list[str] = []
-    for part in map(str.strip, parts):
-        if specs and _CONTINUES.match(part):
-            specs[-1] += f",{part}"
-        else:
-            specs.append(part)
-    return specs
-
-
 def keeps_of(text: str) -> list[int | float]:
     """The budgets of a list parted by commas.
 
@@ -74,16 +49,12 @@ def keeps_of(text: str) -> list[int | float]:
     """
     found: list[int | float] = []
     for part in text.split(","):
-        try:
-            one: int | float = int(part)
-        except ValueError:
-            try:
-                one = float(part)
-            except ValueError:
-                raise VlmpruneError(
-                    f"--keep {text} holds {part.strip()!r}, which is no number; part integers of "
-                    "at least 1, or fractions in (0, 1], by commas."
-                ) from None
+        one = number(part)
+        if one is None:
+            raise VlmpruneError(
+                f"--keep {text} holds {part.strip()!r}, which is no number; part integers of at "
+                "least 1, or fractions in (0, 1], by commas."
+            )
         if any(one == other and type(one) is type(other) for other in found):
             raise VlmpruneError(f"--keep {text} holds {part.strip()} twice; give it once.")
         found.append(one)
@@ -139,28 +110,11 @@ def _way(stages: Sequence[spec.Stage], pruner: Pruner) -> Way:
     keep, _ = options.budget_of(pruner)
     single = stages[0] if len(stages) == 1 else None
     return Way(
-        name=" + ".join(map(_name, stages)),
+        name=" + ".join(stage.text(without=("keep",)) for stage in stages),
         keep=keep,
         pruner=pruner,
-        control=all(is_control(stage.name) for stage in stages),
+        control=all(stage.is_control for stage in stages),
         reference=single is not None and single.name == RANDOM,
         # It would pass pictures whole, and its row would say that it loses nothing.
-        videos=any(_class(stage.name).needs.startswith("a video") for stage in stages),
+        videos=any(stage.for_videos for stage in stages),
     )
-
-
-def is_control(name: str) -> bool:
-    """Whether a method is there to be compared with, which is what it gives as its paper."""
-    return _class(name).paper == CONTROL
-
-
-def _class(name: str) -> type[Pruner]:
-    return METHODS[name]
-
-
-def _name(stage: spec.Stage) -> str:
-    settings = {k: v for k, v in stage.settings.items() if k != "keep"}
-    if stage.file is not None:
-        settings[spec.FROM] = stage.file
-    text = ",".join(f"{name}={value}" for name, value in settings.items())
-    return f"{stage.name}:{text}" if text else stage.name

@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from vlmprune.costs.units import percent
 from vlmprune.draw import layer_map, overlay
 from vlmprune.io.pictures import to_rgb
 from vlmprune.study.compare.results import MARK, MOST, SIDE, Comparison, Shown, ShownAnswer
@@ -98,12 +99,7 @@ def inlined(image: Image.Image) -> str:
 
 def _scale(result: Comparison) -> dict[str, Any]:
     """For each row, where its score and interval lie between the lowest and the highest."""
-    ends = [
-        end
-        for row in result.rows
-        for end in (row.score.value, row.score.low, row.score.high)
-        if end is not None
-    ]
+    ends = [end for row in result.rows for end in (row.score.value, *(row.score.ends or ()))]
     low, high = min(ends), max(ends)
     span = (high - low) or 1.0
 
@@ -116,8 +112,7 @@ def _scale(result: Comparison) -> dict[str, Any]:
     out = {}
     for row in result.rows:
         one = row.score
-        left = one.value if one.low is None else one.low
-        right = one.value if one.high is None else one.high
+        left, right = one.ends or (one.value, one.value)
         out[row.spec] = {"dot": place(one.value), "left": place(left), "width": width(left, right)}
     return out
 
@@ -171,7 +166,7 @@ def _sample(result: Comparison, steps: list[int | float], shown: Shown) -> dict[
                 "before": answer.before,
                 "parts": [(k, n, _hex(overlay.COLOURS[k])) for k, n in answer.parts.items()],
                 "trouble": answer.trouble,
-                "kv": f"{100 * answer.kv_share:.0f} %",
+                "kv": percent(answer.kv_share),
                 "map": _map(answer.heads),
                 "bars": _bars(answer),
             }
@@ -184,7 +179,7 @@ def _map(heads: list[list[float]]) -> dict[str, Any] | None:
     """The retention map of layers and KV heads: a small picture, and in words."""
     if not any(heads):
         return None
-    means = [f"{100 * sum(one) / len(one):.0f} %" if one else "no cache" for one in heads]
+    means = [percent(sum(one) / len(one)) if one else "no cache" for one in heads]
     count = max(map(len, heads))
     return {
         "src": data_uri(layer_map.picture(heads), "png"),

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vlmprune.costs.units import MIB
+from vlmprune.draw import style
+from vlmprune.draw.style import COLOURS, GREYS, INK
 from vlmprune.errors import VlmpruneError
 from vlmprune.study.compare.results import MARK, Comparison
 from vlmprune.study.compare.tables import unit_of
 from vlmprune.study.stats import front
 from vlmprune.study.wording import budget
 
-# Of Okabe and Ito's palette, which the colour-blind can tell apart; darker where it is too light.
-_COLOURS = ("#0072B2", "#C04F00", "#00785A", "#A4508B", "#3E9BD6", "#8A6D00", "#1B1F26")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X")
-_GREYS = ("#5F6670", "#8B929C", "#A9AFB8")
 _GREY_MARKS = ("o", "s", "^", "D")
-_INK, _FRONT = "#1B1F26", "#30343B"
-_DPI = 150
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ def dots_of(result: Comparison) -> list[Dot]:
             name=row.name,
             label=budget(row.keep) if row.keep is not None else "",
             score=row.score.value,
-            costs=(row.flops / scale, row.kv_bytes / 2**20, row.prefill_ratio),
+            costs=(row.flops / scale, row.kv_bytes / MIB, row.prefill_ratio),
             low=row.score.low,
             high=row.score.high,
             control=row.control,
@@ -91,37 +88,22 @@ def plot(dots: Sequence[Dot], axes: Sequence[str], score: str, title: str = "") 
     """
     if not dots:
         raise VlmpruneError("there is nothing to draw; compare one method or more.")
-    # It takes a second, and only this needs it. Without pyplot no window system is looked for.
-    from matplotlib.figure import Figure
-
     columns = min(4, 1 + len({dot.name for dot in dots}))
     legend = -(-(1 + len({dot.name for dot in dots})) // columns)
-    figure = Figure(figsize=(1.2 + 3.9 * len(axes), 4.1 + 0.24 * legend), layout="constrained")
+    figure = style.figure(1.2 + 3.9 * len(axes), 4.1 + 0.24 * legend, title)
     panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
     for number, (panel, name) in enumerate(zip(panels, axes, strict=True)):
         _panel(panel, dots, number)
         panel.set_xlabel(name, fontsize=11)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(color="#E4E7EB", linewidth=0.8)
-        panel.set_axisbelow(True)
-        panel.tick_params(labelsize=10)
+        style.open_axes(panel)
+        style.grid(panel)
         panel.margins(x=0.14, y=0.1)
     panels[0].set_ylabel(score, fontsize=11)
-    panels[0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    style.in_percent(panels[0].yaxis)
     handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(
-        *(handles, _plain(names)), loc="outside lower center", ncols=columns, frameon=False
-    )
-    if title:
-        figure.suptitle(_plain([title])[0], fontsize=12, x=0.01, ha="left")
-    target = io.BytesIO()
-    figure.savefig(target, format="png", dpi=_DPI, metadata={"Software": MARK})
-    return target.getvalue()
-
-
-def _plain(names: list[str]) -> list[str]:
-    """Names as they are, since Matplotlib would read what stands between dollars as a formula."""
-    return [name.replace("$", r"\$") for name in names]
+    shown = list(map(style.plain, names))
+    figure.legend(handles, shown, loc="outside lower center", ncols=columns, frameon=False)
+    return style.png(figure, MARK)
 
 
 def _styles(dots: Sequence[Dot]) -> Iterator[tuple[str, list[Dot], dict[str, Any]]]:
@@ -132,35 +114,35 @@ def _styles(dots: Sequence[Dot]) -> Iterator[tuple[str, list[Dot], dict[str, Any
     others = [group for group in groups if not group[1][0].control]
     for number, (name, group) in enumerate(controls):
         mark = _GREY_MARKS[number % len(_GREY_MARKS)]
-        yield name, group, {"color": _GREYS[number % len(_GREYS)], "marker": mark, "zorder": 2}
+        yield name, group, {"color": GREYS[number % len(GREYS)], "marker": mark, "zorder": 2}
     for number, (name, group) in enumerate(others):
         # Coprime steps, so that a colour comes back with another mark.
-        mark = _MARKS[(number + number // len(_COLOURS)) % len(_MARKS)]
-        yield name, group, {"color": _COLOURS[number % len(_COLOURS)], "marker": mark, "zorder": 3}
+        mark = _MARKS[(number + number // len(COLOURS)) % len(_MARKS)]
+        yield name, group, {"color": COLOURS[number % len(COLOURS)], "marker": mark, "zorder": 3}
 
 
 def _panel(panel: Any, dots: Sequence[Dot], axis: int) -> None:
     for dot in dots:
         if dot.full:
-            panel.axhline(dot.score, color=_INK, linewidth=0.9, linestyle=":", zorder=1)
-    for name, group, style in _styles(dots):
+            panel.axhline(dot.score, color=INK, linewidth=0.9, linestyle=":", zorder=1)
+    for name, group, look in _styles(dots):
         group = sorted(group, key=lambda dot: dot.costs[axis])
         costs, scores = [dot.costs[axis] for dot in group], [dot.score for dot in group]
         for dot in group:
             if dot.low is not None and dot.high is not None:
                 panel.vlines(
                     *(dot.costs[axis], dot.low, dot.high),
-                    color=style["color"],
+                    color=look["color"],
                     linewidth=1.2,
                     alpha=0.45,
-                    zorder=style["zorder"],
+                    zorder=look["zorder"],
                 )
-        panel.plot(costs, scores, label=name, linewidth=1, markersize=6, alpha=0.9, **style)
+        panel.plot(costs, scores, label=name, linewidth=1, markersize=6, alpha=0.9, **look)
     found = [dots[i] for i in front([(dot.costs[axis], dot.score) for dot in dots])]
     panel.plot(
         [dot.costs[axis] for dot in found],
         [dot.score for dot in found],
-        color=_FRONT,
+        color=INK,
         linewidth=5,
         alpha=0.16,
         solid_capstyle="round",
@@ -174,7 +156,7 @@ def _panel(panel: Any, dots: Sequence[Dot], axis: int) -> None:
                 linestyle="",
                 marker="*",
                 markersize=13,
-                color=_INK,
+                color=INK,
                 label=dot.name,
                 zorder=4,
             )
@@ -188,5 +170,5 @@ def _panel(panel: Any, dots: Sequence[Dot], axis: int) -> None:
                 textcoords="offset points",
                 ha="right",
                 fontsize=9,
-                color=_INK,
+                color=INK,
             )

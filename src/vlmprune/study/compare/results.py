@@ -64,10 +64,10 @@ class Row:
     @property
     def verdict(self) -> str:
         """ "loses" or "wins" against the control; "" where the interval does not tell."""
-        one = self.against
-        if one is None or one.low is None or one.high is None:
+        ends = None if self.against is None else self.against.ends
+        if ends is None:
             return ""
-        return "loses" if one.high < 0 else "wins" if one.low > 0 else ""
+        return "loses" if ends[1] < 0 else "wins" if ends[0] > 0 else ""
 
 
 @dataclass(frozen=True)

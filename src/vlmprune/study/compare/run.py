@@ -37,7 +37,7 @@ from vlmprune.study.evals.results import Evaluation
 from vlmprune.study.evals.run import BATCH, evaluate
 from vlmprune.study.stats import interval_of
 from vlmprune.study.tasks import Sample, Task
-from vlmprune.study.wording import ALL_TOKENS
+from vlmprune.study.wording import ALL_TOKENS, counted
 
 TIMED = 4
 """Questions that a timed call answers at once."""
@@ -67,7 +67,7 @@ class Pictures(Task):
     @property
     def label(self) -> str:
         """As people call it."""
-        return f"{len(self.files)} picture{'' if len(self.files) == 1 else 's'}"
+        return counted(len(self.files), "picture")
 
     def samples(self, limit: int | None = None) -> list[Sample]:
         """Every question about every picture."""

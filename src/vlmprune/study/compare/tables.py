@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from vlmprune.costs.units import digits, flops_unit, mib
 from vlmprune.study.compare.results import Comparison, Row
-from vlmprune.study.wording import budget, digits, flops_unit, interval
+from vlmprune.study.wording import budget, interval
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def _texts(row: Row, scale: float) -> dict[str, str]:
         "against": difference(row),
         "decoder": digits(row.decoder_flops / scale),
         "flops": digits(row.flops / scale),
-        "kv": digits(row.kv_bytes / 2**20),
+        "kv": mib(row.kv_bytes),
         "prefill": f"{row.prefill_ratio:.2f}",
         "ms": "" if row.prefill_ms is None else f"{row.prefill_ms:.1f}",
     }
@@ -68,10 +69,8 @@ def difference(row: Row) -> str:
     one = row.against
     if one is None:
         return ""
-    value = f"{100 * one.value:+.1f}"
-    if one.low is not None and one.high is not None:
-        value += f" ±{50 * (one.high - one.low):.1f}"
-    return f"{value} {row.verdict}".rstrip()
+    around = "" if one.ends is None else f" ±{50 * (one.ends[1] - one.ends[0]):.1f}"
+    return f"{100 * one.value:+.1f}{around} {row.verdict}".rstrip()
 
 
 def unit_of(result: Comparison) -> tuple[str, float]:

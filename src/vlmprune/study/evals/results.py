@@ -49,7 +49,7 @@ class Evaluation:
     @property
     def interval(self) -> tuple[float, float] | None:
         """The ends of its 95 % interval."""
-        return None if self.mean is None else (self.mean.low, self.mean.high)
+        return None if self.mean is None else self.mean.ends
 
     @cached_property
     def by_kind(self) -> dict[str, Mean]:

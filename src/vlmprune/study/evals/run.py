@@ -76,9 +76,7 @@ def evaluate(
         VlmpruneError: the task cannot be read, the store holds something else, the method refuses
             the model, or the memory is too small.
     """
-    at_least_one(batch=batch)
-    if limit is not None:
-        at_least_one(limit=limit)
+    at_least_one(batch=batch, limit=limit)
     samples = task.samples(limit)
     nothing = empty(loaded, pruner, task)
     with ExitStack() as stack:

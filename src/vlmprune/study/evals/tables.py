@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from vlmprune.costs.units import percent
 from vlmprune.io.outputs import mark_of
+from vlmprune.study import markdown
 from vlmprune.study.evals.results import Evaluation
 from vlmprune.study.stats import GROUPS, Interval, Mean, interval_of
-from vlmprune.study.wording import ALL_TOKENS, percent, points
+from vlmprune.study.wording import ALL_TOKENS, counted, in_percent, in_points
 
 MARK = mark_of("eval")
 
@@ -100,6 +102,16 @@ class Assessed:
         """Whether there are too few pictures for an interval."""
         return len({one.group for one in self.answers.results}) < GROUPS
 
+    @property
+    def title(self) -> str:
+        """What was asked."""
+        return f"{self.label} on {self.asked}"
+
+    @property
+    def asked(self) -> str:
+        """The task, and how many questions."""
+        return f"{self.answers.task}, {counted(len(self.answers.results), 'question')}"
+
     def lines(self) -> list[tuple[str, str, str, str]]:
         """The table: name, the unpruned model's, the method's, difference."""
         scores = [one for one in (self.accuracy, self.agreement) if one is not None]
@@ -111,7 +123,7 @@ class Assessed:
             lines.append((name, "" if before is None else f"{before:.1f}", f"{value:.1f}", change))
         for title, name in COSTS.items():
             share = self.answers.share(name)
-            lines.append((title, "100 %", f"{100 * share:.1f} %", f"{100 * (share - 1):+.1f} %"))
+            lines.append((title, percent(1), percent(share, ".1f"), percent(share - 1, "+.1f")))
         return lines
 
     def notes(self) -> list[str]:
@@ -154,34 +166,29 @@ class Assessed:
 
     def markdown(self, command: str) -> str:
         """The table and what it means."""
-        count = len(self.answers.results)
-        head = ("", ALL_TOKENS, self.spec, "difference")
-        rows = [[_cell(text) for text in line] for line in (head, *self.lines())]
-        table = ["| " + " | ".join(row) + " |" for row in rows]
-        table.insert(1, "|---|---:|---:|---:|")
-        notes = [f"- {one}" for one in self.notes()]
-        title = f"{self.label} on {self.answers.task}, {count} question{'' if count == 1 else 's'}"
         parts = [
             f"<!-- {MARK} -->",
-            f"# {title}",
-            "\n".join(table),
-            "\n".join(notes),
+            f"# {self.title}",
+            markdown.table(
+                ("", ALL_TOKENS, self.spec, "difference"),
+                [(_listed(name), *cells) for name, *cells in self.lines()],
+            ),
+            "\n".join(f"- {one}" for one in self.notes()),
             f"```\n{command}\n```",
         ]
         return "\n\n".join(parts) + "\n"
 
 
-def _cell(text: str) -> str:
+def _listed(name: str) -> str:
     # Leading spaces mark a kind; Markdown would drop them.
-    shown = text.replace("|", "\\|")
-    return "– " + shown.strip() if shown.startswith("  ") else shown  # noqa: RUF001
+    return "– " + name.strip() if name.startswith("  ") else name  # noqa: RUF001
 
 
 def _line(one: Score, name: str) -> tuple[str, str, str, str]:
-    full = "" if one.full is None else percent(one.full)
+    full = "" if one.full is None else in_percent(one.full)
     if one.difference is None:
-        return name, full, percent(one.pruned), ""
-    return name, full, percent(one.pruned), points(one.difference)
+        return name, full, in_percent(one.pruned), ""
+    return name, full, in_percent(one.pruned), in_points(one.difference)
 
 
 def _of(answers: Evaluation, kind: str) -> Evaluation:

@@ -16,6 +16,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import families
 from vlmprune.hosts.decoder import decoder_layers
 from vlmprune.io.models import Loaded
+from vlmprune.io.options import one_of
 from vlmprune.pruner import Pruner
 from vlmprune.runtime.encoder.visions import Vision
 from vlmprune.study.evals.results import Evaluation
@@ -128,8 +129,7 @@ def ask(
             f"{method!r} chains several methods; search one at a time, and chain what comes of it."
         )
     stage = stages[0]
-    if cost not in COSTS:
-        raise VlmpruneError(f"cost {cost!r} is not known; use one of {', '.join(COSTS)}.")
+    one_of("cost", cost, COSTS)
     for name, value in (("trials", trials), ("group", group)):
         if value < 1:
             raise VlmpruneError(f"{name}={value} is not a whole number of 1 or more.")

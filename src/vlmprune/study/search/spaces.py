@@ -104,11 +104,12 @@ def space_of(fields: Sequence[str], fixed: Sequence[str], given: Sequence[str]) 
 
 
 def _read(text: str) -> tuple[str, Range | Choice]:
-    from vlmprune.spec import value_of
+    from vlmprune.spec import pair, value_of
 
-    name, equals, rest = (part.strip() for part in text.partition("="))
-    if not (name and equals and rest):
+    named = pair(text)
+    if named is None:
         raise VlmpruneError(f"--over {text!r} is not of the form keep=0.05..0.5 or keep=16,32,64.")
+    name, rest = named
     low, dots, high = (part.strip() for part in rest.partition(".."))
     if not dots:
         return name, Choice(tuple(value_of(part.strip()) for part in rest.split(",")))

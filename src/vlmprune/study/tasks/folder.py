@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.io.listed import entries
 from vlmprune.study.tasks.base import Sample, Task, first
 from vlmprune.study.tasks.scorers import same_words
 
@@ -42,18 +42,8 @@ class Folder(Task):
     def samples(self, limit: int | None = None) -> list[Sample]:
         """The questions, in the file's order but those about the same pictures together."""
         path = Path(self.folder).expanduser() / QUESTIONS
-        try:
-            listed = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise VlmpruneError(
-                f"{path} cannot be read ({error.strerror}); write it as {_FORM}."
-            ) from error
-        except ValueError as error:
-            raise VlmpruneError(f"{path} is no JSON ({error}); write it as {_FORM}.") from error
-        if not isinstance(listed, list) or not listed:
-            raise VlmpruneError(f"{path} holds no list of questions; write it as {_FORM}.")
         found: dict[tuple[Path, ...], list[Sample]] = {}
-        for number, one in enumerate(listed):
+        for number, one in enumerate(entries(path, "questions", _FORM)):
             sample = _sample(path, number, one)
             found.setdefault(sample.images, []).append(sample)  # type: ignore[arg-type]
         return first([sample for group in found.values() for sample in group], limit)

@@ -1,0 +1,97 @@
+"""How the programs time and refuse, and that each measures with as little as it may be given."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import contract
+import decode
+import program
+import selection
+import skipping
+import turns
+
+CPU = torch.device("cpu")
+
+
+def test_all_take_turns_and_ratios_are_within_a_turn() -> None:
+    order: list[str] = []
+
+    def turn(name: str) -> float:
+        order.append(name)
+        return float(len(order))
+
+    found = turns.in_turns(("a", "b", "c"), turn, 2)
+    assert order == ["c", "b", "a", "a", "b", "c"]
+    assert found == {"a": [3, 4], "b": [2, 5], "c": [1, 6]}
+    # 2, 3 and 4: the quartiles are 2.5 and 3.5.
+    assert turns.ratio([2, 6, 12], [1, 2, 3]) == (3, pytest.approx(0.5 / 3))
+    middle, spread = turns.ratio([2], [4])
+    assert middle == 0.5 and math.isnan(spread)
+
+
+def test_one_thread_is_timed_by_its_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns.time, "thread_time", lambda: 1.0)
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: 2.0)
+    for threads, expected in ((1, 1.0), (2, 2.0)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        assert turns.clock(CPU) == expected
+
+
+def run(main: Callable[..., None], *words: str) -> Any:
+    return CliRunner().invoke(program.command(main), words, env={"COLUMNS": "300", "TERM": "dumb"})
+
+
+def test_skipping_in_one_turn_has_no_spread(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    words = ["--layers", "2", "--images", "1", "--turns", "1", "--steps", "1", "--json", str(file)]
+    done = run(skipping.main, *words)
+    assert done.exit_code == 0, done.output
+    row = json.loads(file.read_text())["rows"][0]
+    # Every other layer works on a fifth, rounded, of the pictures' tokens.
+    assert row["tokens_by_layer"]["dense"][0] - 576 + 115 == row["tokens_by_layer"]["mod"][1]
+    line = done.output.splitlines()[-1]
+    assert line.startswith("| 1 | 576 |") and "±" not in line and "nan" not in line
+
+
+def test_decode_checks_and_measures_peaks() -> None:
+    tiny = ["--shape", "small-gqa", "--batch", "1", "--tokens", "32", "--text", "8"]
+    done = run(decode.main, *tiny, "--repeat", "1", "--steps", "1", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert "Time, floor, in place = 1:" in done.output and "equal / formula" in done.output
+    done = run(decode.main, *tiny, "--memory", "--steps", "2", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    *_, filling = (line for line in done.output.splitlines() if line.startswith("| small-gqa"))
+    dense, masked, floor, *cuts = (float(cell) for cell in filling.split("|")[2:-1])
+    assert floor < dense <= masked and max(cuts) <= dense
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "message"),
+    [
+        (skipping.main, ["--turns", "0"], "greater than or equal to 1"),
+        (skipping.main, ["--steps", "0"], "greater than or equal to 1"),
+        (skipping.main, ["--shape", "huge"], "shape 'huge' is unknown"),
+        (skipping.main, ["--dtype", "int8"], "dtype 'int8' is unknown"),
+        (selection.main, ["--repeat", "0"], "greater than or equal to 1"),
+        (selection.main, ["--keep", "66"], "lists of odd length"),
+        (contract.main, ["--rounds", "0"], "greater than or equal to 1"),
+        (contract.main, ["--tokens", "0"], "greater than or equal to 1"),
+        (decode.main, ["--repeat", "0"], "greater than or equal to 1"),
+        (decode.main, ["--shape", "huge"], "--shape must be one of"),
+        (decode.main, ["--memory", "--attention-only"], "choose one"),
+        (decode.main, ["--r", "0.9"], "must lie within 0 and 1"),
+    ],
+)
+def test_mistakes_are_told(main: Any, words: list[str], message: str) -> None:
+    done = run(main, *words)
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
