@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -340,6 +341,23 @@ def test_keeping_everything_merges_nothing(cls: Any) -> None:
     chosen = cls(keep=1.0).select(view)
     assert chosen.kept.equal(view.candidates)
     assert chosen.merge is None and chosen.members is None and chosen.last is None
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_numpy_integers_count_tokens_too(cls: Any) -> None:
+    # One crop has fewer tokens than are to be kept.
+    view = view_of((0, 0, 1), boxes={1: (2, 2)}, videos=(True, False))
+    found, same = cls(keep=np.int64(5)), cls(keep=5)
+    assert found == same and repr(found) == repr(same)
+    assert found.select(view).kept.equal(same.select(view).kept)
+    assert not found.select(view).kept.equal(view.candidates)
+
+
+@pytest.mark.parametrize("choose", ["rank", "row"])
+def test_numpy_integers_are_no_fractions_of_rows(choose: Any) -> None:
+    view = view_of()
+    found = FoPru(keep=np.int64(5), choose=choose).select(view).kept
+    assert found.equal(FoPru(keep=5, choose=choose).select(view).kept)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -227,6 +228,11 @@ def test_an_untrained_router_leaves_layers_nearly_as_they_are() -> None:
     assert distance(whole, plain) < 0.1
     with MoD.fresh(built, keep=0.2)(built):
         assert distance(generate(built, req.inputs), plain) > DIFFERENT
+
+
+def test_numpy_integers_count_tokens_of_a_frame() -> None:
+    found = MoD.fitted(deep(), keep=np.int64(3))
+    assert found["keep"] == 3 and type(found["keep"]) is int
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.select.budget import resolve_keep
+from vlmprune.select.budget import plain_keep, resolve_keep
 
 
 @given(st.integers(1, 5000), st.data())
@@ -62,3 +63,10 @@ def test_refusals_are_one_sentence_with_the_way_out(keep: Any, words: str) -> No
 def test_nothing_to_keep() -> None:
     with pytest.raises(VlmpruneError, match="has 0 visual tokens"):
         resolve_keep(1, 0)
+
+
+def test_other_libraries_integers_count_tokens() -> None:
+    assert plain_keep(np.int64(4)) == 4 and type(plain_keep(np.int64(4))) is int
+    assert plain_keep(0.5) == 0.5 and type(plain_keep(np.float32(0.5))) is np.float32
+    with pytest.raises(VlmpruneError, match="keep=0 leaves no"):
+        plain_keep(np.int64(0))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +24,6 @@ _CACHING, _LOGITS, _STATES = "use_cache", "logits_to_keep", "output_hidden_state
 _ATTENTIONS = "output_attentions"
 # The argument that is ours: images and videos that were encoded before.
 _VISION = "vision"
-# What a model with three positions a column remembers of them from one call to the next.
-_DELTAS = "rope_deltas"
 # Marks of `torch.compile` on a method, and on a module.
 _COMPILED, _COMPILED_CLASS, _COMPILED_CALL = (
     "_torchdynamo_orig_callable",
@@ -345,42 +342,6 @@ class PlainSettings(Settings):
 def base_of(model: Any) -> Any:
     """The model below the language-model head, which encodes images."""
     return model.base_model
-
-
-def deltas_of(model: Any) -> Tensor | None:
-    """[B, 1] how far positions are ahead of columns, as the host remembers it of its last call.
-
-    Raises:
-        VlmpruneError: it remembers nothing of the kind.
-    """
-    if not hasattr(model.base_model, _DELTAS):
-        raise VlmpruneError(
-            f"{type(model.base_model).__name__} of transformers {release.version()} has no "
-            f"{_DELTAS}, by which positions go on after a prompt; install "
-            f"transformers{release.TESTED}."
-        )
-    return getattr(model.base_model, _DELTAS)
-
-
-def set_deltas(model: Any, ahead: Tensor) -> None:
-    """Let the host remember how far positions are ahead of columns."""
-    setattr(model.base_model, _DELTAS, ahead)
-
-
-@contextmanager
-def deltas_kept(model: Any, counts: bool) -> Iterator[None]:
-    """Let the host remember after the block what it did before of how far positions are ahead.
-
-    Args:
-        model: the host.
-        counts: whether it is of those that have three positions a column, and remember it.
-    """
-    before = deltas_of(model) if counts else None
-    try:
-        yield
-    finally:
-        if counts:
-            setattr(model.base_model, _DELTAS, before)
 
 
 def encodes_ahead(model: Any) -> bool:

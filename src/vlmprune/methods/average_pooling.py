@@ -7,11 +7,14 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmprune.errors import VlmpruneError
 from vlmprune.methods.bases.budgeted import Budgeted
 from vlmprune.methods.uniform import columns_of, per_crop
 from vlmprune.select import clusters, scoring
+from vlmprune.select.settings import check_choice
 from vlmprune.views import EncoderView, Merge, Selection
+
+# What is pooled: what the encoder makes, or what the projector makes of that.
+Where = Literal["features", "projected"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class AveragePooling(Budgeted):
         VlmpruneError: a value is out of range; one sentence names it.
     """
 
-    where: Literal["features", "projected"] = "features"
+    where: Where = "features"
 
     needs: ClassVar[str] = "a grid"
     stage: ClassVar[str] = "before the language model"
@@ -53,10 +56,7 @@ class AveragePooling(Budgeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.where not in ("features", "projected"):
-            raise VlmpruneError(
-                f"where={self.where!r} is not known; use 'features' or 'projected'."
-            )
+        check_choice("where", self.where, Where)
 
     def select(self, view: EncoderView) -> Selection:
         """Choose blocks of all crops of a request."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 from vlmprune.errors import VlmpruneError
 from vlmprune.methods.bases.layered import Layered
 from vlmprune.select import row_rules
+from vlmprune.select.settings import check_whole
 from vlmprune.views import Ask, Rows, RowView
 
 
@@ -57,9 +58,7 @@ class DART(Layered):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, least in (("layer", 1), ("image_pivots", 1), ("text_pivots", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise VlmpruneError(f"{name}={value!r} is not a whole number of {least} or more.")
+            check_whole(name, getattr(self, name), least)
 
     def asks(self, depth: int) -> Mapping[int, Ask]:
         """The one layer, where it wants the keys of the layer before."""

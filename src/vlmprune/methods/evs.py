@@ -8,16 +8,15 @@ from typing import ClassVar
 import torch
 
 from vlmprune import select
-from vlmprune.errors import VlmpruneError
-from vlmprune.pruner import Pruner
+from vlmprune.methods.bases.budgeted import WithBudget
 from vlmprune.select import scoring
-from vlmprune.select.budget import Budget, check_keep, resolve_keep
+from vlmprune.select.budget import Budget, resolve_keep
 from vlmprune.views import EncoderView, Reads, Selection
 from vlmprune.views.settings import Positions
 
 
 @dataclass(frozen=True)
-class EVS(Pruner):
+class EVS(WithBudget):
     """Keep a video's first frame, and of the others what changed since the frame before.
 
     Change is 1 - cosine of the projected features to those of the same cell one frame earlier.
@@ -56,13 +55,6 @@ class EVS(Pruner):
     text_agnostic: ClassVar[bool] = True
     attends: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        if self.positions not in ("auto", "compact", "original"):
-            raise VlmpruneError(
-                f"positions={self.positions!r} is not known; use 'auto', 'compact' or 'original'."
-            )
-
     def check_request(
         self, candidates: torch.Tensor, images: tuple[int, ...], videos: bool
     ) -> None:
@@ -92,14 +84,15 @@ class EVS(Pruner):
         sizes = view.narrow(moving).counts(self.budget)
         least = view.narrow(first).counts(self.budget)
         for clip, size, one in zip(cells.split(sizes), sizes, least, strict=True):
-            keep = max(one, self._kept_of(size))
+            keep = max(one, self.kept_of(size))
             kept[clip[select.top_k(scores[None, clip], keep)[0]]] = True
         kept = kept.view(view.candidates.shape)
         return Selection(
             kept, {"whole": kept & ~moving, "first": first, "changed": kept & moving & ~first}
         )
 
-    def _kept_of(self, available: int) -> int:
+    def kept_of(self, available: int) -> int:
+        """How many of so many tokens `keep` stands for; fractions are rounded down."""
         if isinstance(self.keep, int):
             return min(self.keep, available)
         # With room for the error of fractions such as 0.29.

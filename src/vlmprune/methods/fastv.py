@@ -9,6 +9,7 @@ from typing import ClassVar
 from vlmprune.errors import VlmpruneError
 from vlmprune.methods.bases.layered import Layered
 from vlmprune.select import row_rules
+from vlmprune.select.settings import is_whole
 from vlmprune.views import Ask, Rows, RowView
 
 
@@ -49,7 +50,7 @@ class FastV(Layered):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
+        if not is_whole(self.layer, 1):
             raise VlmpruneError(
                 f"layer={self.layer!r} has no layer before it whose attention could rank tokens; "
                 "use 2, the authors' default, or another layer from 1 on."

@@ -12,7 +12,11 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.methods.bases.budgeted import Budgeted
 from vlmprune.select import scoring
 from vlmprune.select.budget import each_crop
+from vlmprune.select.settings import check_choice
 from vlmprune.views import EncoderView, Reads, Selection
+
+# What is kept as a whole: a token, or a row of the grid.
+Choose = Literal["rank", "row"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class FoPru(Budgeted):
             names it.
     """
 
-    choose: Literal["rank", "row"] = "rank"
+    choose: Choose = "rank"
 
     needs: ClassVar[str] = "patch-to-patch attention of the feature layer; by rows, a grid"
     stage: ClassVar[str] = "before the language model"
@@ -57,8 +61,7 @@ class FoPru(Budgeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.choose not in ("rank", "row"):
-            raise VlmpruneError(f"choose={self.choose!r} is not known; use 'rank' or 'row'.")
+        check_choice("choose", self.choose, Choose)
         if self.choose == "row" and not each_crop(self.budget):
             raise VlmpruneError(
                 f"budget={self.budget!r} does not go with choose='row', as crops have their own "

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.methods.bases.layered import check_positions
 from vlmprune.pruner import Pruner
 from vlmprune.select import row_rules, schedule
+from vlmprune.select.settings import check_choice
 from vlmprune.views import Ask, Rows, RowView
 from vlmprune.views.settings import Positions
 
@@ -69,7 +69,7 @@ class GSearch(Pruner):
         if not isinstance(rates, Sequence):
             rates = [rates]
         object.__setattr__(self, "rates", schedule.check_rates(rates))
-        check_positions(self.positions)
+        check_choice("positions", self.positions, Positions)
 
     @classmethod
     def from_file(cls, path: str | Path, **changes: Any) -> GSearch:

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import sizes
 from vlmprune.hosts.decoder import decoder_layers
 from vlmprune.methods.bases.layered import check_layers
 from vlmprune.methods.bases.learned import Learned
-from vlmprune.select.budget import check_keep
+from vlmprune.select.budget import plain_keep
 from vlmprune.select.routing import routed
+from vlmprune.select.settings import check_count
 from vlmprune.views import FrameView, Routed
 
 # How far an untrained router's weights are from nought: enough to tell tokens apart, and little
@@ -77,10 +77,9 @@ class MoD(Learned):
         Raises:
             VlmpruneError: a value is out of range, or the model too shallow.
         """
-        check_keep(keep)
-        for name, value in (("every", every), ("first", first)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise VlmpruneError(f"{name}={value!r} is not a whole number of at least 1.")
+        keep = plain_keep(keep)
+        check_count("every", every)
+        check_count("first", first)
         depth = len(decoder_layers(model))
         check_layers(depth, first + 1, "MoD")
         return {

@@ -13,7 +13,11 @@ from torch import Tensor
 from vlmprune.errors import VlmpruneError
 from vlmprune.pruner import Pruner
 from vlmprune.select import retention
+from vlmprune.select.settings import check_choice, check_whole, is_share
 from vlmprune.views import LayerView, Retention
+
+# How a layer's budget is shared among its KV heads.
+PerHead = Literal["equal", "adaptive"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class PLPHP(Pruner):
     beta: float = 0.1
     first_pruned_layer: int = 0
     window: int = 1
-    per_head: Literal["equal", "adaptive"] = "equal"
+    per_head: PerHead = "equal"
     max_layer_bytes: int | None = None
     calibrated_on: str | None = None
 
@@ -80,7 +84,7 @@ class PLPHP(Pruner):
     def __post_init__(self) -> None:
         for name in ("r", "dr", "alpha", "beta"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            if not is_share(value):
                 raise VlmpruneError(f"{name}={value!r} is not a number from 0 to 1.")
         if self.r - self.dr < 0 or self.r + self.dr > 1 + 1e-9 or self.r == 0:
             raise VlmpruneError(
@@ -93,15 +97,9 @@ class PLPHP(Pruner):
                 f"beta={self.beta} is above alpha={self.alpha}; beta is the lower threshold."
             )
         for name, least in (("first_pruned_layer", 0), ("window", 1), ("max_layer_bytes", 1)):
-            value = getattr(self, name)
-            if value is None and name == "max_layer_bytes":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise VlmpruneError(f"{name}={value!r} is not a whole number of {least} or more.")
-        if self.per_head not in ("equal", "adaptive"):
-            raise VlmpruneError(
-                f"per_head={self.per_head!r} is not known; use 'equal' or 'adaptive'."
-            )
+            if name != "max_layer_bytes" or self.max_layer_bytes is not None:
+                check_whole(name, getattr(self, name), least)
+        check_choice("per_head", self.per_head, PerHead)
 
     @classmethod
     def from_file(cls, path: str | Path, **changes: Any) -> PLPHP:

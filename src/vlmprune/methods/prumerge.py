@@ -8,15 +8,15 @@ from typing import ClassVar
 import torch
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.pruner import Pruner
+from vlmprune.methods.bases.budgeted import WithBudget
 from vlmprune.select import clusters
-from vlmprune.select.budget import check_keep, resolve_keep
+from vlmprune.select.settings import check_whole
 from vlmprune.views import EncoderView, Merge, Reads, Selection
 from vlmprune.views.settings import Positions
 
 
 @dataclass(frozen=True)
-class PruMerge(Pruner):
+class PruMerge(WithBudget):
     """Keep tokens of outlying CLS attention, as many as there are, and merge others into them.
 
     A kept token is itself plus the attention-weighted sum of the tokens of nearest key. One more
@@ -59,24 +59,13 @@ class PruMerge(Pruner):
     text_agnostic: ClassVar[bool] = True
     attends: ClassVar[bool] = False
     merges: ClassVar[bool] = True
+    finds_number: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.keep is not None:
-            check_keep(self.keep)
+        super().__post_init__()
         if not isinstance(self.plus, bool):
             raise VlmpruneError(f"plus={self.plus!r} is neither true nor false.")
-        if self.positions not in ("auto", "compact", "original"):
-            raise VlmpruneError(
-                f"positions={self.positions!r} is not known; use 'auto', 'compact' or 'original'."
-            )
-        count = self.neighbours
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise VlmpruneError(f"neighbours={count!r} is not a whole number of 0 or more.")
-
-    def check(self, counts: list[int]) -> None:
-        """Refuse a `keep` above the tokens of even the largest crop."""
-        if self.keep is not None:
-            resolve_keep(self.keep, max(counts))
+        check_whole("neighbours", self.neighbours, 0)
 
     def reads(self, depth: int, feature: int) -> Reads:
         """Attention and keys of the last layer."""
@@ -93,7 +82,7 @@ class PruMerge(Pruner):
         into, source, weight = [], [], []
         for cells in view.groups("crop"):
             n = cells.shape[1]
-            keep = None if self.keep is None else self._kept_of(n)
+            keep = None if self.keep is None else self.kept_of(n)
             keys = view.keys.flatten(0, 1)[cells]
             plan = clusters.prumerge(scores[cells], keys, keep, self.plus, self.neighbours)
             for into_part, chosen in (
@@ -115,9 +104,3 @@ class PruMerge(Pruner):
         if merge is None or not len(merge.into):
             return Selection(kept, roles)
         return Selection(kept, roles, merge, members.view(shape), last)
-
-    def _kept_of(self, available: int) -> int:
-        assert self.keep is not None
-        if isinstance(self.keep, int) and self.keep > available:
-            return available
-        return resolve_keep(self.keep, available)

@@ -12,6 +12,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.methods.bases.layered import Layered, check_layers
 from vlmprune.methods.gsearch import falling
 from vlmprune.select import row_rules, schedule
+from vlmprune.select.settings import is_number
 from vlmprune.views import Ask, Rows, RowView
 
 
@@ -55,7 +56,7 @@ class PSigmoid(Layered):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.k, bool) or not isinstance(self.k, int | float) or not 0 < self.k < 1e6:
+        if not is_number(self.k) or not 0 < self.k < 1e6:
             raise VlmpruneError(f"k={self.k!r} is not a number above 0, up to a million.")
 
     def rates(self, depth: int, mean: float) -> tuple[float, ...]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.methods.bases.layered import check_layers, check_positions
+from vlmprune.methods.bases.layered import check_layers
 from vlmprune.pruner import Pruner
 from vlmprune.select import row_rules
+from vlmprune.select.settings import check_choice, check_share, is_whole
 from vlmprune.views import Ask, Rows, RowView
 from vlmprune.views.settings import Positions
 
@@ -53,14 +54,12 @@ class PyramidDrop(Pruner):
     released: ClassVar[Literal["compact", "original"]] = "compact"
 
     def __post_init__(self) -> None:
-        ratio, stages = self.ratio, self.stages
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
-            raise VlmpruneError(f"ratio={ratio!r} is outside (0, 1]; use 0.5, the authors' value.")
-        if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
+        check_share("ratio", self.ratio, "0.5, the authors' value", zero=False)
+        if not is_whole(self.stages, 1):
             raise VlmpruneError(
-                f"stages={stages!r} is no number of stages; use 3, the authors' value."
+                f"stages={self.stages!r} is no number of stages; use 3, the authors' value."
             )
-        check_positions(self.positions)
+        check_choice("positions", self.positions, Positions)
 
     def layers(self, depth: int) -> list[int]:
         """The layers before which tokens leave, in a model of that depth."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vlmprune.errors import VlmpruneError
 from vlmprune.methods.bases.learned import Learned
 from vlmprune.methods.bases.projector import Projector, widths
+from vlmprune.select.settings import check_count
 from vlmprune.select.windows import centres, windows
 from vlmprune.views import EncoderView, Reads, Selection
 
@@ -81,8 +82,7 @@ class QueCC(Learned):
         """
         sizes = widths(model, "QueCC")
         for name, value in (("window", window), ("heads", heads), ("hidden", hidden or 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise VlmpruneError(f"{name}={value!r} is not a whole number of at least 1.")
+            check_count(name, value)
         if sizes.features % heads:
             raise VlmpruneError(
                 f"heads={heads} does not divide the width of the features of "

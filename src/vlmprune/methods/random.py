@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vlmprune import select
-from vlmprune.errors import VlmpruneError
 from vlmprune.methods.bases.budgeted import Budgeted
 from vlmprune.select import scoring
+from vlmprune.select.settings import check_whole
 from vlmprune.views import EncoderView, Selection
 
 
@@ -44,8 +44,7 @@ class RandomTokens(Budgeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise VlmpruneError(f"seed={self.seed!r} is not a whole number of 0 or more.")
+        check_whole("seed", self.seed, 0)
 
     def select(self, view: EncoderView) -> Selection:
         """Choose cells of all crops of a request."""

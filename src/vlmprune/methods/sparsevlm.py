@@ -12,6 +12,7 @@ from torch import Tensor
 from vlmprune.errors import VlmpruneError
 from vlmprune.methods.bases.layered import Layered, check_layers
 from vlmprune.select import row_rules
+from vlmprune.select.settings import is_share
 from vlmprune.views import Ask, Rows, RowView
 
 # The authors' code, made for 576 visual tokens and 32 decoder layers: after which layers it
@@ -77,9 +78,8 @@ class SparseVLM(Layered):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        part = self.recycle
-        if isinstance(part, bool) or not isinstance(part, int | float) or not 0 <= part <= 1:
-            raise VlmpruneError(f"recycle={part!r} is not a share from 0 to 1.")
+        if not is_share(self.recycle):
+            raise VlmpruneError(f"recycle={self.recycle!r} is not a share from 0 to 1.")
 
     def asks(self, depth: int) -> Mapping[int, Ask]:
         """The layers behind the three, by the attention of the raters in the ones before."""

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from vlmprune.errors import VlmpruneError
 from vlmprune.methods.bases.budgeted import Budgeted
 from vlmprune.select import clusters
+from vlmprune.select.settings import check_share
 from vlmprune.views import EncoderView, Merge, Reads, Selection
 
 
@@ -55,12 +55,8 @@ class VisionZip(Budgeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ratio = self.contextual_ratio
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
-            raise VlmpruneError(
-                f"contextual_ratio={ratio!r} is outside [0, 1]; use {10 / 64}, the authors' 10 of "
-                "64."
-            )
+        advice = f"{10 / 64}, the authors' 10 of 64"
+        check_share("contextual_ratio", self.contextual_ratio, advice)
 
     def reads(self, depth: int, feature: int) -> Reads:
         """Keys of the feature layer."""

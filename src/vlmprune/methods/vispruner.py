@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from vlmprune import select
-from vlmprune.errors import VlmpruneError
-from vlmprune.pruner import Pruner
-from vlmprune.select.budget import Budget, check_budget, check_keep, resolve_keep
+from vlmprune.methods.bases.budgeted import WithBudget
+from vlmprune.select.budget import Budget
+from vlmprune.select.settings import check_choice, check_share
 from vlmprune.views import EncoderView, Selection
 from vlmprune.views.settings import Positions, Score
 
 
 @dataclass(frozen=True)
-class VisPruner(Pruner):
+class VisPruner(WithBudget):
     """Keep visual tokens before the language model, without training and without the question.
 
     Of the tokens to keep, a share is taken by the attention of the CLS token, the rest from
@@ -64,39 +65,20 @@ class VisPruner(Pruner):
     text_agnostic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
-        ratio = self.important_ratio
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
-            raise VlmpruneError(
-                f"important_ratio={ratio!r} is outside [0, 1]; use 0.5, the authors' default."
-            )
-        if self.positions not in ("auto", "compact", "original"):
-            raise VlmpruneError(
-                f"positions={self.positions!r} is not known; use 'auto', 'compact' or 'original'."
-            )
-        check_budget(self.budget)
-        if self.score not in ("auto", "pooling"):
-            raise VlmpruneError(f"score={self.score!r} is not known; use 'auto' or 'pooling'.")
-
-    def check(self, counts: list[int]) -> None:
-        """Refuse a `keep` above the tokens of even the largest crop (or image)."""
-        resolve_keep(self.keep, max(counts), self.budget)
+        super().__post_init__()
+        check_share("important_ratio", self.important_ratio, "0.5, the authors' default")
+        check_choice("score", self.score, Score)
 
     def select(self, view: EncoderView) -> Selection:
         """Choose cells of all crops of a request."""
-        kept = torch.zeros_like(view.candidates).flatten()
-        important = torch.zeros_like(kept)
-        for cells in view.groups(self.budget):
-            n = cells.shape[1]
-            keep = n if isinstance(self.keep, int) and self.keep > n else resolve_keep(self.keep, n)
-            attention = view.attention.flatten()[cells]
-            features = view.features.flatten(0, 1)[cells]
-            chosen = select.vispruner(attention, features, keep, self.important_ratio)
-            kept[cells.gather(1, chosen)] = True
-            most = select.top_k(attention, select.count_important(keep, self.important_ratio))
-            important[cells.gather(1, most)] = True
-        shape = view.candidates.shape
-        return Selection(
-            kept.view(shape),
-            {"important": important.view(shape), "diverse": (kept & ~important).view(shape)},
-        )
+        attention, features = view.attention.flatten(), view.features.flatten(0, 1)
+        important = torch.zeros_like(view.candidates).flatten()
+
+        def chosen(cells: Tensor, keep: int) -> Tensor:
+            count = select.count_important(keep, self.important_ratio)
+            important[cells.gather(1, select.top_k(attention[cells], count))] = True
+            return select.vispruner(attention[cells], features[cells], keep, self.important_ratio)
+
+        kept = self.each(view, chosen)
+        most = important.view(kept.shape)
+        return Selection(kept, {"important": most, "diverse": kept & ~most})

@@ -21,6 +21,7 @@ from vlmprune.runtime.family import family_of
 from vlmprune.runtime.hooks import Hooks
 from vlmprune.select.grouping import assigned, gumbel, means
 from vlmprune.select.scoring import uniform_places
+from vlmprune.select.settings import check_count, is_number
 from vlmprune.views import EncoderView, Reads, Selection
 
 # How far apart scores begin: else the noise of training would deal most patches out by chance, and
@@ -97,10 +98,8 @@ class VisToG(Learned):
             VlmpruneError: the method does not work on the host, or a value is out of range.
         """
         sizes = widths(model, "VisToG")
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-            raise VlmpruneError(f"tokens={tokens!r} is not a whole number of at least 1.")
-        number = not isinstance(temperature, bool) and isinstance(temperature, int | float)
-        if not number or not 0 < temperature < float("inf"):
+        check_count("tokens", tokens)
+        if not is_number(temperature) or not 0 < temperature < float("inf"):
             raise VlmpruneError(f"temperature={temperature!r} is not a number above 0; use 1.")
         medium = family_of(model).media[0]
         semantic_tokens.check(model, medium, {}, [], sizes.features, "VisToG")

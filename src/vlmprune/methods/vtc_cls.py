@@ -9,6 +9,7 @@ from vlmprune import select
 from vlmprune.errors import VlmpruneError
 from vlmprune.methods.bases.budgeted import Budgeted
 from vlmprune.select import scoring
+from vlmprune.select.settings import is_whole
 from vlmprune.views import EncoderView, Reads, Selection
 
 
@@ -50,7 +51,7 @@ class VtcCls(Budgeted):
     def __post_init__(self) -> None:
         super().__post_init__()
         first = self.first_layer
-        if first is not None and (isinstance(first, bool) or not isinstance(first, int)):
+        if first is not None and not is_whole(first):
             raise VlmpruneError(f"first_layer={first!r} is not a whole number.")
         if first is not None and first < 0:
             raise VlmpruneError(f"first_layer={first} is below 0; layers are counted from 0.")

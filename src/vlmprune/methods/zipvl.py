@@ -10,6 +10,7 @@ import torch
 from vlmprune.errors import VlmpruneError
 from vlmprune.pruner import Pruner
 from vlmprune.select import retention
+from vlmprune.select.settings import check_whole, is_share
 from vlmprune.views import LayerView, Probes, Retention
 
 
@@ -67,15 +68,12 @@ class ZipVL(Pruner):
     paper: ClassVar[str] = "arXiv 2410.08584"
 
     def __post_init__(self) -> None:
-        number = isinstance(self.tau, int | float) and not isinstance(self.tau, bool)
-        if not number or not 0 < self.tau <= 1:
+        if not is_share(self.tau, zero=False):
             raise VlmpruneError(
                 f"tau={self.tau!r} is not a number above 0 and up to 1; use 0.975, the paper's."
             )
         for name, least in (("recent", 1), ("random", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise VlmpruneError(f"{name}={value!r} is not a whole number of {least} or more.")
+            check_whole(name, getattr(self, name), least)
 
     @property
     def probes(self) -> Probes:

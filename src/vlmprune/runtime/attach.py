@@ -14,6 +14,7 @@ from vlmprune.hosts import (
     config,
     contract,
     decoder,
+    deltas,
     families,
     generation,
     release,
@@ -73,7 +74,7 @@ def _check_contract(model: Any, family: Family, method: Method) -> None:
     requests.check_model(model, [medium.inputs[0] for medium in family.media])
     generation.check_made(model)
     if family.rope is not None:
-        requests.deltas_of(model)
+        deltas.deltas_of(model)
     if method.shortens and method.attends:
         for medium in family.media:
             layers = {type(one): one for one in medium.encoder(model, {}).layers}

@@ -15,6 +15,7 @@ stays when the last attachment goes, and what they call of ours then only passes
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import threading
 import types
@@ -214,9 +215,9 @@ class Shadows:
                         return shadow.original(*args, **kwargs)
                 return chosen(attachment, shadow, *args, **kwargs)
 
-        method.__name__, method.__doc__ = shadow.name, shadow.original.__doc__
-        method.__qualname__ = getattr(shadow.original, "__qualname__", shadow.name)
-        method.__module__ = getattr(shadow.original, "__module__", __name__)
+        functools.update_wrapper(method, shadow.original, updated=())
+        # Others would take ours off together with their own.
+        del method.__wrapped__  # type: ignore[attr-defined]
         # Transformers inspects the signature.
         signature = inspect.signature(shadow.original)
         own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
@@ -268,9 +269,11 @@ def _host_of(model: nn.Module) -> Shadows | None:
 
 def _shadow_of(found: Any) -> Shadow | None:
     """The shadow that something on an instance is, if it is ours."""
+    if not isinstance(found, types.MethodType) or not hasattr(found.__func__, _MARK):
+        return None
     # Who wraps a function takes its attributes along.
-    shadow = vars(getattr(found, "__func__", _ABSENT.__class__)).get(_MARK)
-    return shadow if shadow is not None and shadow.owns(found) else None
+    shadow: Shadow = getattr(found.__func__, _MARK)
+    return shadow if shadow.owns(found) else None
 
 
 def _clean(place: nn.Module) -> dict[str, Any]:

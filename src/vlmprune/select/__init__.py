@@ -1,6 +1,7 @@
 """Pure rules on tensors: what is kept, what is merged, and how many that are.
 
-Here belongs what a method decides by, as functions of tensors and numbers that know no model.
+Here belongs what a method decides by, as functions of tensors and numbers that know no model, and
+what its settings may be.
 May import torch and `errors`, and nothing else of this package.
 """
 

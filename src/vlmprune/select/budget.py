@@ -62,6 +62,16 @@ def check_keep(keep: int | float) -> None:
         )
 
 
+def plain_keep(keep: int | float) -> int | float:
+    """A `keep` of which Python's own int is all that counts tokens, so that a rule can ask for it.
+
+    Raises:
+        VlmpruneError: as `check_keep`.
+    """
+    check_keep(keep)
+    return int(keep) if isinstance(keep, Integral) else keep
+
+
 def resolve_keep(keep: int | float, available: int, what: str = "crop") -> int:
     """Turn a budget into a number of visual tokens.
 

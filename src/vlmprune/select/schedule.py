@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.select.settings import is_share
 
 FORMAT = "vlmprune schedule 1"
 
@@ -25,8 +26,7 @@ def check_rates(rates: Sequence[Any]) -> tuple[float, ...]:
             not 1, as nothing ranks tokens before layer 0.
     """
     for layer, rate in enumerate(rates):
-        # Written this way round so that NaN is refused too.
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
+        if not is_share(rate, zero=False):
             raise VlmpruneError(f"rate {rate!r} of layer {layer} is not a number above 0, up to 1.")
         if layer and rate > rates[layer - 1]:
             raise VlmpruneError(

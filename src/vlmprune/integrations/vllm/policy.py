@@ -27,7 +27,7 @@ from vlmprune.methods.evs import EVS
 from vlmprune.methods.fopru import FoPru
 from vlmprune.methods.prumerge import PruMerge
 from vlmprune.pruner import Pruner
-from vlmprune.select.budget import check_budget, check_keep, resolve_keep
+from vlmprune.select.budget import check_budget, check_keep
 from vlmprune.views import EncoderView
 from vlmprune.views.layout import Layout
 
@@ -199,17 +199,8 @@ def count(method: Pruner | None, layout: Layout) -> int:
         return int(method.select(view).kept.sum()) + layout.newlines
     left = view.counts(stages[0].budget)
     for stage in stages:
-        left = [_kept_of(stage, n) if n else 0 for n in left]
+        left = [stage.kept_of(n) if n else 0 for n in left]
     return sum(left) + layout.newlines
-
-
-def _kept_of(stage: Any, available: int) -> int:
-    """How many of so many tokens a method keeps; it keeps all where there are no more."""
-    if hasattr(stage, "kept_of"):
-        return int(stage.kept_of(available))
-    # VisPruner keeps by the rule of `Budgeted`, of which it is none.
-    short = isinstance(stage.keep, int) and stage.keep > available
-    return available if short else resolve_keep(stage.keep, available)
 
 
 def positions(policy: Policy, config: Any) -> Literal["compact", "original"]:

@@ -1,53 +1,47 @@
-"""The base of methods that keep a number of visual tokens before the language model."""
+"""The bases of methods that keep a number of visual tokens before the language model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from vlmprune.errors import VlmpruneError
 from vlmprune.pruner import Pruner
-from vlmprune.select.budget import Budget, check_budget, check_keep, resolve_keep
+from vlmprune.select.budget import Budget, check_budget, plain_keep, resolve_keep
+from vlmprune.select.settings import check_choice
 from vlmprune.views import EncoderView
 from vlmprune.views.settings import Positions
 
 
-@dataclass(frozen=True)
-class Budgeted(Pruner):
-    """A budget with its checks; subclasses implement `select`.
+class WithBudget(Pruner):
+    """What a budget means, and its checks; subclasses implement `select`.
 
-    Attributes:
-        keep: visual tokens to keep: an int counts them, a float in (0, 1] is a fraction.
-        positions: "compact" renumbers the tokens, "original" keeps gaps, "auto" takes what the
-            model's config recommends, else what VisPruner's release does for the family.
-        budget: what `keep` counts for: "crop", or "image" for all crops of an image together; of
-            a video "frame" or "clip".
-
-    Raises:
-        VlmpruneError: a value is out of range; one sentence names it.
+    No dataclass: positional settings come in the order in which a method declares them, which is
+    its own. A subclass has the field `keep`, and may have `positions` and `budget`. `Budgeted` has
+    all three, in the usual order.
     """
 
-    keep: int | float
-    positions: Positions = "auto"
-    budget: Budget = "crop"
+    keep: int | float | None
+    # Whether keep=None leaves the number to the method's own rule.
+    finds_number: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
-        if self.positions not in ("auto", "compact", "original"):
-            raise VlmpruneError(
-                f"positions={self.positions!r} is not known; use 'auto', 'compact' or 'original'."
-            )
-        check_budget(self.budget)
+        if self.keep is not None or not self.finds_number:
+            object.__setattr__(self, "keep", plain_keep(self.keep))  # type: ignore[arg-type]
+        check_choice("positions", self.positions, Positions)
+        check_budget(self.unit)
 
     def check(self, counts: list[int]) -> None:
         """Refuse a `keep` above the tokens of even the largest crop (or image)."""
-        resolve_keep(self.keep, max(counts), self.budget)
+        if self.keep is not None:
+            resolve_keep(self.keep, max(counts), self.unit)
 
     def kept_of(self, available: int) -> int:
         """How many of so many tokens are kept; a smaller crop keeps all it has."""
+        assert self.keep is not None
         if isinstance(self.keep, int) and self.keep > available:
             return available
         return resolve_keep(self.keep, available)
@@ -63,7 +57,27 @@ class Budgeted(Pruner):
             [crops, N] bool, the chosen cells.
         """
         kept = torch.zeros_like(view.candidates).flatten()
-        for cells in view.groups(self.budget):
+        for cells in view.groups(self.unit):
             chosen = rule(cells, self.kept_of(cells.shape[1]))
             kept[cells.gather(1, chosen)] = True
         return kept.view(view.candidates.shape)
+
+
+@dataclass(frozen=True)
+class Budgeted(WithBudget):
+    """A budget as most methods have it; subclasses implement `select`.
+
+    Attributes:
+        keep: visual tokens to keep: an int counts them, a float in (0, 1] is a fraction.
+        positions: "compact" renumbers the tokens, "original" keeps gaps, "auto" takes what the
+            model's config recommends, else what VisPruner's release does for the family.
+        budget: what `keep` counts for: "crop", or "image" for all crops of an image together; of
+            a video "frame" or "clip".
+
+    Raises:
+        VlmpruneError: a value is out of range; one sentence names it.
+    """
+
+    keep: int | float
+    positions: Positions = "auto"
+    budget: Budget = "crop"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import ClassVar
 
 from torch import Tensor
@@ -11,20 +10,9 @@ from torch import Tensor
 from vlmprune.errors import VlmpruneError
 from vlmprune.pruner import Pruner
 from vlmprune.select import row_rules
-from vlmprune.select.budget import Budget, check_keep, resolve_keep
+from vlmprune.select.budget import Budget, plain_keep, resolve_keep
+from vlmprune.select.settings import check_choice
 from vlmprune.views.settings import Positions
-
-
-def check_positions(positions: str) -> None:
-    """Refuse a position policy that is not known.
-
-    Raises:
-        VlmpruneError: it is none of the three.
-    """
-    if positions not in ("auto", "compact", "original"):
-        raise VlmpruneError(
-            f"positions={positions!r} is not known; use 'auto', 'compact' or 'original'."
-        )
 
 
 @dataclass(frozen=True)
@@ -49,11 +37,8 @@ class Layered(Pruner):
     text_agnostic: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
-        if isinstance(self.keep, Integral):
-            # Of other libraries' integers too, so that a float is all else that it can be.
-            object.__setattr__(self, "keep", int(self.keep))
-        check_positions(self.positions)
+        object.__setattr__(self, "keep", plain_keep(self.keep))
+        check_choice("positions", self.positions, Positions)
 
     def check(self, counts: list[int]) -> None:
         """Refuse a `keep` above the tokens of even the largest image."""

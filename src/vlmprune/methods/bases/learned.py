@@ -25,6 +25,7 @@ from vlmprune.hosts import families, sizes
 from vlmprune.method import Attached
 from vlmprune.methods.bases.lora import PREFIX, Lora
 from vlmprune.pruner import Pruner
+from vlmprune.select.settings import check_choice
 from vlmprune.views.settings import Positions
 
 if TYPE_CHECKING:
@@ -84,10 +85,7 @@ class Learned(Pruner):
     method: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        if self.positions not in ("auto", "compact", "original"):
-            raise VlmpruneError(
-                f"positions={self.positions!r} is not known; use 'auto', 'compact' or 'original'."
-            )
+        check_choice("positions", self.positions, Positions)
         folder = find(self.weights, self.method)
         config = _config(folder)
         if config.get("method") != self.method:

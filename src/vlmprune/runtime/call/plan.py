@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts import caches, config, requests
+from vlmprune.hosts import caches, config, deltas, requests
 from vlmprune.hosts.requests import ALIGNED, LABELS, ModelCall
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.cache.ragged_layer import RaggedLayer
@@ -260,7 +260,7 @@ def _prefix(attachment: Attachment, asked: Asked, whole: bool) -> Prefix:
     following = real.sum(dim=1)
     if rope and cached:
         # Of a cache that the host filled by itself it remembers how far positions are from columns.
-        ahead = requests.deltas_of(attachment.model)
+        ahead = deltas.deltas_of(attachment.model)
         if ahead is not None and rows % len(ahead) == 0:
             ahead = ahead.to(device).repeat_interleave(rows // len(ahead), dim=0)
             positions, following = positions + ahead, following + ahead[:, 0]

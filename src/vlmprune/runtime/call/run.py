@@ -25,14 +25,13 @@ from torch import Tensor
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import caches, contract, decoder, generation, outputs, parallel, release
+from vlmprune.hosts.deltas import deltas_kept, set_deltas
 from vlmprune.hosts.generation import ShownPrompt, WholePrompt
 from vlmprune.hosts.requests import (
     ModelCall,
     PlainSettings,
     Settings,
-    deltas_kept,
     model_call,
-    set_deltas,
 )
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.call.choose import choose, encode, report_of
