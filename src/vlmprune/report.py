@@ -255,7 +255,7 @@ class Report:
     ) -> Report:
         """The same call, if for each layer, for each image a [n] bool, these `reached` it."""
         cached = costs.caching_layers(config)
-        each = costs.kv_bytes(config, 1, torch.finfo(dtype).bits // 8) // max(1, sum(cached))
+        each = costs.kv_bytes(config, 1, dtype.itemsize) // max(1, sum(cached))
         layers, counts = list[RowsReport](), list[list[int]]()
         for index, (holds, masks) in enumerate(zip(cached, reached, strict=True)):
             numbers = [mask.nonzero()[:, 0] for mask in masks]
@@ -354,8 +354,7 @@ def make(
     encoder = sum(
         costs.encoder_flops(config, patches.count(size), patches=size) for size in set(patches)
     )
-    size = torch.finfo(dtype).bits // 8
-    decoder = [sum(costs.prefill_flops(config, n) for n in counts) for counts in (before, after)]
+    whole, left = (costs.spent(config, counts, dtype.itemsize) for counts in (before, after))
     return Report(
         method=method,
         positions=positions,
@@ -364,16 +363,16 @@ def make(
         visual_tokens_before=sum(before),
         visual_tokens_after=sum(after),
         newline_tokens=sum(one.newlines for one in layouts),
-        flops_before=encoder + decoder[0],
-        flops_after=(encoder if tower is None else tower) + decoder[1],
-        kv_bytes_before=costs.kv_bytes(config, sum(before), size),
-        kv_bytes_after=costs.kv_bytes(config, sum(after), size),
+        flops_before=encoder + whole.flops,
+        flops_after=(encoder if tower is None else tower) + left.flops,
+        kv_bytes_before=whole.kv_bytes,
+        kv_bytes_after=left.kv_bytes,
         seconds_selecting=seconds,
         layouts=layouts,
         roles=roles,
         members=members or [],
-        decoder_flops_before=decoder[0],
-        decoder_flops_after=decoder[1],
+        decoder_flops_before=whole.flops,
+        decoder_flops_after=left.flops,
     )
 
 

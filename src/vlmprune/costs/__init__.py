@@ -7,6 +7,7 @@ no tensor library.
 """
 
 from vlmprune.costs.flops import (
+    Spent,
     attention_flops,
     beside_flops,
     caching_layers,
@@ -16,9 +17,11 @@ from vlmprune.costs.flops import (
     layered_flops,
     patch_count,
     prefill_flops,
+    spent,
 )
 
 __all__ = [
+    "Spent",
     "attention_flops",
     "beside_flops",
     "caching_layers",
@@ -28,4 +31,5 @@ __all__ = [
     "layered_flops",
     "patch_count",
     "prefill_flops",
+    "spent",
 ]

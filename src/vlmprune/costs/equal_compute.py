@@ -107,9 +107,9 @@ def pairs(
         config = _decoder(name)
         tokens = _most(config, flops, text_tokens)
         held = text_tokens + (tokens or 0)
-        spent = costs.prefill_flops(config, held) / TERA
-        held_bytes = costs.kv_bytes(config, held, kv_value_bytes)
-        found.append(Pair(name, _parameters(config), tokens, spent, held_bytes))
+        spent = costs.spent(config, [held], kv_value_bytes)
+        pair = Pair(name, _parameters(config), tokens, spent.flops / TERA, spent.kv_bytes)
+        found.append(pair)
     return sorted(found, key=lambda pair: pair.parameters)
 
 

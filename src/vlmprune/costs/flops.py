@@ -9,6 +9,7 @@ Source: the tables of FasterVLM, VisPruner and CDPruner, whose figures these for
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from vlmprune.hosts import config as configs
@@ -36,6 +37,34 @@ def prefill_flops(config: Any, visual_tokens: int) -> float:
         ValueError: a negative count, or a config that lacks a field.
     """
     return float(sizes.decoder_depth(config) * _layer_flops(config, visual_tokens))
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a language model spends on visual tokens.
+
+    Attributes:
+        flops: of prefill, as `prefill_flops` counts them.
+        kv_bytes: of their keys and values.
+    """
+
+    flops: float
+    kv_bytes: int
+
+
+def spent(config: Any, visual_tokens: Sequence[int], bytes_per_value: int = 2) -> Spent:
+    """What a batch of prompts spends.
+
+    Args:
+        config: as `prefill_flops` takes it.
+        visual_tokens: of each prompt.
+        bytes_per_value: as `kv_bytes` takes it.
+
+    Raises:
+        ValueError: as these two.
+    """
+    flops = float(sum(prefill_flops(config, n) for n in visual_tokens))
+    return Spent(flops, kv_bytes(config, sum(visual_tokens), bytes_per_value))
 
 
 def layered_flops(config: Any, visual_tokens: Sequence[int]) -> float:

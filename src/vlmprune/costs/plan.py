@@ -111,6 +111,7 @@ def plan(
             after = count * resolve_keep(keep, per_crop, "crop")
         else:
             after = resolve_keep(keep, before, "image")
+        whole, left = (costs.spent(config, [n], bytes_per_value) for n in (before, after))
         return Plan(
             model=model,
             keep=keep,
@@ -119,11 +120,11 @@ def plan(
             tokens_per_crop=per_crop,
             visual_tokens_before=before,
             visual_tokens_after=after,
-            llm_tflops_before=costs.prefill_flops(config, before) / TERA,
-            llm_tflops_after=costs.prefill_flops(config, after) / TERA,
+            llm_tflops_before=whole.flops / TERA,
+            llm_tflops_after=left.flops / TERA,
             encoder_tflops=costs.encoder_flops(config, count, patches=patches) / TERA,
-            kv_bytes_before=costs.kv_bytes(config, before, bytes_per_value),
-            kv_bytes_after=costs.kv_bytes(config, after, bytes_per_value),
+            kv_bytes_before=whole.kv_bytes,
+            kv_bytes_after=left.kv_bytes,
         )
     except VlmpruneError:
         raise

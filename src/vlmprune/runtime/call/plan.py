@@ -181,7 +181,7 @@ def _check_prompt(attachment: Attachment, plan: Plan) -> None:
             held.append(layer.sharing.summed(row_lengths(layer.prefix).to(tail.device)) + tail)
     most = torch.stack(held[1:] or held).amax(dim=0)
     worst = int((most + torch.tensor(items, device=most.device) * heads).argmax())
-    token_bytes = 2 * head_dim * (torch.finfo(attachment.model.dtype).bits // 8)
+    token_bytes = 2 * head_dim * attachment.model.dtype.itemsize
     attachment.method.check_prompt(int(most[worst]), items[worst], heads, token_bytes)
 
 

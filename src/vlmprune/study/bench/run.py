@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from vlmprune import costs
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import processed
@@ -189,16 +187,15 @@ def _warm_up(work: Work, way: _Way, new_tokens: int, memory: bool) -> None:
 
 def _figures(name: str, way: _Way, ways: Mapping[str, _Way], work: Work) -> Figures:
     """Put together what was seen of a way."""
-    config, size = work.model.config, torch.finfo(work.model.dtype).bits // 8
     report: Any = way.report or next(one.report for one in ways.values() if one.report)
     part = "before" if way.report is None else "after"
     tokens = getattr(report, f"visual_tokens_{part}")
     kv, flops = getattr(report, f"kv_bytes_{part}"), getattr(report, f"flops_{part}")
     if way.floor is not None:
         tokens = way.floor.visual_tokens
-        kv = costs.kv_bytes(config, tokens, size)
+        spent = costs.spent(work.model.config, way.floor.row_tokens, work.model.dtype.itemsize)
         encoder = report.flops_before - report.decoder_flops_before
-        flops = encoder + sum(costs.prefill_flops(config, n) for n in way.floor.row_tokens)
+        kv, flops = spent.kv_bytes, encoder + spent.flops
     first_ms = Quartiles.of([one.first_ms for one in way.calls])
     total_ms = Quartiles.of([one.total_ms for one in way.calls])
     assert first_ms is not None and total_ms is not None
