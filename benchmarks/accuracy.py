@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from accuracy_tables import BUDGETS
-from pages import RESULTS
+from page_parts import RESULTS
 from program import command, refuse
 from vlmprune import METHODS, embedded
 from vlmprune.io import outputs

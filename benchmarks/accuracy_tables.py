@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pages import table
+from page_parts import table
 from vlmprune.study.evals.results import Evaluation
 from vlmprune.study.stats import Mean
 from vlmprune.study.tasks.answered import Answered

@@ -23,7 +23,7 @@ import typer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pages import table
+from page_parts import table
 from program import about, command, save
 from turns import ratio, seconds
 from vlmprune import PLPHP, FastV, VisPruner

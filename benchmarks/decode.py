@@ -42,7 +42,7 @@ import typer
 from torch import Tensor
 
 from caches import CUTS, KINDS, SHAPES, Case, Decoder, Setting, case_bytes, peaks, random_pair
-from pages import around, mib, table
+from page_parts import around, mib, table
 from program import about, command, content, place, refuse, save
 from turns import in_turns, ratio, seconds
 from vlmprune import VlmpruneError

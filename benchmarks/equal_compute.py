@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pages import table
+from page_parts import table
 
 KINDS = ("all", "reading", "the rest")
 

@@ -15,7 +15,7 @@ import torch
 import typer
 
 from accuracy import SEEDS, Row, measure
-from pages import RESULTS
+from page_parts import RESULTS
 from program import command
 from vlmprune import METHODS
 from vlmprune.methods.bases.learned import shipped

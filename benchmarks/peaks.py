@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pages import mib, table
+from page_parts import mib, table
 from vlmprune import METHODS, Pruner
 from vlmprune.hosts.attention import read
 from vlmprune.runtime.attention import taps

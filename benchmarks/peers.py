@@ -28,7 +28,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from pages import around, table
+from page_parts import around, table
 from peer_ways import RATIO, Job, SkippedError, authors, kvpress, version_of
 from program import about, command, content, place, refuse, save
 from vlmprune.io.models import quiet

@@ -25,7 +25,7 @@ import learned
 import selection
 import serve_page
 from accuracy_tables import Table
-from pages import DOCS, RESULTS, replaced
+from page_parts import DOCS, RESULTS, replaced
 from program import command
 from vlmprune.study.bench import tables
 

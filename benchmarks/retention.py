@@ -20,7 +20,7 @@ from torch import Tensor
 from vlmprune import METHODS, PLPHP
 from vlmprune.cli import main
 from vlmprune.select import retention
-from vlmprune.study.compare.configurations import CONTROL
+from vlmprune.spec import CONTROL
 from vlmprune.views import LayerView, Retention
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import peaks
-from pages import around, mib, table
+from page_parts import around, mib, table
 from program import about, command, content, place, refuse, save
 from turns import in_turns, ratio, seconds
 from vlmprune import METHODS, select

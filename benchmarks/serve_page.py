@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pages import around, table
+from page_parts import around, table
 from turns import ratio
 from vlmprune.study.bench.tables import on_gpu
 

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from pages import around, mib, table
+from page_parts import around, mib, table
 from program import about, command, place, save
 from turns import clock, ratio
 from vlmprune import MoD

@@ -13,7 +13,7 @@ import accuracy_tables
 import equal_compute
 import learned
 import render
-from pages import DOCS, RESULTS
+from page_parts import DOCS, RESULTS
 from vlmprune import METHODS
 
 LISTED = [[f"{group}-{kind}", kind, group] for group in "abcd" for kind in accuracy_tables.KINDS]

@@ -104,5 +104,9 @@ def test_pictures_are_opened_in_one_module() -> None:
     # Few files are parsed, for that takes a while.
     words = (".convert(", "Image.open(", "exif_transpose(", "load_image(")
     some = {path: text for path, text in texts.items() if any(word in text for word in words)}
-    assert [path for path, text in some.items() if makes_rgb(ast.parse(text))] == [OPENING]
+    found = {path: makes_rgb(ast.parse(text)) for path, text in some.items()}
+    # Of a picture that may be ours the mark is read, and no pixel.
+    marks = found.pop(PACKAGE / "io" / "outputs.py")
+    assert len(marks) == 1
+    assert [path for path, lines in found.items() if lines] == [OPENING]
     assert makes_rgb(ast.parse("Image.open(a)\nb.convert('RGB')")) == [1, 2]

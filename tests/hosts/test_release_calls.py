@@ -89,7 +89,9 @@ def test_tuples_are_continued_like_outputs(name: str) -> None:
         output = built(**req.inputs)
         parts = built(**req.inputs, return_dict=False)
         assert torch.equal(parts[0], output.logits)
-        assert list(map(type, parts)) == list(map(type, plain))
+        # A cache that holds less than was seen watches who goes on with it, in a class of its own.
+        names = [[type(one).__name__ for one in each] for each in (parts, plain)]
+        assert names[0] == names[1]
         cache = next((one for one in parts if isinstance(one, DynamicCache)), None)
         if cache is None:
             # Early releases leave the cache of some classes out of their tuples.

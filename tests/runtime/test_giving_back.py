@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from answers import same
 from vlmprune import VisPruner
 from zoo import ZOO
 
+pytestmark = pytest.mark.usefixtures("own_state")
 FAMILIES = ["llava", "qwen2_5_vl", "internvl", "gemma3"]
 OURS = {"generate", "get_image_features", "__getstate__", "_replicate_for_data_parallel"}
+
+
+@pytest.fixture
+def own_state() -> Iterator[None]:
+    """Accelerate keeps what a process chose first, of which other tests have their own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def build(family: str = "llava") -> tuple[Any, Any, torch.Tensor]:

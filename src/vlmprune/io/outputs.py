@@ -20,13 +20,14 @@ from typing import Any
 
 from PIL import Image
 
+from vlmprune.costs.units import MIB
 from vlmprune.errors import VlmpruneError, reason
 from vlmprune.files import write, writing
 
 # Bytes at a text's beginning in which the mark is looked for.
 _HEAD = 4096
 # The largest header of a safetensors file that is read for its mark.
-_HEADER = 100 * 2**20
+_HEADER = 100 * MIB
 # EXIF's number of "Software".
 _SOFTWARE = 0x131
 # Formats of pictures that have a comment instead of EXIF.

@@ -14,7 +14,7 @@ from answers import DIFFERENT, TOLERANCE, distance
 from masked import masking
 from qwen_oracle import FAMILIES, MODELS, forget_positions, generate, masked, positions_of
 from stock import CACHE, cache_of, repeats_rows
-from vlmprune import PLPHP, VisPruner
+from vlmprune import PLPHP, VisPruner, VlmpruneError
 from vlmprune.hosts.families.qwen import MEDIA
 from vlmprune.pruner import Pruner
 from vlmprune.views import EncoderView, Selection
@@ -134,7 +134,7 @@ def test_a_later_turn_on_a_cache_that_the_host_filled(name: str) -> None:
 
 @FAMILIES
 @pytest.mark.parametrize("how", ["forward", "generate"])
-def test_the_host_can_go_on_by_itself(name: str, how: str) -> None:
+def test_a_pruner_goes_on_and_the_host_alone_does_not(name: str, how: str) -> None:
     built = MODELS[name]
     req = ZOO[name].request(built, [["video", "image"]])
     built.model.rope_deltas = torch.tensor([[77]])
@@ -146,13 +146,16 @@ def test_the_host_can_go_on_by_itself(name: str, how: str) -> None:
             else:
                 first = generate(built, req.inputs)
                 tail = first.sequences[:, -1:]
-        # Now the pruner is gone, and the plain model counts positions by itself.
-        step = built(input_ids=tail, **{CACHE: cache_of(first)}).logits
+            report = handle.report
+        with pytest.raises(VlmpruneError, match="continue it with the pruner attached"):
+            built(input_ids=tail, **{CACHE: cache_of(first)})
+        with VisPruner(keep=0.4)(built):
+            step = built(input_ids=tail, **{CACHE: cache_of(first)}).logits
         answer = (
             first.sequences[:, req.inputs["input_ids"].shape[1] :] if how != "forward" else tail
         )
         whole = _joined(req, answer, None, tail[:, :0])
-        dropped = dropped_columns(req, handle.report)
+        dropped = dropped_columns(req, report)
         dropped = torch.nn.functional.pad(dropped, (0, answer.shape[1]))
         mask = whole.inputs["attention_mask"] * ~dropped
         positions = positions_of(built, whole.inputs)
