@@ -7,7 +7,7 @@ of one module of the package by another. Rooms, and the parts of `runtime`, are 
 `.importlinter`. Printed are, up to the host's own `generate` and for the whole call, the modules
 and rooms entered, how often the way goes from one module to another ("stays"), and which calls
 climb, from a room to one above it. A method's own choice, asked for by the record `method.Method`,
-is the one climb that is meant, and is counted apart.
+is the one climb that is meant, and is counted apart; so is what the host calls of ours.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ from vlmprune.spec import parse
 
 ROOT = Path(vlmprune.__file__).parent
 HERE = Path(__file__).resolve().parent.parent
+# Who calls where Transformers or torch stand between: hooks, shadows, cache layers.
+HOST = "host"
+# It hands on what the host calls.
+HOOKS = "runtime.hooks"
 # What a method's own file, or its base, is called for.
 CHOICES = ("methods", "pruner")
 
@@ -61,6 +65,8 @@ class Tracer:
         self.before: list[tuple[str, str, str]] = []
         self.after: list[tuple[str, str, str]] = []
         self.generating = False
+        # Frames that were seen, for a generator enters anew each time it goes on.
+        self.seen: dict[int, Any] = {}
 
     def _module(self, code: Any) -> str | None:
         path = Path(code.co_filename)
@@ -80,29 +86,38 @@ class Tracer:
         if code.co_name == "generate" and "generation/utils" in code.co_filename.replace("\\", "/"):
             self.generating = True
         own = self._module(code)
-        if own is None or code.co_name.startswith("<"):
+        if own in (None, HOOKS) or code.co_name.startswith("<"):
             return
-        back = frame.f_back
-        while back is not None and self._module(back.f_code) is None:
+        if id(frame) in self.seen:
+            return
+        self.seen[id(frame)] = frame
+        back, foreign = frame.f_back, False
+        while back is not None and self._module(back.f_code) in (None, HOOKS):
+            name = back.f_code.co_filename
+            foreign |= "transformers" in name or "torch" in name
             back = back.f_back
         caller = "" if back is None else self._module(back.f_code) or ""
         if caller != own:
-            (self.after if self.generating else self.before).append((caller, own, code.co_qualname))
+            edges = self.after if self.generating else self.before
+            edges.append((HOST if foreign else caller, own, code.co_qualname))
 
     def told(self, edges: list[tuple[str, str, str]]) -> dict[str, Any]:
         """What passages come to."""
         climbs = Counter(
             (self._room(a), self._room(b), name)
             for a, b, name in edges
-            if a and self.ranked.get(self._room(b), 0) > self.ranked.get(self._room(a), 0)
+            if a not in ("", HOST)
+            and self.ranked.get(self._room(b), 0) > self.ranked.get(self._room(a), 0)
         )
         meant = {edge: n for edge, n in climbs.items() if edge[1] in CHOICES}
+        hooks = sum(a == HOST for a, _, _ in edges)
         return {
             "modules": len({b for _, b, _ in edges}),
             "rooms": sorted({self._room(b) for _, b, _ in edges}),
             "stays": len(edges),
             "climbs": {" > ".join(e): n for e, n in climbs.items() if e not in meant},
             "choices asked of the method": sum(meant.values()),
+            "calls by the host": hooks,
         }
 
 
@@ -146,7 +161,8 @@ def main() -> None:
             f"{told['stays']} stays,"
         )
         print(f"  {sum(told['climbs'].values())} climbs,", end=" ")
-        print(f"{told['choices asked of the method']} choices asked of the method")
+        print(f"{told['choices asked of the method']} choices asked of the method,", end=" ")
+        print(f"{told['calls by the host']} calls of ours by the host")
         for climb, times in told["climbs"].items():
             print(f"    {climb} ({times})")
     if given.edges:
