@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,6 +20,7 @@ from vlmprune.runtime.encoder.encode import encode as encode_items
 from vlmprune.runtime.encoder.pruned import Pruned
 from vlmprune.runtime.encoder.reads import wanted
 from vlmprune.runtime.geometry import Geometry
+from vlmprune.runtime.timer import Seconds, Timer
 from vlmprune.views import Selection
 
 
@@ -84,12 +84,10 @@ def choose(attachment: Attachment, plan: Plan, encoded: Encoded | None) -> Choic
     if encoded is None:
         kept = [torch.ones_like(one.labels, dtype=torch.bool) for one in geometry.layouts]
         return Choice(kept, [{} for _ in kept])
-    _synchronize(encoded.view.attention)
-    begin = time.perf_counter()
-    selection = attachment.method.select(encoded.view)
-    kept = _to_tokens(geometry, selection.kept, always=True)
-    _synchronize(encoded.view.attention)
-    seconds = time.perf_counter() - begin
+    taken = Seconds()
+    with Timer(taken, encoded.view.attention):
+        selection = attachment.method.select(encoded.view)
+        kept = _to_tokens(geometry, selection.kept, always=True)
     by_role = {name: _to_tokens(geometry, cells) for name, cells in selection.roles.items()}
     members = None
     if selection.members is not None:
@@ -100,7 +98,7 @@ def choose(attachment: Attachment, plan: Plan, encoded: Encoded | None) -> Choic
         _pruned(attachment, plan, encoded, selection, kept),
         members,
         encoded.score,
-        seconds=seconds,
+        seconds=taken.seconds,
     )
 
 
@@ -279,8 +277,3 @@ def _to_tokens(geometry: Geometry, cells: Tensor, always: bool = False) -> list[
         one.to_tokens(part[:, : one.patches]) & ((one.labels >= 0) | always)
         for one, part in zip(geometry.layouts, parts, strict=True)
     ]
-
-
-def _synchronize(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)

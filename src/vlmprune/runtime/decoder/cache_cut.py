@@ -25,8 +25,8 @@ from vlmprune.runtime.attention import ragged
 from vlmprune.runtime.attention.ragged_tokens import Ragged
 from vlmprune.runtime.cache.ragged_layer import RaggedLayer, Shown
 from vlmprune.runtime.decoder.rows import visual_places
-from vlmprune.runtime.decoder.timer import Timer
 from vlmprune.runtime.geometry import VisualColumns
+from vlmprune.runtime.timer import Timer
 from vlmprune.select.softmax import scores, softmax
 from vlmprune.views import LayerView, Probes, Retention
 

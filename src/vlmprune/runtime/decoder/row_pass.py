@@ -31,8 +31,8 @@ from vlmprune.runtime.decoder.looks import Look, glance
 from vlmprune.runtime.decoder.missing_rows import MissingRows
 from vlmprune.runtime.decoder.prompt_rows import PromptRows
 from vlmprune.runtime.decoder.rows import Going
-from vlmprune.runtime.decoder.timer import Timer
 from vlmprune.runtime.hooks import After, Before, Hooks
+from vlmprune.runtime.timer import Timer
 from vlmprune.views import Ask
 
 

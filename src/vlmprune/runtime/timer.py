@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,6 +18,17 @@ class Timed(Protocol):
     """
 
     seconds: float
+
+
+@dataclass
+class Seconds:
+    """Holds a time.
+
+    Attributes:
+        seconds: so far.
+    """
+
+    seconds: float = 0.0
 
 
 class Timer:
