@@ -15,6 +15,9 @@ from vlmprune import costs
 from vlmprune.costs import units
 from vlmprune.views.layout import Layout
 
+LEFT = "left before layer "
+"""The role of tokens that were dropped between decoder layers, with the layer's number behind."""
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -219,7 +222,7 @@ class Report:
             now = stages.get(index, reached)
             if index in stages and not back:
                 for role, stays, goes in zip(roles, reached, now, strict=True):
-                    role[f"left before layer {index}"] = stays & ~goes
+                    role[f"{LEFT}{index}"] = stays & ~goes
             passed.append(now)
             reached = whole if back else now
         if back and stages:

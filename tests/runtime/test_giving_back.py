@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +14,7 @@ from accelerate.state import AcceleratorState
 
 from answers import same
 from vlmprune import VisPruner
+from vlmprune.runtime.shadows import Shadows
 from zoo import ZOO
 
 pytestmark = pytest.mark.usefixtures("own_state")
@@ -169,3 +172,51 @@ def test_a_call_under_way_goes_on_when_its_pruner_goes() -> None:
     assert torch.equal(found, due)
     assert not left_of_ours(model)
     assert "forward" not in vars(model)
+
+
+def test_a_later_attachment_keeps_no_other_model_alive() -> None:
+    model, other = build()[0], build()[0]
+    handle = VisPruner(keep=2).attach(model)
+    later = VisPruner(keep=2).attach(other)
+    held = weakref.ref(model)
+    del model, handle
+    gc.collect()
+    assert held() is None
+    later.detach()
+
+
+def test_how_an_instance_is_copied_is_its_own_again() -> None:
+    model, _, _ = build()
+
+    def state() -> dict[str, Any]:
+        return dict(vars(model))
+
+    vars(model)["__getstate__"] = state
+    VisPruner(keep=2).attach(model).detach()
+    assert vars(model)["__getstate__"] is state
+
+
+def test_an_attachment_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither shadows that stood already nor what the method put on the model."""
+    model, inputs, whole = build()
+    shadow, left = Shadows._shadow, list[str]()
+
+    class Joining(VisPruner):
+        def joined(self, attachment: Any) -> Any:
+            return lambda: left.append("joined")
+
+    def failing(self: Shadows, name: str, place: Any) -> None:
+        if name == "get_image_features":
+            raise RuntimeError(name)
+        shadow(self, name, place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Shadows, "_shadow", failing)
+        with pytest.raises(RuntimeError, match="get_image_features"):
+            Joining(keep=2).attach(model)
+    assert left == ["joined"]
+    assert not left_of_ours(model)
+    assert "forward" not in vars(model)
+    assert torch.equal(logits(model, inputs), whole)
+    with VisPruner(keep=2)(model):
+        assert logits(model, inputs).shape != whole.shape

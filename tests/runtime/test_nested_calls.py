@@ -149,3 +149,19 @@ def test_a_forward_from_within_a_layer_is_one_of_its_own() -> None:
     assert same(found, plain)
     assert len(seen) == 1
     assert same(seen[0], due)
+
+
+def test_another_model_from_within_a_layer_is_pruned_as_ever() -> None:
+    """As a teacher that a hook asks: what runs for one model says nothing of another's calls."""
+    model, inputs, _ = build("llava")
+    teacher, asked, _ = build("llava")
+    seen: list[Tensor] = []
+    with VisPruner(keep=2)(teacher), VisPruner(keep=2)(model), torch.no_grad():
+        due, plain = teacher(**asked).logits, model(**inputs).logits
+        layer = model.model.language_model.layers[1]
+        handle = layer.register_forward_hook(lambda *_: seen.append(teacher(**asked).logits))
+        found = model(**inputs).logits
+        handle.remove()
+    assert same(found, plain)
+    assert len(seen) == 1
+    assert same(seen[0], due)

@@ -177,3 +177,26 @@ def test_a_report_is_that_of_the_threads_own_call() -> None:
     assert together(lambda: call(one), lambda: call(two)) == [1, 2]
     assert len(handle.report.kept) in (1, 2)
     handle.detach()
+
+
+def test_a_thread_that_had_a_block_on_another_model_goes_by_the_only_one() -> None:
+    """As the worker of a pool that streams, which has served another model before."""
+    models = [ZOO["llava"].build() for _ in range(2)]
+    inputs = ZOO["llava"].request(models[0], [["image"]]).inputs
+
+    def generated(model: Any) -> Tensor:
+        return model(**inputs).logits.detach()
+
+    def in_a_block(model: Any) -> Tensor:
+        with VisPruner(keep=5)(model):
+            return generated(model)
+
+    whole = generated(models[1])
+    with ThreadPoolExecutor(1) as pool, VisPruner(keep=2)(models[1]):
+        due = generated(models[1])
+        assert due.shape != whole.shape
+        pool.submit(in_a_block, models[0]).result(60)
+        assert torch.equal(pool.submit(generated, models[1]).result(60), due)
+        # One that had a block on this very model knows that it has none.
+        pool.submit(in_a_block, models[1]).result(60)
+        assert torch.equal(pool.submit(generated, models[1]).result(60), whole)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from vlmprune.report import LayerReport, Report, RowsReport
+from vlmprune.report import LEFT, LayerReport, Report, RowsReport
 
 # From nothing to all: dark to light in even steps, told apart by the colour-blind too.
 RAMP = ((42, 16, 82), (52, 84, 140), (32, 145, 140), (104, 200, 96), (253, 228, 60))
@@ -56,7 +56,7 @@ def reached(report: Report, layers: int) -> list[int]:
         return []
     first = min(rows)
     counts = {index: sum(len(kept) for kept in one.kept) for index, one in rows.items()}
-    name = f"left before layer {first}"
+    name = f"{LEFT}{first}"
     left = sum(int(roles[name].sum()) for roles in report.roles if name in roles)
     found = [counts[first] + left] * first
     for index in range(first, layers):

@@ -109,7 +109,7 @@ class AttentionCall:
 
     @property
     def uneven(self) -> str | None:
-        """Likewise, of what attention to heads of unequal length does not follow either."""
+        """The argument that attention to heads of unequal length does not follow; None if none."""
         # Asked of each layer at each step.
         for name in _UNEVEN:
             if self.others.get(name) is not None:

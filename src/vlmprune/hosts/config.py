@@ -160,15 +160,6 @@ def of_text(config: Any) -> Any:
     return config if part is None else part
 
 
-def of_vision(config: Any) -> Any:
-    """The vision tower's config in a model's.
-
-    Raises:
-        VlmpruneError: it has none.
-    """
-    return required(config, "vision_config")
-
-
 def of_tower(config: Any) -> Any:
     """The vision tower's config: of a model's config its part, else the config itself."""
     part = getattr(config, "vision_config", None)
@@ -325,11 +316,6 @@ def tempered_from(config: Any) -> int | None:
     if not _text_field(text, "attn_temperature_tuning"):
         return None
     return int(required(text, "floor_scale"))
-
-
-def has_three_positions(config: Any) -> bool:
-    """Whether a language model's rotary angles take three positions a column."""
-    return "mrope_section" in _rope(config)
 
 
 def rope_type(config: Any) -> str:

@@ -49,10 +49,13 @@ class Handle(Generic[M]):
         self.attachment = attachment_of(pruner, model)
         self._leave = pruner.joined(self.attachment)
         self.attachment.leave, self.attachment.block = self.detach, block
-        shadows.join(
-            self.attachment,
-            shadows.Functions(run.generate, run.forward, run.features, run.rules),
-        )
+        functions = shadows.Functions(run.generate, run.forward, run.features, run.rules)
+        try:
+            shadows.join(self.attachment, functions)
+        except BaseException:
+            # What the method put on the model goes as well.
+            self.detach()
+            raise
 
     def __getattr__(self, name: str) -> Any:
         if name not in _FORMER:

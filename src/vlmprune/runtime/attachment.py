@@ -48,7 +48,7 @@ class Attachment:
         ledger: what its first calls proved of the contract with Transformers.
         leave: gives the model back.
         block: whether it is of a `with` block, which is for the context that opened it.
-        among: the attachments that its context had when it was made.
+        among: the attachments to the same model that its context had when it was made.
     """
 
     method: Method

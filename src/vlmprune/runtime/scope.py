@@ -48,26 +48,42 @@ class Scope:
 
 
 active: ContextVar[Scope | None] = ContextVar("vlmprune_active", default=None)
-# The attachments that this context made and has not left; None if it never made any.
-mine: ContextVar[tuple[weakref.ref[Any], ...] | None] = ContextVar("vlmprune_mine", default=None)
+# By model, the attachments that this context made and has not left; none of a model that it never
+# attached anything to.
+mine: ContextVar[Mapping[weakref.ref[Any], tuple[weakref.ref[Any], ...]]] = ContextVar(
+    "vlmprune_mine",
+    default={},  # noqa: B039
+)
 # The reports that this context made last, by what holds an attachment's latest.
 made: ContextVar[Mapping[weakref.ref[Any], Report]] = ContextVar("vlmprune_made", default={})  # noqa: B039
 
 
-def own_attachments() -> list[Any]:
-    """The attachments that this context made and has not left, in order."""
-    return [one for ref in mine.get() or () if (one := ref()) is not None]
+def had_own(model: Any) -> bool:
+    """Whether this context ever made an attachment to a model."""
+    return weakref.ref(model) in mine.get()
+
+
+def own_attachments(model: Any) -> list[Any]:
+    """The attachments to a model that this context made and has not left, in order."""
+    held = mine.get().get(weakref.ref(model), ())
+    return [one for ref in held if (one := ref()) is not None]
 
 
 def add_own(attachment: Any) -> None:
     """Note an attachment as this context's."""
-    mine.set((*map(weakref.ref, own_attachments()), weakref.ref(attachment)))
+    _set_own(attachment.model, [*own_attachments(attachment.model), attachment])
 
 
 def drop_own(attachment: Any) -> None:
     """Note that an attachment was left."""
-    if mine.get() is not None:
-        mine.set(tuple(weakref.ref(one) for one in own_attachments() if one is not attachment))
+    if had_own(attachment.model):
+        left = [one for one in own_attachments(attachment.model) if one is not attachment]
+        _set_own(attachment.model, left)
+
+
+def _set_own(model: Any, own: list[Any]) -> None:
+    held = {ref: one for ref, one in mine.get().items() if ref() is not None}
+    mine.set({**held, weakref.ref(model): tuple(map(weakref.ref, own))})
 
 
 def reported(holder: Any) -> Report | None:

@@ -33,7 +33,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.hosts.generation import CRITERIA, PROCESSORS
 from vlmprune.hosts.requests import FORWARD, GENERATE, base_of
 from vlmprune.runtime.attachment import Attachment
-from vlmprune.runtime.scope import active, add_own, drop_own, mine, own_attachments
+from vlmprune.runtime.scope import active, add_own, drop_own, had_own, own_attachments
 
 # Weakly both ways: what stands on a model must not keep it alive.
 _hosts: WeakKeyDictionary[nn.Module, weakref.ref[Shadows]] = WeakKeyDictionary()
@@ -131,7 +131,8 @@ class Shadows:
         attachment.originals = {
             one.name: one.original for one in self.shadows if not one.inner or one.name != FORWARD
         }
-        attachment.among = tuple(own_attachments())
+        # Of this model alone, for it must keep no other alive.
+        attachment.among = tuple(own_attachments(self.model))
         add_own(attachment)
         self.attachments.append(attachment)
 
@@ -142,8 +143,10 @@ class Shadows:
         for shadow in reversed(self.shadows):
             shadow.give_back()
         for place in {one.place for one in self.shadows}:
-            for name in (_STATE, _REPLICA):
-                vars(place).pop(name, None)
+            for name, made in ((_STATE, _clean), (_REPLICA, _replica)):
+                found = vars(place).get(name)
+                if isinstance(found, types.MethodType) and found.__func__ is made:
+                    del vars(place)[name]
         self.shadows.clear()
         return True
 
@@ -156,20 +159,22 @@ class Shadows:
         state = active.get()
         if state is not None and state.attachment.model is self.model:
             return state.attachment
-        for attachment in reversed(own_attachments()):
-            if attachment in self.attachments:
+        # As they are now: other threads may come and go meanwhile.
+        there = tuple(self.attachments)
+        for attachment in reversed(own_attachments(self.model)):
+            if attachment in there:
                 return attachment
-        general = [one for one in self.attachments if not one.block]
+        general = [one for one in there if not one.block]
         if general:
             return general[-1]
-        # A context that has had some of its own knows when it wants none.
-        if mine.get() is not None or not self.attachments:
+        # A context that has had some of its own on this model knows when it wants none.
+        if had_own(self.model) or not there:
             return None
-        last = self.attachments[-1]
-        if all(one is last or one in last.among for one in self.attachments):
+        last = there[-1]
+        if all(one is last or one in last.among for one in there):
             return last
         raise VlmpruneError(
-            f"{len(self.attachments)} `with` blocks of other threads are open on this "
+            f"{len(there)} `with` blocks of other threads are open on this "
             f"{type(self.model).__name__}, and this thread has none, so it is not known which is "
             "meant; open a block in this thread too, or run its work by "
             "contextvars.copy_context().run."
@@ -210,8 +215,10 @@ class Shadows:
                 attachment, state = self.acting(), active.get()
                 if attachment is None:
                     return shadow.original(*args, **kwargs)
-                if state is not None and state.passes(shadow):
-                    with state.running(shadow):
+                # A call of another model may be under way, within which this is one of its own.
+                own = state if state is not None and state.attachment is attachment else None
+                if own is not None and own.passes(shadow):
+                    with own.running(shadow):
                         return shadow.original(*args, **kwargs)
                 return chosen(attachment, shadow, *args, **kwargs)
 
@@ -241,7 +248,11 @@ def join(attachment: Attachment, functions: Functions) -> None:
     """Let an attachment act in its model's calls."""
     with _lock:
         host = _host_of(attachment.model) or Shadows(attachment.model, functions)
-        host.add(attachment)
+        try:
+            host.add(attachment)
+        except BaseException:
+            _forget(host)
+            raise
         # The shadows keep it alive, and the model them.
         _hosts[attachment.model] = weakref.ref(host)
 

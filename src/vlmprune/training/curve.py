@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vlmprune.draw import style
-from vlmprune.draw.style import BLUE, DPI, GREEN, GREYS, ORANGE
+from vlmprune.draw.style import BLUE, GREEN, GREYS, ORANGE
 from vlmprune.io.outputs import Output, mark_of
 
 MARK = mark_of("train")
@@ -84,6 +83,4 @@ def _drawn(title: str, made: Sequence[dict[str, float]]) -> bytes:
         style.in_percent(other.yaxis)
         other.set_ylabel("accuracy", color=GREEN)
     axes.legend(handles, labels, frameon=False, loc="upper right")
-    target = io.BytesIO()
-    figure.savefig(target, format="png", dpi=DPI, metadata={"Software": MARK})
-    return target.getvalue()
+    return style.png(figure, MARK)

@@ -164,7 +164,7 @@ class Learner(nn.Module):
             for picture in range(amount)
         ]
         if self.pruner.shortens and self.pruner.text_agnostic:
-            given: dict[str, Any] = {"vision": self._vision(text, counts, each, places, pixels)}
+            given: dict[str, Any] = {"vision": self._vision(text, counts, places, pixels)}
             vision = given["vision"]
             given["vision"] = replace(vision, items=tuple(vision.items[i] for i in of_rows))
             self._tell(None)
@@ -182,7 +182,6 @@ class Learner(nn.Module):
         self,
         text: dict[str, Tensor],
         counts: list[int],
-        each: list[int],
         places: Tensor | None,
         pixels: dict[str, Tensor],
     ) -> Vision:

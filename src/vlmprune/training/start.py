@@ -146,7 +146,7 @@ def build(
     peft = _peft(model, pruner, wanted.lora)
     names, tunes = _names(pruner, wanted.stage), wanted.stage == "tune"
     learner = Learner(model, pruner, names, states, peft, tunes, settings.weigh)
-    title = _title(pruner, wanted)
+    title = _title(wanted)
     return Run(
         *(loaded, learner, rows, seen, kept, task, limit, settings, out, title, about, force)
     )
@@ -167,7 +167,7 @@ def _begun(cls: type[Learned], model: Any, wanted: Wanted) -> Learned:
     return made
 
 
-def _title(pruner: Learned, wanted: Wanted) -> str:
+def _title(wanted: Wanted) -> str:
     """Of the curve."""
     parts = [wanted.method, *(f"{k}={v}" for k, v in wanted.hyper.items())]
     parts += [f"LoRA of rank {wanted.lora}"] if wanted.lora else []

@@ -1,7 +1,7 @@
 """Attention among some of a prompt's tokens: rows and columns picked out, and results put back.
 
-Samples may pick unequal numbers; the shorter ones are
-filled up on the left with copies of their first token, which nobody sees as a key.
+Samples may pick unequal numbers; the shorter ones are filled up on the left with copies of their
+first token, which nobody sees as a key.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Packing:
 
     def apart(self, attachment: Attachment, call: ModelCall) -> ModelCall:
         """The call with a sample a row, padded on the left, and with a mask."""
-        ids, positions = call.ids, _positions(attachment, call)
+        ids, positions = call.ids, _positions(call)
         assert ids is not None and positions is not None
         aligned = {
             name: self._apart(call.given[name], padding)
@@ -175,7 +175,7 @@ def packing_of(attachment: Attachment, call: ModelCall, caching: bool) -> Packin
     Raises:
         VlmpruneError: there are, and they cannot be pruned and kept apart.
     """
-    ids, positions = call.ids, _positions(attachment, call)
+    ids, positions = call.ids, _positions(call)
     if ids is None or call.mask is not None or positions is None or call.cache is not None:
         check_unpacked(call)
         return None
@@ -220,7 +220,7 @@ def _starts_anew(positions: Tensor) -> Tensor:
     return (wide.diff(dim=-1) <= 0).all(dim=0)
 
 
-def _positions(attachment: Attachment, call: ModelCall) -> Tensor | None:
+def _positions(call: ModelCall) -> Tensor | None:
     """[B, L], [3, B, L] or [4, B, L] positions, on the device of the ids."""
     positions, ids = call.positions, call.ids
     if positions is None or ids is None or positions.shape[-1] != ids.shape[1]:

@@ -46,7 +46,6 @@ from vlmprune.runtime.call.refusals import (
 )
 from vlmprune.runtime.call.remembered import filling, prefix_of, remember
 from vlmprune.runtime.call.short_request import ShortRequest, handed, short_request
-from vlmprune.runtime.call.shorten import Prefix
 from vlmprune.runtime.call.state import Active
 from vlmprune.runtime.call.step import in_decoder, step
 from vlmprune.runtime.encoder import visions
@@ -204,7 +203,7 @@ def _forward(
     _leave_deltas(attachment, short)
     # Tokens without an image need no new record: the old one still says what was dropped.
     if state.items or prefix_of(after) is None:
-        remember(after, short.prefix, "")
+        remember(after, short.prefix)
     return outputs.at_columns(result, columns) if shadow.inner else result
 
 
@@ -309,7 +308,7 @@ def _leave_deltas(attachment: Attachment, short: ShortRequest) -> None:
     the number of its columns, of which there are fewer now.
     """
     if attachment.family.rope is not None and short.plan.asked.call.positions is None:
-        filled: Prefix = short.prefix
+        filled = short.prefix
         ahead = filled.next_position - (filled.prompt.mask != 0).sum(dim=1)
         set_deltas(attachment.model, ahead[:, None])
 

@@ -128,14 +128,14 @@ def _state(
         # The host counts on from the last column, in each of the three by itself.
         drift = plan.new.positions[..., -1] - short.positions[..., -1]
         due = plan.new.positions[..., -1] + 1
-    cut, numbers, drops = None, list[Tensor](), None
+    cut, numbers, missing = None, list[Tensor](), None
     lacking = bool(attachment.asks or attachment.skips) and bool(plan.geometry.items)
     if plan.cuts or lacking:
         columns = columns_of(attachment, plan, choice, prompt, short)
     if plan.cuts:
         cut, numbers = CacheCut(attachment.method, prompt.mask, columns), columns.row_numbers
     if lacking:
-        drops = MissingRows(
+        missing = MissingRows(
             attachment.method.dropper,
             attachment.asks,
             attachment.skips,
@@ -154,7 +154,7 @@ def _state(
         numbers,
         plan.batch,
         columns=prompt.ids.shape[1],
-        dropping=drops,
+        missing=missing,
         report=report,
         progress=Progress(
             handed(prompt, slice(plan.cached, None)) + first,

@@ -93,11 +93,11 @@ class Active(Scope):
         gapped: whether positions have gaps, which must not be taken for packing.
         items: number of images and videos that are new in it.
         cut: what is to be cut out of the cache; None for nothing.
+        numbers: for each row, the number of each kept visual token among all that it brought.
         batch: rows of the request.
         rows: of the forward that is under way; None before the first.
-        numbers: for each row, the number of each kept visual token among all that it brought.
         columns: of the prompt, those of the cache included.
-        dropping: the rows that decoder layers are to lack; None for none.
+        missing: the rows that decoder layers are to lack; None for none.
         report: of the call so far; the attachment's may be another thread's by now.
         progress: how far it has come at the host.
         whole: the prompt as the user gave it, for what `generate` shows it to.
@@ -113,7 +113,7 @@ class Active(Scope):
     batch: int = 1
     rows: int | None = None
     columns: int = 0
-    dropping: MissingRows | None = None
+    missing: MissingRows | None = None
     report: Report | None = None
     progress: Progress = field(default_factory=Progress)
     whole: WholePrompt | None = None
@@ -150,7 +150,7 @@ class Active(Scope):
             return
         if not self.progress.begun:
             raise broken(model, "its generate never read the prompt that it was given")
-        unfinished = [one for one in (self.cut, self.dropping) if one and not one.done]
+        unfinished = [one for one in (self.cut, self.missing) if one and not one.done]
         if unfinished:
             raise broken(model, "its forward never read the whole prompt into its cache")
         self.progress.check_end(model, columns)

@@ -42,20 +42,20 @@ def step(
 @contextmanager
 def in_decoder(attachment: Attachment, state: Active, call: ModelCall) -> Iterator[None]:
     """Let a forward drop rows between layers, and cut or continue a cache."""
-    cache, dropping = call.cache, state.dropping
-    if dropping is not None and dropping.done and cache is not None:
-        dropping = None
+    cache, missing = call.cache, state.missing
+    if missing is not None and missing.done and cache is not None:
+        missing = None
     with (
         progress.following(attachment, state, call),
-        leaving_out(attachment.model, dropping, cache, call.states_wanted),
+        leaving_out(attachment.model, missing, cache, call.states_wanted),
         _cutting(attachment, state, cache),
     ):
         yield
-    if dropping is not None and not dropping.done:
-        dropping.done = True
+    if missing is not None and not missing.done:
+        missing.done = True
         if state.report is not None:
             before = attachment.positions if attachment.method.shortens else ""
-            attachment.report = state.report = dropping.reported(
+            attachment.report = state.report = missing.reported(
                 state.report, attachment.model, before
             )
 

@@ -195,14 +195,12 @@ class Vision:
                     kind,
                     # Files of earlier versions do not say which crop is the whole view.
                     Layout(
-                        *(
-                            labels,
-                            about["crops"],
-                            grid,
-                            about["blended"],
-                            kind,
-                            about.get("whole_crop"),
-                        )
+                        labels,
+                        about["crops"],
+                        grid,
+                        about["blended"],
+                        kind,
+                        about.get("whole_crop"),
                     ),
                     tensors[f"{number}.kept"],
                     tensors[f"{number}.features"],

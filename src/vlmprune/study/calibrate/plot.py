@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from vlmprune.costs.units import percent
 from vlmprune.draw import style
-from vlmprune.draw.style import BLUE, DPI, GREEN, GREY, ORANGE
+from vlmprune.draw.style import BLUE, GREEN, GREY, ORANGE
 from vlmprune.io.outputs import check_target, write
 from vlmprune.methods import PLPHP
 from vlmprune.study.calibrate.results import MARK, Gammas
@@ -44,9 +43,7 @@ def drawn(gammas: Gammas, pruner: PLPHP, title: str = "") -> bytes:
     _draw_retention(below, gammas, pruner)
     for axes in (above, below):
         style.open_axes(axes)
-    target = io.BytesIO()
-    figure.savefig(target, format="png", dpi=DPI, metadata={"Software": MARK})
-    return target.getvalue()
+    return style.png(figure, MARK)
 
 
 def _draw_gammas(axes: Any, gammas: Gammas, pruner: PLPHP) -> None:

@@ -159,7 +159,7 @@ def _sample(result: Comparison, steps: list[int | float], shown: Shown) -> dict[
                 "full": row.full,
                 "control": row.control,
                 "text": answer.text,
-                "good": _good(result, answer),
+                "good": _good(answer),
                 "note": _note(answer),
                 "drawn": [inlined(image) for image in answer.drawn],
                 "kept": answer.kept,
@@ -203,7 +203,7 @@ def _bars(answer: ShownAnswer) -> dict[str, Any] | None:
     }
 
 
-def _good(result: Comparison, answer: ShownAnswer) -> bool:
+def _good(answer: ShownAnswer) -> bool:
     return answer.score >= 0.5 if answer.score is not None else answer.same
 
 

@@ -176,7 +176,7 @@ def _compared(
             f"no method could be compared; of {skipped[0].spec}: {skipped[0].reason}"
         )
     times = _times(loaded, source, [way for way, _ in found], task, pictured, repeat, steps)
-    shown = _show(loaded, [(None, full), *found], task, chosen, full, steps)
+    shown = _show(loaded, [(None, full), *found], task, chosen, steps)
     rows = _rows(full, found, times, loaded.model.device.type != "cpu")
     return Comparison(
         model=source.label,
@@ -257,7 +257,6 @@ def _show(
     found: Sequence[tuple[Way | None, Evaluation]],
     task: Task,
     samples: Sequence[Sample],
-    full: Evaluation,
     steps: _Steps,
 ) -> list[Shown]:
     """What each way keeps of some samples' pictures, and answers."""

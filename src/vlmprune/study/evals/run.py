@@ -22,7 +22,7 @@ from vlmprune.io.models import Loaded, enough_memory, prepare_texts
 from vlmprune.io.options import at_least_one
 from vlmprune.io.processors import scaled
 from vlmprune.pruner import Handle, Pruner
-from vlmprune.report import Report, RowsReport
+from vlmprune.report import LEFT, Report, RowsReport
 from vlmprune.runtime.encoder.visions import Vision
 from vlmprune.study.evals.results import UNPRUNED, Evaluation
 from vlmprune.study.evals.store import Store
@@ -30,8 +30,6 @@ from vlmprune.study.tasks import Sample, Task
 from vlmprune.study.tasks.answered import Answered
 from vlmprune.views import EncoderView, Selection
 
-LEFT = "left before layer "
-"""How reports call tokens that were dropped between decoder layers, with the layer's number."""
 BATCH = 32
 """Questions answered at once where nobody says how many."""
 

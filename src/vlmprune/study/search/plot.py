@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 from vlmprune.costs.units import percent
 from vlmprune.draw import style
-from vlmprune.draw.style import BLUE, DPI, GREY, ORANGE
+from vlmprune.draw.style import BLUE, GREY, ORANGE
 from vlmprune.study.search.optimise import MARK, Found
 
 
@@ -30,9 +29,7 @@ def plot(found: Found, cost: str, title: str = "") -> bytes:
         left, right = figure.subplots(1, 2, width_ratios=[3, 2])
         _draw_rates(right, rates)
     _draw_trials(left, found, cost)
-    target = io.BytesIO()
-    figure.savefig(target, format="png", dpi=DPI, metadata={"Software": MARK})
-    return target.getvalue()
+    return style.png(figure, MARK)
 
 
 def _draw_trials(axes: Any, found: Found, cost: str) -> None:
