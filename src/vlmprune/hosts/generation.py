@@ -8,6 +8,7 @@ whole prompt, and called with it.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -112,6 +113,7 @@ def _shown(found: Any, whole: WholePrompt) -> Any:
     return shown
 
 
+@functools.cache
 def _shown_class(cls: Any) -> Any:
     class Shown(cls):
         """What the host makes of the list, called with the user's prompt."""

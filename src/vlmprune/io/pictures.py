@@ -11,6 +11,7 @@ Transformers with it, clips them, so that 16-bit grey is white throughout.
 from __future__ import annotations
 
 import stat
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from vlmprune.errors import VlmpruneError, reason
 
 Floats = NDArray[np.floating[Any]]
 
+# Which warnings are shown is the whole process's to say, so one picture at a time says it.
+_filters = threading.RLock()
 _WHITE = (255, 255, 255, 255)
 # Pillow's modes of 16-bit grey, and those of numbers whose range nothing tells.
 _SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -126,7 +129,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
 @contextmanager
 def _told(name: str) -> Iterator[None]:
     """Tell in one sentence what goes wrong with a picture, and nothing of what does not matter."""
-    with warnings.catch_warnings():
+    with _filters, warnings.catch_warnings():
         # Pillow warns of large pictures, odd metadata and palettes, none of which is an error here.
         warnings.simplefilter("ignore")
         try:

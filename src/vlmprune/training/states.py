@@ -285,8 +285,10 @@ def _reserve(path: Path) -> None:
 @contextmanager
 def _given(layer: nn.Module) -> Iterator[None]:
     """Let a layer give what it is given; who watches it sees that."""
+    before = {name: one for name, one in vars(layer).items() if name == "forward"}
     vars(layer)["forward"] = lambda state, *args, **kwargs: state
     try:
         yield
     finally:
         del vars(layer)["forward"]
+        vars(layer).update(before)

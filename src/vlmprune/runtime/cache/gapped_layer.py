@@ -77,6 +77,10 @@ class GappedLayer(ShortLayer):
         """
         self._coming = True if columns is None else (columns, length, padded)
 
+    def expect_nothing(self) -> None:
+        """Take back what was said, where the forward that it was about has failed."""
+        self._coming = False
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

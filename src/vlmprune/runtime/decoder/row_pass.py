@@ -253,8 +253,13 @@ def leaving_out(
     # are told which mask is theirs, and angles matter only where positions were renumbered.
     indices = [*short] if missing is None else sorted({*short, *missing.followed(depth)})
     turned = missing is not None or any(one.shift is not None for one in short.values())
-    with hooked(model, run, indices, missing is not None, turned):
-        yield
+    try:
+        with hooked(model, run, indices, missing is not None, turned):
+            yield
+    except BaseException:
+        for one in dict(gapped_layers(cache)).values():
+            one.expect_nothing()
+        raise
 
 
 @contextmanager
