@@ -108,7 +108,8 @@ def _lengthened(config: Any, removed: int) -> Any:
 
 def _shown(found: Any, whole: WholePrompt) -> Any:
     """A list of the host's that shows the whole prompt to all that stand in it."""
-    shown = _shown_class(type(found))(found)
+    kind: Any = type(found)
+    shown = _shown_class(kind)(found)
     shown.whole = whole
     return shown
 
