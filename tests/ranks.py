@@ -119,7 +119,13 @@ def run(rank: int, folder: Path) -> dict[str, Any]:
         unusual_scales(split)
         models = {"whole": whole, "tensor parallel": split, "fsdp": sharded(entry.build())}
         models = {way: one for way, one in models.items() if family in WAYS.get(way, FAMILIES)}
+
+        def bare(model: Any) -> dict[str, Any]:
+            with torch.no_grad():
+                return {"logits": model(**inputs).logits[:, -1].tolist()}
+
         for way, model in models.items():
+            note(f"{family} bare {way}", lambda m=model: bare(m))
             for name, method in methods.items():
                 note(f"{family} {name} {way}", lambda m=model, by=method: answered(m, inputs, by))
         if family != FAMILIES[0]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from answers import same
+from stock import CACHE, cache_of
 from vlmprune import PLPHP, FastV, VisPruner
 from zoo import ZOO
 
@@ -114,8 +115,7 @@ def test_a_cache_of_ones_own_goes_on_from_step_to_step() -> None:
                 else:
                     ones = torch.ones_like(ids)
                     out = model(ids[:, -1:], attention_mask=ones, **held, use_cache=True)
-            name = "cache" if "cache" in out else "past_key_values"
-            held[name] = out[name]
+            held[CACHE] = cache_of(out)
             return 2 * scores - out.logits[:, -1]
 
         return model.generate(**inputs, **OPTIONS, logits_processor=LogitsProcessorList([look]))

@@ -51,11 +51,21 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> None:
         )
 
 
+def close(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two answers of the bare model are equal but for rounding."""
+    left, right = torch.tensor(one["logits"]), torch.tensor(other["logits"])
+    return float((left - right).abs().max()) < 2e-5
+
+
 @pytest.mark.parametrize(
     ("family", "way"), [(family, way) for way, families in WAYS.items() for family in families]
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_as_one_process(found: Found, family: str, method: str, way: str) -> None:
+    bare = [one[f"{family} bare {kind}"] for one, kind in ((found[0], "whole"), (found[0], way))]
+    if family == "llama4" and not close(*bare):
+        pytest.skip("this release itself answers otherwise when it shards the model")
+    same(*bare)
     for answers in found:
         same(answers[f"{family} {method} {way}"], found[0][f"{family} {method} whole"])
 

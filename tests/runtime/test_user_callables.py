@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from answers import same
+from stock import CACHE, cache_of
 from vlmprune import DART, FastV, VisPruner
 from zoo import ZOO
 
@@ -87,9 +88,9 @@ def test_a_later_turn_shows_the_whole_conversation() -> None:
     with VisPruner(keep=2)(model):
         held = model.generate(**inputs, **OPTIONS, return_dict_in_generate=True)
         more = torch.cat((held.sequences, torch.tensor([[70, 71, 72]])), dim=1)
-        cache = {"cache": getattr(held, "cache", None) or held.past_key_values}
         watch = Watch()
-        model.generate(more, **cache, **OPTIONS, logits_processor=LogitsProcessorList([watch]))
+        more_given = {CACHE: cache_of(held), "logits_processor": LogitsProcessorList([watch])}
+        model.generate(more, **OPTIONS, **more_given)
     watch.check(more, 0, STEPS)
 
 

@@ -150,10 +150,11 @@ def in_form(held: Any, tokens: Sequence[Tensor], kept: Sequence[Tensor], ordered
         return list(tokens)
     stays = torch.cat([one.cpu() for one in kept]).split(lengths)
     left = torch.cat(list(tokens)).split([int(one.sum()) for one in stays])
-    made = [_shaped(*one) for one in zip(parts, left, stays, strict=True)]
+    # By number, for compiled hosts come here, and older torch cannot compile a strict zip.
+    made = [_shaped(parts[i], left[i], stays[i]) for i in range(len(parts))]
     if isinstance(held, Tensor):
         return made[0]
-    whole = [own if isinstance(one, list) else one for one, own in zip(made, left, strict=True)]
+    whole = [left[i] if isinstance(one, list) else one for i, one in enumerate(made)]
     return type(held)(whole)
 
 

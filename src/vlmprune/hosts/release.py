@@ -94,6 +94,13 @@ def check_class(model: Any, fails: Mapping[str, str]) -> None:
             )
 
 
+def reason_here(faults: Mapping[str, str]) -> str:
+    """Of faults by the releases that have them, the one of the release that is installed; or ""."""
+    here = Version(transformers.__version__)
+    found = (why for at, why in faults.items() if SpecifierSet(at).contains(here, prereleases=True))
+    return next(found, "")
+
+
 def by_name(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
     """A call's arguments, all of them by name.
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from answers import DIFFERENT, TOLERANCE
 from deep import deep
@@ -154,11 +155,22 @@ def test_samples_take_their_record_along(family: str, way: str) -> None:
     assert float((wanted.logits[0][0] - wanted.logits[0][1]).abs().max()) > DIFFERENT
 
 
+def empties_by_reset() -> bool:
+    """Whether a layer that is reset is empty; earlier releases fill it with zeros."""
+    layer = DynamicLayer()
+    layer.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4))
+    layer.reset()
+    return layer.get_seq_length() == 0
+
+
 EMPTIES: dict[str, Callable[[Any], None]] = {
-    "reset": lambda cache: cache.reset(),
     "crop": lambda cache: cache.crop(-cache.get_seq_length()),
-    "layers": lambda cache: [layer.reset() for layer in cache.layers],
 }
+if empties_by_reset():
+    EMPTIES |= {
+        "reset": lambda cache: cache.reset(),
+        "layers": lambda cache: [layer.reset() for layer in cache.layers],
+    }
 
 
 @pytest.mark.parametrize("empty", EMPTIES)
@@ -199,6 +211,7 @@ def test_an_emptied_cache_is_as_new(method: Any, empty: str) -> None:
     assert apart(said(built, used, turn_of["plain"]), expected) < TOLERANCE
 
 
+@pytest.mark.skipif(not empties_by_reset(), reason="in this release a reset empties nothing")
 @torch.no_grad()
 def test_a_window_works_again_after_a_reset() -> None:
     entry = WINDOWED["aya_vision"]

@@ -113,6 +113,10 @@ class Medium:
         """Whether the host's forward takes tokens in the form in which its encoder returns them."""
         return True
 
+    def shown(self, output: Any) -> Any:
+        """What users see of the encoder's output as the visual tokens."""
+        return outputs.tokens_of(output)
+
     def required(self) -> Parts:
         """All that must be there at attach: `parts`, and what each medium needs."""
         named = (self.token, self.layer_field, self.activation_field)

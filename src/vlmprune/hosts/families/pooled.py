@@ -89,7 +89,9 @@ FAMILIES: dict[str, Family] = {
         positions="compact",
         media=(Gemma3Images(),),
         note=f"no CLS token; scores averaged as its patches are; {_WINDOWS}",
-        mixes="its sliding windows look an image up by position, as if it were in the first",
+        mixes={
+            ">=5.23": "its sliding windows look an image up by position, as if it were in the first"
+        },
     ),
     "paligemma": Family(
         score="attention received in the last layer",
@@ -97,6 +99,7 @@ FAMILIES: dict[str, Family] = {
         cls="PaliGemmaForConditionalGeneration",
         positions="compact",
         media=(Squares(),),
+        mixes={"<5.23": "their prefixes see each other"},
         note=f"no CLS token; positions begin at 1; PaliGemma 2: no cut caches; {_WINDOWS}",
         first=1,
     ),

@@ -27,8 +27,8 @@ class Family:
             mask, inputs of each modality, whether a plain forward asks) → [3, B, L], or None
             for those of text. Their positions are always original.
         first: where positions of a plain forward begin (in `generate` the host adds it itself).
-        mixes: why packed samples whose columns come with types are not kept apart by the host; ""
-            where they are.
+        mixes: releases whose host does not keep packed samples apart whose columns come with types,
+            and why.
         since: the first tested release of Transformers that has the class.
         fails: releases (a version specifier) with a fault that keeps the class from being pruned,
             and the fault, as it goes on after "where".
@@ -42,7 +42,7 @@ class Family:
     score: str = "CLS attention; attention received where the tower has no CLS token"
     rope: Callable[..., Tensor | None] | None = None
     first: int = 0
-    mixes: str = ""
+    mixes: Mapping[str, str] = field(default_factory=dict)
     since: str = "5.16"
     fails: Mapping[str, str] = field(default_factory=dict)
 

@@ -297,6 +297,10 @@ class Llama4Images(Tiles):
         """Through the projector, which the host's forward runs."""
         return [model.multi_modal_projector(one) for one in self.split(output, layouts)]
 
+    def shown(self, output: Any) -> Any:
+        """The encoder's states, which the host's forward takes."""
+        return outputs.last_of(output)
+
     def form(self, output: Any) -> Any:
         """The host's forward reads `last_hidden_state`; without a cache, at each step anew."""
         tokens = outputs.tokens_of(output)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import config, decoder
+from vlmprune.hosts.release import reason_here
 from vlmprune.hosts.requests import ALIGNED, LABELS, SHIFTED, ModelCall
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.call.refusals import check_packable, check_unpacked
@@ -259,7 +260,7 @@ def _check_parted(attachment: Attachment, columns: int, typed: bool) -> None:
     elif tempered is not None and columns >= tempered:
         why = f"it scales queries by their number in the row from token {tempered} on"
     elif typed:
-        why = attachment.family.mixes
+        why = reason_here(attachment.family.mixes)
     if why:
         raise VlmpruneError(
             f"{type(model).__name__} does not keep packed samples apart, for {why}; pad the "

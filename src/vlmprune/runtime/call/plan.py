@@ -65,6 +65,8 @@ class Plan:
         brought: for each modality of the family what the call brings of it; {} for nothing new.
         geometry: where the new images and videos lie.
         cuts: whether the method is to cut the cache that the call fills.
+        texts: whether the host takes the new images' positions for those of text, as it does
+            without token types, and remembers nothing of them.
     """
 
     asked: Asked
@@ -78,6 +80,7 @@ class Plan:
     brought: Sequence[Mapping[str, Any]]
     geometry: Geometry
     cuts: bool
+    texts: bool = False
 
     @property
     def batch(self) -> int:
@@ -137,13 +140,14 @@ def planned(attachment: Attachment, asked: Asked) -> Plan:
     after = prefix.next_position
     if tail:
         after = torch.maximum(latest(between) + 1, after)
-    positions = as_three(local[:, tail:], rope)
+    positions, texts = as_three(local[:, tail:], rope), False
     if asked.call.positions is not None:
         own = _given_positions(attachment, asked.call.positions, ids)
         positions = as_three(own, rope) - prefix.shift[:, None]
         positions = positions - attachment.family.first * asked.plain
     elif attachment.family.rope is not None and geometry.items:
         found = attachment.family.rope(attachment.model, ids, new_mask, brought, asked.plain)
+        texts = found is None
         if found is not None:
             positions = (found + after[:, None]).masked_fill(new_mask == 0, 0)
     aligned = requests.aligned_of(asked.call, ids.shape[1], mask.shape[1])
@@ -160,6 +164,7 @@ def planned(attachment: Attachment, asked: Asked) -> Plan:
         brought,
         geometry,
         attachment.method.cuts and asked.caching and bool(geometry.items),
+        texts,
     )
     if plan.cuts:
         _check_prompt(attachment, plan)

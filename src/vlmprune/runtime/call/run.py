@@ -184,6 +184,8 @@ def _forward(
         mask=short.prompt.mask,
         positions=handed(short.prompt, new) + attachment.family.first,
     )
+    # The host may return what it remembers.
+    _leave_deltas(attachment, short)
     state.rows, columns = short.prompt.ids.shape[0], short.columns
     if packing is not None:
         columns = packing.columns(columns, short.new.mask)
@@ -307,7 +309,8 @@ def _leave_deltas(attachment: Attachment, short: ShortRequest) -> None:
     A model with three positions a column keeps, from one call to the next, how far they are from
     the number of its columns, of which there are fewer now.
     """
-    if attachment.family.rope is not None and short.plan.asked.call.positions is None:
+    plan = short.plan
+    if attachment.family.rope and plan.asked.call.positions is None and not plan.texts:
         filled = short.prefix
         ahead = filled.next_position - (filled.prompt.mask != 0).sum(dim=1)
         set_deltas(attachment.model, ahead[:, None])

@@ -62,7 +62,7 @@ class Pruned:
         extra = [[layer[i] for i in order] for layer in self.extra]
         like = self.again(more) if more and self.again is not None else self.output
         made = self._made(features, extra, like, whole=True)
-        held = None if self.output is None else outputs.tokens_of(self.output)
+        held = None if self.output is None else self.medium.shown(self.output)
         if held is None or self.kept is None or times > 1:
             return self.medium.form(made)
         shown = outputs.in_form(held, features, self.kept, self.order is not None)
@@ -71,7 +71,7 @@ class Pruned:
             return made
         made = self.medium.form(made)
         if shown is not None:
-            self.shown.append((outputs.tokens_of(made), shown))
+            self.shown.append((self.medium.shown(made), shown))
         return made
 
     def rows_of(self, times: int) -> Tensor:
