@@ -14,7 +14,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from answers import same
-from vlmprune import PLPHP, VisPruner
+from vlmprune import PLPHP, FastV, VisPruner
 from zoo import ZOO
 
 FAMILIES = ["llava", "qwen2_5_vl", "internvl", "gemma3"]
@@ -149,3 +149,19 @@ def test_an_attached_model_that_nobody_holds_is_freed(family: str) -> None:
     del model, handle
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("pruner", [FastV(keep=2, layer=1), VisPruner(keep=2)], ids=repr)
+def test_a_copy_made_while_a_call_runs_is_clean_too(pruner: Any) -> None:
+    """What hangs on layers for the call goes along with a copy, and does nothing there."""
+    model = ZOO["llava"].build()
+    inputs = ZOO["llava"].request(model, [["image"]]).inputs
+    whole, made = logits(model, inputs), list[Any]()
+    layer = model.model.language_model.layers[1].mlp
+    with pruner(model):
+        due = logits(model, inputs)
+        hook = layer.register_forward_hook(lambda *_: made.append(copy.deepcopy(model)))
+        assert same(logits(model, inputs), due)
+        hook.remove()
+    made[0].model.language_model.layers[1].mlp._forward_hooks.clear()
+    assert same(logits(made[0], inputs), whole)

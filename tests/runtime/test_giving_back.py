@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Iterator
@@ -88,6 +89,25 @@ def test_a_second_attachment_acts_above_what_was_put_on_between() -> None:
     assert model.forward is theirs
     assert torch.equal(logits(model, inputs), whole)
     assert not left_of_ours(model)
+
+
+@pytest.mark.parametrize("name", ["forward", "generate"])
+def test_a_wrapper_that_takes_our_attributes_along_can_be_attached_to(name: str) -> None:
+    model, inputs, whole = build()
+    handle = VisPruner(keep=2).attach(model)
+    ours = getattr(model, name)
+
+    @functools.wraps(ours)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return ours(*args, **kwargs)
+
+    setattr(model, name, wrapper)
+    handle.detach()
+    with VisPruner(keep=2)(model):
+        assert logits(model, inputs).shape[1] == whole.shape[1] - 16 + 2
+        assert model.generate(**inputs, max_new_tokens=2).shape[1] == whole.shape[1] + 2
+    assert vars(model)[name] is wrapper
+    assert torch.equal(logits(model, inputs), whole)
 
 
 def test_a_forward_put_back_over_ours_is_not_stuck() -> None:

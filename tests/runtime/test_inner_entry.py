@@ -86,8 +86,9 @@ def test_a_fused_head_trains_as_the_models_own_loss(family: str) -> None:
         assert abs(float((model(**inputs, labels=labels).loss - loss["own"]).detach())) > 1e-4
 
 
-def test_tuples_are_put_at_the_users_columns_too() -> None:
-    model, inputs = request("llava", [["image"]])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "paligemma"])
+def test_tuples_are_put_at_the_users_columns_too(family: str) -> None:
+    model, inputs = request(family, [["image"]])
     with torch.no_grad(), VisPruner(keep=3)(model):
         named = model.model(**inputs, output_hidden_states=True)
         plain = model.model(**inputs, output_hidden_states=True, return_dict=False)

@@ -129,39 +129,37 @@ def test_a_cache_of_ones_own_goes_on_from_step_to_step() -> None:
     assert int(found[0, inputs["input_ids"].shape[1]]) == int(first.argmax())
 
 
-def test_a_forward_from_within_a_layer_is_one_of_its_own() -> None:
-    """A hook of the user's may run the model while it runs."""
+PLACES: dict[str, Any] = {
+    "tower": lambda m: m.model.vision_tower,
+    "projector": lambda m: m.model.multi_modal_projector,
+    "embedding": lambda m: m.get_input_embeddings(),
+    "decoder": lambda m: m.model.language_model,
+    "layer": lambda m: m.model.language_model.layers[1],
+    "attention": lambda m: m.model.language_model.layers[2].self_attn,
+    "head": lambda m: m.lm_head,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("pruner", PRUNERS, ids=lambda one: type(one).__name__)
+def test_a_call_from_within_a_module_is_one_of_its_own(pruner: Any, place: str) -> None:
+    """A hook of the user's may run the model while it runs, wherever it hangs."""
     model, inputs, other = build("llava")
     seen: list[Tensor] = []
-    with VisPruner(keep=2)(model), torch.no_grad():
-        due, plain = model(**other).logits, model(**inputs).logits
-        layer = model.model.language_model.layers[1]
+    with pruner(model) as handle:
+        due, plain = model.generate(**other, **OPTIONS), model.generate(**inputs, **OPTIONS)
+        kept = handle.report
         busy: list[int] = []
 
         def hook(*_: Any) -> None:
             if not busy:
                 busy.append(1)
-                seen.append(model(**other).logits)
+                seen.append(model.generate(**other, **OPTIONS))
 
-        handle = layer.register_forward_hook(hook)
-        found = model(**inputs).logits
-        handle.remove()
-    assert same(found, plain)
+        hooked = PLACES[place](model).register_forward_pre_hook(hook)
+        found = model.generate(**inputs, **OPTIONS)
+        hooked.remove()
+        assert all(torch.equal(a, b) for a, b in zip(handle.report.kept, kept.kept, strict=True))
+    assert torch.equal(found, plain)
     assert len(seen) == 1
-    assert same(seen[0], due)
-
-
-def test_another_model_from_within_a_layer_is_pruned_as_ever() -> None:
-    """As a teacher that a hook asks: what runs for one model says nothing of another's calls."""
-    model, inputs, _ = build("llava")
-    teacher, asked, _ = build("llava")
-    seen: list[Tensor] = []
-    with VisPruner(keep=2)(teacher), VisPruner(keep=2)(model), torch.no_grad():
-        due, plain = teacher(**asked).logits, model(**inputs).logits
-        layer = model.model.language_model.layers[1]
-        handle = layer.register_forward_hook(lambda *_: seen.append(teacher(**asked).logits))
-        found = model(**inputs).logits
-        handle.remove()
-    assert same(found, plain)
-    assert len(seen) == 1
-    assert same(seen[0], due)
+    assert torch.equal(seen[0], due)

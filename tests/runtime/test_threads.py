@@ -200,3 +200,20 @@ def test_a_thread_that_had_a_block_on_another_model_goes_by_the_only_one() -> No
         # One that had a block on this very model knows that it has none.
         pool.submit(in_a_block, models[1]).result(60)
         assert torch.equal(pool.submit(generated, models[1]).result(60), whole)
+
+
+def test_the_last_attachment_acts_whoever_made_it() -> None:
+    model = ZOO["llava"].build()
+    inputs = ZOO["llava"].request(model, [["image"]]).inputs
+
+    def width() -> int:
+        with torch.no_grad():
+            return int(model(**inputs).logits.shape[1])
+
+    whole = width()
+    first = VisPruner(keep=5).attach(model)
+    (second,) = together(lambda: VisPruner(keep=2).attach(model))
+    assert [width(), *together(width)] == [whole - 16 + 2] * 2
+    second.detach()
+    assert [width(), *together(width)] == [whole - 16 + 5] * 2
+    first.detach()

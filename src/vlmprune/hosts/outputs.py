@@ -240,7 +240,10 @@ def at_columns(result: Any, columns: Tensor | None) -> Any:
 
     def behind_layers(one: Any) -> bool:
         return isinstance(one, tuple) and all(
-            isinstance(states, Tensor) and states.ndim == 3 for states in one
+            isinstance(states, Tensor)
+            and states.ndim == 3
+            and states.shape[:2] == result[0].shape[:2]
+            for states in one
         )
 
     if isinstance(result, tuple):

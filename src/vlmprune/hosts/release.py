@@ -101,6 +101,19 @@ def reason_here(faults: Mapping[str, str]) -> str:
     return next(found, "")
 
 
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a bound method, or of what stands in for one.
+
+    Who wraps a bound method of ours by `functools.wraps` takes along the signature of its function,
+    whose first argument the wrapper does not take.
+    """
+    signature = inspect.signature(function)
+    takes = list(signature.parameters.values())
+    if takes and takes[0].name == "self" and takes[0].kind is inspect.Parameter.POSITIONAL_ONLY:
+        return signature.replace(parameters=takes[1:])
+    return signature
+
+
 def by_name(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
     """A call's arguments, all of them by name.
 
@@ -113,7 +126,7 @@ def by_name(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
     Raises:
         TypeError: the function does not take them.
     """
-    signature = inspect.signature(function)
+    signature = signature_of(function)
     named: dict[str, Any] = {}
     for name, value in signature.bind(*args, **kwargs).arguments.items():
         rest = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD

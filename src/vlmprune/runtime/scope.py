@@ -1,7 +1,7 @@
 """Which pruned call is under way in this context, whose attachments are its own, and its reports.
 
-Modules are shared by threads, and so are the hooks on them. What hooks a module for one call keeps
-the thread that it was made in (`OwnThread`) and does nothing in any other.
+Modules are shared by threads and by calls within calls, and so are the hooks on them. What hooks a
+module for one call keeps the call that it was made in (`OwnCall`) and does nothing in any other.
 """
 
 from __future__ import annotations
@@ -97,29 +97,36 @@ def note_report(holder: Any, report: Report) -> None:
     made.set({**held, weakref.ref(holder): report})
 
 
+# Stands for the block of `under` that runs in this context, each time anew; None outside of all.
+_block: ContextVar[object | None] = ContextVar("vlmprune_block", default=None)
+
+
 @dataclass(frozen=True)
-class OwnThread:
-    """The thread that made it.
+class OwnCall:
+    """The call that made it, in its thread.
 
     Attributes:
-        number: Python's own for it.
+        number: Python's own for the thread.
+        block: of `under`, in which the call runs. One that somebody makes meanwhile has another.
     """
 
     number: int = field(default_factory=threading.get_ident)
+    block: object = field(default_factory=_block.get)
 
     @property
     def runs(self) -> bool:
-        """Whether it is the thread that asks."""
-        return threading.get_ident() == self.number
+        """Whether it is the call that asks."""
+        return threading.get_ident() == self.number and _block.get() is self.block
 
 
 @contextmanager
 def under(scope: Scope | None) -> Iterator[None]:
     """Make a call the one under way inside the block; None for no pruned call."""
-    token = active.set(scope)
+    token, block = active.set(scope), _block.set(object())
     try:
         yield
     finally:
+        _block.reset(block)
         active.reset(token)
 
 

@@ -31,6 +31,7 @@ from torch import nn
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts.generation import CRITERIA, PROCESSORS
+from vlmprune.hosts.release import signature_of
 from vlmprune.hosts.requests import FORWARD, GENERATE, base_of
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.scope import active, add_own, drop_own, had_own, own_attachments
@@ -161,9 +162,9 @@ class Shadows:
             return state.attachment
         # As they are now: other threads may come and go meanwhile.
         there = tuple(self.attachments)
-        for attachment in reversed(own_attachments(self.model)):
-            if attachment in there:
-                return attachment
+        own = [one for one in own_attachments(self.model) if one in there]
+        if any(one.block for one in own):
+            return own[-1]
         general = [one for one in there if not one.block]
         if general:
             return general[-1]
@@ -226,7 +227,7 @@ class Shadows:
         # Others would take ours off together with their own.
         del method.__wrapped__  # type: ignore[attr-defined]
         # Transformers inspects the signature.
-        signature = inspect.signature(shadow.original)
+        signature = signature_of(shadow.original)
         own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
         takes = [own, *signature.parameters.values()]
         vars(method)["__signature__"] = signature.replace(parameters=takes)

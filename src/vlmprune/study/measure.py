@@ -162,7 +162,7 @@ def _prefill(model: Any, watch: Stopwatch) -> Iterator[list[Any]]:
         if len(marks) == 1:
             marks.append(watch.mark())
 
-    with Hooks() as hooks:
+    with Hooks(every=True) as hooks:
         hooks.before(decoder, before)
         hooks.after(decoder, after)
         yield marks

@@ -21,7 +21,7 @@ from torch import nn
 
 from vlmprune.hosts import contract
 from vlmprune.hosts.attention import AttentionCall, Registered, called
-from vlmprune.runtime.scope import OwnThread
+from vlmprune.runtime.scope import OwnCall
 
 # Makes a call, by the interceptors inside and the host's function.
 Proceed = Callable[[AttentionCall], Any]
@@ -61,11 +61,11 @@ class _Dispatcher:
     def __init__(self, registered: Registered) -> None:
         self.registered = registered
         # Never changed in place, as other threads may read them meanwhile.
-        self.around: dict[nn.Module, tuple[tuple[OwnThread, Interceptor], ...]] = {}
+        self.around: dict[nn.Module, tuple[tuple[OwnCall, Interceptor], ...]] = {}
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         function = self.registered.function(module)
-        own = [one for thread, one in self.around.get(module, ()) if thread.runs]
+        own = [one for by, one in self.around.get(module, ()) if by.runs]
         if not own:
             return function(module, *args, **kwargs)
         try:
@@ -93,7 +93,7 @@ def intercepting(interceptor: Interceptor, *modules: Any) -> Iterator[None]:
     Raises:
         VlmpruneError: a module's attention function is not found.
     """
-    entry = OwnThread(), interceptor
+    entry = OwnCall(), interceptor
     taken = list[tuple[_Dispatcher, Any]]()
     try:
         with _lock:
@@ -123,7 +123,7 @@ def _dispatcher(module: Any) -> _Dispatcher:
     return found
 
 
-def _remove(dispatcher: _Dispatcher, module: Any, entry: tuple[OwnThread, Interceptor]) -> None:
+def _remove(dispatcher: _Dispatcher, module: Any, entry: tuple[OwnCall, Interceptor]) -> None:
     left = tuple(one for one in dispatcher.around[module] if one is not entry)
     if left:
         dispatcher.around[module] = left
