@@ -257,6 +257,6 @@ def test_what_the_host_does_not_keep_apart_is_refused() -> None:
     built, _, inputs = made("paligemma")
     with (
         VisPruner(keep=0.5, positions="original")(built),
-        pytest.raises(VlmpruneError, match="use positions='compact'|keep packed samples apart"),
+        pytest.raises(VlmpruneError, match=r"use positions='compact'|keep packed samples apart"),
     ):
         built(**inputs)
