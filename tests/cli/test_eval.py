@@ -218,7 +218,6 @@ def test_answers_are_kept_apart_by_what_they_depend_on(
         (("--batch", "0"), "--batch 0 is too few"),
         (("--out", "answers.json"), "--out 'answers.json' does not end in .jsonl"),
         (("--markdown", "a.txt"), "--markdown 'a.txt' does not end in .md"),
-        (("--markdown", "none/a.md"), "the folder of 'none/a.md' does not exist; make it first"),
         (("--model", "./none"), "model path './none' does not exist"),
         (("--device", "abacus"), "device 'abacus' is not available"),
         (("--dtype", "int8"), "dtype 'int8' is unknown"),

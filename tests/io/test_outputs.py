@@ -251,8 +251,7 @@ def test_places_where_no_file_can_be(tmp_path: Path) -> None:
     for name, said in (
         (".", "is a folder; give the name of a file in it"),
         ("pipe", "is no ordinary file"),
-        ("absent/a", "does not exist; make it first"),
-        ("file/a", r"cannot be written \(Not a directory\); give another path"),
+        ("file/a", "cannot be a folder, for it is a file; give another path"),
         (250 * "ab", r"cannot be written \(File name too long\)"),
     ):
         for force in (False, True):
@@ -260,9 +259,9 @@ def test_places_where_no_file_can_be(tmp_path: Path) -> None:
                 Output(tmp_path / name, MARK, force).check()
     with pytest.raises(VlmpruneError, match="is a file; give another path"):
         check_folder(tmp_path / "file" / "a")
-    Output(tmp_path / "new" / "folder" / "a", MARK, made=True).check()
+    Output(tmp_path / "new" / "folder" / "a", MARK).check()
     assert len(list(tmp_path.iterdir())) == 2
-    Output(tmp_path / "new" / "folder" / "a", MARK, made=True).write("text")
+    Output(tmp_path / "new" / "folder" / "a", MARK).write("text")
     assert (tmp_path / "new" / "folder" / "a").read_text() == "text"
 
 

@@ -156,7 +156,7 @@ def compare(
                 options.check_budget(source, way.pruner)
             folder = Path(out).expanduser()
             files = {
-                name: Output(folder / f"compare.{ending}", MARK, force, made=True)
+                name: Output(folder / f"compare.{ending}", MARK, force)
                 for name, ending in (("page", "html"), ("plot", "png"), ("figures", "json"))
             }
             if html is not None:

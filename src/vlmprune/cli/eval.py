@@ -128,8 +128,7 @@ def evaluate(
                 names = "+".join(stage.name for stage in stages)
                 two = (names, pruner), (UNPRUNED, None)
                 stores = [
-                    StoreFile(folder / kept_answers.file_name(*one), FORMAT, force, made=True)
-                    for one in two
+                    StoreFile(folder / kept_answers.file_name(*one), FORMAT, force) for one in two
                 ]
             for store, way in list(zip(stores, (pruner, None), strict=True))[:ways]:
                 # What is no store at all is here by --force alone.

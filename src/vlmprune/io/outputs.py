@@ -100,13 +100,11 @@ class Output:
         path: of it.
         mark: what stands in it, and in one that may be overwritten.
         force: overwrite any file.
-        made: the folder it lies in is made with it, if it is not there.
     """
 
     path: Path
     mark: str
     force: bool = False
-    made: bool = False
 
     def check(self) -> None:
         """Refuse a file that could not be written, or that is there and not ours.
@@ -114,7 +112,7 @@ class Output:
         Raises:
             VlmpruneError: it is one of these.
         """
-        if self.made and not self.path.parent.is_dir():
+        if not self.path.parent.is_dir():
             check_folder(self.path.parent)
             return
         check_target(self.path)
@@ -134,13 +132,12 @@ class Output:
         return maker(self.path) == self.mark
 
     def write(self, content: bytes | str) -> None:
-        """Write it, whole or not at all, if it still may be; makes the folder where that is to be.
+        """Write it, whole or not at all, if it still may be; its folder is made if need be.
 
         Raises:
             VlmpruneError: another file has come there meanwhile, or the disk refuses.
         """
-        if self.made:
-            make_folder(self.path.parent)
+        make_folder(self.path.parent)
         self.check()
         write(self.path, content)
 

@@ -70,7 +70,7 @@ def check_cache(folder: Path, force: bool = False) -> Output:
     Raises:
         VlmpruneError: it cannot be written, or has files that hold no states.
     """
-    index = Output(folder / INDEX, curve.MARK, force, made=True)
+    index = Output(folder / INDEX, curve.MARK, force)
     index.check()
     arrays = sorted(folder.glob(LAYER.format("*")))
     if arrays and not index.path.exists() and not force:

@@ -296,7 +296,7 @@ def files(out: Path, force: bool = False) -> list[Output]:
     """
     marks = dict.fromkeys((RUN, curve.DATA, curve.PICTURE), curve.MARK)
     marks |= dict.fromkeys((CONFIG, WEIGHTS), FORMAT)
-    return [Output(out / name, mark, force, made=True) for name, mark in marks.items()]
+    return [Output(out / name, mark, force) for name, mark in marks.items()]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vlmprune import spec
 from vlmprune.errors import VlmpruneError
 from vlmprune.files import FULL, refused
-from vlmprune.io.outputs import Output, mark_of
+from vlmprune.io.outputs import Output, make_folder, mark_of
 from vlmprune.pruner import Pruner
 from vlmprune.study.measure import versions
 from vlmprune.study.search.spaces import Choice, Range, Space
@@ -222,6 +222,7 @@ class Search:
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         Journal(self.journal, MARK).check()
+        make_folder(self.journal.parent)
         try:
             self._storage = JournalStorage(JournalFileBackend(str(self.journal)))
             study = self._study(UNPRUNED)
