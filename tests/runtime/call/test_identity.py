@@ -188,6 +188,8 @@ def padded(name: str, built: Any) -> Request:
     return KNOWN[name].request(built, [[*first, "image"], ["image"]])
 
 
+# Of a former name some releases warn.
+@pytest.mark.filterwarnings("ignore:.*pixel_values_images:FutureWarning")
 @pytest.mark.parametrize("name", KNOWN)
 def test_every_call_is_the_bare_models(name: str) -> None:
     built = KNOWN[name].build("eager")
@@ -222,7 +224,9 @@ def test_every_call_is_the_bare_models(name: str) -> None:
 def pooled(out: Any) -> Any:
     """The visual tokens of images among the fields of a forward."""
     own = getattr(out, "image_outputs", None)
-    return out.image_hidden_states if own is None else own.pooler_output
+    own = out.image_hidden_states if own is None else own
+    # Some releases of SmolVLM give all that its encoder returned.
+    return getattr(own, "pooler_output", own)
 
 
 @pytest.mark.parametrize("keep", [4, 0.4])
@@ -246,6 +250,10 @@ def test_the_tokens_that_are_left_are_found_where_all_were(name: str, keep: floa
     lengths = [len(layout.labels) for layout in handle.report.layouts]
     before = [sum(lengths[:i]) for i in range(len(lengths))]
     kept = torch.cat([k + n for k, n in zip(handle.report.kept, before, strict=True)]).tolist()
+    if isinstance(full, Tensor) and full.ndim == 2:
+        # In earlier releases all tokens in a row, of whatever image.
+        assert torch.equal(listed, full[kept])
+        return
     start = 0
     assert len(listed) == len(full)
     for one, left in zip(full, listed, strict=True):

@@ -99,7 +99,7 @@ FAMILIES: dict[str, Family] = {
         cls="PaliGemmaForConditionalGeneration",
         positions="compact",
         media=(Squares(),),
-        mixes={"<5.23": "their prefixes see each other"},
+        mixes={"<5.24": "their prefixes see each other"},
         note=f"no CLS token; positions begin at 1; PaliGemma 2: no cut caches; {_WINDOWS}",
         first=1,
     ),
