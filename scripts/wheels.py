@@ -34,6 +34,7 @@ TESTED = (
     "draw/test_overlay.py",
     "hosts/test_parts.py",
     "integrations/test_arguments.py",
+    "io/test_pictures.py",
     "methods/test_downsample.py",
     "pruner/test_base.py",
     "runtime/decoder/test_row_pass_report.py",
