@@ -223,7 +223,7 @@ MISTAKES = [
     ("--model ./none", "model path './none' does not exist"),
     ("--model llava-1.5-7b", "an architecture for `vlmprune plan` and `bench --shape`"),
     ("--out figures.txt", "does not end in .json"),
-    (f"--out {COFFEE}/o.json", "cannot be written (Not a directory); give another path"),
+    (f"--out {COFFEE}/o.json", "cannot be a folder, for it is a file; give another path"),
 ]
 
 

@@ -61,7 +61,7 @@ def test_json_and_a_place_for_the_plot(tmp_path: Path) -> None:
         (["--model", "."], "path '.' has no config.json"),
         (["--beta-quantile", "0.8"], "not in rising order"),
         (["--window", "0"], "window=0 is not a whole number of 1 or more"),
-        (["--out", "no/where.json"], "the folder of 'no/where.json' does not exist"),
+        (["--out", f"{__file__}/where.json"], "cannot be a folder, for it is a file"),
         (["--batch", "0"], "--batch 0"),
     ],
 )

@@ -59,7 +59,10 @@ def no_loading(monkeypatch):
         (("run", COFFEE, QUESTION, "--model", "./none"), "model path './none' does not exist"),
         (("run", COFFEE, QUESTION, "--model", "llava-1.5-7b"), "for `vlmprune plan`"),
         (("run", COFFEE, QUESTION, "--save-overlay", "o.txt"), "no suffix of a picture"),
-        (("run", COFFEE, QUESTION, "--save-overlay", f"{COFFEE}/o.png"), "cannot be written"),
+        (
+            ("run", COFFEE, QUESTION, "--save-overlay", f"{COFFEE}/o.png"),
+            "cannot be a folder, for it is a file",
+        ),
         (("run", COFFEE, QUESTION, "--save-overlay", COFFEE), "is one of the files to be read"),
         (("plan", "nothing"), "neither known nor a local path"),
         (("plan", "llava-1.5-7b", "--keep", "577"), "more than the 576 visual tokens"),

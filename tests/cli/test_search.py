@@ -77,7 +77,7 @@ def test_a_schedule_is_found_and_loaded(tmp_path: Path) -> None:
         (["vispruner", "--trials", "0"], "trials=0"),
         (["gsearch", "--over", "keep=0..1"], "rates are what is searched"),
         (["vispruner", "--task", "nowhere"], "task 'nowhere' is unknown"),
-        (["vispruner", "--out", "absent/found.json"], "does not exist"),
+        (["vispruner", "--out", f"{__file__}/found.json"], "cannot be a folder, for it is a file"),
     ],
 )
 def test_mistakes(words: list[str], says: str, tmp_path: Path, monkeypatch: Any) -> None:

@@ -33,6 +33,18 @@ def together(*works: Callable[[], Any]) -> list[Any]:
         return [one.result(300) for one in [pool.submit(run, work) for work in works]]
 
 
+def asked() -> tuple[Any, Callable[[], int]]:
+    """A model, and what runs it and tells how many columns it worked on."""
+    model = ZOO["llava"].build()
+    inputs = ZOO["llava"].request(model, [["image"]]).inputs
+
+    def width() -> int:
+        with torch.no_grad():
+            return int(model(**inputs).logits.shape[1])
+
+    return model, width
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_block_acts_in_its_own_thread(family: str) -> None:
     model = ZOO[family].build()
@@ -64,13 +76,7 @@ def test_each_block_acts_in_its_own_thread(family: str) -> None:
 
 
 def test_an_attachment_is_for_every_thread_and_a_block_for_its_own() -> None:
-    model = ZOO["llava"].build()
-    inputs = ZOO["llava"].request(model, [["image"]]).inputs
-
-    def width() -> int:
-        with torch.no_grad():
-            return int(model(**inputs).logits.shape[1])
-
+    model, width = asked()
     whole = width()
     handle = VisPruner(keep=5).attach(model)
     opened, done = threading.Event(), threading.Event()
@@ -137,13 +143,7 @@ def test_a_thread_without_a_block_among_several_is_told_to_open_one() -> None:
 
 
 def test_a_context_that_is_handed_on_brings_its_block_along() -> None:
-    model = ZOO["llava"].build()
-    inputs = ZOO["llava"].request(model, [["image"]]).inputs
-
-    def width() -> int:
-        with torch.no_grad():
-            return int(model(**inputs).logits.shape[1])
-
+    model, width = asked()
     whole, out = width(), {}
     with VisPruner(keep=5)(model):
 
@@ -203,13 +203,7 @@ def test_a_thread_that_had_a_block_on_another_model_goes_by_the_only_one() -> No
 
 
 def test_the_last_attachment_acts_whoever_made_it() -> None:
-    model = ZOO["llava"].build()
-    inputs = ZOO["llava"].request(model, [["image"]]).inputs
-
-    def width() -> int:
-        with torch.no_grad():
-            return int(model(**inputs).logits.shape[1])
-
+    model, width = asked()
     whole = width()
     first = VisPruner(keep=5).attach(model)
     (second,) = together(lambda: VisPruner(keep=2).attach(model))

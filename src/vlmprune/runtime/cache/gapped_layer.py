@@ -136,7 +136,8 @@ class GappedLayer(ShortLayer):
         """
         if self.held is None:
             # It was reset. A positive number means what the release says it does.
-            super().crop(tokens_to_remove)
+            if self.stored:
+                super().crop(tokens_to_remove)
             return
         if tokens_to_remove > 0:
             raise VlmpruneError(

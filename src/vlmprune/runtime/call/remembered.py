@@ -145,6 +145,14 @@ def _cropped(cache: Any) -> None:
         cache.vlmprune_prefix = replace(prefix, refusal=why)
 
 
+def _emptied(cache: Any) -> None:
+    """Let a cache that was reset be empty, which early releases fill with zeros at its length."""
+    length = caches.length_of(cache)
+    if length:
+        getattr(cache, caches.CROP)(-length)
+    forget(cache)
+
+
 def _selected(cache: Any, rows: Any) -> None:
     """Note that samples were taken in another order, or several times, or left out."""
     # A call that is under way notes at its end what the cache holds then.
@@ -192,7 +200,7 @@ def _watched(cls: type) -> type:
     members: dict[str, Any] = {name: before(name) for name in caches.growing(cls)}
     notes: dict[str, tuple[Callable[..., None], bool]] = {
         caches.CROP: (_cropped, False),
-        caches.RESET: (forget, False),
+        caches.RESET: (_emptied, False),
         caches.REPEAT: (_repeated, True),
         **dict.fromkeys(caches.SELECT, (_selected, True)),
     }
