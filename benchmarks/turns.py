@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from vlmprune.study.bench.results import Quartiles
 from vlmprune.study.measure import wait
+
+T = TypeVar("T")
 
 
 def clock(device: torch.device) -> float:
@@ -30,11 +32,9 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
     return clock(device) - start
 
 
-def in_turns(
-    names: Iterable[str], turn: Callable[[str], float], repeat: int
-) -> dict[str, list[float]]:
+def in_turns(names: Iterable[str], turn: Callable[[str], T], repeat: int) -> dict[str, list[T]]:
     """What each turn gives, by name; all names take turns, the order reversed every other time."""
-    found: dict[str, list[float]] = {name: [] for name in names}
+    found: dict[str, list[T]] = {name: [] for name in names}
     for number in range(repeat):
         for name in list(found)[:: 1 if number % 2 else -1]:
             found[name].append(turn(name))

@@ -14,10 +14,12 @@ from typer.testing import CliRunner
 
 import contract
 import decode
+import host_cost
 import program
 import selection
 import skipping
 import turns
+from page_parts import ROOT
 
 CPU = torch.device("cpu")
 
@@ -74,9 +76,22 @@ def test_decode_checks_and_measures_peaks() -> None:
     assert floor < dense <= masked and max(cuts) <= dense
 
 
+def test_host_cost_compares_two_checkouts(tmp_path: Path) -> None:
+    words = ["--times", "1", "--tokens", "2", "--rounds", "1", "--before", str(ROOT)]
+    done = run(host_cost.main, *words, "--json", str(tmp_path / "out.json"))
+    assert done.exit_code == 0, done.output
+    told = json.loads((tmp_path / "out.json").read_text())["relative_to_unpruned"]
+    assert told["now"].keys() == told["before"].keys() >= {"PLPHP first token", "FastV 2 tokens"}
+    assert all(shares[0] > 0 for found in told.values() for shares in found.values())
+    heads = [cell.strip() for cell in done.output.splitlines()[2].split("|")]
+    assert heads[3:6] == ["/ unpruned", "/ unpruned, before", "now / before"]
+
+
 @pytest.mark.parametrize(
     ("main", "words", "message"),
     [
+        (host_cost.main, ["--rounds", "0"], "greater than or equal to 1"),
+        (host_cost.main, ["--before", "nowhere"], "is no checkout of vlmprune"),
         (skipping.main, ["--turns", "0"], "greater than or equal to 1"),
         (skipping.main, ["--steps", "0"], "greater than or equal to 1"),
         (skipping.main, ["--shape", "huge"], "shape 'huge' is unknown"),

@@ -1,0 +1,86 @@
+"""Attention of a decode step to all text and to the few visual tokens that each KV head reads.
+
+The visual tokens are scored on the sketch of their keys, chosen, and fetched; the query attends to
+them and to text and later tokens, and the two results are merged by log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmprune.hosts.attention import AttentionCall
+from vlmprune.runtime.attention import ragged
+from vlmprune.runtime.attention.recalled import Recalled
+from vlmprune.select import recall
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """What a step read of the visual tokens in one layer.
+
+    Attributes:
+        index: [B, H, k] int64 places of what was read; None for everything.
+        seen: [B, 1, k] bool; False where a sample reads fewer; None where none does.
+    """
+
+    index: Tensor | None = None
+    seen: Tensor | None = None
+
+    def mask(self, recalled: Recalled, heads: int) -> Tensor:
+        """[B, H, V] bool: which tokens were read."""
+        real = recalled.real[:, None].expand(-1, heads, -1)
+        if self.index is None:
+            return real
+        taken = torch.ones_like(self.index, dtype=torch.bool)
+        if self.seen is not None:
+            taken = taken & self.seen
+        out = torch.zeros_like(real, dtype=torch.uint8)
+        # What is not seen may name a place that is: the larger value stays.
+        out = out.scatter_reduce(2, self.index, taken.to(torch.uint8), "amax")
+        return out.bool() & real
+
+
+def attend(call: AttentionCall, recalled: Recalled) -> tuple[Tensor, Read]:
+    """Attention of queries [B, Hq, Q, D] to visual tokens, and to text and what came later.
+
+    Args:
+        call: keys [B, H, T, D] and values [B, H, T, Dv] are those of text and later tokens; its
+            mask, None or in four dimensions, is as in `ragged.dense_partial`. More than one query
+            reads every visual token.
+        recalled: the visual tokens.
+
+    Returns:
+        [B, Hq, Q, Dv] in the query's dtype, and what was read.
+    """
+    rest = ragged.dense_partial(call.query, call.key, call.value, call.mask, call.scale)
+    read = Read()
+    if call.query.shape[2] > 1 or recalled.all_read:
+        keys, values = recalled.store.whole()
+        seen = None if recalled.full else recalled.real[:, None, None]
+    else:
+        read = choose(call, recalled, rest[1][:, :, 0])
+        assert read.index is not None
+        keys, values = recalled.store.fetch(read.index)
+        seen = None if read.seen is None else read.seen[:, :, None]
+    visual = ragged.dense_partial(call.query, keys, values, seen, call.scale)
+    return ragged.merge(visual, rest)[0], read
+
+
+def choose(call: AttentionCall, recalled: Recalled, beside: Tensor) -> Read:
+    """What each KV head reads for the query [B, Hq, 1, D] at hand.
+
+    Args:
+        call: as above.
+        recalled: the visual tokens.
+        beside: [B, Hq] log of the sum of exponentials of text and later tokens.
+    """
+    query, heads = call.query[:, :, 0], recalled.store.keys.shape[1]
+    scores = recalled.scores(query, call.scale)
+    alone = query.shape[1] == heads
+    found = recall.weights(scores, recalled.real, heads, None if alone else beside)
+    return Read(*recall.best(found, recalled.groups))

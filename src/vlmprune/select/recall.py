@@ -1,0 +1,179 @@
+"""Which visual tokens a decode step reads: pure tensor functions, as `select` is.
+
+Imports torch alone. Ties go to the lower index, so that CPU and GPU agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmprune.select import retention, softmax
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """The tokens of each image side by side, so that images are chosen from at once.
+
+    Attributes:
+        index: [B, I, n] int64; places of each image's tokens among V, ascending; those behind its
+            last are 0. None where there is one image, or several of equal length, that fill V.
+        shape: (I, n).
+        short: [B, I, n] bool; True behind an image's last token; None where there is none.
+        keep: [B, I] int64; how many are read of each image.
+        most: the largest of these.
+        even: whether all are alike.
+    """
+
+    index: Tensor | None
+    shape: tuple[int, int]
+    short: Tensor | None
+    keep: Tensor
+    most: int
+    even: bool
+
+    @classmethod
+    def of(cls, images: Tensor, tokens: Tensor, keep: Tensor) -> Groups:
+        """Of images [B, V], tokens [B, I] and keep [B, I]."""
+        count, longest = tokens.shape[1], int(tokens.max()) if tokens.numel() else 0
+        most = int(keep.max()) if keep.numel() else 0
+        even = bool((keep == most).all())
+        order = torch.arange(count, device=images.device).repeat_interleave(longest)
+        filled = order.shape[0] == images.shape[1] and bool((images == order).all())
+        if filled:
+            return cls(None, (count, longest), None, keep, most, even)
+        # Tokens of an image need not stand together: a later turn may bring more rows.
+        stand = images.masked_fill(images < 0, count).sort(dim=1, stable=True).indices
+        before = tokens.cumsum(dim=1) - tokens
+        at = before[..., None] + torch.arange(longest, device=images.device)
+        short = torch.arange(longest, device=images.device) >= tokens[..., None]
+        index = stand.gather(1, at.clamp(max=images.shape[1] - 1).flatten(1)).view(at.shape)
+        return cls(index.masked_fill(short, 0), (count, longest), short, keep, most, even)
+
+
+def counts(read: int | float, tokens: Tensor, floor: int) -> Tensor:
+    """How many tokens of each image a KV head reads at a step.
+
+    Args:
+        read: an int is a number, a float a share, half rounded up; at least one is read.
+        tokens: [B, I] int64 visual tokens of each image; 0 where a sample has fewer images.
+        floor: images with fewer tokens are read whole.
+
+    Returns:
+        [B, I] int64.
+    """
+    if isinstance(read, int):
+        wanted = torch.full_like(tokens, read)
+    else:
+        # With room for float32's error in shares such as 0.1.
+        wanted = (read * tokens + 0.5 + 1e-4).floor().long()
+    return torch.where(tokens < floor, tokens, wanted.clamp(min=1).minimum(tokens))
+
+
+def products(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Scaled products [B, Hq, V] float32 of a step's queries [B, Hq, D] and keys [B, H, V, D]."""
+    return softmax.scores(query[:, :, None], keys, scale)[:, :, 0]
+
+
+def weights(scores: Tensor, real: Tensor, heads: int, beside: Tensor | None) -> Tensor:
+    """What a KV head's choice goes by: its query heads' mean attention to each visual token.
+
+    Args:
+        scores: [B, Hq, V] float32; scaled products of a step's queries and the visual keys.
+        real: [B, V] bool; False where a sample has fewer tokens.
+        heads: KV heads H.
+        beside: [B, Hq] log of the sum of exponentials of what each query head sees besides: text
+            and later tokens. Where a KV head has one query head it changes no order.
+
+    Returns:
+        [B, H, V] float32; 0 where there is no token.
+    """
+    found = scores.masked_fill(~real[:, None], -torch.inf)
+    total = found.logsumexp(dim=-1)
+    if beside is not None:
+        total = torch.logaddexp(total, beside.float())
+    shares = (found - total[..., None]).exp()
+    shares = shares.masked_fill(~real[:, None], 0.0)
+    return shares.unflatten(1, (heads, -1)).mean(dim=2)
+
+
+def chosen(found: Tensor, images: Tensor, keep: Tensor) -> Tensor:
+    """[B, H, V] bool: the tokens of each image with the largest weights, in each KV head.
+
+    Args:
+        found: [B, H, V] as `weights` makes it.
+        images: [B, V] int64; image of each token, -1 for none.
+        keep: [B, I] int64 as `counts` makes it.
+    """
+    return retention.per_image(found, images, keep) & (images >= 0)[:, None]
+
+
+def best(found: Tensor, groups: Groups) -> tuple[Tensor, Tensor | None]:
+    """The same choice as `chosen`, as numbers of tokens.
+
+    Args:
+        found: [B, H, V] as `weights` makes it.
+        groups: where the tokens of each image stand.
+
+    Returns:
+        Places [B, H, k] int64 among V, image by image in the order of falling weights; and
+        [B, 1, k] bool, False where an image has fewer to be read. None where none has.
+    """
+    (batch, heads, _), (count, longest) = found.shape, groups.shape
+    if groups.index is None:
+        rows = found.view(batch, heads, count, longest)
+    else:
+        at = groups.index.view(batch, 1, -1).expand(-1, heads, -1)
+        rows = found.gather(2, at).view(batch, heads, count, longest)
+    if groups.short is not None:
+        rows = rows.masked_fill(groups.short[:, None], -1.0)
+    most = groups.most
+    order = _largest(rows, groups)
+    if groups.index is None:
+        first = torch.arange(count, device=found.device)[:, None] * longest
+        index = order + first
+    else:
+        index = groups.index[:, None].expand(-1, heads, -1, -1).gather(3, order)
+    seen = None
+    if not groups.even:
+        number = torch.arange(most, device=found.device)
+        seen = (number < groups.keep[..., None]).view(batch, 1, count * most)
+    return index.flatten(2), seen
+
+
+def _largest(rows: Tensor, groups: Groups) -> Tensor:
+    """[B, H, I, k] places of the largest of rows [B, H, I, n], ties to the lower place."""
+    most = groups.most
+    if rows.device.type != "cpu":
+        # To ask whether there is a tie would wait for the device.
+        return rows.sort(dim=3, descending=True, stable=True).indices[..., :most]
+    values, order = rows.topk(most, dim=3)
+    if groups.even:
+        least = values[..., -1:]
+    else:
+        at = (groups.keep - 1).clamp(min=0)[:, None, :, None]
+        least = values.gather(3, at.expand(-1, rows.shape[1], -1, -1))
+    above = (rows >= least).sum(dim=3)
+    if bool((above > groups.keep[:, None].clamp(min=1)).any()):
+        return rows.sort(dim=3, descending=True, stable=True).indices[..., :most]
+    return order
+
+
+def mass(scores: Tensor, read: Tensor, real: Tensor, beside: Tensor) -> Tensor:
+    """The share of each head's attention that falls on what is read, text and later tokens too.
+
+    Args:
+        scores: [B, Hq, V] float32; exact scaled products.
+        read: [B, H, V] bool.
+        real: [B, V] bool.
+        beside: as in `weights`.
+
+    Returns:
+        [B, Hq] float32.
+    """
+    taken = read.repeat_interleave(scores.shape[1] // read.shape[1], dim=1)
+    part = torch.logaddexp(scores.masked_fill(~taken, -torch.inf).logsumexp(dim=-1), beside)
+    whole = scores.masked_fill(~real[:, None], -torch.inf).logsumexp(dim=-1)
+    return (part - torch.logaddexp(whole, beside)).exp()
