@@ -27,7 +27,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from vlmprune.hosts.attention import attention_of
 from vlmprune.hosts.release import with_cache
 from vlmprune.runtime.attention.ragged import Ragged
-from vlmprune.runtime.cache.ragged_cache import adopt, attending
+from vlmprune.runtime.cache.bound_cache import adopt, attending
+from vlmprune.runtime.cache.ragged_layer import RaggedLayer
 from vlmprune.select import retention
 from vlmprune.study.measure import peak_bytes, stored_bytes
 
@@ -243,7 +244,7 @@ class Case:
         cache, L = self.decoder.empty(), self.setting.length
         if kind in CUTS:
             count = len(self.full)
-            adopt(cache, range(count), count)
+            adopt(cache, range(count), count, RaggedLayer)
             for layer, prefix in zip(cache.layers, self.ragged[kind], strict=True):
                 layer.lazy_initialization(prefix.keys, prefix.values)
                 layer.set_prefix(prefix, L)
@@ -297,7 +298,7 @@ def fill_as_prefill(decoder: Decoder, setting: Setting, kind: str, room: int) ->
     config, cache, masks = decoder.config, decoder.empty(), []
     count, heads = config.num_hidden_layers, config.num_key_value_heads
     if kind in CUTS:
-        adopt(cache, range(count), count)
+        adopt(cache, range(count), count, RaggedLayer)
     for layer, counts in zip(cache.layers, setting.kept(count), strict=True):
         new = random_pair(decoder, setting.batch, setting.length)
         if kind == "floor":

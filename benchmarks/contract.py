@@ -31,7 +31,7 @@ from vlmprune.hosts import contract, pretrained
 from vlmprune.hosts.contract import Reached
 from vlmprune.hosts.release import cache_returned
 from vlmprune.hosts.requests import ModelCall
-from vlmprune.runtime.cache.ragged_layer import Binding
+from vlmprune.runtime.cache.binding import Binding
 from vlmprune.runtime.call.progress import following
 from vlmprune.runtime.call.state import Active
 from vlmprune.study.bench import shapes

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.select.budget import Budget, check_budget
+from vlmprune.select.sketch import Kind
 from vlmprune.views import (
     Ask,
     EncoderView,
@@ -23,7 +24,7 @@ from vlmprune.views import (
     RowView,
     Selection,
 )
-from vlmprune.views.settings import Positions, Score
+from vlmprune.views.settings import Place, Positions, Score, Watch
 
 
 class Attached(Protocol):
@@ -51,7 +52,8 @@ class Method:
     | before the language model | `reads`, `check`, `check_request` | `select` |
     | between decoder layers: tokens leave | `asks` | `raters`, `drop` |
     | between decoder layers: tokens skip some | `skips` | `route` |
-    | in a layer's KV cache | `probes`, `check_prompt` | `retain` |
+    | in a layer's KV cache, after prefill | `probes`, `check_prompt` | `retain` |
+    | in a layer's KV cache, at each step | `sketch`, `store`, `watch` | `recall` |
     | any, as it is attached to a model | `joined` | |
 
     Knows nothing of models and of how it is attached to one; `Pruner` adds that.
@@ -63,6 +65,11 @@ class Method:
     # architecture that its thresholds are for.
     window: int = 1
     calibrated_on: str | None = None
+    # Of methods that read caches in part: what keys are scored on, where keys and values lie, and
+    # what is noted of each step.
+    sketch: Kind = "exact"
+    store: Place = "device"
+    watch: Watch = ""
     # Of methods that act inside the vision encoder: how, and what to do where they cannot.
     acts: Literal["merging", "scaling", ""] = ""
     instead: str = ""
@@ -88,8 +95,13 @@ class Method:
 
     @property
     def cuts(self) -> bool:
-        """Whether it cuts the KV cache after prefill."""
-        return type(self).retain is not Method.retain
+        """Whether it acts on the KV cache as prefill leaves it: cuts it, or reads it in part."""
+        return type(self).retain is not Method.retain or self.recalls
+
+    @property
+    def recalls(self) -> bool:
+        """Whether it keeps the whole KV cache and reads a part of it at each step."""
+        return type(self).recall is not Method.recall
 
     @property
     def drops(self) -> bool:
@@ -174,6 +186,18 @@ class Method:
 
     def retain(self, layer: int, view: LayerView) -> Retention | None:
         """Choose what a decoder layer's cache keeps of a prompt; None keeps everything."""
+        raise NotImplementedError
+
+    def recall(self, layer: int, tokens: Tensor) -> Tensor | None:
+        """How many visual tokens a decoder layer's KV heads read at a step; None for all.
+
+        Args:
+            layer: its number.
+            tokens: [B, I] int64 visual tokens of each image; 0 where a sample has fewer images.
+
+        Returns:
+            [B, I] int64.
+        """
         raise NotImplementedError
 
     def check(self, counts: list[int]) -> None:

@@ -8,6 +8,7 @@ Here belong a rule's settings and its choice, no machinery. May import `methods.
 
 from vlmprune.methods.vispruner import VisPruner as VisPruner
 from vlmprune.methods.plphp import PLPHP as PLPHP
+from vlmprune.methods.recall import Recall as Recall
 
 # Before the language model.
 from vlmprune.methods.fastervlm import FasterVLM as FasterVLM

@@ -97,6 +97,9 @@ class Chain(Pruner):
             "instead": self.slots.encoder.instead,
             "attends": any(stage.attends for stage in self.slots.choosing),
             "window": self.slots.cache.window,
+            "sketch": self.slots.cache.sketch,
+            "store": self.slots.cache.store,
+            "watch": self.slots.cache.watch,
             "calibrated_on": self.slots.inner.calibrated_on,
         }
         for name, value in said.items():
@@ -134,8 +137,13 @@ class Chain(Pruner):
 
     @property
     def cuts(self) -> bool:
-        """Whether a stage cuts the KV cache."""
+        """Whether a stage acts on the KV cache."""
         return self.slots.cache.cuts
+
+    @property
+    def recalls(self) -> bool:
+        """Whether a stage reads the KV cache in part."""
+        return self.slots.cache.recalls
 
     @property
     def probes(self) -> Probes | None:
@@ -158,6 +166,10 @@ class Chain(Pruner):
     def retain(self, layer: int, view: LayerView) -> Retention | None:
         """The choice of the stage that cuts the KV cache."""
         return self.slots.cache.retain(layer, view)
+
+    def recall(self, layer: int, tokens: Tensor) -> Tensor | None:
+        """What the stage reads that reads the KV cache in part."""
+        return self.slots.cache.recall(layer, tokens)
 
     def check_prompt(self, others: int, images: int, heads: int, token_bytes: int) -> None:
         """The check of the stage that cuts the KV cache."""

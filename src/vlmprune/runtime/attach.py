@@ -23,8 +23,8 @@ from vlmprune.hosts import (
 from vlmprune.hosts.families import Family
 from vlmprune.method import Method
 from vlmprune.runtime.attachment import Attachment
+from vlmprune.runtime.cache.bound_cache import kind_of
 from vlmprune.runtime.cache.gapped_layer import GappedLayer
-from vlmprune.runtime.cache.ragged_layer import RaggedLayer
 from vlmprune.runtime.decoder import checks
 from vlmprune.runtime.encoder import acting
 from vlmprune.runtime.family import family_of
@@ -84,7 +84,7 @@ def _check_contract(model: Any, family: Family, method: Method) -> None:
         decoder.check_layers(model)
         caches.check_layers(caches.GrowingLayer, GappedLayer)
     if method.cuts:
-        caches.check_layers(caches.GrowingLayer, RaggedLayer)
+        caches.check_layers(caches.GrowingLayer, kind_of(method))
         for index in decoder.full_attention_layers(model):
             layer = decoder.decoder_layers(model)[index]
             attention.check_tappable(layer, "prune before the language model")

@@ -40,25 +40,30 @@ def check_budget(budget: str, videos: bool = True) -> None:
         )
 
 
-def check_keep(keep: int | float) -> None:
+def check_keep(keep: int | float, name: str = "keep", does: str = "leaves") -> None:
     """Refuse a `keep` that no number of visual tokens could make right.
+
+    Args:
+        keep: the setting.
+        name: of the setting.
+        does: what it does to visual tokens.
 
     Raises:
         VlmpruneError: as `resolve_keep`, all but the comparison with what there is.
     """
     if isinstance(keep, bool) or not isinstance(keep, Real):
         raise VlmpruneError(
-            f"keep={keep!r} is not a number; use an int of at least 1 for visual tokens, or a "
+            f"{name}={keep!r} is not a number; use an int of at least 1 for visual tokens, or a "
             "float in (0, 1] for a fraction of them."
         )
     if isinstance(keep, Integral):
         if keep < 1:
-            raise VlmpruneError(f"keep={keep} leaves no visual tokens; use an int of at least 1.")
+            raise VlmpruneError(f"{name}={keep} {does} no visual tokens; use an int of at least 1.")
     # Written this way round so that NaN is refused too.
     elif not 0.0 < float(keep) <= 1.0:
         raise VlmpruneError(
-            f"keep={float(keep)} is a fraction outside (0, 1]; use a float in (0, 1], or an int of "
-            "at least 1 for a number of visual tokens."
+            f"{name}={float(keep)} is a fraction outside (0, 1]; use a float in (0, 1], or an int "
+            "of at least 1 for a number of visual tokens."
         )
 
 

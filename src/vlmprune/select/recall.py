@@ -6,6 +6,7 @@ Imports torch alone. Ties go to the lower index, so that CPU and GPU agree.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -64,8 +65,8 @@ def counts(read: int | float, tokens: Tensor, floor: int) -> Tensor:
     Returns:
         [B, I] int64.
     """
-    if isinstance(read, int):
-        wanted = torch.full_like(tokens, read)
+    if isinstance(read, Integral):
+        wanted = torch.full_like(tokens, int(read))
     else:
         # With room for float32's error in shares such as 0.1.
         wanted = (read * tokens + 0.5 + 1e-4).floor().long()

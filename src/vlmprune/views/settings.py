@@ -11,3 +11,7 @@ Score = Literal["auto", "pooling"]
 # Which rows of an encoder layer's attention score its tokens: the row of a CLS token that comes
 # first or last, or what each token receives of all.
 TapRows = Literal["cls", "last", "received"]
+
+# Where the keys and values lie of a cache that is read in part, and what is noted of each step.
+Place = Literal["device", "host"]
+Watch = Literal["", "tokens", "mass"]

@@ -20,9 +20,10 @@ from stock import CACHE, cache_of
 from tiny import IMAGE, model, request
 from vlmprune import PLPHP, VisPruner, VlmpruneError
 from vlmprune.runtime.attention.ragged import Ragged
-from vlmprune.runtime.cache import ragged_cache
-from vlmprune.runtime.cache.ragged_cache import binding_of
-from vlmprune.runtime.cache.ragged_layer import Binding, RaggedLayer
+from vlmprune.runtime.cache import bound_cache
+from vlmprune.runtime.cache.binding import Binding
+from vlmprune.runtime.cache.bound_cache import binding_of
+from vlmprune.runtime.cache.ragged_layer import RaggedLayer
 
 SETTINGS: dict[str, Any] = {"r": 0.4, "dr": 0.3, "alpha": 0.65, "beta": 0.6, "per_head": "adaptive"}
 
@@ -103,7 +104,7 @@ def test_operations_equal_those_of_a_masked_cache(name: str, new: int) -> None:
 def driven(built: Any, held: Any, mask: Tensor, new: int) -> Tensor:
     """`step` over a cut cache, without a pruner's record of whole prompts."""
     layers = built.model.language_model.layers
-    with ragged_cache.attending(held, {i: x.self_attn for i, x in enumerate(layers)}, None):
+    with bound_cache.attending(held, {i: x.self_attn for i, x in enumerate(layers)}, None):
         return step(built, held, mask, {}, new)
 
 
@@ -241,7 +242,7 @@ def test_attention_outside_the_registry_is_noticed(monkeypatch: pytest.MonkeyPat
     cut, _, _, mask = filled(built, [1])
     ids = torch.tensor([[9]])
     mask = torch.cat((mask, torch.ones_like(ids)), 1)
-    monkeypatch.setattr(ragged_cache, "intercepting", lambda *_: nullcontext())
+    monkeypatch.setattr(bound_cache, "intercepting", lambda *_: nullcontext())
     with (
         pytest.raises(VlmpruneError, match="does not attend through the attention registry"),
         PLPHP(**SETTINGS)(built),

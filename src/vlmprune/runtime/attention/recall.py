@@ -31,6 +31,13 @@ class Read:
     index: Tensor | None = None
     seen: Tensor | None = None
 
+    def places(self, recalled: Recalled, heads: int) -> Tensor:
+        """[B, H, k] int64 places of what was read, -1 where a head read fewer."""
+        if self.index is None:
+            every = torch.arange(recalled.images.shape[1], device=recalled.images.device)
+            return torch.where(recalled.real, every, -1)[:, None].expand(-1, heads, -1)
+        return self.index if self.seen is None else self.index.masked_fill(~self.seen, -1)
+
     def mask(self, recalled: Recalled, heads: int) -> Tensor:
         """[B, H, V] bool: which tokens were read."""
         real = recalled.real[:, None].expand(-1, heads, -1)
@@ -45,7 +52,7 @@ class Read:
         return out.bool() & real
 
 
-def attend(call: AttentionCall, recalled: Recalled) -> tuple[Tensor, Read]:
+def attend(call: AttentionCall, recalled: Recalled, whole: bool = False) -> tuple[Tensor, Read]:
     """Attention of queries [B, Hq, Q, D] to visual tokens, and to text and what came later.
 
     Args:
@@ -53,13 +60,14 @@ def attend(call: AttentionCall, recalled: Recalled) -> tuple[Tensor, Read]:
             mask, None or in four dimensions, is as in `ragged.dense_partial`. More than one query
             reads every visual token.
         recalled: the visual tokens.
+        whole: whether one query, too, reads every visual token.
 
     Returns:
         [B, Hq, Q, Dv] in the query's dtype, and what was read.
     """
     rest = ragged.dense_partial(call.query, call.key, call.value, call.mask, call.scale)
     read = Read()
-    if call.query.shape[2] > 1 or recalled.all_read:
+    if whole or call.query.shape[2] > 1 or recalled.all_read:
         keys, values = recalled.store.whole()
         seen = None if recalled.full else recalled.real[:, None, None]
     else:

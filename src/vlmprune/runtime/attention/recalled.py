@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.select import recall
 from vlmprune.select.recall import Groups
 from vlmprune.select.sketch import BITS, Kind, Sketch
-
-Place = Literal["device", "host"]
+from vlmprune.views.settings import Place
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +195,42 @@ class Recalled:
     def host_bytes(self) -> int:
         """Bytes that lie in host memory instead."""
         return self.store.nbytes if self.store.place == "host" else 0
+
+    @property
+    def small_bytes(self) -> int:
+        """Bytes of what tells the tokens apart."""
+        return sum(int(t.nbytes) for t in (self.images, self.columns, self.tokens, self.keep))
+
+    @cached_property
+    def bytes_dense(self) -> int:
+        """Bytes of the keys and values of all tokens, padding left out."""
+        return int(self.tokens.sum()) * self.store.keys.shape[1] * self.store.token_bytes
+
+    @cached_property
+    def bytes_read(self) -> int:
+        """Bytes that a step reads: what is scored, and keys and values of what is chosen."""
+        if self.all_read:
+            return self.bytes_dense
+        found = int(self.keep.sum()) * self.store.keys.shape[1] * self.store.token_bytes
+        if self.sketch is not None:
+            return found + self.sketch.nbytes
+        return found + int(self.store.keys.nbytes)
+
+    @cached_property
+    def bytes_fetched(self) -> int:
+        """Bytes that a step moves from host memory to the device of the computation."""
+        if self.store.place == "device":
+            return 0
+        tokens = self.tokens if self.all_read else self.keep
+        return int(tokens.sum()) * self.store.keys.shape[1] * self.store.token_bytes
+
+    def before(self, column: int) -> Recalled:
+        """The tokens that stand before a column; how many are read of an image is not more."""
+        stays = self.real & (self.columns < column)
+        images = self.images.masked_fill(~stays, -1)
+        count = torch.arange(self.tokens.shape[1], device=images.device)
+        tokens = (images[..., None] == count).sum(dim=1)
+        return replace(self, images=images, tokens=tokens, keep=self.keep.minimum(tokens))
 
     def select(self, rows: Tensor) -> Recalled:
         """The samples at `rows` [B'], in their order."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from vlmprune.hosts import caches
 from vlmprune.runtime.cache.gapped_layer import GappedLayer
-from vlmprune.runtime.cache.ragged_layer import RaggedLayer
+from vlmprune.runtime.cache.tail_layer import TailLayer
 
 
 def check_alone(cache: Any) -> None:
@@ -16,5 +16,5 @@ def check_alone(cache: Any) -> None:
         VlmpruneError: one does, and no call of ours is under way that knows what is missing.
     """
     for layer in caches.layers_of(cache):
-        if isinstance(layer, GappedLayer | RaggedLayer):
+        if isinstance(layer, GappedLayer | TailLayer):
             layer.check_alone()

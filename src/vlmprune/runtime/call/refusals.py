@@ -17,7 +17,7 @@ from vlmprune.hosts.requests import (
 )
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.cache import gapped_layer
-from vlmprune.runtime.cache.ragged_cache import refusal
+from vlmprune.runtime.cache.bound_cache import refusal
 from vlmprune.runtime.decoder.missing_rows import lacking
 
 
@@ -99,10 +99,11 @@ def check_cutting(attachment: Attachment, call: ModelCall, setting: Settings) ->
     """Refuse, before any work, what a method that cuts caches cannot do."""
     method = repr(attachment.method)
     if not setting.caches:
-        raise VlmpruneError(f"{method} cuts the KV cache and needs one; leave out use_cache=False.")
-    _check_decoder(attachment, setting, "cut")
+        does = "reads the KV cache in part" if attachment.method.recalls else "cuts the KV cache"
+        raise VlmpruneError(f"{method} {does} and needs one; leave out use_cache=False.")
+    _check_decoder(attachment, setting, "read a part of" if attachment.method.recalls else "cut")
     cache = call.cache
-    why = None if cache is None else refusal(cache, attachment.cuttable)
+    why = None if cache is None else refusal(cache, attachment.cuttable, attachment.method)
     if why is not None:
         raise VlmpruneError(f"{method} {why}")
 

@@ -24,6 +24,7 @@ from vlmprune.runtime.call.shorten import (
 )
 from vlmprune.runtime.call.state import Active, Progress
 from vlmprune.runtime.decoder.cache_cut import CacheCut
+from vlmprune.runtime.decoder.cache_recall import CacheRecall
 from vlmprune.runtime.decoder.missing_rows import MissingRows
 from vlmprune.runtime.geometry import VisualColumns
 
@@ -133,7 +134,8 @@ def _state(
     if plan.cuts or lacking:
         columns = columns_of(attachment, plan, choice, prompt, short)
     if plan.cuts:
-        cut, numbers = CacheCut(attachment.method, prompt.mask, columns), columns.row_numbers
+        act = CacheRecall if attachment.method.recalls else CacheCut
+        cut, numbers = act(attachment.method, prompt.mask, columns), columns.row_numbers
     if lacking:
         missing = MissingRows(
             attachment.method.dropper,

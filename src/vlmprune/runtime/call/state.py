@@ -13,8 +13,8 @@ from vlmprune.hosts.contract import broken, checks
 from vlmprune.hosts.generation import WholePrompt
 from vlmprune.hosts.requests import FORWARD, ModelCall
 from vlmprune.report import Report
-from vlmprune.runtime.decoder.cache_cut import CacheCut
 from vlmprune.runtime.decoder.missing_rows import MissingRows
+from vlmprune.runtime.decoder.prompt_end import PromptEnd
 from vlmprune.runtime.encoder.pruned import Pruned
 from vlmprune.runtime.scope import Scope
 
@@ -92,7 +92,7 @@ class Active(Scope):
             where the model has three positions a column; None if 0.
         gapped: whether positions have gaps, which must not be taken for packing.
         items: number of images and videos that are new in it.
-        cut: what is to be cut out of the cache; None for nothing.
+        cut: what becomes of the cache at the prompt's end; None for nothing.
         numbers: for each row, the number of each kept visual token among all that it brought.
         batch: rows of the request.
         rows: of the forward that is under way; None before the first.
@@ -108,7 +108,7 @@ class Active(Scope):
     drift: Tensor | None
     gapped: bool
     items: int = 0
-    cut: CacheCut | None = None
+    cut: PromptEnd | None = None
     numbers: list[Tensor] = field(default_factory=list)
     batch: int = 1
     rows: int | None = None

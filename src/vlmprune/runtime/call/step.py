@@ -12,7 +12,7 @@ from vlmprune import costs
 from vlmprune.hosts import caches, contract, decoder
 from vlmprune.hosts.requests import ModelCall
 from vlmprune.runtime.attachment import Attachment
-from vlmprune.runtime.cache.ragged_cache import adopt, attending, binding_of
+from vlmprune.runtime.cache.bound_cache import adopt, attending, binding_of, kind_of
 from vlmprune.runtime.call import progress
 from vlmprune.runtime.call.state import Active
 from vlmprune.runtime.decoder.row_pass import leaving_out
@@ -67,7 +67,8 @@ def _cutting(attachment: Attachment, state: Active, cache: Any) -> Iterator[None
     if cut is not None and cut.done:
         cut = None
     if cut is not None and cache is not None:
-        adopt(cache, attachment.cuttable, len(decoder.decoder_layers(attachment.model)))
+        kind = kind_of(attachment.method)
+        adopt(cache, attachment.cuttable, len(decoder.decoder_layers(attachment.model)), kind)
     if binding_of(cache) is None:
         yield
     else:
@@ -79,9 +80,7 @@ def _cutting(attachment: Attachment, state: Active, cache: Any) -> Iterator[None
         cut.done = True
         if state.report is not None:
             cached = costs.kv_layers(attachment.model.config)
-            attachment.report = state.report = state.report.with_layers(
-                cut.layers, cached, cut.seconds, state.numbers
-            )
+            attachment.report = state.report = cut.reported(state.report, cached, state.numbers)
 
 
 def _mended(state: Active, call: ModelCall) -> ModelCall:

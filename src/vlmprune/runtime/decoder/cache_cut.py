@@ -7,7 +7,6 @@ among what is kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,13 +17,13 @@ from vlmprune import costs
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import masks
 from vlmprune.hosts.attention import AttentionCall
-from vlmprune.hosts.contract import Reached
 from vlmprune.method import Method
-from vlmprune.report import LayerReport
+from vlmprune.report import LayerReport, Report
 from vlmprune.runtime.attention import ragged
 from vlmprune.runtime.attention.ragged_tokens import Ragged
-from vlmprune.runtime.cache.ragged_layer import RaggedLayer, Shown
-from vlmprune.runtime.decoder.rows import visual_places
+from vlmprune.runtime.cache.binding import Shown
+from vlmprune.runtime.cache.ragged_layer import RaggedLayer
+from vlmprune.runtime.decoder.prompt_end import PromptEnd, repeated
 from vlmprune.runtime.geometry import VisualColumns
 from vlmprune.runtime.timer import Timer
 from vlmprune.select.softmax import scores, softmax
@@ -51,61 +50,30 @@ class LayerChoice:
     whole: bool
 
 
-class CacheCut:
+class CacheCut(PromptEnd):
     """One prompt under a method that cuts caches.
 
     Attributes:
         layers: what each layer that was asked keeps, once it has been cut.
-        seconds: time spent on scores, choice and cut.
-        done: whether the prompt is complete.
     """
 
     def __init__(self, method: Method, mask: Tensor, visual: VisualColumns) -> None:
-        """Prepare the cut of a prompt.
-
-        Args:
-            method: decides what each layer keeps.
-            mask: [B, S] columns of the prompt, those that a cache holds included; 0 is padding.
-            visual: the visual tokens that came with this prompt.
-        """
-        self.method, self.mask, self.columns = method, mask != 0, mask.shape[1]
+        """Prepare the cut of a prompt, as `PromptEnd` has it."""
+        super().__init__(method, mask, visual)
         self.layers: list[LayerReport] = []
-        self.seconds = 0.0
-        self.done = False
-        device = mask.device
-        # Columns of the visual tokens first, in order; where a row has fewer, anything.
-        self.places, _ = visual_places(visual.visual, visual.longest)
-        self.images = visual.images.gather(1, self.places)
-        self.counts, self.visual = visual.counts, visual.visual
         # The last real columns, the window, newest first; -1 where a row has fewer.
         rank = self.mask.flip(1).cumsum(dim=1).flip(1)
-        columns = torch.arange(self.columns, device=device)
+        columns = torch.arange(self.columns, device=mask.device)
         self.window = [
             torch.where(self.mask & (rank == i), columns, -1).amax(dim=1)
             for i in range(1, method.window + 1)
         ]
         self.probes = None if method.probes is None else drawn(self.mask, method.probes)
         self._choice: LayerChoice | None = None
-        # Layers that were cut, or asked and left whole.
-        self.reached = Reached()
 
-    def check_cut(self, model: Any, due: Sequence[int]) -> None:
-        """Refuse a prompt of which a layer's cache was not cut.
-
-        Args:
-            model: the host.
-            due: the decoder layers that were to be cut.
-
-        Raises:
-            ContractError: one was not.
-        """
-        self.reached.check(
-            model, due, "kept the whole prompt, for it is not in the cache that was to be cut"
-        )
-
-    def due(self, length: int) -> bool:
-        """Whether a layer of that many columns has seen the whole prompt."""
-        return length == self.columns
+    def reported(self, report: Report, cached: int, numbers: list[Tensor]) -> Report:
+        """The report with what each layer keeps."""
+        return report.with_layers(self.layers, cached, self.seconds, numbers)
 
     @torch.no_grad()
     def attended(self, shown: Shown, call: AttentionCall) -> Tensor | None:
@@ -179,15 +147,15 @@ class CacheCut:
         total: Any = 0.0
         rows: Any = 0
         for columns in self.window:
-            columns = _repeat(columns, times).to(query.device)
+            columns = repeated(columns, times).to(query.device)
             at = columns - (self.columns - query.shape[2])
             row = query.gather(2, at.clamp(min=0)[:, None, None, None].expand_as(query[:, :, :1]))
             sees = self._before(columns[:, None], start, times)
             attention = self._attention(row, shown, sees, call)[:, :, 0]
             there = (at >= 0)[:, None, None]
             total, rows = total + attention * there, rows + there.long()
-        places = _repeat(self.places, times).to(query.device) - start
-        images = _repeat(self.images, times).to(query.device)
+        places = repeated(self.places, times).to(query.device) - start
+        images = repeated(self.images, times).to(query.device)
         index = places.clamp(min=0)[:, None].expand(-1, query.shape[1], -1)
         sharing = shown.layer.sharing
         attention = sharing.joined((total / rows.clamp(min=1)).gather(2, index))
@@ -198,7 +166,7 @@ class CacheCut:
         return LayerView(
             attention.masked_fill((images < 0)[:, None], 0.0),
             images,
-            _repeat(self.counts, times).to(query.device),
+            repeated(self.counts, times).to(query.device),
             heads,
             held,
             (keys.shape[3] + values.shape[3]) * keys.element_size(),
@@ -210,7 +178,7 @@ class CacheCut:
         query, mask = call.query, call.mask
         start, tail = shown.layer.start, shown.keys.shape[2]
         batch, heads, rows, width = query.shape
-        columns = _repeat(self.probes, times).to(query.device)
+        columns = repeated(self.probes, times).to(query.device)
         sums = torch.zeros(batch, tail, device=query.device)
         seen = torch.zeros(batch, tail, dtype=torch.long, device=query.device)
         # A few rows at a time, so that memory stays linear in the prompt's length.
@@ -225,12 +193,12 @@ class CacheCut:
             probes = query.gather(2, at[:, None, :, None].expand(-1, heads, -1, width))
             sums += self._attention(probes, shown, sees, call).mean(dim=1).sum(dim=1)
             seen += sees.sum(dim=1)
-        places = (_repeat(self.places, times).to(query.device) - start).clamp(min=0)
+        places = (repeated(self.places, times).to(query.device) - start).clamp(min=0)
         return replace(view, sums=shown.layer.sharing.mean(sums), seen=seen, places=places)
 
     def _before(self, columns: Tensor, start: int, times: int) -> Tensor:
         """[B, R, T] bool: the real columns from `start` on, up to each of `columns` [B, R]."""
-        real = _repeat(self.mask, times)[:, start:].to(columns.device)
+        real = repeated(self.mask, times)[:, start:].to(columns.device)
         return masks.lines(real, columns - start, real.shape[1], 0)[:, 0]
 
     def _attention(self, rows: Tensor, shown: Shown, sees: Tensor, call: AttentionCall) -> Tensor:
@@ -268,14 +236,14 @@ class CacheCut:
 
     def _others(self, times: int) -> Tensor:
         """[B, S] bool: columns that stay whatever is chosen."""
-        return _repeat(self.mask & ~self.visual, times)
+        return repeated(self.mask & ~self.visual, times)
 
     def _columns(self, kept: Tensor, times: int) -> Tensor:
         """[B, H, S] bool: all columns that stay, of which `kept` [B, H, V] are visual tokens."""
         keep = self._others(times)[:, None].expand(-1, kept.shape[1], -1).clone()
-        places = _repeat(self.places, times)[:, None].expand_as(kept)
+        places = repeated(self.places, times)[:, None].expand_as(kept)
         # Places beyond a row's visual tokens hold other columns, which stay as they are.
-        real = (_repeat(self.images, times) >= 0)[:, None]
+        real = (repeated(self.images, times) >= 0)[:, None]
         values = torch.where(real, kept.to(keep.device), keep.gather(2, places))
         return keep.scatter_(2, places, values)
 
@@ -311,7 +279,3 @@ def drawn(mask: Tensor, probes: Probes) -> Tensor:
 def row_lengths(prefix: Ragged) -> Tensor:
     """[B] tokens stored for each sample, all heads together."""
     return torch.tensor(prefix.lengths).view(prefix.batch, prefix.heads).sum(dim=1)
-
-
-def _repeat(tensor: Tensor, times: int) -> Tensor:
-    return tensor if times == 1 else tensor.repeat_interleave(times, dim=0)

@@ -13,94 +13,12 @@ from torch import Tensor
 
 from vlmprune import costs
 from vlmprune.costs import units
+from vlmprune.report.layers import LayerReport, RowsReport
+from vlmprune.report.reading import Reading
 from vlmprune.views.layout import Layout
 
 LEFT = "left before layer "
 """The role of tokens that were dropped between decoder layers, with the layer's number behind."""
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What one decoder layer's cache keeps of a prompt.
-
-    Attributes:
-        index: number of the layer.
-        gamma: for each sample, its vision attention, 0 to 1; None for one without images.
-        retention: for each sample, the retention rate asked for; None likewise.
-        mask: [B, H, V] bool; what each KV head keeps of the sample's visual tokens.
-        images: [B, V] int64; image of each visual token within its sample; -1 where a sample has
-            fewer than V.
-        bytes_before: of the layer's whole prompt, text and padding included, uncut.
-        bytes_after: of all tensors that the layer holds after the cut.
-        kv_bytes: of the visual tokens' keys and values after the cut.
-        numbers: for each sample, [v] the number of each of its visual tokens among those that it
-            would have without any pruning; None where nothing was pruned before.
-        flops_saved: by attention among what is kept, of a method that acts on prefill too.
-    """
-
-    index: int
-    gamma: list[float | None]
-    retention: list[float | None]
-    mask: Tensor = field(repr=False)
-    images: Tensor = field(repr=False)
-    bytes_before: int
-    bytes_after: int
-    kv_bytes: int
-    numbers: list[Tensor] | None = field(repr=False, default=None)
-    flops_saved: float = 0.0
-
-    @property
-    def kept(self) -> list[list[Tensor]]:
-        """For each KV head one [k] int64 a sample: ascending numbers of the visual tokens kept.
-
-        They count all visual tokens of the sample's prompt, its images one after the other, as
-        the language model would have seen them without any pruning.
-        """
-        mask = self.mask.cpu()
-        found = [
-            [mask[row, head].nonzero()[:, 0] for row in range(len(mask))]
-            for head in range(mask.shape[1])
-        ]
-        if self.numbers is None:
-            return found
-        # A method may have put tokens of an image behind others.
-        return [
-            [self.numbers[row][at].sort().values for row, at in enumerate(head)] for head in found
-        ]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything that JSON can hold; of `kept` the numbers of tokens, head by sample."""
-        return {
-            "layer": self.index,
-            "gamma": self.gamma,
-            "retention": self.retention,
-            "kept": self.mask.sum(dim=2).transpose(0, 1).tolist(),
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-        }
-
-
-@dataclass(frozen=True)
-class RowsReport:
-    """Which visual tokens reach one decoder layer, where not all of them do.
-
-    Attributes:
-        index: number of the layer.
-        kept: for each image, ascending indices [k] int64, as in `Report`.
-        kv_bytes: of their keys and values in that layer.
-    """
-
-    index: int
-    kept: list[Tensor] = field(repr=False)
-    kv_bytes: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything that JSON can hold; of `kept` the numbers of tokens, image by image."""
-        return {
-            "layer": self.index,
-            "kept": [len(one) for one in self.kept],
-            "kv_bytes": self.kv_bytes,
-        }
 
 
 @dataclass(frozen=True)
@@ -132,6 +50,7 @@ class Report:
             merged.
         decoder_flops_before: of `flops_before` those of the decoder layers.
         decoder_flops_after: of `flops_after` likewise.
+        reading: what a cache that is read in part holds, and what its steps read; None for others.
     """
 
     method: str
@@ -152,6 +71,7 @@ class Report:
     members: list[Tensor] = field(repr=False, default_factory=list)
     decoder_flops_before: float = 0.0
     decoder_flops_after: float = 0.0
+    reading: Reading | None = field(repr=False, default=None)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything that JSON can hold; `kept` as lists."""
@@ -163,6 +83,8 @@ class Report:
         out["kept"] = [indices.tolist() for indices in self.kept]
         out["members"] = [into.tolist() for into in self.members]
         out["layers"] = [layer.as_dict() for layer in self.layers]
+        if self.reading is not None:
+            out["reading"] = self.reading.as_dict()
         return out
 
     def with_layers(
@@ -184,6 +106,20 @@ class Report:
             decoder_flops_after=self.decoder_flops_after
             - sum(layer.flops_saved for layer in layers),
             kv_bytes_after=whole + sum(layer.kv_bytes for layer in layers),
+            seconds_selecting=self.seconds_selecting + seconds,
+        )
+
+    def with_reading(self, reading: Reading, seconds: float) -> Report:
+        """The same call after its prompt was put away to be read in part.
+
+        Args:
+            reading: what is held, and what the steps to come read.
+            seconds: time that it took.
+        """
+        return replace(
+            self,
+            reading=reading,
+            kv_bytes_after=self.kv_bytes_after - reading.dense_bytes + reading.device_bytes,
             seconds_selecting=self.seconds_selecting + seconds,
         )
 
@@ -289,6 +225,8 @@ class Report:
         fewer = [n for n in rows if n < self.visual_tokens_after]
         if fewer:
             cut = f", {len(fewer)} of {len(rows)} layers on {fewer[0]} of them"
+        if self.reading is not None:
+            cut = f", {self.reading}"
         score = f", {self.score}" if self.score else ""
         videos = sum(one.kind == "video" for one in self.layouts)
         counts = {"image": len(self.kept) - videos, "video": videos}

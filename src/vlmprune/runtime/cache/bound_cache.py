@@ -10,36 +10,47 @@ from torch import nn
 
 from vlmprune.hosts import caches
 from vlmprune.hosts.caches import GrowingLayer
+from vlmprune.method import Method
 from vlmprune.runtime.attention.interception import intercepting
-from vlmprune.runtime.cache.ragged_layer import Binding, Cutter, RaggedLayer
+from vlmprune.runtime.cache.binding import Binding, Cutter
+from vlmprune.runtime.cache.ragged_layer import RaggedLayer
+from vlmprune.runtime.cache.recall_layer import RecallLayer
+from vlmprune.runtime.cache.tail_layer import TailLayer
 
 
-def refusal(cache: Any, layers: Sequence[int]) -> str | None:
-    """Why a cache cannot be cut at those decoder layers; None if it can."""
-    return caches.refusal(cache, layers, (GrowingLayer, RaggedLayer), "cut")
+def kind_of(method: Method) -> type[TailLayer]:
+    """The layers in which a method that acts on caches keeps a prompt."""
+    return RecallLayer if method.recalls else RaggedLayer
 
 
-def adopt(cache: Any, layers: Sequence[int], count: int) -> None:
-    """Make the given decoder layers of a cache ragged ones, which hold what they held.
+def refusal(cache: Any, layers: Sequence[int], method: Method) -> str | None:
+    """Why a method cannot act on a cache at those decoder layers; None if it can."""
+    does = "read in part" if method.recalls else "cut"
+    return caches.refusal(cache, layers, (GrowingLayer, kind_of(method)), does)
+
+
+def adopt(cache: Any, layers: Sequence[int], count: int, kind: type[TailLayer]) -> None:
+    """Make the given decoder layers of a cache ones of ours, which hold what they held.
 
     Args:
         cache: a dynamic cache.
         layers: the decoder layers whose cache may be cut.
         count: number of all decoder layers.
+        kind: of layers.
     """
     caches.fill(cache, count)
     binding, held = binding_of(cache) or Binding(), caches.layers_of(cache)
     for index in layers:
         if index < len(held) and type(held[index]) is GrowingLayer:
-            new = RaggedLayer(binding, index)
+            new = kind(binding, index)
             vars(new).update(caches.held_of(held[index]))
             caches.replace_layer(cache, index, new)
 
 
 def binding_of(cache: Any) -> Binding | None:
-    """The binding of a cache that has ragged layers; None for any other."""
+    """The binding of a cache that has layers of ours with a tail; None for any other."""
     for layer in caches.layers_of(cache):
-        if isinstance(layer, RaggedLayer):
+        if isinstance(layer, TailLayer):
             return layer.binding
     return None
 
@@ -48,7 +59,7 @@ def binding_of(cache: Any) -> Binding | None:
 def attending(
     cache: Any, attentions: Mapping[int, nn.Module], cutter: Cutter | None
 ) -> Iterator[None]:
-    """Let a forward inside the block attend to the cache's ragged layers, and cut them.
+    """Let a forward inside the block attend to the cache's layers of ours, and cut them.
 
     Args:
         cache: any cache, or None.
