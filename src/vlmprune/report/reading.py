@@ -117,6 +117,9 @@ class Reading:
         for read in index.values():
             times = max(1, len(read) // self.rows)
             for image, found in zip(self.images, out, strict=True):
+                if image.row * times >= len(read):
+                    # Samples were taken out of the cache meanwhile.
+                    continue
                 own = read[image.row * times].flatten().long()
                 longest = int(torch.cat((own, image.places)).max()) + 1
                 hits = torch.bincount(own[own >= 0], minlength=longest).float()

@@ -13,7 +13,9 @@ import torch
 
 from answers import DIFFERENT, TOLERANCE, distance, generate
 from masked import masking
-from vlmprune import PLPHP, VisPruner, VlmpruneError
+from step_masks import masking_steps, masks_of
+from stock import cache_of
+from vlmprune import PLPHP, Recall, VisPruner, VlmpruneError
 from vlmprune.hosts.families import FAMILIES
 from vlmprune.runtime.family import family_of
 from zoo import EVERY, ZOO
@@ -123,6 +125,28 @@ def test_a_cut_cache_equals_masking(name: str, attention: str, batch: str) -> No
                 mask[row, head, [columns[i] for i in rows[row].tolist()]] = True
         keep[layer.index] = mask
     with masking(built, keep):
+        expected = generate(built, req.inputs)
+    assert torch.equal(pruned.logits[0], expected.logits[0])
+    assert distance(pruned, expected) < TOLERANCE
+    assert distance(pruned, generate(built, req.inputs)) > DIFFERENT
+
+
+@pytest.mark.parametrize(("name", "attention", "batch"), [c for c in CASES if c[0] not in CAPPED])
+def test_a_cache_read_in_part_equals_masking_step_by_step(
+    name: str, attention: str, batch: str
+) -> None:
+    entry = KNOWN[name]
+    built = entry.build(attention)
+    req = entry.request(built, batches(name)[batch])
+    with Recall(read=0.2, floor=0, watch="tokens")(built) as handle:
+        pruned = generate(built, req.inputs)
+    report = handle.report
+    assert report is not None and report.reading is not None
+    visual = torch.zeros_like(req.inputs["input_ids"], dtype=torch.bool)
+    for row, columns in columns_of(req, [len(layout.labels) for layout in report.layouts]):
+        visual[row, columns] = True
+    masks = masks_of(report.reading, visual, cache_of(pruned))
+    with masking_steps(built, masks):
         expected = generate(built, req.inputs)
     assert torch.equal(pruned.logits[0], expected.logits[0])
     assert distance(pruned, expected) < TOLERANCE
