@@ -17,7 +17,7 @@ from typing import Any
 RANKS = 2
 # The plan of the last cuts the vision tower, too, that of Qwen3-VL no head.
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl", "llama4")
-METHODS = ("VisPruner", "PLPHP", "FastV", "RandomTokens")
+METHODS = ("VisPruner", "PLPHP", "FastV", "RandomTokens", "Recall")
 WAYS = {"tensor parallel": FAMILIES, "fsdp": FAMILIES[:2]}
 
 
@@ -43,6 +43,7 @@ def run(rank: int, folder: Path) -> dict[str, Any]:
         "PLPHP": PLPHP(per_head="adaptive", window=3, alpha=0.68, beta=0.6),
         "FastV": vlmprune.FastV(keep=0.4, layer=1),
         "RandomTokens": vlmprune.RandomTokens(keep=0.5),
+        "Recall": vlmprune.Recall(read=0.3, floor=0),
     }
     chain = VisPruner(keep=0.7) | methods["PLPHP"]
 

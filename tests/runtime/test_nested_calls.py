@@ -11,11 +11,12 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from answers import same
 from stock import CACHE, cache_of
-from vlmprune import PLPHP, FastV, VisPruner
+from vlmprune import PLPHP, FastV, Recall, VisPruner
 from zoo import ZOO
 
 FAMILIES = ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3"]
-PRUNERS = [VisPruner(keep=2), PLPHP(r=0.3), FastV(keep=2, layer=1)]
+RECALL = Recall(read=2, floor=0)
+PRUNERS = [VisPruner(keep=2), PLPHP(r=0.3), FastV(keep=2, layer=1), RECALL]
 STEPS = 4
 OPTIONS: dict[str, Any] = {"max_new_tokens": STEPS, "do_sample": False}
 

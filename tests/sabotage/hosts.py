@@ -26,12 +26,12 @@ from transformers import (
 )
 
 from stock import CACHE
-from vlmprune import PLPHP, FastV, VisPruner, VlmpruneError
+from vlmprune import PLPHP, FastV, Recall, VisPruner, VlmpruneError
 from zoo import ZOO, Entry
 from zoo.base import IMAGE, TEXT
 from zoo.llava import CLIP
 
-METHODS = ("VisPruner", "PLPHP", "FastV", "chain")
+METHODS = ("VisPruner", "PLPHP", "FastV", "Recall", "chain")
 ATTENTIONS = ("sdpa", "eager")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Nearness of logits, which lie within some units of 0.
@@ -189,6 +189,9 @@ def pruner(method: str, row: Row, found: Host) -> Any:
         return vispruner
     if method == "FastV":
         return FastV(keep=0.4, layer=1)
+    if method == "Recall":
+        # Exact, so that a choice hangs on no rounding of a sketch.
+        return Recall(read=0.3, floor=0, sketch="exact")
     plphp = PLPHP(**found.settings)
     return plphp if method == "PLPHP" else vispruner | plphp
 

@@ -17,6 +17,7 @@ from vlmprune import (
     FastV,
     PyramidDrop,
     RandomTokens,
+    Recall,
     VisPruner,
     VlmpruneError,
 )
@@ -220,6 +221,7 @@ def test_what_collators_add_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> Non
         PyramidDrop(stages=2),
         Sieve(layers=(1,)),
         VisPruner(keep=4) | PLPHP(),
+        Recall(),
     ],
     ids=repr,
 )

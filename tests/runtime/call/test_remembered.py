@@ -19,7 +19,7 @@ from answers import DIFFERENT, TOLERANCE
 from deep import deep
 from stock import CACHE
 from tiny import model, request
-from vlmprune import PLPHP, FastV, RandomTokens, VisPruner, VlmpruneError
+from vlmprune import PLPHP, FastV, RandomTokens, Recall, VisPruner, VlmpruneError
 from zoo import WINDOWED, ZOO
 from zoo.base import IMAGE
 
@@ -29,6 +29,7 @@ FAMILIES = ["llava", "qwen2_vl", "internvl", "paligemma", "qwen3_vl"]
 WORD = torch.tensor([[43, 49, 41]])
 OPTIONS: dict[str, Any] = {"do_sample": False, "max_new_tokens": 4}
 MISREAD = "the model alone would misread it"
+RECALL = Recall(read=2, floor=0)
 
 
 def filled(built: Any, inputs: Any, cache: Any = None) -> tuple[Any, Tensor]:
@@ -110,7 +111,7 @@ def test_a_batch_whose_rows_stay_as_long_is_refused_too() -> None:
         said(built, cache, later(answer, req.inputs))
 
 
-@pytest.mark.parametrize("method", [FastV(keep=4), PLPHP(r=0.4)], ids=repr)
+@pytest.mark.parametrize("method", [FastV(keep=4), PLPHP(r=0.4), RECALL], ids=repr)
 @torch.no_grad()
 def test_a_refused_cache_stays_as_it_is(method: Any) -> None:
     """Where later layers lack columns, the first ones do not grow either."""
@@ -175,7 +176,9 @@ def zeroed(cache: Any) -> bool:
 
 @pytest.mark.parametrize("empty", EMPTIES)
 @pytest.mark.parametrize(
-    "method", [VisPruner(keep=3), FastV(keep=4), PLPHP(r=0.4), RandomTokens(keep=1.0)], ids=repr
+    "method",
+    [VisPruner(keep=3), FastV(keep=4), PLPHP(r=0.4), RECALL, RandomTokens(keep=1.0)],
+    ids=repr,
 )
 @torch.no_grad()
 def test_an_emptied_cache_is_as_new(method: Any, empty: str) -> None:
