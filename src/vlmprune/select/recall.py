@@ -5,6 +5,7 @@ Imports torch alone. Ties go to the lower index, so that CPU and GPU agree.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -78,49 +79,73 @@ def products(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     return softmax.scores(query[:, :, None], keys, scale)[:, :, 0]
 
 
-def weights(scores: Tensor, real: Tensor, heads: int, beside: Tensor | None) -> Tensor:
-    """What a KV head's choice goes by: its query heads' mean attention to each visual token.
+def weights(scores: Tensor, real: Tensor | None, heads: int, beside: Tensor | None) -> Tensor:
+    """The mean attention that each KV head's query heads pay to each visual token.
 
     Args:
         scores: [B, Hq, V] float32; scaled products of a step's queries and the visual keys.
-        real: [B, V] bool; False where a sample has fewer tokens.
+        real: [B, V] bool; False where a sample has fewer tokens. None where none has.
         heads: KV heads H.
         beside: [B, Hq] log of the sum of exponentials of what each query head sees besides: text
-            and later tokens. Where a KV head has one query head it changes no order.
+            and later tokens.
 
     Returns:
         [B, H, V] float32; 0 where there is no token.
     """
-    found = scores.masked_fill(~real[:, None], -torch.inf)
-    total = found.logsumexp(dim=-1)
-    if beside is not None:
-        total = torch.logaddexp(total, beside.float())
-    shares = (found - total[..., None]).exp()
-    shares = shares.masked_fill(~real[:, None], 0.0)
-    return shares.unflatten(1, (heads, -1)).mean(dim=2)
+    if real is not None:
+        scores = scores.masked_fill(~real[:, None], -torch.inf)
+    if beside is None:
+        shares = scores.softmax(dim=-1)
+    else:
+        # One more column stands for all the rest: one pass over the scores does.
+        both = torch.cat((scores, beside[..., None].to(scores.dtype)), dim=-1)
+        shares = both.softmax(dim=-1)[..., :-1]
+    found = shares.unflatten(1, (heads, -1)).mean(dim=2)
+    return found if real is None else found.masked_fill(~real[:, None], 0.0)
+
+
+def standing(scores: Tensor, real: Tensor | None, heads: int, beside: Tensor | None) -> Tensor:
+    """What a KV head's choice goes by: `weights`, or the scores where these have the same order.
+
+    They have where a KV head has one query head, and do not run together in the rounding of an
+    exponential. Tokens that there are not have scores of any kind.
+
+    Args:
+        scores: as in `weights`.
+        real: likewise.
+        heads: likewise.
+        beside: likewise.
+
+    Returns:
+        [B, H, V] float32.
+    """
+    return scores if scores.shape[1] == heads else weights(scores, real, heads, beside)
 
 
 def chosen(found: Tensor, images: Tensor, keep: Tensor) -> Tensor:
     """[B, H, V] bool: the tokens of each image with the largest weights, in each KV head.
 
     Args:
-        found: [B, H, V] as `weights` makes it.
+        found: [B, H, V] as `standing` makes it.
         images: [B, V] int64; image of each token, -1 for none.
         keep: [B, I] int64 as `counts` makes it.
     """
     return retention.per_image(found, images, keep) & (images >= 0)[:, None]
 
 
-def best(found: Tensor, groups: Groups) -> tuple[Tensor, Tensor | None]:
+def best(
+    found: Tensor, groups: Groups, largest: Callable[[Tensor, Groups], Tensor] | None = None
+) -> tuple[Tensor, Tensor | None]:
     """The same choice as `chosen`, as numbers of tokens.
 
     Args:
-        found: [B, H, V] as `weights` makes it.
+        found: [B, H, V] as `standing` makes it.
         groups: where the tokens of each image stand.
+        largest: does what `in_order` does, in any order where groups are even.
 
     Returns:
-        Places [B, H, k] int64 among V, image by image in the order of falling weights; and
-        [B, 1, k] bool, False where an image has fewer to be read. None where none has.
+        Places [B, H, k] int64 among V, image by image, in any order; and [B, 1, k] bool, False
+        where an image has fewer to be read. None where none has.
     """
     (batch, heads, _), (count, longest) = found.shape, groups.shape
     if groups.index is None:
@@ -129,9 +154,9 @@ def best(found: Tensor, groups: Groups) -> tuple[Tensor, Tensor | None]:
         at = groups.index.view(batch, 1, -1).expand(-1, heads, -1)
         rows = found.gather(2, at).view(batch, heads, count, longest)
     if groups.short is not None:
-        rows = rows.masked_fill(groups.short[:, None], -1.0)
+        rows = rows.masked_fill(groups.short[:, None], -torch.inf)
     most = groups.most
-    order = _largest(rows, groups)
+    order = (largest or in_order)(rows, groups)
     if groups.index is None:
         first = torch.arange(count, device=found.device)[:, None] * longest
         index = order + first
@@ -144,20 +169,18 @@ def best(found: Tensor, groups: Groups) -> tuple[Tensor, Tensor | None]:
     return index.flatten(2), seen
 
 
-def _largest(rows: Tensor, groups: Groups) -> Tensor:
-    """[B, H, I, k] places of the largest of rows [B, H, I, n], ties to the lower place."""
+def in_order(rows: Tensor, groups: Groups) -> Tensor:
+    """[B, H, I, k] places of the largest of rows [B, H, I, n], falling, ties to the lower place."""
     most = groups.most
     if rows.device.type != "cpu":
         # To ask whether there is a tie would wait for the device.
         return rows.sort(dim=3, descending=True, stable=True).indices[..., :most]
     values, order = rows.topk(most, dim=3)
-    if groups.even:
-        least = values[..., -1:]
-    else:
-        at = (groups.keep - 1).clamp(min=0)[:, None, :, None]
-        least = values.gather(3, at.expand(-1, rows.shape[1], -1, -1))
+    at = (groups.keep - 1).clamp(min=0)[:, None, :, None]
+    least = values.gather(3, at.expand(-1, rows.shape[1], -1, -1))
     above = (rows >= least).sum(dim=3)
-    if bool((above > groups.keep[:, None].clamp(min=1)).any()):
+    # An image that there is not has nothing to tie.
+    if bool(((above > groups.keep[:, None]) & (groups.keep[:, None] > 0)).any()):
         return rows.sort(dim=3, descending=True, stable=True).indices[..., :most]
     return order
 

@@ -35,7 +35,8 @@ class Sketch:
 
     Attributes:
         codes: [B, H, V, W] uint8, W = ceil(D · bits / 8); the code of channel i · W + j is in the
-            bits from `i * bits` on of byte j. Channels beyond D are codes of anything.
+            bits from `i * bits` on of byte j. Channels beyond D are codes of anything. As int8
+            each byte is 128 less, which is how a CPU takes products with them.
         scale: [B, H, V] float16; distance of a token's levels. 0 where there is no token.
         mean: [B, H, D] float32; of each channel over the tokens.
         channel: [B, H, D] float32; its deviation from that.
@@ -87,12 +88,16 @@ class Sketch:
 
     def levels(self) -> Tensor:
         """[B, H, V, D] float32; the keys, centred and scaled by channel, as the sketch has them."""
-        codes = unpacked(self.codes, self.bits)[..., : self.width].float()
+        codes = unpacked(_turned(self.codes, torch.uint8), self.bits)[..., : self.width].float()
         return (codes - (2**self.bits - 1) / 2) * self.scale[..., None].float()
 
     def keys(self) -> Tensor:
         """[B, H, V, D] float32; the keys as the sketch has them."""
         return self.levels() * self.channel[:, :, None] + self.mean[:, :, None]
+
+    def signed(self) -> Sketch:
+        """The same with codes in int8."""
+        return replace(self, codes=_turned(self.codes, torch.int8))
 
     def scores(self, query: Tensor, scale: float) -> Tensor:
         """Guesses of a query's products with the keys, scaled.
@@ -111,12 +116,21 @@ class Sketch:
         return self._each(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Sketch:
-        """The same on another device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The same on another device, codes in int8 where that is the CPU, else in uint8."""
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        wanted = torch.int8 if device.type == "cpu" else torch.uint8
+        return replace(moved, codes=_turned(moved.codes, wanted))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Sketch:
         codes, scale, mean, channel = map(change, (self.codes, self.scale, self.mean, self.channel))
         return replace(self, codes=codes, scale=scale, mean=mean, channel=channel)
+
+
+def _turned(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes of `Sketch.codes` as uint8 or, 128 less, as int8."""
+    if codes.dtype == dtype:
+        return codes
+    return (codes.view(torch.uint8) ^ 128).view(dtype)
 
 
 def packed(codes: Tensor, bits: int) -> Tensor:

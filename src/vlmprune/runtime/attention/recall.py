@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from vlmprune.hosts.attention import AttentionCall
-from vlmprune.runtime.attention import ragged
+from vlmprune.runtime.attention import ragged, recall_cpu
 from vlmprune.runtime.attention.recalled import Recalled
 from vlmprune.select import recall
 
 Pair = tuple[Tensor, Tensor]
+BACKENDS = ("reference", "cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,9 @@ class Read:
         return out.bool() & real
 
 
-def attend(call: AttentionCall, recalled: Recalled, whole: bool = False) -> tuple[Tensor, Read]:
+def attend(
+    call: AttentionCall, recalled: Recalled, whole: bool = False, backend: str = "auto"
+) -> tuple[Tensor, Read]:
     """Attention of queries [B, Hq, Q, D] to visual tokens, and to text and what came later.
 
     Args:
@@ -61,34 +64,70 @@ def attend(call: AttentionCall, recalled: Recalled, whole: bool = False) -> tupl
             reads every visual token.
         recalled: the visual tokens.
         whole: whether one query, too, reads every visual token.
+        backend: "reference", plain and slow; "cpu", whose scores are products in whole numbers;
+            "auto", the latter where it runs.
 
     Returns:
         [B, Hq, Q, Dv] in the query's dtype, and what was read.
+
+    Raises:
+        ValueError: the backend is unknown or cannot run this.
     """
-    rest = ragged.dense_partial(call.query, call.key, call.value, call.mask, call.scale)
-    read = Read()
+    backend = choose_backend(recalled, backend)
+    plain = backend == "reference"
+    rest = ragged.dense_partial(call.query, call.key, call.value, call.mask, call.scale, plain)
     if whole or call.query.shape[2] > 1 or recalled.all_read:
+        read = Read()
         keys, values = recalled.store.whole()
         seen = None if recalled.full else recalled.real[:, None, None]
+        visual = ragged.dense_partial(call.query, keys, values, seen, call.scale, plain)
     else:
-        read = choose(call, recalled, rest[1][:, :, 0])
+        read = choose(call, recalled, rest[1][:, :, 0], backend)
         assert read.index is not None
-        keys, values = recalled.store.fetch(read.index)
-        seen = None if read.seen is None else read.seen[:, :, None]
-    visual = ragged.dense_partial(call.query, keys, values, seen, call.scale)
+        if backend == "cpu":
+            visual = recall_cpu.attend(
+                call.query, recalled.store, read.index, read.seen, call.scale
+            )
+        else:
+            keys, values = recalled.store.fetch(read.index)
+            seen = None if read.seen is None else read.seen[:, :, None]
+            visual = ragged.dense_partial(call.query, keys, values, seen, call.scale, plain)
     return ragged.merge(visual, rest)[0], read
 
 
-def choose(call: AttentionCall, recalled: Recalled, beside: Tensor) -> Read:
+def choose_backend(recalled: Recalled, backend: str = "auto") -> str:
+    """What a backend's name means for some tokens.
+
+    Raises:
+        ValueError: the backend is unknown or cannot run this.
+    """
+    runs = recalled.store.device.type == "cpu"
+    if backend == "auto":
+        return "cpu" if runs else "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"The backend must be one of {', '.join(BACKENDS)}, not {backend}.")
+    if backend == "cpu" and not runs:
+        raise ValueError(f"cpu needs tokens on the CPU, not on {recalled.store.device}.")
+    return backend
+
+
+def choose(
+    call: AttentionCall, recalled: Recalled, beside: Tensor, backend: str = "reference"
+) -> Read:
     """What each KV head reads for the query [B, Hq, 1, D] at hand.
 
     Args:
         call: as above.
         recalled: the visual tokens.
         beside: [B, Hq] log of the sum of exponentials of text and later tokens.
+        backend: as above, but for "auto".
     """
     query, heads = call.query[:, :, 0], recalled.store.keys.shape[1]
-    scores = recalled.scores(query, call.scale)
-    alone = query.shape[1] == heads
-    found = recall.weights(scores, recalled.real, heads, None if alone else beside)
-    return Read(*recall.best(found, recalled.groups))
+    fast = backend == "cpu"
+    if fast and recalled.sketch is not None:
+        scores = recall_cpu.scores(recalled.sketch, query, call.scale)
+    else:
+        scores = recalled.scores(query, call.scale)
+    real = None if recalled.full else recalled.real
+    found = recall.standing(scores, real, heads, beside)
+    return Read(*recall.best(found, recalled.groups, recall_cpu.largest if fast else None))

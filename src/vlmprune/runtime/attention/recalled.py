@@ -59,14 +59,23 @@ class Store:
         Returns:
             Keys [B, H, k, D] and values [B, H, k, Dv].
         """
-        batch, heads, tokens = self.keys.shape[:3]
-        first = torch.arange(batch * heads, device=index.device).view(batch, heads, 1) * tokens
-        flat = (index + first).flatten().to(self.keys.device)
+        keys, values = self.rows(self.places(index))
+        return keys.view(*index.shape, -1), values.view(*index.shape, -1)
+
+    def places(self, index: Tensor) -> Tensor:
+        """[B · H, k] int64: tokens [B, H, k] of each head as rows of all heads'."""
+        count, tokens = index.shape[0] * index.shape[1], self.keys.shape[2]
+        first = torch.arange(count, device=index.device)[:, None] * tokens
+        return index.flatten(0, 1) + first
+
+    def rows(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [n, k, D] and values [n, k, Dv] of rows [n, k], on the device of the computation."""
+        flat = places.flatten().to(self.keys.device)
 
         def some(states: Tensor) -> Tensor:
             # What lies as it was filled is a matrix of rows; other states are copied whole first.
-            rows = states.reshape(-1, states.shape[3]).index_select(0, flat)
-            return rows.view(*index.shape, -1).to(self.device, non_blocking=True)
+            found = states.reshape(-1, states.shape[3]).index_select(0, flat)
+            return found.view(*places.shape, -1).to(self.device, non_blocking=True)
 
         return some(self.keys), some(self.values)
 
@@ -155,7 +164,7 @@ class Recalled:
         device = keys.device
         sketch = None
         if kind != "exact" and bool((keep < tokens).any()):
-            sketch = Sketch.of(keys, images >= 0, BITS[kind])
+            sketch = Sketch.of(keys, images >= 0, BITS[kind]).to(device)
         store = Store.of(keys.contiguous(), values.contiguous(), place, device)
         return cls(store, sketch, images, columns, tokens, keep)
 
