@@ -89,9 +89,7 @@ def test_signed_codes_are_the_same_sketch(bits: int) -> None:
     assert torch.equal(sketch.to(torch.device("cpu")).codes, signed.codes)
     assert signed.to(torch.device("meta")).codes.dtype == torch.uint8
     # Codes that are read as the other kind are others.
-    wrong = Sketch(
-        sketch.codes.view(torch.int8), sketch.scale, sketch.mean, sketch.channel, bits
-    )
+    wrong = Sketch(sketch.codes.view(torch.int8), sketch.scale, sketch.mean, sketch.channel, bits)
     assert not torch.equal(wrong.keys(), sketch.keys())
 
 

@@ -124,7 +124,8 @@ class Recalled:
         images: [B, V] int64; image of each token within its sample, -1 where a sample has fewer.
         columns: [B, V] int64; column of each token.
         tokens: [B, I] int64; visual tokens of each image.
-        keep: [B, I] int64; how many of them each KV head reads at a step.
+        keep: [B, I] int64; how many of them each KV head reads at a step, unless all are read.
+        aside: whether all are read, since to choose among so few would take longer.
     """
 
     store: Store
@@ -133,6 +134,7 @@ class Recalled:
     columns: Tensor
     tokens: Tensor
     keep: Tensor
+    aside: bool = False
 
     @classmethod
     def of(
@@ -145,6 +147,7 @@ class Recalled:
         keep: Tensor,
         kind: Kind,
         place: Place,
+        may_step_aside: bool = False,
     ) -> Recalled:
         """Store and sketch keys [B, H, V, D] and values [B, H, V, Dv]; the rest as above.
 
@@ -157,16 +160,23 @@ class Recalled:
             keep: as above.
             kind: of the sketch.
             place: where keys and values are to lie.
+            may_step_aside: read all on the CPU where `recall.pays` says that it is faster.
 
         Raises:
             VlmpruneError: there is no room for a file.
         """
         device = keys.device
-        sketch = None
-        if kind != "exact" and bool((keep < tokens).any()):
+        sketch, aside = None, False
+        choosing = bool((keep < tokens).any())
+        if choosing and may_step_aside and device.type == "cpu":
+            batch, heads, _, width = keys.shape
+            given, read = (int(counted.sum()) / batch for counted in (tokens, keep))
+            width += values.shape[3]
+            aside = not recall.pays(given, read, batch * heads, width, recall.SCORING[kind])
+        if kind != "exact" and choosing and not aside:
             sketch = Sketch.of(keys, images >= 0, BITS[kind]).to(device)
         store = Store.of(keys.contiguous(), values.contiguous(), place, device)
-        return cls(store, sketch, images, columns, tokens, keep)
+        return cls(store, sketch, images, columns, tokens, keep, aside)
 
     @cached_property
     def real(self) -> Tensor:
@@ -181,7 +191,7 @@ class Recalled:
     @cached_property
     def all_read(self) -> bool:
         """Whether each step reads everything."""
-        return bool((self.keep == self.tokens).all())
+        return self.aside or bool((self.keep == self.tokens).all())
 
     @cached_property
     def groups(self) -> Groups:
@@ -253,11 +263,11 @@ class Recalled:
         )
 
     def _each(self, parts: Callable[[Any], Any], small: Callable[[Tensor], Tensor]) -> Recalled:
-        return Recalled(
-            parts(self.store),
-            None if self.sketch is None else parts(self.sketch),
-            *map(small, (self.images, self.columns, self.tokens, self.keep)),
+        images, columns, tokens, keep = map(
+            small, (self.images, self.columns, self.tokens, self.keep)
         )
+        sketch = None if self.sketch is None else parts(self.sketch)
+        return Recalled(parts(self.store), sketch, images, columns, tokens, keep, self.aside)
 
 
 def _on_host(states: Tensor, device: torch.device) -> Tensor:
