@@ -132,7 +132,7 @@ def check(case: Case, recalled: Recalled) -> float:
     if not same <= limit or not (other > 2 * limit or recalled.all_read):
         raise VlmpruneError(
             f"what is read differs by {same:.1e} from the dense cache masked to it, which differs "
-            f"by {other:.1e} from the whole; right are {limit:g} at most and {2 * limit:g} at least."
+            f"by {other:.1e} from the whole; {limit:g} at most and {2 * limit:g} or more are due."
         )
     return same
 
