@@ -7,8 +7,10 @@
 All ways take turns within one process, on the same random keys and values:
 
 - dense: torch's attention over the whole cache as it lies; nothing is copied or repeated.
-- floor: the same over a cache that holds only as many tokens as are read: which these are costs
-  it nothing.
+- repeated: torch's attention as hosts call it, which repeats keys and values for the query heads
+  of a group inside; the same as dense where a group is one.
+- floor: the same as dense over a cache that holds only as many tokens as are read: which these
+  are costs it nothing.
 - int4 and other kinds of sketch: the tokens are scored, chosen, fetched and attended to.
 
 Text is in all of them. A layer is its norms, projections and gated MLP around the attention, with
@@ -108,6 +110,10 @@ class Case:
         asking = read(torch.nn.Identity(), query, self.after[0], self.width**-0.5)
         return replace(asking, value=self.after[1])
 
+    def repeated(self, query: Tensor) -> Tensor:
+        """Torch's attention to everything, which is told of groups."""
+        return functional.scaled_dot_product_attention(query, *self.full, enable_gqa=True)
+
     def dense(self, cache: list[Tensor], query: Tensor, seen: Tensor | None = None) -> Tensor:
         """Torch's attention; the queries of a KV head's group are rows of one."""
         rows = query.view(self.shape.batch, self.shape.kv_heads, -1, self.width)
@@ -167,6 +173,7 @@ def measure(case: Case, kinds: list[str], layer: Layer | None, repeat: int) -> d
     device = case.query.device
     ways: dict[str, Callable[[Tensor], Tensor]] = {
         "dense": partial(case.dense, case.full),
+        "repeated": case.repeated,
         "floor": partial(case.dense, case.floor),
     }
     whole = sum(states.nbytes for states in case.full)
@@ -221,11 +228,11 @@ def markdown(found: Mapping[str, Any]) -> str:
 
     kinds = setting["kinds"]
     for part in ("attention", "layer"):
-        names = [f"{part} {name}" for name in ("floor", *kinds)]
+        names = [f"{part} {name}" for name in ("repeated", "floor", *kinds)]
         if names[0] in results[0]["ratios"]:
             add(
                 f"Time of the {part}, dense = 1",
-                ["floor", *kinds],
+                ["repeated", "floor", *kinds],
                 lambda one, names=names: [around(one["ratios"][name]) for name in names],
             )
     for name, what in (
