@@ -95,7 +95,7 @@ def make(
         mask = random(batch, 1, queries, text) > 0
         mask[..., 0] = True
     return Case(
-        random(batch, heads * group, queries, width) * 2,
+        random(batch, heads * group, queries, width),
         random(batch, heads, longest, width) * 2,
         random(batch, heads, longest, width),
         random(batch, heads, text, width),
