@@ -43,7 +43,7 @@ def run(rank: int, folder: Path) -> dict[str, Any]:
         "PLPHP": PLPHP(per_head="adaptive", window=3, alpha=0.68, beta=0.6),
         "FastV": vlmprune.FastV(keep=0.4, layer=1),
         "RandomTokens": vlmprune.RandomTokens(keep=0.5),
-        "Recall": vlmprune.Recall(read=0.3, floor=0),
+        "Recall": vlmprune.Recall(read=0.3, floor=0, always=True),
     }
     chain = VisPruner(keep=0.7) | methods["PLPHP"]
 

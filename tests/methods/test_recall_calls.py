@@ -304,6 +304,23 @@ def test_layers_before_the_first_are_read_whole() -> None:
     assert cache.layers[0].keys.shape[2] > 16
 
 
+def test_a_layer_steps_aside_where_reading_all_is_faster() -> None:
+    """So few tokens take a CPU longer to choose among than to read; it says so, and is exact."""
+    built = model()
+    req = request(built, [1, 2])
+    bare = generate(built, req.inputs)
+    with Recall(read=2, floor=0)(built) as handle:
+        aside = generate(built, req.inputs)
+    reading = handle.report.reading
+    assert reading.aside == 3 and reading.share_read == 1 and reading.sketch_bytes == 0
+    assert "0 layers read in part, 3 whole, which is faster there" in str(handle.report)
+    assert distance(aside, bare) < TOLERANCE
+    for kept_on in ({"always": True}, {"store": "host"}, {"watch": "tokens"}):
+        with Recall(read=2, floor=0, **kept_on)(built) as handle:
+            assert distance(generate(built, req.inputs), bare) > DIFFERENT
+        assert handle.report.reading.aside == 0
+
+
 def test_a_copied_cache_goes_its_own_way() -> None:
     built = model()
     req = request(built, [1])

@@ -15,7 +15,7 @@ from vlmprune import PLPHP, FastV, Recall, VisPruner
 from zoo import ZOO
 
 FAMILIES = ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3"]
-RECALL = Recall(read=2, floor=0)
+RECALL = Recall(read=2, floor=0, always=True)
 PRUNERS = [VisPruner(keep=2), PLPHP(r=0.3), FastV(keep=2, layer=1), RECALL]
 STEPS = 4
 OPTIONS: dict[str, Any] = {"max_new_tokens": STEPS, "do_sample": False}

@@ -191,7 +191,7 @@ def pruner(method: str, row: Row, found: Host) -> Any:
         return FastV(keep=0.4, layer=1)
     if method == "Recall":
         # Exact, so that a choice hangs on no rounding of a sketch.
-        return Recall(read=0.3, floor=0, sketch="exact")
+        return Recall(read=0.3, floor=0, sketch="exact", always=True)
     plphp = PLPHP(**found.settings)
     return plphp if method == "PLPHP" else vispruner | plphp
 

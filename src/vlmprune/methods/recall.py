@@ -41,6 +41,9 @@ class Recall(Pruner):
         floor: images with fewer visual tokens are read whole.
         watch: what the report notes of each step beside bytes: "tokens", which were read; "mass",
             also the share of attention that falls on what was read, for which all keys are scored.
+        always: read in part even where a CPU would be done sooner reading all, as with few tokens.
+            Without it such a layer steps aside: it reads everything, and the report says so. With
+            `watch`, with store="host" and on a GPU no layer does.
 
     A KV head's choice goes by the mean of its query heads' softmax weights, over text and visual
     keys together; ties go to the lower index. Attention is the softmax over what is read.
@@ -58,6 +61,7 @@ class Recall(Pruner):
     first_layer: int = 0
     floor: int = 64
     watch: Watch = ""
+    always: bool = False
 
     needs: ClassVar[str] = "KV cache"
     stage: ClassVar[str] = "KV cache, at each decode step"
@@ -71,6 +75,8 @@ class Recall(Pruner):
         check_choice("watch", self.watch, Watch)
         for name in ("first_layer", "floor"):
             check_whole(name, getattr(self, name), 0)
+        if not isinstance(self.always, bool):
+            raise VlmpruneError(f"always={self.always!r} is not known; use True or False.")
         if self.store == "host" and self.sketch == "exact":
             raise VlmpruneError(
                 'sketch="exact" reads every key at each step, which store="host" would fetch; use '

@@ -100,6 +100,7 @@ class Chain(Pruner):
             "sketch": self.slots.cache.sketch,
             "store": self.slots.cache.store,
             "watch": self.slots.cache.watch,
+            "always": self.slots.cache.always,
             "calibrated_on": self.slots.inner.calibrated_on,
         }
         for name, value in said.items():

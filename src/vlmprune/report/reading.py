@@ -63,6 +63,7 @@ class Reading:
         device_bytes: of what lies on the device of the computation for them, sketches included.
         host_bytes: of what lies in host memory.
         sketch_bytes: of the sketches.
+        aside: how many of the layers read everything at each step, as that is faster there.
         steps: what each step read, in order.
         images: where the call's images stand.
         rows: samples of the request; a step may have several rows of each (beams).
@@ -80,6 +81,7 @@ class Reading:
     images: Sequence[ImageTokens] = field(repr=False, default_factory=tuple)
     rows: int = 1
     watch: str = ""
+    aside: int = 0
     _last: int = field(repr=False, default=-1)
 
     def step_of(self, layer: int) -> StepRead:
@@ -135,6 +137,7 @@ class Reading:
             "device_bytes": self.device_bytes,
             "host_bytes": self.host_bytes,
             "sketch_bytes": self.sketch_bytes,
+            "aside": self.aside,
             "steps": [
                 {
                     "bytes_read": step.bytes_read,
@@ -147,7 +150,9 @@ class Reading:
         }
 
     def __str__(self) -> str:
-        said = [f"{len(self.layers)} layers read in part"]
+        said = [f"{len(self.layers) - self.aside} layers read in part"]
+        if self.aside:
+            said.append(f"{self.aside} whole, which is faster there")
         if self.share_read is not None:
             said.append(f"{units.percent(self.share_read)} of the visual bytes a step")
         if self.share_of_attention is not None:

@@ -80,8 +80,17 @@ class CacheRecall(PromptEnd):
             columns = torch.cat((before.columns, columns), dim=1)
             tokens, keep = torch.cat((before.tokens, tokens), 1), torch.cat((before.keep, keep), 1)
         method = self.method
+        may_step_aside = not (method.always or method.watch or method.store == "host")
         recalled = Recalled.of(
-            keys, values, images, columns, tokens, keep, method.sketch, method.store
+            keys,
+            values,
+            images,
+            columns,
+            tokens,
+            keep,
+            method.sketch,
+            method.store,
+            may_step_aside,
         )
         layer.put_away(
             _taken(shown.keys, parted.text),
@@ -150,6 +159,7 @@ class CacheRecall(PromptEnd):
         reading.sketch_bytes = (
             sum(one.sketch.nbytes * s.ranks for one, s in held if one.sketch is not None) // times
         )
+        reading.aside = sum(one.aside for one, _ in held)
         reading.images = self._images(layers[0].prefix)
         return report.with_reading(reading, self.seconds)
 
