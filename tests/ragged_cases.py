@@ -124,7 +124,7 @@ def check_triton(device: str, dtypes: list[torch.dtype], examples: int) -> None:
 
     check()
     # Many chunks for each sequence.
-    ragged_triton.CHUNK, ragged_triton._processors = 16, lambda _: 40
+    ragged_triton.CHUNK, ragged_triton.processors = 16, lambda _: 40
     check()
     # Many blocks for each chunk, and a control that must differ.
     for ragged_triton.CHUNK in (16, 10**6):

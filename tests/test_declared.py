@@ -23,7 +23,7 @@ OTHERS = {
     "lmms_eval": "integrations/lmms_eval",
     "tqdm": "integrations/lmms_eval",
     "vlmprune_embedded": "embedded.py",
-    "triton": "runtime/attention/ragged_triton.py",
+    "triton": "runtime/attention/",
 }
 
 

@@ -29,6 +29,85 @@ STAGE = 32768
 NO_MASK, BOOL_MASK, ADDED_MASK = 0, 1, 2
 
 
+@triton.jit
+def rows(query, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """The queries [G, D] of one KV head as a block [ROWS, WIDE]."""
+    g = tl.arange(0, ROWS)
+    d = tl.arange(0, WIDE)
+    seen = (g[:, None] < G) & (d[None, :] < D)
+    return tl.load(query + g[:, None] * D + d[None, :], mask=seen, other=0.0)
+
+
+@triton.jit
+def attended(
+    q,  # [ROWS, WIDE]
+    keys,  # of one head, a row every key_row
+    key_row,
+    values,
+    value_row,
+    index,  # rows of keys and values, int64, where INDEXED
+    start,
+    end,
+    mask,  # of one sample, an entry every mask_t, for the first `masked` rows
+    mask_t,
+    masked,
+    scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+    WIDE_V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASK: tl.constexpr,
+    INDEXED: tl.constexpr,
+):
+    """Attention to the keys from `start` to `end`: top, total and sum of a running softmax."""
+    d = tl.arange(0, WIDE)
+    dv = tl.arange(0, WIDE_V)
+    n = tl.arange(0, BLOCK)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, WIDE_V], tl.float32)
+    for at in range(start, end, BLOCK):
+        live = at + n < end
+        row = tl.load(index + at + n, mask=live, other=0) if INDEXED else (at + n).to(tl.int64)
+        k = tl.load(
+            keys + row[:, None] * key_row + d[None, :],
+            mask=live[:, None] & (d[None, :] < D),
+            other=0.0,
+        )
+        v = tl.load(
+            values + row[:, None] * value_row + dv[None, :],
+            mask=live[:, None] & (dv[None, :] < DV),
+            other=0.0,
+        )
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if MASK == 1:
+            seen = tl.load(mask + row * mask_t, mask=at + n < masked, other=1)
+            live = live & (seen != 0)
+        if MASK == 2:
+            added = tl.load(mask + row * mask_t, mask=at + n < masked, other=0.0)
+            scores += added.to(tl.float32)[None, :] * 1.4426950408889634
+        scores = tl.where(live[None, :], scores, float("-inf"))
+        new = tl.maximum(top, tl.max(scores, axis=1))
+        # Rows that saw nothing yet stay at -inf, and must not become NaN.
+        base = tl.where(new == float("-inf"), 0.0, new)
+        weights = tl.exp2(scores - base[:, None])
+        kept = tl.exp2(top - base)
+        total = total * kept + tl.sum(weights, axis=1)
+        acc = acc * kept[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        top = new
+    return top, total, acc
+
+
+@triton.jit
+def divided(top, total, acc):
+    """What a running softmax found, and its log-sum-exp of base 2; 0 and -inf of nothing."""
+    some = total > 0
+    divisor = tl.where(some, total, 1.0)
+    return acc / divisor[:, None], tl.where(some, top + tl.log2(divisor), float("-inf"))
+
+
 @triton.jit(do_not_specialize=["T", "splits", "chunk", "mask_b", "mask_t"])
 def _split(
     query,  # [B * H, G, D]
@@ -85,55 +164,36 @@ def _split(
         end = tl.minimum(start + chunk, tl.load(offsets + head + 1) - first)
         masked = T * 0
 
-    g = tl.arange(0, ROWS)
-    d = tl.arange(0, WIDE)
-    dv = tl.arange(0, WIDE_V)
-    n = tl.arange(0, BLOCK)
-    q = tl.load(
-        query + head * G * D + g[:, None] * D + d[None, :],
-        mask=(g[:, None] < G) & (d[None, :] < D),
-        other=0.0,
+    top, total, acc = attended(
+        rows(query + head * G * D, G, D, ROWS, WIDE),
+        key_base,
+        key_row,
+        value_base,
+        value_row,
+        offsets,
+        start,
+        end,
+        mask + b * mask_b,
+        mask_t,
+        masked,
+        scale,
+        D,
+        DV,
+        ROWS,
+        WIDE,
+        WIDE_V,
+        BLOCK,
+        MASK,
+        False,
     )
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, WIDE_V], tl.float32)
-    for at in range(start, end, BLOCK):
-        row = (at + n).to(tl.int64)
-        live = at + n < end
-        k = tl.load(
-            key_base + row[:, None] * key_row + d[None, :],
-            mask=live[:, None] & (d[None, :] < D),
-            other=0.0,
-        )
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if MASK == 1:
-            seen = tl.load(mask + b * mask_b + row * mask_t, mask=at + n < masked, other=1)
-            live = live & (seen != 0)
-        if MASK == 2:
-            added = tl.load(mask + b * mask_b + row * mask_t, mask=at + n < masked, other=0.0)
-            scores += added.to(tl.float32)[None, :] * 1.4426950408889634
-        scores = tl.where(live[None, :], scores, float("-inf"))
-        new = tl.maximum(top, tl.max(scores, axis=1))
-        # Rows that saw nothing yet stay at -inf, and must not become NaN.
-        base = tl.where(new == float("-inf"), 0.0, new)
-        weights = tl.exp2(scores - base[:, None])
-        kept = tl.exp2(top - base)
-        total = total * kept + tl.sum(weights, axis=1)
-        v = tl.load(
-            value_base + row[:, None] * value_row + dv[None, :],
-            mask=(at + n < end)[:, None] & (dv[None, :] < DV),
-            other=0.0,
-        )
-        acc = acc * kept[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        top = new
-
+    found, log = divided(top, total, acc)
+    g = tl.arange(0, ROWS)
+    dv = tl.arange(0, WIDE_V)
     place = (head * (splits + 1) + split) * G + g
-    some = total > 0
-    divisor = tl.where(some, total, 1.0)
-    tl.store(lse + place, tl.where(some, top + tl.log2(divisor), float("-inf")), mask=g < G)
+    tl.store(lse + place, log, mask=g < G)
     tl.store(
         out + place[:, None] * DV + dv[None, :],
-        acc / divisor[:, None],
+        found,
         mask=(g[:, None] < G) & (dv[None, :] < DV),
     )
 
@@ -215,19 +275,10 @@ def attend(
     merged = query.new_empty(B, Hq, 1, DV)
     if not merged.numel():
         return merged
-    tail_keys, tail_values = _even(tail_keys, dtype), _even(tail_values, dtype)
-    mask, kind, mask_b, mask_t = query, NO_MASK, 0, 0
-    if tail_mask is not None and T:
-        mask = tail_mask.expand(B, 1, 1, T)
-        kind = BOOL_MASK if mask.dtype == torch.bool else ADDED_MASK
-        mask_b, mask_t = mask.stride(0), mask.stride(3)
-        if kind == BOOL_MASK:
-            mask = mask.view(torch.uint8)
-    wide, wide_v = (max(16, triton.next_power_of_2(dim)) for dim in (D, DV))
-    # The largest power of two of which keys and values fit in one stage.
-    block = STAGE // ((wide + wide_v) * dtype.itemsize)
-    block = max(16, min(128, 1 << block.bit_length() - 1))
-    splits = min(-(-WAVES * _processors(query.device) // (B * H)), prefix.longest // CHUNK)
+    tail_keys, tail_values = even(tail_keys, dtype), even(tail_values, dtype)
+    mask, kind, mask_b, mask_t = read_mask(tail_mask, query, T)
+    wide, wide_v, block = sizes(D, DV, dtype)
+    splits = min(-(-WAVES * processors(query.device) // (B * H)), prefix.longest // CHUNK)
     splits = max(splits, 1)
     chunk = -(-prefix.longest // (splits * block)) * block
     out = torch.empty(B * H, splits + 1, G, DV, dtype=torch.float32, device=query.device)
@@ -268,14 +319,33 @@ def attend(
     return merged
 
 
-def _even(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def read_mask(mask: Tensor | None, query: Tensor, tail: int) -> tuple[Tensor, int, int, int]:
+    """A mask [B or 1, 1, 1, T], its kind, and its strides over samples and tokens."""
+    if mask is None or not tail:
+        return query, NO_MASK, 0, 0
+    mask = mask.expand(query.shape[0], 1, 1, tail)
+    strides = mask.stride(0), mask.stride(3)
+    if mask.dtype == torch.bool:
+        return mask.view(torch.uint8), BOOL_MASK, *strides
+    return mask, ADDED_MASK, *strides
+
+
+def sizes(width: int, width_v: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Blocks' channels of keys and of values, and the tokens of which both fit in one stage."""
+    wide, wide_v = (max(16, triton.next_power_of_2(dim)) for dim in (width, width_v))
+    block = STAGE // ((wide + wide_v) * dtype.itemsize)
+    return wide, wide_v, max(16, min(128, 1 << block.bit_length() - 1))
+
+
+def even(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The kernel takes any strides but the last."""
     tensor = tensor.to(dtype)
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 
 @lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few of anything else."""
     if device.type != "cuda":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

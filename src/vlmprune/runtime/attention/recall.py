@@ -2,11 +2,14 @@
 
 The visual tokens are scored on the sketch of their keys, chosen, and fetched; the query attends to
 them and to text and later tokens, and the two results are merged by log-sum-exp.
+`recall_triton` is loaded only where it runs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +20,7 @@ from vlmprune.runtime.attention.recalled import Recalled
 from vlmprune.select import recall
 
 Pair = tuple[Tensor, Tensor]
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +68,7 @@ def attend(
         recalled: the visual tokens.
         whole: whether one query, too, reads every visual token.
         backend: "reference", plain and slow; "cpu", whose scores are products in whole numbers;
-            "auto", the latter where it runs.
+            "triton", on CUDA, two launches; "auto", the last of them that runs.
 
     Returns:
         [B, Hq, Q, Dv] in the query's dtype, and what was read.
@@ -73,10 +76,16 @@ def attend(
     Raises:
         ValueError: the backend is unknown or cannot run this.
     """
-    backend = choose_backend(recalled, backend)
+    step = not whole and call.query.shape[2] == 1 and not recalled.all_read
+    backend = choose_backend(call, recalled, backend) if step else choose_whole(backend)
+    if backend == "triton":
+        out, *places = _triton().attend(
+            call.query, recalled, call.key, call.value, call.mask, call.scale
+        )
+        return out, Read(*places)
     plain = backend == "reference"
     rest = ragged.dense_partial(call.query, call.key, call.value, call.mask, call.scale, plain)
-    if whole or call.query.shape[2] > 1 or recalled.all_read:
+    if not step:
         read = Read()
         keys, values = recalled.store.whole()
         seen = None if recalled.full else recalled.real[:, None, None]
@@ -95,20 +104,31 @@ def attend(
     return ragged.merge(visual, rest)[0], read
 
 
-def choose_backend(recalled: Recalled, backend: str = "auto") -> str:
-    """What a backend's name means for some tokens.
+def choose_backend(call: AttentionCall, recalled: Recalled, backend: str = "auto") -> str:
+    """What a backend's name means for a step that reads some of the visual tokens.
 
     Raises:
         ValueError: the backend is unknown or cannot run this.
     """
-    runs = recalled.store.device.type == "cpu"
+    on_cpu = recalled.store.device.type == "cpu"
     if backend == "auto":
-        return "cpu" if runs else "reference"
+        if on_cpu:
+            return "cpu"
+        return "triton" if call.query.is_cuda and _triton_runs(call, recalled) else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"The backend must be one of {', '.join(BACKENDS)}, not {backend}.")
-    if backend == "cpu" and not runs:
+    if backend == "cpu" and not on_cpu:
         raise ValueError(f"cpu needs tokens on the CPU, not on {recalled.store.device}.")
+    if backend == "triton" and not _triton_runs(call, recalled):
+        raise ValueError("triton needs CUDA, a sketch on the device and a mask for all heads.")
     return backend
+
+
+def choose_whole(backend: str) -> str:
+    """The same where every visual token is read."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"The backend must be one of {', '.join(BACKENDS)}, not {backend}.")
+    return "reference" if backend == "reference" else "cpu"
 
 
 def choose(
@@ -131,3 +151,18 @@ def choose(
     real = None if recalled.full else recalled.real
     found = recall.standing(scores, real, heads, beside)
     return Read(*recall.best(found, recalled.groups, recall_cpu.largest if fast else None))
+
+
+@lru_cache(maxsize=1)
+def _triton() -> Any:
+    try:
+        from vlmprune.runtime.attention import recall_triton
+    except Exception:  # A triton that does not fit the machine fails in many ways.
+        return None
+    return recall_triton
+
+
+def _triton_runs(call: AttentionCall, recalled: Recalled) -> bool:
+    if _triton() is None:
+        return False
+    return bool(_triton().runs(call.query, recalled, call.mask))

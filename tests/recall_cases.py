@@ -1,0 +1,328 @@
+"""Visual tokens of which a step reads a few, and Triton's kernels against plain functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ragged_cases import close
+from vlmprune.hosts.attention import AttentionCall
+from vlmprune.runtime.attention import ragged, recall
+from vlmprune.runtime.attention.recall import Read
+from vlmprune.runtime.attention.recalled import Recalled, Store
+from vlmprune.select import recall as rule
+from vlmprune.select.sketch import Sketch, packed
+
+SCALE = 0.25
+
+
+@dataclass
+class Case:
+    """Visual tokens, text and later tokens, and what asks."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+    recalled: Recalled
+
+    @property
+    def call(self) -> AttentionCall:
+        text = (self.keys, self.values, self.mask)
+        return AttentionCall(nn.Identity(), self.query, *text, {"scaling": SCALE})
+
+    def to(self, device: str, dtype: torch.dtype) -> Case:
+        store = self.recalled.store
+        keys, values = (x.to(device, dtype) for x in (store.keys, store.values))
+        recalled = replace(
+            self.recalled.to(torch.device(device)),
+            store=Store.of(keys, values, "device", torch.device(device)),
+        )
+        mask = self.mask
+        if mask is not None:
+            mask = mask.to(device, None if mask.dtype == torch.bool else dtype)
+        query, keys, values = (x.to(device, dtype) for x in (self.query, self.keys, self.values))
+        return Case(query, keys, values, mask, recalled)
+
+    def found(self) -> Tensor:
+        """[B, H, V] float32; what the choice goes by."""
+        sketch, heads = self.recalled.sketch, self.keys.shape[1]
+        _, beside = ragged.dense_partial(
+            self.query, self.keys, self.values, self.mask, SCALE, plain=True
+        )
+        scores = sketch.scores(self.query[:, :, 0], SCALE)
+        if scores.shape[1] == heads:
+            return scores
+        return rule.weights(scores, self.recalled.real, heads, beside[:, :, 0])
+
+    def masked(self, read: Tensor) -> Tensor:
+        """Attention over everything, masked to text and to what was read [B, H, V]."""
+        store, (B, Hq), T = self.recalled.store, self.query.shape[:2], self.keys.shape[2]
+        group = Hq // store.keys.shape[1]
+        text = torch.zeros(B, Hq, 1, T, device=read.device)
+        if self.mask is not None:
+            text = text + (
+                torch.zeros(self.mask.shape, device=read.device).masked_fill(~self.mask, -torch.inf)
+                if self.mask.dtype == torch.bool
+                else self.mask.float()
+            )
+        visual = torch.zeros(read.shape, device=read.device).masked_fill(~read, -torch.inf)
+        added = torch.cat((visual.repeat_interleave(group, dim=1)[:, :, None], text), dim=3)
+        keys, values = (
+            torch.cat(both, dim=2).repeat_interleave(group, dim=1).float()
+            for both in ((store.keys, self.keys), (store.values, self.values))
+        )
+        scores = self.query.float() @ keys.transpose(2, 3) * SCALE + added
+        return (scores.softmax(dim=3) @ values).to(self.query.dtype)
+
+
+def make(
+    images: tuple[tuple[int, ...], ...] = ((20, 9), (29,), (5, 5)),
+    H: int = 2,  # noqa: N803
+    group: int = 2,
+    T: int = 5,  # noqa: N803
+    dims: tuple[int, int] = (8, 8),
+    bits: int = 2,
+    mask: str = "none",
+    read: float | int = 0.3,
+    floor: int = 0,
+    mixed: bool = False,
+    kinds: int = 10**6,
+    seed: int = 0,
+) -> Case:
+    """Whole numbers and powers of two, of which scores come out exactly, by the kernel or not.
+
+    Args:
+        images: tokens of each image, by sample; padding behind, where `mixed` does not mix all.
+        H: KV heads.
+        group: query heads of each.
+        T: text and later tokens.
+        dims: channels of keys and of values.
+        bits: of the sketch.
+        mask: a name in `MASKS`.
+        read: as in `Recall`.
+        floor: likewise.
+        mixed: whether the tokens of images and padding stand in any order.
+        kinds: how many different sketches of a key there are; tokens of one kind tie.
+        seed: of everything.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    B, V, D = len(images), max(map(sum, images)), dims[0]
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def whole(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high + 1, shape, generator=generator)
+
+    tokens = torch.tensor(
+        [[*one, *[0] * (max(map(len, images)) - len(one))] for one in images], dtype=torch.int64
+    )
+    numbers = torch.full((B, V), -1)
+    for b, one in enumerate(images):
+        each = torch.tensor(one, dtype=torch.int64)
+        numbers[b, : sum(one)] = torch.arange(len(one)).repeat_interleave(each)
+        if mixed:
+            numbers[b] = numbers[b, torch.randperm(V, generator=generator)]
+    kind = whole(0, kinds - 1, B, H, V) if kinds < V else torch.arange(V).expand(B, H, V)
+    codes = whole(0, 2**bits - 1, B, H, V, D).gather(2, kind[..., None].expand(-1, -1, -1, D))
+    size = 2.0 ** -whole(0, 1, B, H, V).gather(2, kind)
+    sketch = Sketch(
+        packed(codes.to(torch.uint8), bits),
+        (size * 2.0 ** (2 - bits)).to(torch.float16) * (numbers >= 0)[:, None],
+        whole(-2, 2, B, H, D).float(),
+        2.0 ** -whole(0, 2, B, H, D),
+        bits,
+    )
+    keep = rule.counts(read, tokens, floor)
+    masks = {
+        "none": None,
+        "bool": random(B, 1, 1, T) > 0,
+        "bool, one sample": random(1, 1, 1, T) > 0,
+        "added": random(B, 1, 1, T).masked_fill(random(B, 1, 1, T) > 1, -torch.inf),
+    }
+    store = Store.of(random(B, H, V, D), random(B, H, V, dims[1]), "device", torch.device("cpu"))
+    columns = torch.arange(V).expand(B, V)
+    return Case(
+        whole(-2, 2, B, H * group, 1, D).float(),
+        # A view of a larger buffer, as a tail that grows is, and one with the heads inside.
+        random(B, H, T + 5, D)[:, :, :T],
+        random(B, T, H, dims[1]).transpose(1, 2),
+        masks[mask],
+        Recalled(store, sketch, numbers, columns, tokens, keep),
+    )
+
+
+MASKS = ("none", "bool", "bool, one sample", "added")
+cases = st.builds(
+    make,
+    images=st.lists(
+        st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple), min_size=1, max_size=3
+    ).map(tuple),
+    H=st.integers(1, 2),
+    group=st.integers(1, 4),
+    T=st.integers(0, 20),
+    dims=st.sampled_from([(8, 8), (20, 20), (13, 6), (7, 24)]),
+    bits=st.sampled_from([2, 4, 8]),
+    mask=st.sampled_from(MASKS),
+    read=st.sampled_from([0.1, 0.3, 0.8, 1, 7]),
+    floor=st.sampled_from([0, 8]),
+    mixed=st.booleans(),
+    kinds=st.sampled_from([2, 5, 10**6]),
+    seed=st.integers(0, 2**16),
+)
+
+
+def check(case: Case, dtype: torch.dtype, device: str) -> Tensor:
+    """Choice and output of the kernels against plain functions; [B, H, V] of what was read."""
+    from vlmprune.runtime.attention import recall_triton
+
+    moved = case.to(device, dtype)
+    recalled, heads = moved.recalled, moved.keys.shape[1]
+    if recalled.all_read:
+        assert not recall_triton.runs(moved.query, recalled, moved.mask)
+        return recalled.real[:, None].expand(-1, heads, -1)
+    assert recall_triton.runs(moved.query, recalled, moved.mask)
+    by = torch.zeros(recalled.store.keys.shape[:3], device=device)
+    out, index, seen = recall_triton.attend(
+        moved.query, recalled, moved.keys, moved.values, moved.mask, SCALE, by
+    )
+    read = Read(index, seen).mask(recalled, heads)
+    # Each token once, as many of each image as it may have, and those that stand highest.
+    taken = index.numel() if seen is None else int(seen.sum()) * heads
+    assert taken == int(read.sum()) == int(recalled.keep.sum()) * heads
+    assert torch.equal(read, rule.chosen(by, recalled.images, recalled.keep))
+    want = moved.found()
+    if moved.query.shape[1] == heads:
+        by = by * 0.6931471805599453
+    there = recalled.real[:, None].expand_as(by)
+    assert close(by[there], want[there])
+    if dtype == torch.float32:
+        assert torch.equal(read, rule.chosen(want, recalled.images, recalled.keep))
+    assert out.dtype == dtype
+    assert close(out, moved.masked(read), dtype)
+    return read
+
+
+def check_triton(device: str, dtypes: list[torch.dtype], examples: int) -> None:
+    """Run in a process of its own where the interpreter stands in for a GPU."""
+    from vlmprune.runtime.attention import ragged_triton, recall_triton
+
+    # A failing example is not made smaller, which takes minutes in the interpreter.
+    @settings(max_examples=examples, deadline=None, derandomize=True, phases=[Phase.generate])
+    @given(case=cases, dtype=st.sampled_from(dtypes))
+    def any_case(case: Case, dtype: torch.dtype) -> None:
+        check(case, dtype, device)
+
+    any_case()
+    edges(device)
+    # Many blocks of tokens, parts of text and programs for each image.
+    recall_triton.UNPACKED, recall_triton.CHUNK, recall_triton.SHARE = 256, 16, 16
+    recall_triton.processors, ragged_triton.STAGE = lambda _: 40, 2048
+    any_case()
+    case = make(((150, 70), (230,)), T=70, group=3, bits=4, read=0.4, mask="bool", seed=1)
+    controls(case, check(case, torch.float32, device), device)
+    by_the_door(case.to(device, torch.float32))
+
+
+def edges(device: str) -> None:
+    """What chance may not bring: one token of text, ties of all, no image, signed bytes."""
+    for case in (
+        make(((37,),), T=1, group=4, kinds=1),
+        make(((65,), (64,), (3,)), T=1, group=1, kinds=1, dims=(13, 6), floor=64),
+        make(((40,), (25,)), group=1, read=0.9),
+        make(((), (30, 4), (12,)), group=2, bits=8, dims=(5, 24), mixed=True),
+    ):
+        check(case, torch.float32, device)
+    # Ties go to the lower index.
+    assert check(make(((37,),), kinds=1, read=5), torch.float32, device)[..., :5].all()
+    signs(make(bits=4).to(device, torch.float32))
+
+
+def signs(case: Case) -> None:
+    """Bytes of the sketch may be signed, each 128 less."""
+    from vlmprune.runtime.attention import recall_triton
+
+    sketch = case.recalled.sketch
+    other = sketch.codes.view(torch.uint8) ^ 128
+    other = other if sketch.codes.dtype == torch.int8 else other.view(torch.int8)
+    flipped = replace(sketch, codes=other)
+    given = case.keys, case.values, case.mask, SCALE
+    want = recall_triton.attend(case.query, case.recalled, *given)
+    got = recall_triton.attend(case.query, replace(case.recalled, sketch=flipped), *given)
+    assert all(map(torch.equal, got, want))
+
+
+def controls(case: Case, read: Tensor, device: str) -> None:
+    """What must differ, does: of another query, of other means, and with a token exchanged."""
+    case = case.to(device, torch.float32)
+    sketch = case.recalled.sketch
+    others: list[Any] = [
+        replace(case, query=-case.query),
+        replace(case, recalled=replace(case.recalled, sketch=replace(sketch, mean=-sketch.mean))),
+        replace(case, recalled=replace(case.recalled, keep=(case.recalled.keep - 1).clamp(min=0))),
+    ]
+    for other in others:
+        assert not torch.equal(check(other, torch.float32, device), read)
+    exchanged = read.clone()
+    exchanged[0, 0, read[0, 0].int().argmax()] = False
+    exchanged[0, 0, read[0, 0].int().argmin()] = True
+    assert not close(case.masked(exchanged), case.masked(read))
+
+
+def by_the_door(case: Case) -> None:
+    """`recall.attend` goes by the kernels where they run, and its answer is the same."""
+    from vlmprune.runtime.attention import recall_triton
+
+    asked = []
+    runs, recall._triton_runs = recall._triton_runs, lambda *given: not asked.append(given)
+    try:
+        out, read = recall.attend(case.call, case.recalled)
+        whole, everything = recall.attend(case.call, case.recalled, whole=True)
+    finally:
+        recall._triton_runs = runs
+    assert len(asked) == 1 and recall._triton() is recall_triton
+    mask = read.mask(case.recalled, case.keys.shape[1])
+    assert torch.equal(mask, rule.chosen(case.found(), case.recalled.images, case.recalled.keep))
+    assert close(out, case.masked(mask))
+    assert everything.index is None and not close(whole, out)
+
+
+def check_compiled() -> None:
+    """The kernels' code for GPUs that need not be there, of the launches as they are."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from vlmprune.runtime.attention import recall_triton
+
+    made = []
+
+    class Driver:
+        """As much of a GPU's as compiling asks for; each capability is a device of its own."""
+
+        def __init__(self, capability: int) -> None:
+            self.get_current_device = lambda: capability
+            self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
+            self.get_current_stream = lambda _: 0
+
+    def compiled(self: Any, grid: tuple[int, ...]) -> Any:
+        return lambda *given, **named: made.append(
+            self.run(*given, grid=grid, warmup=True, **named)
+        )
+
+    triton.JITFunction.__getitem__ = compiled
+    case = make(((20, 9), (30,)), group=3, bits=4, dims=(64, 64), mask="bool")
+    alone = make(((40,),), group=1, bits=2, dims=(20, 8), mask="added")
+    for capability, one, dtype in ((80, alone, torch.float32), (90, case, torch.bfloat16)):
+        triton.runtime.driver.set_active(Driver(capability))
+        moved = one.to("cpu", dtype)
+        recall_triton.attend(
+            moved.query, moved.recalled, moved.keys, moved.values, moved.mask, SCALE
+        )
+        assert [kernel.metadata.target.arch for kernel in made[-2:]] == [capability] * 2
+    assert all(kernel.asm["cubin"] for kernel in made) and len(made) == 4
