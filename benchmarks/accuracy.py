@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,7 +37,7 @@ from vlmprune.runtime.encoder.visions import Vision
 from vlmprune.study import measure as measured
 from vlmprune.study.evals.results import UNPRUNED, Evaluation
 from vlmprune.study.evals.run import BATCH, evaluate, model_name
-from vlmprune.study.tasks import Scenes
+from vlmprune.study.tasks import Sample, Scenes, Task
 from vlmprune.study.tasks.scorers import same_parts
 
 FILE = RESULTS / "accuracy.json"
@@ -195,10 +195,15 @@ def digest(folder: Path) -> str:
     return content.hexdigest()[:16]
 
 
-def read(path: Path) -> dict[str, Any]:
-    """What was measured before, as far as it is about the same pictures and model."""
+def read(path: Path, pictures: Path | None = None) -> dict[str, Any]:
+    """What was measured before, as far as it is about the same pictures and model.
+
+    Args:
+        path: of the JSON file.
+        pictures: their folder; None for the held-out scenes.
+    """
     fresh: dict[str, Any] = {
-        "scenes": digest(embedded.held_out()),
+        "scenes": digest(pictures or embedded.held_out()),
         "model": digest(embedded.path()),
         "rows": [],
     }
@@ -218,9 +223,8 @@ def write(path: Path, found: Mapping[str, Any]) -> None:
     outputs.write(path, text)
 
 
-def figures(evaluations: list[Evaluation]) -> dict[str, Any]:
+def figures(evaluations: list[Evaluation], samples: Sequence[Sample]) -> dict[str, Any]:
     """What the JSON keeps of one row's evaluations, in the task's order of samples."""
-    samples = Scenes().samples()
     one = evaluations[0]
     scores = [sum(e.results[i].score or 0 for e in evaluations) for i in range(len(samples))]
     cells = [
@@ -257,16 +261,32 @@ def facts(row: Row) -> dict[str, Any]:
     return found
 
 
-def measure(path: Path, rows: list[Row], batch: int = BATCH, again: bool = False) -> None:
-    """Make what is missing or stale, and write the file after each row."""
-    found = read(path)
+def measure(
+    path: Path,
+    rows: list[Row],
+    batch: int = BATCH,
+    again: bool = False,
+    task: Task | None = None,
+    pictures: Path | None = None,
+) -> None:
+    """Make what is missing or stale, and write the file after each row.
+
+    Args:
+        path: of the JSON file.
+        rows: what is wanted.
+        batch: questions answered at once.
+        again: whether rows are made anew that are known.
+        task: what is asked, the held-out scenes by default; its lists are of kind "listing".
+        pictures: folder of the task's pictures.
+    """
+    found, task = read(path, pictures), task or Scenes()
     known = {(row["label"], row["budget"]): row for row in found["rows"]}
     todo = [row for row in rows if again or stale(row, known.get(row.key))]
     with quiet():
         loaded = Loaded(*embedded.load())
     versions = {name: one for name, one in measured.versions().items() if name != "vlmprune"}
     found["about"] = {"model": model_name(loaded.model), **versions, "batch": batch}
-    samples = Scenes().samples()
+    samples = task.samples()
     found["samples"] = [[one.id, one.kind, one.group] for one in samples]
     # What acts inside the language model alone shares the pictures' encodings.
     visions: dict[tuple[str, str], Vision] = {}
@@ -280,19 +300,19 @@ def measure(path: Path, rows: list[Row], batch: int = BATCH, again: bool = False
             return evaluate(
                 loaded,
                 pruner,
-                Scenes(),
+                task,
                 batch=batch,
                 visions=shared,
                 progress=lambda done, total: bar.update(line, completed=done, total=total),
             )
 
         if "unpruned" not in found or again:
-            found["unpruned"] = figures([run(None, UNPRUNED)])
+            found["unpruned"] = figures([run(None, UNPRUNED)], samples)
             write(path, found)
         for number, row in enumerate(todo, 1):
             begin = time.perf_counter()
             name = f"{number} of {len(todo)}: {row}"
-            made = figures([run(pruner, name) for pruner in row.pruners])
+            made = figures([run(pruner, name) for pruner in row.pruners], samples)
             known[row.key] = {"label": row.label, "budget": row.budget, **facts(row), **made}
             found["rows"] = list(known.values())
             write(path, found)

@@ -22,6 +22,7 @@ import accuracy
 import decode
 import equal_compute
 import learned
+import plphp_coverage
 import selection
 import serve_page
 from accuracy_tables import Table
@@ -109,8 +110,15 @@ def results_page(folder: Path) -> dict[str, str]:
     return made
 
 
+def plphp_page(folder: Path) -> dict[str, str]:
+    """The parts of docs/plphp.md whose file is there."""
+    found = read(folder).get(plphp_coverage.FILE.stem)
+    return {} if found is None else plphp_coverage.parts(found)
+
+
 PAGES: dict[str, Callable[[Path], dict[str, str]]] = {
     "benchmarks.md": lambda folder: {"gpu": gpu(read(folder / "gpu"))},
+    "plphp.md": plphp_page,
     "results.md": results_page,
     "serving.md": lambda folder: serve_page.parts(read(folder)),
 }

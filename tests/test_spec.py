@@ -47,6 +47,7 @@ def _one_more_method() -> Any:
         ("vispruner:keep=6,positions=compact,budget=image", VisPruner(6, 0.5, "compact", "image")),
         ("plphp", PLPHP()),
         ("plphp:r=.5,dr=1e-1,max_layer_bytes=None", PLPHP(r=0.5, dr=0.1)),
+        ("plphp:coverage=0.5", PLPHP(coverage=0.5)),
         ("vispruner:keep=64|plphp:r=0.5", VisPruner(64) | PLPHP(r=0.5)),
         ("vispruner:keep=64+plphp:r=0.5", VisPruner(64) | PLPHP(r=0.5)),
         ("vispruner:keep=64 + vispruner:keep=8 | plphp", VisPruner(64) | VisPruner(8) | PLPHP()),
@@ -91,7 +92,7 @@ def test_reads(text: str, expected: Pruner) -> None:
         ("vispruner:important_ratio=1", "method 'vispruner' needs keep"),
         ("vispruner:keep=4,kep=5", "no setting 'kep'; it has keep, important_ratio, pos"),
         ("vispruner:from=x.json", "method 'vispruner' has no setting 'from'"),
-        ("plphp:rr=1", "calibrated_on, from=FILE"),
+        ("plphp:rr=1", "coverage, from=FILE"),
         ("any:a=1,made=4", "has no setting 'made'; it has a, b, c, from=FILE"),
         ("vispruner:keep=4,keep=4", "setting 'keep' of vispruner is given twice"),
         ("any:from=x,from=x", "setting 'from' of any is given twice"),
@@ -177,6 +178,7 @@ plphps = st.builds(
     beta=st.floats(0, 0.5),
     per_head=st.sampled_from(["equal", "adaptive"]),
     max_layer_bytes=st.none() | st.integers(1, 10**12),
+    coverage=st.floats(0, 1),
 )
 anys = st.builds(Any4, a=values, b=values, c=values)
 

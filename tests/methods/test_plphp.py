@@ -28,18 +28,21 @@ BATCHES = {"one image": [1], "several images": [3], "padded batch": [1, 2, 0]}
 
 
 @pytest.mark.parametrize(
-    ("family", "attention", "kv_heads", "per_head", "batch"),
-    list(
-        product(["llava", "llava_next"], ["sdpa", "eager"], [2, 4], ["equal", "adaptive"], BATCHES)
-    ),
+    ("family", "attention", "kv_heads", "per_head", "batch", "coverage"),
+    [
+        *product(
+            ["llava", "llava_next"], ["sdpa", "eager"], [2, 4], ["equal", "adaptive"], BATCHES, [0]
+        ),
+        *product(["llava"], ["sdpa", "eager"], [2, 4], ["equal", "adaptive"], BATCHES, [0.5]),
+    ],
 )
 def test_decoding_equals_masking(
-    family: str, attention: str, kv_heads: int, per_head: Any, batch: str
+    family: str, attention: str, kv_heads: int, per_head: Any, batch: str, coverage: float
 ) -> None:
     built = model(family, attention, text_config=text_config(kv_heads))
     req = request(built, BATCHES[batch])
     settings = telling(built, req.inputs)
-    with PLPHP(**settings, per_head=per_head)(built) as handle:
+    with PLPHP(**settings, per_head=per_head, coverage=coverage)(built) as handle:
         pruned = generate(built, req.inputs)
     report = handle.report
     assert report is not None and len(report.layers) == 3

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,98 @@ def test_one_budget_for_all_heads(case: tuple[Tensor, Tensor, Tensor]) -> None:
             assert found == wanted
 
 
+def numbers(images: Tensor, like: Tensor) -> Tensor:
+    """Tokens of each image."""
+    return (images[:, None] == torch.arange(like.shape[1])[:, None]).sum(dim=2)
+
+
+def spread_places(tokens: int, chosen: int, head: int, heads: int, layer: int) -> list[int]:
+    """Where tokens spread evenly over an image lie, in exact fractions."""
+    parts = retention.PARTS
+    phase = Fraction((head * parts // heads + layer * retention.AHEAD) % parts, parts)
+    return [int((j + phase) * tokens / chosen) for j in range(chosen)]
+
+
+@given(
+    cases(), st.sampled_from([0.0, 0.2, 0.25, 0.5, 0.75, 1.0]), st.integers(0, 60), st.booleans()
+)
+def test_a_share_is_spread_and_the_rest_attended_to(
+    case: tuple[Tensor, Tensor, Tensor], share: float, layer: int, equal: bool
+) -> None:
+    scores, images, keep = case
+    heads, counts = scores.shape[1], numbers(images, keep)
+    raised = retention.covering(scores, images, counts, keep, share, layer)
+    kept = choose("per_image" if equal else "shared", raised, images, keep)
+    if share == 0:
+        assert torch.equal(raised, scores)
+    for row in range(scores.shape[0]):
+        assert not kept[row][:, images[row] < 0].any()
+        for image in range(keep.shape[1]):
+            own = (images[row] == image).nonzero()[:, 0].tolist()
+            count = int(keep[row, image])
+            # Half rounded up.
+            chosen = int(Fraction(str(share)) * count + Fraction(1, 2))
+            assert int(kept[row][:, own].sum()) == count * heads
+            for head in range(heads):
+                places = spread_places(len(own), chosen, head, heads, layer)
+                sure = {own[i] for i in places}
+                assert len(sure) == chosen
+                found = set(kept[row, head].nonzero()[:, 0].tolist()) & set(own)
+                assert sure <= found
+                if equal:
+                    rest = sorted(set(own) - sure, key=lambda i: (-float(scores[row, head, i]), i))
+                    assert found == sure | set(rest[: count - chosen])
+                elif share == 1:
+                    assert found == sure
+
+
+@given(cases(), st.sampled_from([0.25, 0.5, 1.0]))
+def test_what_is_spread_depends_on_no_score_and_no_other_sample(
+    case: tuple[Tensor, Tensor, Tensor], share: float
+) -> None:
+    scores, images, keep = case
+    counts = numbers(images, keep)
+    sure = retention.covering(scores, images, counts, keep, share, 3).isinf()
+    other = retention.covering(scores.flip(2), images, counts, keep, share, 3).isinf()
+    assert torch.equal(sure, other)
+    # A sample by itself, and with padding behind it.
+    wider = torch.nn.functional.pad(images[:1], (0, 2), value=-1)
+    alone = retention.covering(
+        torch.zeros(1, scores.shape[1], wider.shape[1]), wider, counts[:1], keep[:1], share, 3
+    )
+    assert torch.equal(alone.isinf()[..., :-2], sure[:1]) and not alone.isinf()[..., -2:].any()
+
+
+def test_heads_and_layers_spread_otherwise() -> None:
+    """A quarter of sixteen tokens: four heads see all of them, and so does one in six layers."""
+    images, sixteen = torch.zeros(1, 16, dtype=torch.long), torch.tensor([[16]])
+    scores, four = torch.zeros(1, 4, 16), torch.tensor([[4]])
+    sure = retention.covering(scores, images, sixteen, four, 1.0).isinf()[0]
+    assert [one.nonzero()[:, 0].tolist() for one in sure] == [
+        [start, start + 4, start + 8, start + 12] for start in range(4)
+    ]
+    # One KV head alone sees all of it in six layers.
+    layers = [
+        retention.covering(scores[:, :1], images, sixteen, four, 1.0, layer).isinf()[0, 0]
+        for layer in range(6)
+    ]
+    assert torch.stack(layers).any(dim=0).all() and not torch.equal(layers[0], layers[1])
+
+
+@given(cases(), st.integers(0, 25))
+def test_images_give_way_alike(case: tuple[Tensor, Tensor, Tensor], room: int) -> None:
+    keep = case[2]
+    less = retention.within(keep, torch.full((len(keep),), room))
+    for wanted, found in zip(keep.tolist(), less.tolist(), strict=True):
+        if sum(wanted) <= room:
+            assert found == wanted
+            continue
+        least = sum(map(bool, wanted))
+        assert sum(found) <= max(room, least)
+        spare = max(0, room - least)
+        assert found == [n and 1 + (n - 1) * spare // max(1, sum(wanted) - least) for n in wanted]
+
+
 @given(st.integers(1, 3), st.integers(1, 12), st.floats(0.05, 0.99), st.integers(0, 9999))
 def test_the_fewest_that_hold_a_share(batch: int, tokens: int, share: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -164,6 +258,30 @@ def test_half_a_token_is_rounded_up_and_one_stays(r: float, tokens: int, kept: i
     assert found is not None and int(found.kept.sum()) == kept
 
 
+@pytest.mark.parametrize("per_head", ["equal", "adaptive"])
+def test_coverage(per_head: Any) -> None:
+    """Without it the paper's choice to the bit, with all of it none of the attention's."""
+    torch.manual_seed(0)
+    tokens, seen = 40, view([0.2, 0.2], 40)
+    attention = torch.rand(2, 2, tokens) / tokens
+    one, other = (replace(seen, attention=a) for a in (attention, attention.flip(2)))
+
+    def kept(at: LayerView, layer: int = 0, **settings: Any) -> Tensor:
+        found = PLPHP(per_head=per_head, **settings).retain(layer, at)
+        assert found is not None
+        return found.kept
+
+    assert torch.equal(kept(one, coverage=0), kept(one))
+    assert torch.equal(kept(one, coverage=1), kept(other, coverage=1))
+    assert not torch.equal(kept(one, coverage=0.5), kept(other, coverage=0.5))
+    # Another part of the image in each layer, the same numbers in all.
+    assert not torch.equal(kept(one, coverage=1), kept(one, layer=1, coverage=1))
+    for share in (0.0, 0.3, 1.0):
+        assert torch.equal(kept(one, coverage=share).sum(dim=(1, 2)), kept(one).sum(dim=(1, 2)))
+    limited = kept(one, coverage=0.5, max_layer_bytes=80)
+    assert limited.sum(dim=2).tolist() == [[10], [10]]
+
+
 def test_first_layers_are_not_asked() -> None:
     pruner = PLPHP(first_pruned_layer=2)
     assert pruner.retain(1, view([0.3], 10)) is None and pruner.retain(2, view([0.3], 10))
@@ -177,6 +295,7 @@ def test_first_layers_are_not_asked() -> None:
         ({"r": 0.2, "dr": 0.3}, "rates from -0.1 to 0.5"),
         ({"r": 0.9, "dr": 0.3}, "rates from 0.6 to 1.2"),
         ({"alpha": True}, "alpha=True"),
+        ({"coverage": 1.5}, "coverage=1.5 is not a number from 0 to 1"),
         ({"alpha": 0.1, "beta": 0.2}, "beta=0.2 is above alpha=0.1"),
         ({"window": 0}, "window=0 is not a whole number of 1 or more"),
         ({"first_pruned_layer": -1}, "first_pruned_layer=-1"),
@@ -211,6 +330,7 @@ def test_from_file(tmp_path: Path) -> None:
         PLPHP.from_file(path).attach(model())
     with pytest.raises(VlmpruneError, match="calibrated with window=1, not 8"):
         PLPHP.from_file(path, window=8)
+    assert PLPHP.from_file(path, coverage=0.5).coverage == 0.5
     assert PLPHP.from_file(path, window=8, alpha=0.5, beta=0.4).window == 8
     with pytest.raises(VlmpruneError, match="no setting 'rate'"):
         PLPHP.from_file(path, rate=1)

@@ -9,6 +9,10 @@ to be chosen on other scenes than they are tested on:
 
     python held_out.py --assets A --folder V --scenes 60 --split validation
     vlmprune search gsearch --task folder:V
+
+So can scenes of any other seed, of the same photographs, on which nothing was ever chosen:
+
+    python held_out.py --assets A --folder N --seed 20
 """
 
 from __future__ import annotations
@@ -29,10 +33,10 @@ QUALITY = 85
 """Of the JPEG files, whose colours keep their full resolution."""
 
 
-def photo_of(index: int, split: str) -> str:
+def photo_of(index: int, split: str, seed: int) -> str:
     """The photograph of a scene: what `scenes.scene` draws first."""
     names = photos(split)
-    return names[int(np.random.default_rng([SEEDS[split], index]).integers(len(names)))]
+    return names[int(np.random.default_rng([seed, index]).integers(len(names)))]
 
 
 def main(
@@ -40,17 +44,23 @@ def main(
     folder: Annotated[Path, typer.Option(help="where pictures and scenes.json go")],
     scenes: Annotated[int, typer.Option(help="how many, from the first")] = 120,
     split: Annotated[str, typer.Option(help="test; or validation, as a folder task")] = "test",
+    seed: Annotated[int | None, typer.Option(help="another seed, as a folder task")] = None,
 ) -> None:
-    """Write the pictures and `scenes.json`; of the validation split `questions.json`."""
+    """Write the pictures and `scenes.json`; of other scenes than test's own `questions.json`."""
     pictures = Assets(assets)
-    made = [scene(i, SEEDS[split], photos(split), pictures) for i in range(scenes)]
-    asked = fixed_questions(SimpleNamespace(placed=[one.placed for one in made]), SEEDS[split])
+    drawn = SEEDS[split] if seed is None else seed
+    if seed in SEEDS.values():
+        raise typer.BadParameter(
+            f"seed {seed} is a split's own; use one above {max(SEEDS.values())}."
+        )
+    made = [scene(i, drawn, photos(split), pictures) for i in range(scenes)]
+    asked = fixed_questions(SimpleNamespace(placed=[one.placed for one in made]), drawn)
     folder.mkdir(parents=True, exist_ok=True)
     listed = []
     for index, (one, questions) in enumerate(zip(made, asked, strict=True)):
         name = f"{index:03d}.jpg"
         one.image.save(folder / name, quality=QUALITY, subsampling=0, optimize=True)
-        photo = photo_of(index, split)
+        photo = photo_of(index, split, drawn)
         listed.append(
             {
                 "file": name,
@@ -62,7 +72,7 @@ def main(
                 ],
             }
         )
-    if split == "test":
+    if split == "test" and seed is None:
         (folder / "scenes.json").write_text(json.dumps(listed, indent=1) + "\n")
     else:
         flat = [

@@ -12,6 +12,11 @@ from torch import Tensor
 # code calls it the floor and uses the same value).
 FLOOR = 0.2
 
+# Parts of a stride that phases are counted in, so that all is whole numbers; and how many of them
+# a layer is ahead of the one before: the golden ratio's share, under which no two layers agree.
+PARTS = 2**16
+AHEAD = 40503
+
 
 def per_image(scores: Tensor, images: Tensor, keep: Tensor) -> Tensor:
     """The best tokens of each image in each head, the same number in all heads.
@@ -56,6 +61,61 @@ def shared(scores: Tensor, images: Tensor, keep: Tensor, floor: float = FLOOR) -
     rank = _rank(raised, everywhere.flatten(1))
     budget = _at(keep * heads, images)[:, None].expand_as(scores)
     return rank.view(batch, heads, -1) < budget
+
+
+def covering(
+    scores: Tensor, images: Tensor, counts: Tensor, keep: Tensor, share: float, layer: int = 0
+) -> Tensor:
+    """Scores under which a share of what is kept is spread evenly over each image.
+
+    Token floor((j + p) · n / c) of an image of n tokens comes first, for j from 0 to c - 1, where
+    c is `share` of the image's `keep`, half rounded up. The phase p, 0 to 1, is another in each
+    head and layer, so that together they see more of the image than any of them. It depends on no
+    score.
+
+    Args:
+        scores: [B, H, V].
+        images: [B, V] int64; image of each token, -1 for none.
+        counts: [B, I] int64; tokens of each image.
+        keep: [B, I] int64; how many of each image.
+        share: 0 to 1; 0 changes nothing.
+        layer: number of the decoder layer.
+
+    Returns:
+        [B, H, V]: infinity at those tokens, else `scores`.
+    """
+    heads, device = scores.shape[1], scores.device
+    # Rounding half up, with room for float32's error.
+    spread = (keep.float() * share + 0.5 + 1e-4).floor().long().minimum(keep)
+    chosen, tokens = _at(spread, images)[:, None], _at(counts, images)[:, None].clamp(min=1)
+    phases = (torch.arange(heads, device=device) * PARTS // heads + layer * AHEAD) % PARTS
+    place = _rank(torch.zeros_like(images), images)[:, None]
+
+    def before(place: Tensor) -> Tensor:
+        """How many of the spread tokens come before a place: ceil(place · c / n - p)."""
+        ahead = phases[:, None] * tokens - place * chosen * PARTS
+        return -ahead.div(tokens * PARTS, rounding_mode="floor")
+
+    return scores.masked_fill(before(place + 1) > before(place), torch.inf)
+
+
+def within(keep: Tensor, room: Tensor) -> Tensor:
+    """Fewer tokens of each image where all of a sample's would take too much room.
+
+    Every image gives way alike, down to one token.
+
+    Args:
+        keep: [B, I] int64; how many of each image are wanted.
+        room: [B] int64; how many there is room for.
+
+    Returns:
+        [B, I] int64.
+    """
+    least = (keep > 0).long()
+    images, wanted = least.sum(dim=1), keep.sum(dim=1)
+    spare = (room - images).clamp(min=0)
+    share = (keep - least) * spare[:, None] // (wanted - images).clamp(min=1)[:, None]
+    return torch.where((wanted > room)[:, None], least + share, keep)
 
 
 def important(sums: Tensor, seen: Tensor, share: float) -> Tensor:

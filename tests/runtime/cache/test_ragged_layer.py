@@ -284,21 +284,28 @@ def test_a_cache_that_is_quantised_is_refused() -> None:
     refused("cannot cut a object", call={CACHE: object()})
 
 
-@given(limit=st.integers(1500, 12000), per_head=st.sampled_from(["equal", "adaptive"]))
-def test_a_limit_of_bytes_holds_for_every_sample_and_layer(limit: int, per_head: Any) -> None:
+@given(
+    limit=st.integers(1500, 12000),
+    per_head=st.sampled_from(["equal", "adaptive"]),
+    coverage=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_a_limit_of_bytes_holds_for_every_sample_and_layer(
+    limit: int, per_head: Any, coverage: float
+) -> None:
     built = model()
     req = request(built, [1, 3])
     token = 2 * 8 * 4
     text = req.inputs["attention_mask"].bool() & (req.inputs["input_ids"] != IMAGE)
     least = max(2 * token * (int(text[row].sum()) + images) for row, images in ((0, 1), (1, 3)))
-    pruner = PLPHP(r=0.6, dr=0.2, per_head=per_head, max_layer_bytes=limit)
+    settings: dict[str, Any] = {"r": 0.6, "dr": 0.2, "per_head": per_head, "coverage": coverage}
+    pruner = PLPHP(**settings, max_layer_bytes=limit)
     if limit < least:
         with pytest.raises(VlmpruneError, match=rf"below the {least} bytes"), pruner(built):
             built(**req.inputs)
         return
     with torch.no_grad(), pruner(built) as handle:
         built(**req.inputs)
-    with torch.no_grad(), PLPHP(r=0.6, dr=0.2, per_head=per_head)(built) as free:
+    with torch.no_grad(), PLPHP(**settings)(built) as free:
         built(**req.inputs)
     assert handle.report is not None and free.report is not None
     for layer, without in zip(handle.report.layers, free.report.layers, strict=True):

@@ -98,7 +98,7 @@ def test_refused_settings_count_as_tried(tmp_path: Path) -> None:
         return Measured(FULL, 1.0 if pruner is None else pruner.r)
 
     space = space_of(stage.names, ["dr"], [])
-    assert set(space) == {"r"}
+    assert set(space) == {"r", "coverage"}
     found = search(tmp_path, measure).over(builder(stage), space)
     assert 0 < len(found.tried) < 30
     assert all(one.settings["r"] >= 0.3 for one in found.tried)

@@ -71,6 +71,7 @@ KNOWN: Space = {
     "tau": Range(0.6, 1.0),
     "r": Range(0.05, 0.7),
     "dr": Range(0.0, 0.3),
+    "coverage": Range(0.0, 1.0),
 }
 
 
