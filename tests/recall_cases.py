@@ -276,14 +276,14 @@ def controls(case: Case, read: Tensor, device: str) -> None:
 
 
 def by_the_door(case: Case) -> None:
-    """`recall.attend` goes by the kernels where they run, and its answer is the same."""
+    """`recall.attend` goes by the kernels where it is asked to, and its answer is the same."""
     from vlmprune.runtime.attention import recall_triton
 
     asked = []
     runs, recall._triton_runs = recall._triton_runs, lambda *given: not asked.append(given)
     try:
-        out, read = recall.attend(case.call, case.recalled)
-        whole, everything = recall.attend(case.call, case.recalled, whole=True)
+        out, read = recall.attend(case.call, case.recalled, backend="triton")
+        whole, everything = recall.attend(case.call, case.recalled, whole=True, backend="triton")
     finally:
         recall._triton_runs = runs
     assert len(asked) == 1 and recall._triton() is recall_triton
