@@ -104,13 +104,17 @@ SETTINGS: dict[str, dict[str, Settings]] = {
     "vtc_cls": {"VTC-CLS": keep},
     "fopru": {"FoPru, rank": keep, "FoPru, row": whole_rows},
     "visionzip": {"VisionZip": keep},
-    "prumerge": {"PruMerge": keep, "PruMerge+": lambda b: {"keep": b, "plus": True}},
+    # Defaults that are not those of 0.1 are written out, so that rows of then are not reused.
+    "prumerge": {
+        "PruMerge": lambda b: {"keep": b, "plus": False, "heads": "joined"},
+        "PruMerge+": lambda b: {"keep": b, "plus": True, "heads": "joined"},
+    },
     "divprune": {"DivPrune": keep},
     "cdpruner": {"CDPruner": keep},
     "tome": {"ToMe": keep},
     # Inside it: `keep` is what goes on from the layer that drops, or as the class says.
     "fastv": {"FastV": keep},
-    "dart": {"DART": keep},
+    "dart": {"DART": lambda b: {"keep": b, "normed": True}},
     "sparsevlm": {"SparseVLM": keep},
     "pyramiddrop": {"PyramidDrop": pyramid},
     "psigmoid": {"P-Sigmoid": keep},
@@ -125,7 +129,10 @@ SETTINGS: dict[str, dict[str, Settings]] = {
 """By method and label, the settings at a budget; methods that are not named here get `keep`."""
 
 OWN: dict[str, dict[str, dict[str, Any]]] = {
-    "prumerge": {"PruMerge, as many as outliers": {}, "PruMerge+, likewise": {"plus": True}},
+    "prumerge": {
+        "PruMerge, as many as outliers": {"plus": False, "heads": "joined"},
+        "PruMerge+, likewise": {"plus": True, "heads": "joined"},
+    },
     "pyramiddrop": {"PyramidDrop, ratio 0.5": {}},
     "gsearch": {"G-Search, for 1 % loss": {"rates": "1;1;0.879;0.7759;0.388"}},
     "zipvl": {"ZipVL, τ = 0.975": {}, "ZipVL, τ = 0.96": {"tau": 0.96}},

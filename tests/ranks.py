@@ -17,7 +17,7 @@ from typing import Any
 RANKS = 2
 # The plan of the last cuts the vision tower, too, that of Qwen3-VL no head.
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl", "llama4")
-METHODS = ("VisPruner", "PLPHP", "FastV", "RandomTokens", "Recall")
+METHODS = ("VisPruner", "PLPHP", "FastV", "RandomTokens", "Recall", "PruMerge", "DART")
 WAYS = {"tensor parallel": FAMILIES, "fsdp": FAMILIES[:2]}
 
 
@@ -44,6 +44,9 @@ def run(rank: int, folder: Path) -> dict[str, Any]:
         "FastV": vlmprune.FastV(keep=0.4, layer=1),
         "RandomTokens": vlmprune.RandomTokens(keep=0.5),
         "Recall": vlmprune.Recall(read=0.3, floor=0, always=True),
+        # All heads as one vector, whichever process has them.
+        "PruMerge": vlmprune.PruMerge(keep=0.5),
+        "DART": vlmprune.DART(keep=0.5, layer=1),
     }
     chain = VisPruner(keep=0.7) | methods["PLPHP"]
 

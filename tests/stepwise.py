@@ -29,6 +29,7 @@ class Seen:
         own: [R, R] as this layer would attend.
         keys: [R, H · D] of the layer before, after rotary embedding.
         first: hidden and images at the input of layer 0.
+        normed: [R, D] behind the norm that follows the last layer.
     """
 
     hidden: Tensor
@@ -37,6 +38,7 @@ class Seen:
     own: Callable[[], Tensor]
     keys: Tensor | None
     first: tuple[Tensor, list[int]]
+    normed: Tensor
 
 
 # Rows that go on, as the places that they had, and their states; None lets all go on.
@@ -93,6 +95,7 @@ def stepwise(
             lambda layer=layer, hidden=hidden, at=at: _run(decoder, layer, hidden, at)[1],
             None if keys is None else keys[:count],
             first,
+            decoder.norm(hidden[:count]),
         )
         decided = decide(index, seen) if index else None
         if decided is not None:

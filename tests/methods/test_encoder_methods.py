@@ -27,6 +27,7 @@ from vlmprune import (
     VtcCls,
 )
 from vlmprune.methods import METHODS
+from vlmprune.select import farthest_point
 from vlmprune.views import EncoderView, Reads
 
 # Those that keep exactly what they are told to.
@@ -87,6 +88,8 @@ def view_of(
         features(3),
         features(5),
         scores(),
+        joined=scores(),
+        joined_keys=features(4),
     )
 
 
@@ -96,13 +99,15 @@ def test_defaults_are_the_authors() -> None:
     assert list(VtcCls(keep=64).summed(24)) == [16, 17, 18, 19, 20, 21, 22]
     assert settings_[VisionZip]["contextual_ratio"] == 10 / 64
     prumerge = PruMerge()
-    assert (prumerge.keep, prumerge.plus, prumerge.neighbours) == (None, False, 32)
+    assert (prumerge.keep, prumerge.plus, prumerge.neighbours) == (None, True, 32)
+    assert prumerge.heads == "joined"
     assert settings_[FoPru]["choose"] == "rank"
     assert settings_[CDPruner]["text_tower"] == "auto"
     assert settings_[RandomTokens]["seed"] == 0
     assert settings_[AveragePooling]["where"] == "features"
     assert {s["positions"] for s in settings_.values()} == {"auto"}
-    assert {s["budget"] for s in settings_.values() if "budget" in s} == {"crop"}
+    budgets = {cls: s["budget"] for cls, s in settings_.items() if "budget" in s}
+    assert budgets.pop(DivPrune) == "image" and set(budgets.values()) == {"crop"}
     for cls in ALL:
         assert METHODS[{v: k for k, v in METHODS.items()}[cls]] is cls
         assert cls.text_agnostic == (cls is not CDPruner)
@@ -186,15 +191,20 @@ def test_prumerge_counts_outliers_crop_by_crop() -> None:
     view = view_of((0, 0, 1))
     scores = torch.linspace(0.010, 0.012, 20).repeat(3, 1)
     scores[0, 3] = scores[0, 8] = scores[1, 5] = 0.5
-    view = replace(view, layers={2: torch.rand(3, 20), 3: scores})
-    chosen = PruMerge().select(view)
+    view = replace(view, joined=scores)
+    chosen = PruMerge(plus=False).select(view)
     assert chosen.kept.sum(dim=1).tolist() == [3, 2, 2]
     assert chosen.roles["important"].nonzero().tolist() == [[0, 3], [0, 8], [1, 5], [2, 19]]
     assert chosen.last is not None and chosen.last.sum(dim=1).tolist() == [1, 1, 1]
-    plus = PruMerge(plus=True).select(view)
+    plus = PruMerge().select(view)
     assert plus.kept.sum(dim=1).tolist() == [2 + 6 + 1, 1 + 4 + 1, 1 + 4 + 1]
-    assert not PruMerge().reads(24, 22).projected
-    assert (PruMerge().reads(24, 22).layers, PruMerge().reads(24, 22).keys) == ((23,), 23)
+    assert PruMerge().reads(24, 22) == Reads(joined=23)
+    # By heads' means, as vlmprune 0.1 did, from what else there is to see.
+    old = PruMerge(plus=False, heads="mean")
+    assert old.reads(24, 22) == Reads(layers=(23,), keys=23)
+    means = replace(view, layers={2: torch.rand(3, 20), 3: scores}, joined=torch.rand(3, 20))
+    assert old.select(means).kept.equal(chosen.kept)
+    assert not PruMerge(plus=False).select(means).kept.equal(chosen.kept)
 
 
 def test_cdpruner_weighs_by_the_question() -> None:
@@ -207,7 +217,9 @@ def test_cdpruner_weighs_by_the_question() -> None:
     # By the language model's words, for want of a text tower, the largest first.
     kept = CDPruner(keep=2).select(replace(view, by_words=True)).kept
     assert kept.nonzero().tolist() == [[0, 2], [0, 4], [1, 1], [1, 2]]
-    assert CDPruner(keep=2).reads(24, 22) == Reads(projected=True, relevance="auto")
+    reads = Reads(projected=True, relevance="auto", asked="bare")
+    assert CDPruner(keep=2).reads(24, 22) == reads
+    assert CDPruner(keep=2, question="prompt").reads(24, 22) == replace(reads, asked="prompt")
     assert CDPruner(keep=2, text_tower="clip").reads(24, 22).relevance == "clip"
 
 
@@ -218,6 +230,18 @@ def test_divprune_takes_what_is_far_apart() -> None:
     view = replace(view, projected=torch.stack((angles.cos(), angles.sin()), dim=1)[None])
     assert DivPrune(keep=1).select(view).kept.nonzero()[:, 1].tolist() == [2]
     assert DivPrune(keep=3).select(view).kept.nonzero()[:, 1].tolist() == [0, 2, 4]
+
+
+def test_divprune_chooses_from_all_crops_of_an_image() -> None:
+    view = view_of((0, 0, 0, 1), (4, 5))
+    together, apart = DivPrune(keep=9).select(view).kept, DivPrune(keep=9, budget="crop")
+    assert view.narrow(together).counts("image") == [9, 9]
+    # As if they were one long crop, whatever comes of each; by crop each has nine.
+    assert view.projected is not None
+    long = view.projected[:3].flatten(0, 1)[None]
+    assert together[:3].flatten().nonzero()[:, 0].tolist() == farthest_point(long, 9)[0].tolist()
+    assert not together[:3].equal(DivPrune(keep=3, budget="crop").select(view).kept[:3])
+    assert view.narrow(apart.select(view).kept).counts("crop") == [9, 9, 9, 9]
 
 
 def test_evs_keeps_the_first_frame_and_what_changed() -> None:
@@ -373,8 +397,10 @@ def test_numpy_integers_are_no_fractions_of_rows(choose: Any) -> None:
         (lambda: PruMerge(keep=0), "keep=0 leaves no visual tokens"),
         (lambda: PruMerge(plus=1), "plus=1 is neither"),
         (lambda: PruMerge(neighbours=-1), "neighbours=-1 is not a whole number"),
+        (lambda: PruMerge(heads="all"), "heads='all' is not known; use 'joined' or 'mean'"),
         (lambda: PruMerge(positions="new"), "positions='new' is not known"),
         (lambda: PruMerge(keep=21).check([20, 8]), "keep=21 is more than the 20"),
+        (lambda: CDPruner(keep=8, question="all"), "question='all' is not known"),
         (lambda: CDPruner(keep=8, text_tower=""), "text_tower='' is no source"),
         (lambda: EVS(keep=1.5), "keep=1.5 is a fraction outside"),
         (lambda: EVS(keep=2, positions="new"), "positions='new' is not known"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from itertools import pairwise, product
 from typing import Any
@@ -40,7 +41,12 @@ def built(attention: str = "sdpa", depth: int = LAYERS) -> Any:
     )
     vision = tower()
     vision.patch_size = 7
-    return model("llava", attention, text_config=text, vision_config=vision)
+    one = model("llava", attention, text_config=text, vision_config=vision)
+    with torch.no_grad():
+        # A norm whose weights are all one would change no cosine.
+        weight = one.get_decoder().norm.weight
+        weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).exp())
+    return one
 
 
 def generate(one: Any, **inputs: Any) -> Any:
@@ -74,14 +80,15 @@ def by_rates(rates: tuple[float, ...]) -> Decide:
     return decide
 
 
-def by_pivots(keep: int, at: int) -> Decide:
+def by_pivots(keep: int, at: int, normed: bool = True) -> Decide:
     """DART, restated."""
 
     def decide(layer: int, seen: Seen) -> tuple[list[int], Tensor] | None:
         if layer != at or max(seen.images) < 0:
             return None
         assert seen.keys is not None
-        vectors, norms = seen.hidden.tolist(), seen.keys.abs().sum(dim=1).tolist()
+        states = seen.normed if normed else seen.hidden
+        vectors, norms = states.tolist(), seen.keys.abs().sum(dim=1).tolist()
         words = [i for i in of_image(seen.images, -1) if i > seen.images.index(0)]
         kept = of_image(seen.images, -1)
         for image in range(max(seen.images) + 1):
@@ -140,6 +147,7 @@ METHODS: dict[str, tuple[Any, Decide]] = {
         by_rates(SIGMOID.rates(LAYERS, 20 / TOKENS)),
     ),
     "dart": (DART(keep=21), by_pivots(21, 2)),
+    "dart before the norm": (DART(keep=21, normed=False), by_pivots(21, 2, normed=False)),
     "sparsevlm": (SparseVLM(keep=12), by_raters({1: 29, 2: 8, 3: 3})),
     "sparsevlm without merging": (
         SparseVLM(keep=12, recycle=0),
@@ -184,6 +192,26 @@ def test_equals_the_reference(name: str, attention: str) -> None:
     assert float((pruned.logits[0][:2] - plain.logits[0][:2]).abs().max()) > DIFFERENT
     other = references(name, pruned, not compact)
     assert float((pruned.logits[0][0] - other[0].logits[0]).abs().max()) > DIFFERENT
+
+
+def test_the_norm_changes_what_dart_keeps() -> None:
+    one = built()
+    req = request(one, BATCH)
+    kept = []
+    for normed in (True, False):
+        with DART(keep=21, normed=normed)(one) as handle:
+            generate(one, **req.inputs)
+        assert handle.report is not None
+        kept.append([k.tolist() for k in handle.report.kept])
+    assert all(a != b for a, b in zip(*kept, strict=True))
+
+
+def test_a_decoder_without_a_final_norm_is_refused() -> None:
+    one = copy.deepcopy(built())
+    del one.get_decoder().norm
+    with pytest.raises(VlmpruneError, match=r"no final norm, so states .* set normed=False"):
+        DART(keep=21).attach(one)
+    DART(keep=21, normed=False).attach(one).detach()
 
 
 def test_the_report_tells_where_merged_tokens_went() -> None:
@@ -274,6 +302,7 @@ def test_keeping_everything_changes_no_bit(name: str) -> None:
 def test_defaults_are_the_authors() -> None:
     dart = DART(keep=128)
     assert (dart.layer, dart.image_pivots, dart.text_pivots) == (2, 4, 4)
+    assert dart.normed
     assert SparseVLM(keep=192).recycle == 0.3 and SparseVLM.released == "compact"
     assert DART.released == GSearch.released == PSigmoid.released == "original"
     # Layers 2, 6 and 15 of 32 are pruned behind.
@@ -330,6 +359,7 @@ def test_wrong_settings_are_refused() -> None:
         (lambda: DART(keep=4, layer=0), "layer=0 is not a whole number of 1 or more"),
         (lambda: DART(keep=4, image_pivots=0), "image_pivots=0"),
         (lambda: DART(keep=4, text_pivots=1.5), "text_pivots=1.5"),
+        (lambda: DART(keep=4, normed=1), "normed=1 is neither"),
         (lambda: SparseVLM(keep=1.5), "keep=1.5 is a fraction outside"),
         (lambda: SparseVLM(keep=4, recycle=2), "recycle=2 is not a share"),
         (lambda: PSigmoid(keep=4, k=0), "k=0 is not a number above 0"),

@@ -167,6 +167,25 @@ class AttentionCall:
         """
         return masks.weights(scores(query, self.key, self.scale, self.softcap), lines)
 
+    def of_one_head(self) -> AttentionCall:
+        """The call of a single head, whose vectors are those of all heads put end to end.
+
+        The scale falls as the width grows: D^-0.5 of each head becomes (H · D)^-0.5. Heads that
+        other processes have are fetched; KV heads stand as often as query heads share them.
+        """
+        sharing, heads = self.sharing, self.query.shape[1]
+        times = heads // self.key.shape[1]
+        query, key = (
+            sharing.joined(states).transpose(1, 2).flatten(2)[:, None]
+            for states in (self.query, self.key.repeat_interleave(times, dim=1))
+        )
+        mask = self.mask
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            mask = mask[:, :1]
+        scale = self.scale * (heads * sharing.ranks) ** -0.5
+        others = self.others | {_SCALE: scale}
+        return replace(self, query=query, key=key, value=key, mask=mask, others=others)
+
     def sample(self, number: int) -> AttentionCall:
         """The call on one sample of the batch."""
         one, mask = slice(number, number + 1), self.mask

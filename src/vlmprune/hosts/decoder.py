@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -21,6 +21,8 @@ FULL = "full_attention"
 ATTENDING = (FULL, "sliding_attention", "chunked_attention")
 
 _DECODER, _LAYERS, _INNER = "get_decoder", "layers", "model"
+# The norm behind the last layer.
+_NORM = "norm"
 
 # Arguments of a decoder layer. The states come first, whatever they are called.
 _MASK, _ANGLES, _POSITIONS = "attention_mask", "position_embeddings", "position_ids"
@@ -59,6 +61,22 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     """
     layers: nn.ModuleList = getattr(decoder_of(model), _LAYERS)
     return layers
+
+
+def final_norm(model: Any) -> Callable[[Tensor], Tensor]:
+    """The norm behind the last layer of the language model, [..., D] → [..., D].
+
+    Raises:
+        VlmpruneError: it is not found.
+    """
+    norm = getattr(decoder_of(model), _NORM, None)
+    if not isinstance(norm, nn.Module):
+        raise VlmpruneError(
+            f"{type(decoder_of(model)).__name__} of transformers {release.version()} has no final "
+            f"{_NORM}, so states cannot be compared behind it; set normed=False."
+        )
+    # Not by the module's call, whose hooks would take it for the host's own.
+    return norm.forward
 
 
 def recomputes(model: Any) -> bool:

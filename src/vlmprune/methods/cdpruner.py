@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -11,7 +11,10 @@ from vlmprune import select
 from vlmprune.errors import VlmpruneError
 from vlmprune.methods.bases.budgeted import Budgeted
 from vlmprune.select import scoring
+from vlmprune.select.settings import check_choice
 from vlmprune.views import EncoderView, Reads, Selection
+
+Asked = Literal["bare", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,16 @@ class CDPruner(Budgeted):
             it has one, else the language model's text embeddings, and the report says which; the
             folder or id of a CLIP model takes its text tower, as the release does with the model
             that the vision tower is of.
+        question: what a text tower compares with: "bare", the last question of the prompt, as the
+            release does, without the words of a chat template and without the instructions of
+            LLaVA's evaluation ("Answer the question using a single word or phrase." and the one
+            for options); "prompt", all text behind the image, as vlmprune 0.1 did. The language
+            model's embeddings are of all text behind the image in either case.
 
     Where it deviates from the release: relevance is scaled over each image, where the release
     scales over all crops that come together, and is 1 where all tokens are alike; without a text
-    tower the language model's embeddings stand in; ties go to the lower index.
+    tower the language model's embeddings stand in; the question is found in the prompt, where the
+    release is given it beside the prompt; ties go to the lower index.
 
     Shapes: projected [crops, N, D], relevance [crops, N] → kept [crops, N].
 
@@ -48,6 +57,7 @@ class CDPruner(Budgeted):
     """
 
     text_tower: str = "auto"
+    question: Asked = "bare"
 
     needs: ClassVar[str] = "projected features, the question, a text tower (else text embeddings)"
     stage: ClassVar[str] = "before the language model"
@@ -63,9 +73,11 @@ class CDPruner(Budgeted):
                 "folder or id of a CLIP model."
             )
 
+        check_choice("question", self.question, Asked)
+
     def reads(self, depth: int, feature: int) -> Reads:
         """The projected features and their relevance to the question."""
-        return Reads(projected=True, relevance=self.text_tower)
+        return Reads(projected=True, relevance=self.text_tower, asked=self.question)
 
     def select(self, view: EncoderView) -> Selection:
         """Choose cells of all crops of a request."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from vlmprune import select
 from vlmprune.methods.bases.budgeted import Budgeted
+from vlmprune.select.budget import Budget
 from vlmprune.views import EncoderView, Reads, Selection
 
 
@@ -21,12 +22,14 @@ class DivPrune(Budgeted):
     arXiv 2503.02175 (CVPR 2025), section 3; chooses the same tokens as the authors' code.
 
     Attributes:
-        keep: visual tokens to keep: an int counts them, a float in (0, 1] is a fraction (rounded,
-            as in the release, whose default is 0.098).
+        keep: visual tokens to keep: a float in (0, 1] is a fraction (rounded, as in the release,
+            whose default is 0.098); an int, which is ours, counts the tokens of an image, all its
+            crops together: 64 of an image of five crops leaves 64 of it, not 64 of each.
         positions: "compact" renumbers the tokens (as the release does), "original" keeps gaps,
             "auto" takes what the model's config recommends, else the family's release.
-        budget: "crop" gives each crop the same number of tokens; "image" shares one number among
-            all crops of an image, as the release does; of a video "frame" and "clip".
+        budget: "image" shares one number among all crops of an image, as the release does; "crop",
+            the default of vlmprune 0.1, gives each crop as many, and then compares tokens within
+            the crop alone; of a video "clip" and "frame".
 
     Where it deviates from the release: newline tokens are kept and not counted, where the release
     chooses among them too; distances are float32 in any model; ties go to the lower index; every
@@ -37,6 +40,8 @@ class DivPrune(Budgeted):
     Raises:
         VlmpruneError: a value is out of range; one sentence names it.
     """
+
+    budget: Budget = "image"
 
     needs: ClassVar[str] = "projected features"
     stage: ClassVar[str] = "before the language model"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.methods.bases.budgeted import WithBudget
 from vlmprune.select import clusters
-from vlmprune.select.settings import check_whole
+from vlmprune.select.settings import check_choice, check_whole
 from vlmprune.views import EncoderView, Merge, Reads, Selection
 from vlmprune.views.settings import Positions
+
+Heads = Literal["joined", "mean"]
 
 
 @dataclass(frozen=True)
@@ -20,38 +22,46 @@ class PruMerge(WithBudget):
     """Keep tokens of outlying CLS attention, as many as there are, and merge others into them.
 
     A kept token is itself plus the attention-weighted sum of the tokens of nearest key. One more
-    token, behind the others, is the attention-weighted sum of all that is not kept.
+    token, behind the others, is the attention-weighted sum of all that is not kept. Attention is
+    one softmax over the queries and keys of all heads, put end to end, and keys are as long.
 
     Paper: "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models",
-    arXiv 2403.15388 (ICCV 2025), section 3; the rule is that of the authors' code but for what is
-    named below.
+    arXiv 2403.15388 (ICCV 2025), section 3; of an image it chooses and merges the same tokens as
+    the authors' code, in float32.
 
     Attributes:
         keep: None, the authors' rule, keeps as many tokens as a crop has outliers. A number fixes
             the count instead, for comparisons at equal budget: an int counts tokens of each crop,
             the last one included, a float in (0, 1] is a fraction of them.
-        plus: also keep tokens at even distances (PruMerge+), about three an outlier.
+        plus: also keep tokens at even distances (PruMerge+, what the release runs), about three an
+            outlier, so nearly all where a sixth or more are outliers. With False, PruMerge of the
+            paper's first version.
         positions: "compact" renumbers the tokens (as the release does), "original" keeps gaps,
             "auto" takes what the model's config recommends, else the family's release.
         neighbours: how many tokens are merged into a kept one; 32 in the authors' code.
+        heads: "joined" takes the queries and keys of all heads as one long vector, as the release
+            does; "mean" averages attention and keys over the heads, which finds other outliers,
+            and was the rule of vlmprune 0.1.
 
-    Where it deviates from the release: attention and keys are averaged over the heads, where the
-    release takes all heads' queries and keys as one long vector; outliers are counted in each crop,
-    not over a batch; a crop without outliers keeps its most attended token instead of failing;
-    kept tokens stay in raster order; `keep` is ours, and with `plus` gives a quarter to outliers
+    Where it deviates from the release: outliers are counted in each crop, not over a batch (with
+    `plus` the release takes one image at a time); a crop without outliers keeps its most attended
+    token, and one of so many that nothing lies between samples keeps all, instead of failing; kept
+    tokens stay in raster order, where the release puts outliers first, the most attended before
+    the others, and then the samples; `keep` is ours, and with `plus` gives a quarter to outliers
     and the rest to even distances; ties go to the lower index; an encoder without a CLS token is
     scored by the attention that patches receive.
 
-    Shapes: attention [crops, N], keys [crops, N, D] → kept [crops, N] and a merge plan.
+    Shapes: attention [crops, N], keys [crops, N, H · D] → kept [crops, N] and a merge plan.
 
     Raises:
         VlmpruneError: a value is out of range; one sentence names it.
     """
 
     keep: int | float | None = None
-    plus: bool = False
+    plus: bool = True
     positions: Positions = "auto"
     neighbours: int = 32
+    heads: Heads = "joined"
 
     needs: ClassVar[str] = "CLS attention (else attention received) and keys of the last layer"
     stage: ClassVar[str] = "before the language model"
@@ -66,16 +76,23 @@ class PruMerge(WithBudget):
         if not isinstance(self.plus, bool):
             raise VlmpruneError(f"plus={self.plus!r} is neither true nor false.")
         check_whole("neighbours", self.neighbours, 0)
+        check_choice("heads", self.heads, Heads)
 
     def reads(self, depth: int, feature: int) -> Reads:
         """Attention and keys of the last layer."""
+        if self.heads == "joined":
+            return Reads(joined=depth - 1)
         return Reads(layers=(depth - 1,), keys=depth - 1)
 
     def select(self, view: EncoderView) -> Selection:
         """Choose cells of all crops of a request, and what they are made of."""
-        assert view.keys is not None
-        # No stage of a chain can ask for a later layer than this one does.
-        scores = view.layers[max(view.layers)].flatten()
+        if self.heads == "joined":
+            attention, all_keys = view.joined, view.joined_keys
+        else:
+            # No stage of a chain can ask for a later layer than this one does.
+            attention, all_keys = view.layers[max(view.layers)], view.keys
+        assert attention is not None and all_keys is not None
+        scores = attention.flatten()
         parts = {name: torch.zeros_like(view.candidates).flatten() for name in ("kept", "sampled")}
         last = torch.zeros_like(parts["kept"])
         members = torch.full_like(last, -1, dtype=torch.long)
@@ -83,7 +100,7 @@ class PruMerge(WithBudget):
         for cells in view.groups("crop"):
             n = cells.shape[1]
             keep = None if self.keep is None else self.kept_of(n)
-            keys = view.keys.flatten(0, 1)[cells]
+            keys = all_keys.flatten(0, 1)[cells]
             plan = clusters.prumerge(scores[cells], keys, keep, self.plus, self.neighbours)
             for into_part, chosen in (
                 (parts["kept"], plan.kept),

@@ -34,9 +34,11 @@ class PyramidDrop(Pruner):
         positions: "compact" renumbers the tokens that go on (as the release does), "original"
             keeps gaps, "auto" takes what the model's config recommends, else the release's.
 
+    New tokens count on from the renumbered prompt, in each layer, as in the release.
+
     Where it deviates from the release: every image of a prompt keeps its share, at least one
-    token, where the release knows one image; new tokens count on from the renumbered prompt, in
-    each layer; while training, too, the prompt's last token ranks; ties go to the lower index.
+    token, where the release knows one image; while training, too, the prompt's last token ranks,
+    where the release takes those before answers; ties go to the lower index.
 
     Shapes: attention [B, V] → kept [B, V].
 

@@ -19,7 +19,8 @@ class VisionZip(Budgeted):
 
     Contextual tokens start from tokens at even distances among the rest; each of the others goes
     to the one whose key is nearest. A contextual token is its start plus the mean of what went
-    there, and comes behind the dominant ones.
+    there, and comes behind the dominant ones; where an image is cut into crops, behind those of all
+    crops, as in the release, the view of the whole image coming first and by itself.
 
     Paper: "VisionZip: Longer is Better but Not Necessary in Vision Language Models",
     arXiv 2412.04467, section 3; the rule is that of the authors' code.
@@ -35,7 +36,8 @@ class VisionZip(Budgeted):
             authors' setting. At 0 what is not dominant is lost.
 
     Where it deviates from the release: its CLS token, one of its 54 dominant ones, is not a visual
-    token of the host, so that 54 patches stand there; with keep=1.0 nothing is merged or moved;
+    token of the host, so that 54 patches stand there; the newline tokens of a host stay, among the
+    dominant tokens, where the release has none; with keep=1.0 nothing is merged or moved;
     ties go to the lower index; sums are float32; an encoder without a CLS token is scored by the
     attention that patches receive.
 

@@ -36,8 +36,10 @@ def reads_of(stages: Sequence[Method], depth: int, feature: int, who: str) -> Re
     once: dict[str, Any] = {}
     for name, what in (
         ("relevance", "the relevance by another source"),
+        ("asked", "the relevance to another text"),
         ("keys", "the keys of another layer"),
         ("patches", "the patches' attention in another layer"),
+        ("joined", "the joined heads of another layer"),
     ):
         values = {getattr(one, name) for one in wanted} - {getattr(Reads(), name)}
         if len(values) > 1:

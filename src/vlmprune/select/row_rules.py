@@ -194,7 +194,7 @@ def unlike_pivots(
     taking one more where it does not divide. One pivot after the other, visual ones first and both
     in prompt order, takes those of the tokens left whose cosine with it is least.
 
-    Source: arXiv 2502.11494, section 3, and ports of the authors' code.
+    Source: arXiv 2502.11494, section 3, and the authors' code.
 
     Args:
         states: [B, V, D].

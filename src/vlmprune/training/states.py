@@ -48,9 +48,7 @@ def layers_for(pruner: Pruner, depth: int, feature: int) -> tuple[int, ...]:
         VlmpruneError: it reads more than states.
     """
     reads = pruner.reads(depth, feature) if pruner.shortens else None
-    more = reads is not None and (
-        reads.layers or reads.patches is not None or reads.keys is not None
-    )
+    more = reads is not None and (reads.layers or any(n is not None for n in reads.single))
     if more or (reads is not None and reads.semantic is not None) or pruner.acts:
         raise VlmpruneError(
             f"{type(pruner).__name__} needs the vision encoder itself in every step; leave "

@@ -18,11 +18,13 @@ class Ask:
         queries: whose attention, averaged: the prompt's last token, or the raters
             (`Pruner.raters`).
         keys: whether the keys of the layer before are wanted.
+        normed: whether states behind the norm that follows the last layer are wanted.
     """
 
     attention: Literal["previous", "own", ""] = ""
     queries: Literal["last", "raters"] = "last"
     keys: bool = False
+    normed: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ class RowView:
         keys: [B, V, H · D] keys after rotary embedding, KV heads side by side; None likewise.
         text_keys: [B, X, H · D]; None likewise.
         depth: number of decoder layers, as `Pruner.asks` got it.
+        normed: [B, V, D]; `hidden` as the norm behind the last layer would leave it; None where
+            not asked for.
+        text_normed: [B, X, D]; `text_hidden` likewise.
     """
 
     hidden: Tensor
@@ -59,6 +64,8 @@ class RowView:
     keys: Tensor | None = None
     text_keys: Tensor | None = None
     depth: int = 0
+    normed: Tensor | None = None
+    text_normed: Tensor | None = None
 
 
 @dataclass(frozen=True)

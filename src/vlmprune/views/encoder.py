@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,10 +23,14 @@ class Reads:
         layers: layers whose attention scores are wanted (the CLS token's row, else received).
         patches: the layer whose patch-to-patch attention is wanted, by its column and row means.
         keys: the layer whose keys are wanted, averaged over heads.
+        joined: the layer whose attention scores and keys are wanted as if it had one head, whose
+            queries and keys are those of all heads put end to end.
         projected: whether the projected features are wanted.
         relevance: "" for none; "auto", the likeness of each visual token to the question, by the
             model's own text tower where it has one, else by the language model's text
             embeddings; or the folder or id of a CLIP model whose text tower is to be used.
+        asked: what of the prompt a text tower compares with: "bare", the question alone, without a
+            template's words and a task's instruction; else all text behind the image.
         states: encoder layers whose output, the hidden states behind them, is wanted.
         question: whether the language model's state at the question's last token is wanted.
         semantic: [M, C] tokens that pass the encoder beside the patches: they see each other and
@@ -40,6 +45,13 @@ class Reads:
     states: tuple[int, ...] = ()
     question: bool = False
     semantic: Tensor | None = field(default=None, compare=False)
+    joined: int | None = None
+    asked: Literal["", "bare", "prompt"] = ""
+
+    @property
+    def single(self) -> tuple[int | None, ...]:
+        """The layers of which one at most is read each: patches, keys and joined heads."""
+        return self.patches, self.keys, self.joined
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,8 @@ class EncoderView:
             the question that the crop's row asks, text alone, with gradients.
         semantic: [crops, M, C] the semantic tokens behind the layer of the features, with
             gradients.
+        joined: [crops, N] float32; attention as in `attention`, of all heads as one.
+        joined_keys: [crops, N, H · D] its keys, those of all heads put end to end.
     """
 
     attention: Tensor
@@ -92,6 +106,8 @@ class EncoderView:
     states: Mapping[int, Tensor] = field(default_factory=dict)
     question: Tensor | None = None
     semantic: Tensor | None = None
+    joined: Tensor | None = None
+    joined_keys: Tensor | None = None
 
     def narrow(self, kept: Tensor) -> EncoderView:
         """The same view with the cells that are not in `kept` [crops, N] ruled out."""
@@ -155,8 +171,8 @@ class Selection:
         merge: how kept cells are made of several; None where they stay as they are.
         members: [crops, N] int64; the kept cell that each cell went into (a kept cell: itself), -1
             where it went into none; for pictures. None where nothing is merged.
-        last: [crops, N] bool; kept cells whose tokens come behind the crop's other tokens where
-            positions are renumbered; None for none.
+        last: [crops, N] bool; kept cells whose tokens come behind the other ones where positions
+            are renumbered (`merging.order`); None for none.
         tokens: [crops, N, D] what the language model gets for kept cells in place of the projected
             features, in its own width; other cells' are not looked at. None where the projected
             features stay. Gradients reach it; there is no `merge` beside it.

@@ -103,7 +103,7 @@ def test_these_serve(name: str) -> None:
         ("vispruner:keep=4,score=pooling", "pooling head"),
         ("fopru:keep=4,choose=row", "whole rows"),
         ("vispruner:keep=9|average_pooling:keep=4", "counts its tokens by what other methods"),
-        ("vispruner:keep=9|divprune:keep=4,budget=image", "counts something else"),
+        ("vispruner:keep=9|divprune:keep=4", "counts something else"),
         ("vispruner:keep=9|cdpruner:keep=4", "looks at the question"),
     ],
 )
@@ -145,7 +145,7 @@ def test_bad_budgets_are_refused(keep: Any) -> None:
 def test_a_budget_without_a_method_or_for_a_chain_is_refused() -> None:
     with pytest.raises(VlmpruneError, match="no method to give it to"):
         of("none").method(4)
-    chain = of("vispruner:keep=9|divprune:keep=4")
+    chain = of("vispruner:keep=9|divprune:keep=4,budget=crop")
     with pytest.raises(VlmpruneError, match="does not say which method"):
         chain.method(3)
     assert chain.method("all") is None
@@ -176,7 +176,8 @@ CUT = Layout(torch.tensor([0, 1, 2, 3, 4, 5, NO_PATCH, 6, NO_PATCH]), 2, (2, 2))
         ("vispruner:keep=2", CUT, 2 + 2 + 2),
         ("vispruner:keep=4", CUT, 4 + 3 + 2),
         ("vispruner:keep=5,budget=image", CUT, 5 + 2),
-        ("vispruner:keep=3|divprune:keep=2", CUT, 2 + 2 + 2),
+        ("vispruner:keep=3|divprune:keep=2,budget=crop", CUT, 2 + 2 + 2),
+        ("divprune:keep=4", CUT, 4 + 2),
         ("none", CUT, 9),
         ("evs:keep=0.5", plain(4, (2, 2)), 16),
     ],

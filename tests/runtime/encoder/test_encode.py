@@ -88,7 +88,13 @@ def seen_of(built: Any, pixels: Tensor) -> dict[str, Tensor]:
     """Features, CLS attention and keys of the tower, by its own outputs and a hook."""
     tower = built.model.vision_tower
     keys: dict[int, Tensor] = {}
+    whole: dict[str, Tensor] = {}
+    last = tower.encoder.layers[-1].self_attn
     hooks = [
+        projection.register_forward_hook(lambda _, __, out, name=name: whole.update({name: out}))
+        for name, projection in (("q", last.q_proj), ("k", last.k_proj))
+    ]
+    hooks += [
         layer.self_attn.k_proj.register_forward_hook(
             lambda _, __, out, i=i: keys.__setitem__(i, out.unflatten(-1, (4, 8)).mean(2)[:, 1:])
         )
@@ -98,6 +104,8 @@ def seen_of(built: Any, pixels: Tensor) -> dict[str, Tensor]:
         out = tower(pixels, output_hidden_states=True, output_attentions=True)
     for hook in hooks:
         hook.remove()
+    # Four heads; a head's scale is not the usual one here.
+    joined = whole["q"] @ whole["k"].mT * last.scale * 4**-0.5
     rows = [attention[:, :, 0, 1:].mean(1) for attention in out.attentions]
     return {
         "features": out.hidden_states[-2][:, 1:],
@@ -105,6 +113,8 @@ def seen_of(built: Any, pixels: Tensor) -> dict[str, Tensor]:
         "keys": keys[1],
         "last attention": rows[2],
         "last keys": keys[2],
+        "joined attention": joined.softmax(-1)[:, 0, 1:],
+        "joined keys": whole["k"][:, 1:],
     }
 
 
@@ -116,9 +126,18 @@ def zipped(seen: dict[str, Tensor], i: int) -> tuple[list[int], Sums]:
 
 def outlying(seen: dict[str, Tensor], i: int) -> tuple[list[int], Sums]:
     """PruMerge at 4 of 16: three by attention, each with three others, and one for the rest."""
-    attention = seen["last attention"][i].tolist()
+    return outlying_by(seen["joined attention"][i], seen["joined keys"][i])
+
+
+def outlying_of_means(seen: dict[str, Tensor], i: int) -> tuple[list[int], Sums]:
+    """The same by attention and keys averaged over heads."""
+    return outlying_by(seen["last attention"][i], seen["last keys"][i])
+
+
+def outlying_by(row: Tensor, keys: Tensor) -> tuple[list[int], Sums]:
+    attention = row.tolist()
     chosen = sorted(sorted(range(16), key=lambda j: -attention[j])[:3])
-    made, host = by_prumerge(attention, seen["last keys"][i].tolist(), chosen, 3)
+    made, host = by_prumerge(attention, keys.tolist(), chosen, 3)
     assert host is not None
     return [*chosen, host], made
 
@@ -136,11 +155,12 @@ def averaged(seen: dict[str, Tensor], i: int) -> tuple[list[int], Sums]:
     ("pruner", "by_hand"),
     [
         (VisionZip(keep=5, contextual_ratio=0.4), zipped),
-        (PruMerge(keep=4, neighbours=3), outlying),
+        (PruMerge(keep=4, plus=False, neighbours=3), outlying),
+        (PruMerge(4, False, neighbours=3, heads="mean"), outlying_of_means),
         (AveragePooling(keep=4), averaged),
         (AveragePooling(keep=4, where="projected"), averaged),
     ],
-    ids=["visionzip", "prumerge", "pooled features", "pooled projections"],
+    ids=["visionzip", "prumerge", "prumerge of means", "pooled features", "pooled projections"],
 )
 def test_what_is_merged_equals_sums_by_hand(pruner: Any, by_hand: Any) -> None:
     built = model(attention="eager")

@@ -170,7 +170,8 @@ def _visual_rows(seen: Tensor, req: Any, report: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_last_ones_come_behind_in_their_crop(family: str) -> None:
+def test_last_ones_come_behind(family: str) -> None:
+    """Of LLaVA-NeXT behind the crops that the image is cut into, as VisionZip's release does."""
     built = model(family)
     req = request(built, [1, 1])
     with_ = run(built, Every(last=True, positions="compact"), req.inputs)
@@ -182,15 +183,20 @@ def test_last_ones_come_behind_in_their_crop(family: str) -> None:
     want, start = [], 0
     for kept, layout in zip(report.kept, report.layouts, strict=True):
         labels = [int(layout.labels[t]) for t in kept]
-        order = list(range(len(kept)))
+        assert layout.crops == 1 or -1 in labels
+        behind: list[list[int]] = []
         for crop in range(layout.crops):
-            slots = [i for i, label in enumerate(labels) if label >= 0 and label // 16 == crop]
+            own = [i for i, label in enumerate(labels) if label >= 0 and label // 16 == crop]
             # Every second one of a crop's kept cells is asked to come last, beginning with the
             # first, counted by cell.
-            ranks = {i: n for n, i in enumerate(sorted(slots, key=lambda i: labels[i]))}
-            turned = [i for i in slots if ranks[i] % 2] + [i for i in slots if not ranks[i] % 2]
-            for slot, source in zip(slots, turned, strict=True):
-                order[slot] = source
+            behind.append(sorted(own, key=lambda i: labels[i])[::2])
+        # The view of the whole image is crop 0, and comes first; newlines are among the others.
+        moved_away = {i for ones in behind for i in ones}
+        ahead = [i for i in range(len(labels)) if i not in moved_away]
+        whole = [i for i in ahead if 0 <= labels[i] < 16]
+        others = [i for i in ahead if i not in whole]
+        order = [*whole, *behind[0], *others, *(i for ones in behind[1:] for i in ones)]
+        assert sorted(order) == list(range(len(kept)))
         want += [start + i for i in order]
         start += len(kept)
     assert want != sorted(want)
@@ -198,6 +204,24 @@ def test_last_ones_come_behind_in_their_crop(family: str) -> None:
     # With positions that keep gaps, a token stays where it was.
     gaps = [run(built, Every(last=last, positions="original"), req.inputs) for last in (0, 1)]  # type: ignore[arg-type]
     assert torch.equal(gaps[0][0], gaps[1][0])
+
+
+def test_last_ones_by_where_the_whole_view_stands() -> None:
+    """Three crops of two cells, a newline behind each; the second cell of each goes behind."""
+    labels = torch.tensor([0, 1, -1, 2, 3, -1, 4, 5, -1])
+    every = torch.ones(9, dtype=torch.bool)
+    last = torch.tensor([0, 1, 0, 0, 1, 0, 0, 1, 0]).bool()
+    for whole, want in (
+        (None, [0, 2, 1, 3, 5, 4, 6, 8, 7]),
+        (0, [0, 2, 1, 3, 5, 6, 8, 4, 7]),
+        (2, [0, 2, 3, 5, 1, 4, 6, 8, 7]),
+    ):
+        layout = Layout(labels, 3, (1, 2), whole_crop=whole)
+        assert library.order(layout, every, last).tolist() == want
+    # Of those that are left, without the first of the second crop.
+    kept = torch.tensor([1, 1, 1, 0, 1, 1, 1, 1, 1]).bool()
+    layout = Layout(labels, 3, (1, 2), whole_crop=0)
+    assert library.order(layout, kept, last).tolist() == [0, 2, 1, 4, 5, 7, 3, 6]
 
 
 def test_gradients_reach_all_members() -> None:

@@ -25,6 +25,7 @@ from vlmprune.methods.bases.budgeted import Budgeted
 from vlmprune.runtime.attention import taps
 from vlmprune.views import EncoderView, Reads, Selection
 from zoo import ZOO
+from zoo.base import scale_of
 
 FAMILIES = ["llava", "llava_next"]
 CLOSE = {"rtol": 0, "atol": 2e-6}
@@ -154,11 +155,58 @@ def test_equals_eager_attention_and_hooks(family: str, kind: str) -> None:
     assert view.grids == ((4, 4),) * len(pixels) and view.videos == (False,) * 3
 
 
+@pytest.mark.parametrize("kind", ["clip", "dinov2", "siglip"])
+def test_all_heads_as_one(kind: str) -> None:
+    """One softmax over what the projections make, of the whole width, by hand in float64."""
+    built = model(kind=kind)
+    req = request(built, [1, 1])
+    view = look(built, req.inputs, Reads(layers=(2,), joined=2)).view
+    attention = attention_of(tower_of(built)[2])
+    seen = {}
+    hooks = [
+        (
+            getattr(attention, f"{name[0]}_proj", None) or getattr(attention, name)
+        ).register_forward_hook(lambda _, __, out, name=name: seen.update({name: out.double()}))
+        for name in ("query", "key")
+    ]
+    with torch.no_grad():
+        built.model.vision_tower(req.inputs["pixel_values"])
+    for hook in hooks:
+        hook.remove()
+    cls, width = int(kind != "siglip"), seen["key"].shape[2]
+    # Of a tower that scales as usual, (H · D)^-0.5; those of the tests do not.
+    scale = scale_of(attention) * (width // built.config.vision_config.num_attention_heads) ** 0.5
+    weights = (seen["query"] @ seen["key"].mT * scale * width**-0.5).softmax(dim=-1)
+    want = weights[:, 0, 1:] if cls else weights.mean(dim=1)
+    assert view.joined is not None and view.joined_keys is not None
+    torch.testing.assert_close(view.joined.double(), want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(view.joined_keys.double(), seen["key"][:, cls:], rtol=0, atol=1e-5)
+    # Control: the mean of the heads' own attention is another.
+    assert (view.joined - view.layers[2]).abs().max() > 1e-3
+
+
+def test_all_heads_as_one_of_grouped_keys() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, heads, 9, 4, generator=generator) for heads in (6, 2))
+    real = torch.arange(9).expand(2, 9) < torch.tensor([[9], [7]])
+    for mask in (None, real):
+        found = taps.JoinedTap("received").look(read(nn.Identity(), query, key, 0.7, mask=mask))
+        wide = key.repeat_interleave(3, dim=1).transpose(1, 2).flatten(2)
+        assert torch.equal(found[..., 1:], wide)
+        scores = query.transpose(1, 2).flatten(2) @ wide.mT * 0.7 * 6**-0.5
+        for row in range(2):
+            sees = 9 if mask is None else int(real[row].sum())
+            want = scores[row, :sees, :sees].softmax(dim=-1).mean(dim=0)
+            torch.testing.assert_close(found[row, :sees, 0], want, rtol=0, atol=1e-6)
+            assert not found[row, sees:, 0].any()
+
+
 def test_nothing_is_read_that_was_not_asked_for() -> None:
     built = model()
     view = look(built, request(built, [1]).inputs, Reads()).view
     assert not view.layers
-    for what in (view.received, view.given, view.keys, view.projected, view.relevance):
+    more = (view.joined, view.joined_keys)
+    for what in (view.received, view.given, view.keys, view.projected, view.relevance, *more):
         assert what is None
 
 
@@ -292,7 +340,7 @@ def test_pixel_shuffle() -> None:
 def test_layers_that_there_are_not() -> None:
     built = model()
     req = request(built, [1])
-    for wants in (Reads(layers=(1, 3)), Reads(patches=-1), Reads(keys=7)):
+    for wants in (Reads(layers=(1, 3)), Reads(patches=-1), Reads(keys=7), Reads(joined=3)):
         with pytest.raises(VlmpruneError, match=r"has layers 0 to 2; change the method's settings"):
             look(built, req.inputs, wants)
 
@@ -310,10 +358,11 @@ def test_chained_stages_see_all_that_any_of_them_wants() -> None:
     assert handle.report is not None and [len(k) for k in handle.report.kept] == [3, 3]
     for wants, what in (
         (Reads(keys=2), r"keys of another layer \(1, 2\)"),
+        (Reads(joined=2), r"joined heads of another layer \(0, 2\)"),
         (Reads(relevance="auto"), r"relevance by another source \(auto, folder\)"),
     ):
         other = Spy(keep=3, wants=wants)
-        chain = Spy(keep=8, wants=Reads(keys=1, relevance="folder")) | other
+        chain = Spy(keep=8, wants=Reads(keys=1, joined=0, relevance="folder")) | other
         with chain(built), pytest.raises(VlmpruneError, match=what):
             built(**request(built, [1]).inputs)
 
@@ -376,6 +425,7 @@ def test_memory_is_linear_in_tokens() -> None:
         ("vtc_cls", {"first_layer": 0}, "attention of encoder layers 0 to 2"),
         ("fopru", {}, "attention among patches, encoder layer 1"),
         ("visionzip", {}, "CLS attention, encoder layer 1; keys of encoder layer 1"),
+        ("prumerge", {}, "attention and keys of encoder layer 2, all heads as one"),
         ("divprune", {}, "projected features"),
         ("random", {}, ""),
     ],

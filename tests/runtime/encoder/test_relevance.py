@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from tiny import IMAGE, PAD, VOCABULARY, model, request
 from vlmprune import VlmpruneError
 from vlmprune.methods.bases.budgeted import Budgeted
 from vlmprune.runtime.encoder import relevance
+from vlmprune.runtime.encoder.bare_question import OPTION_LETTER, WORD_OR_PHRASE, bare
 from vlmprune.views import EncoderView, Reads, Selection
 from zoo import ZOO
 
@@ -34,11 +35,12 @@ class Spy(Budgeted):
     keep: int | float = 4
     source: str = "auto"
     projected: bool = False
+    asked: Literal["", "bare", "prompt"] = ""
     views: list[EncoderView] = field(default_factory=list, repr=False)
     text_agnostic: ClassVar[bool] = False
 
     def reads(self, depth: int, feature: int) -> Reads:
-        return Reads(relevance=self.source, projected=self.projected)
+        return Reads(relevance=self.source, projected=self.projected, asked=self.asked)
 
     def select(self, view: EncoderView) -> Selection:
         self.views.append(view)
@@ -228,6 +230,60 @@ def test_a_clip_model_that_the_user_gives(family: str, words: int, tmp_path: Pat
         torch.testing.assert_close(view.relevance[crop], want, rtol=0, atol=1e-5)
         other = by_hand(dual, view.features[crop], text[1:])
         assert (view.relevance[crop] - other).abs().max() > 1e-4
+
+
+QUESTION = "What is in the middle,\na user or a model?"
+TEMPLATES = {
+    "vicuna": "A chat. USER: {before}\n{question} ASSISTANT:",
+    "chatml": "system\nYou are kind.\nuser\n{before}\n{question}\nassistant\n",
+    "llama 3": "You are kind.user\n\n{before}{question}assistant\n\n",
+    "mistral": "[INST] {before}{question} [/INST]",
+    "gemma": "user\n{before}{question}\nmodel\n",
+    "idefics": "User: {before}{question}\nAssistant:",
+    "plain": "{before}{question}",
+}
+
+
+@pytest.mark.parametrize("instruction", ["", WORD_OR_PHRASE, OPTION_LETTER])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_bare_question(name: str, instruction: str) -> None:
+    whole = TEMPLATES[name].format(before="", question=QUESTION + instruction)
+    assert bare(whole) == QUESTION
+    # Behind the image, where no turn begins any more.
+    behind = TEMPLATES[name].partition("{before}")[2].format(question=QUESTION + instruction)
+    assert bare(behind) == QUESTION
+    # Of several turns the last; of nothing nothing.
+    if name != "plain":
+        asked = TEMPLATES[name].format(before="", question="First?") + " an answer.\n" + whole
+        assert bare(asked) == QUESTION
+    assert bare(TEMPLATES[name].partition("{question}")[2]) == ""
+
+
+def test_the_text_tower_gets_the_bare_question(tmp_path: Path) -> None:
+    """By a tokenizer that says w6 as ASSISTANT: and w7 as USER:."""
+    built, dual = host(tmp_path / "host"), clip(tmp_path / "clip")
+    for file in (tmp_path / "host").glob("*.json"):
+        text = file.read_text(encoding="utf-8")
+        text = text.replace('"w6"', '"ASSISTANT:"').replace('"w7"', '"USER:"')
+        file.write_text(text, encoding="utf-8")
+    source = str(tmp_path / "clip")
+    for ids, want in (
+        ([IMAGE] * 16 + [8, 9, 10, 6], [8, 9, 10]),
+        ([11, 7] + [IMAGE] * 16 + [8, 9, 6, 12, 7, 13, 14, 6], [13, 14]),
+        ([11, 7, 8, 9] + [IMAGE] * 16 + [6], [8, 9]),
+    ):
+        inputs = {
+            "input_ids": torch.tensor([ids]),
+            "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+            "pixel_values": request(built, [1]).inputs["pixel_values"],
+        }
+        view, _ = look(built, inputs, source=source, asked="bare")
+        assert view.relevance is not None
+        hand = by_hand(dual, view.features[0], want)
+        torch.testing.assert_close(view.relevance[0], hand, rtol=0, atol=1e-5)
+        whole, _ = look(built, inputs, source=source, asked="prompt")
+        assert whole.relevance is not None
+        assert (whole.relevance - view.relevance).abs().max() > 1e-4
 
 
 def test_it_is_loaded_once_an_attachment_and_goes_with_it(

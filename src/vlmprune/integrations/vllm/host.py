@@ -139,7 +139,7 @@ class ServedCrops(Served, Crops):
         depth, built = host.config.vision_config.num_hidden_layers, self.loaded(host.config)
         feature = self.feature_layer(host, {})
         reads = method.reads(depth, feature)
-        wanted = {*reads.layers, reads.patches, reads.keys} - {None}
+        wanted = {*reads.layers, *reads.single} - {None}
         if method.attends:
             wanted.add(feature if self.has_cls(host) else depth - 1)
         return sorted(layer for layer in wanted if layer is not None and layer >= built)

@@ -173,6 +173,19 @@ class KeyTap(Tap):
         return call.key.detach().float().mean(dim=1)
 
 
+class JoinedTap(Tap):
+    """Records attention and keys of all heads as one, [B, L, 1 + H · D] float32 a forward.
+
+    The first number of a token is the attention that it gets, the others are its key.
+    """
+
+    def look(self, call: AttentionCall) -> Tensor:
+        """What each token gets, and its key."""
+        one = call.of_one_head()
+        keys = one.key.detach().float()[:, 0]
+        return torch.cat((attention_rows(one, self.rows)[..., None], keys), dim=-1)
+
+
 @contextmanager
 def tapped(layer: nn.Module, tap: Tap) -> Iterator[None]:
     """Record with `tap` whenever `layer` (an encoder or decoder layer) runs in this thread.

@@ -213,7 +213,7 @@ def _seen(attachment: Attachment, plan: Plan) -> Encoded:
     if not reads.relevance:
         return encoded
     likeness, words = relevance.to_cells(
-        attachment, reads.relevance, question, geometry, encoded.view
+        attachment, reads.relevance, question, geometry, encoded.view, reads.asked == "bare"
     )
     shown = encoded.view.projected if reads.projected else None
     by_words = words == relevance.BY_WORDS

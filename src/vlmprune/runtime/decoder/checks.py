@@ -72,6 +72,8 @@ def missing(
                 attention_of(layers[index - 1])
     except LookupError as error:
         raise VlmpruneError(f"{error}; prune before the language model.") from error
+    if any(ask.normed for ask in asks.values()):
+        decoder.final_norm(model)
     compact = resolve_positions(model, family, method) == "compact"
     if asks and compact and not decoder.rotary_modules(model):
         raise VlmpruneError(

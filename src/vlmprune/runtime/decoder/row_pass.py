@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,7 +62,12 @@ class Pass:
     """One forward of the decoder, layer by layer."""
 
     def __init__(
-        self, missing: MissingRows | None, last: int, whole: Callable[[int], bool], flash: bool
+        self,
+        missing: MissingRows | None,
+        last: int,
+        whole: Callable[[int], bool],
+        flash: bool,
+        norm: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Prepare a forward.
 
@@ -71,8 +76,9 @@ class Pass:
             last: number of the last layer.
             whole: whether the host wants all rows in their places behind a layer.
             flash: whether attention takes masks of two dimensions.
+            norm: that behind the last layer; None unless asked for.
         """
-        self.missing, self.last, self.whole = missing, last, whole
+        self.missing, self.last, self.whole, self.norm = missing, last, whole, norm
         self.arguments = LayerArguments(
             missing is not None and missing.positions == "compact", flash
         )
@@ -192,6 +198,10 @@ class Pass:
             with torch.no_grad():
                 keys = look.keys if look else None
                 view = prompt.view(hidden.detach(), self.last + 1, attention, keys)
+                if ask.normed and self.norm is not None:
+                    both = (self.norm(states) for states in (view.hidden, view.text_hidden))
+                    normed, text_normed = (states.to(hidden.device) for states in both)
+                    view = replace(view, normed=normed, text_normed=text_normed)
                 found = missing.method.drop(index, view)
             before = prompt.going
             new, fewer = prompt.leave(index, found, hidden)
@@ -248,7 +258,9 @@ def leaving_out(
         return
     depth, deep = len(decoder.decoder_layers(model)), config.deepstack_layers(model.config)
     flash = "flash" in config.attention_implementation(config.of_text(model.config))
-    run = Pass(missing, depth - 1, lambda index: wanted or index < deep, flash)
+    normed = missing is not None and any(ask.normed for ask in missing.asks.values())
+    norm = decoder.final_norm(model) if normed else None
+    run = Pass(missing, depth - 1, lambda index: wanted or index < deep, flash, norm)
     # While decoding no row goes, so that less is to be done at every step: layers that lack columns
     # are told which mask is theirs, and angles matter only where positions were renumbered.
     indices = [*short] if missing is None else sorted({*short, *missing.followed(depth)})

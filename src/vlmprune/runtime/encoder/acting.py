@@ -90,7 +90,7 @@ def _act(
     found = method.inside(layouts[0].grid, encoder.feature + 1)
     reads = method.reads(len(encoder.layers), encoder.feature)
     several = reads.layers or reads.states or reads.semantic is not None
-    if found.acts and (several or reads.patches is not None or reads.keys is not None):
+    if found.acts and (several or any(n is not None for n in reads.single)):
         raise VlmpruneError(
             f"{method!r} changes the tokens of the vision encoder and then reads layers of it; "
             "chain a method that reads none, such as VisPruner."

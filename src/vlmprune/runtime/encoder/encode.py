@@ -17,7 +17,15 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import contract
 from vlmprune.hosts.encoders import encoder_call, first_of
 from vlmprune.hosts.families.media import Encoder, Medium
-from vlmprune.runtime.attention.taps import KeyTap, PatchTap, Tap, passing, pooling, tapped
+from vlmprune.runtime.attention.taps import (
+    JoinedTap,
+    KeyTap,
+    PatchTap,
+    Tap,
+    passing,
+    pooling,
+    tapped,
+)
 from vlmprune.runtime.encoder import proof, semantic_tokens
 from vlmprune.runtime.encoder.acting import acting
 from vlmprune.runtime.encoder.merging import per_cell
@@ -65,6 +73,7 @@ class TowerReads:
         states: by encoder layer, each [B, L, C].
         shared: crop by crop, as in `EncoderView`.
         semantic: each [B, M, C].
+        joined: each [B, L, 1 + H · D], as `JoinedTap` records it.
     """
 
     output: Any
@@ -77,6 +86,7 @@ class TowerReads:
     states: dict[int, list[Tensor]] = field(default_factory=dict)
     shared: list[Tensor] = field(default_factory=list)
     semantic: list[Tensor] = field(default_factory=list)
+    joined: list[Tensor] = field(default_factory=list)
 
 
 def encode(
@@ -147,6 +157,7 @@ def encode(
         streams: list[tuple[str | int, list[Tensor]]] = [*seen.layers.items()]
         streams += [("patches", seen.patches)] if seen.patches else []
         streams += [("keys", seen.keys)] if seen.keys else []
+        streams += [("joined", seen.joined)] if seen.joined else []
         for name, calls in streams:
             check_calls(calls, seen.attention, name, who)
             rows = medium.cells(model, given, layouts, calls, few)[0]
@@ -177,7 +188,7 @@ def encode(
         rows = [row if row.ndim == 2 else row[:, None] for i in order for row in parts[i]]
         return torch.stack([_tall(row, geometry.cells).to(attention.device) for row in rows])
 
-    patches = all_of("patches")
+    patches, joined = all_of("patches"), all_of("joined")
     layers = {layer: all_of(layer) for layer in reads.layers}
     states = {layer: all_of(f"state {layer}") for layer in reads.states}
     alike = [wide(row, geometry.cells) for i in order for row in shared.get(i, [])]
@@ -196,6 +207,8 @@ def encode(
         shared=torch.stack(alike).to(attention.device) if alike else None,
         states={layer: rows for layer, rows in states.items() if rows is not None},
         semantic=torch.stack([c for i in order for c in beside[i]]) if beside else None,
+        joined=None if joined is None else joined[..., 0],
+        joined_keys=None if joined is None else joined[..., 1:],
     )
     return Encoded(outputs, view, "; ".join(words), stacked, acts)
 
@@ -270,7 +283,7 @@ def _run(
         hooks.enter_context(tapped(scored.layer, tap) if head is None else pooling(head, tap))
         taps: dict[str | int, Tap] = {}
         states: dict[int, list[Tensor]] = {}
-        if reads.layers or reads.patches is not None or reads.keys is not None or reads.states:
+        if reads.layers or reads.states or any(n is not None for n in reads.single):
             for number in reads.states:
                 states[number] = hooks.enter_context(passing(tower.layers[number]))
             for number in reads.layers:
@@ -284,6 +297,9 @@ def _run(
             if reads.keys is not None:
                 taps["keys"] = KeyTap()
                 hooks.enter_context(tapped(tower.layers[reads.keys], taps["keys"]))
+            if reads.joined is not None:
+                taps["joined"] = JoinedTap(tower.rows)
+                hooks.enter_context(tapped(tower.layers[reads.joined], taps["joined"]))
         left = {one: hooks.enter_context(passing(one)) for one in looked if proves}
         patches = None
         if reads.semantic is not None:
@@ -328,6 +344,7 @@ def _run(
         states,
         run.shared,
         [] if patches is None or reads.semantic is None else patches.run(reads.semantic),
+        rows.get("joined", []),
     )
 
 
@@ -335,7 +352,7 @@ def _looked(
     tower: Encoder, scored: nn.Module | None, reads: Reads, inside: Inside | None
 ) -> frozenset[nn.Module]:
     """The encoder layers whose attention, or keys, a method acts by."""
-    numbers = [*reads.layers, *(n for n in (reads.patches, reads.keys) if n is not None)]
+    numbers = [*reads.layers, *(n for n in reads.single if n is not None)]
     merging = () if inside is None else inside.merges
     found = [tower.layers[n] for n in numbers] + list(tower.layers[: len(merging)])
     return frozenset(found if scored is None else [*found, scored])

@@ -195,21 +195,30 @@ def replaced(
 
 
 def order(layout: Layout, kept: Tensor, last: Tensor) -> Tensor:
-    """[k] int64; kept tokens with those of `last` behind the other ones of their crop.
+    """[k] int64; kept tokens with those of `last` behind the other ones.
 
-    Tokens of no crop, such as newlines, stay where they are.
+    The crops that an image is cut into come as one: those of `last` stand behind all the others,
+    crop by crop. The view of the whole image comes by itself, and so does each crop where the host
+    does not tell which that is. Tokens of no crop, such as newlines, stay behind the token that
+    they came behind.
 
     Args:
         layout: of the item.
         kept: [n] bool over its visual tokens.
         last: [n] bool.
     """
-    crop, behind = layout.crop[kept], last[kept].long()
-    found = torch.arange(len(crop), device=crop.device)
-    real = found[crop >= 0]
-    slots = real[crop[real].argsort(stable=True)]
-    sources = real[(2 * crop[real] + behind[real]).argsort(stable=True)]
-    return found.index_put((slots,), sources)
+    crop = layout.crop
+    # A newline belongs to the part of the image that the token before it belongs to.
+    place = torch.arange(len(crop), device=crop.device)
+    crop = crop[torch.where(crop >= 0, place, 0).cummax(dim=0).values][kept].clamp(min=0)
+    part = crop if layout.whole_crop is None else (crop != layout.whole_crop).long()
+    if layout.whole_crop:
+        # It is the last one.
+        part = 1 - part
+    behind = torch.where(last[kept], crop + 1, 0)
+    slots = part.argsort(stable=True)
+    sources = (part * (layout.crops + 1) + behind).argsort(stable=True)
+    return torch.empty_like(slots).index_put((slots,), sources)
 
 
 def to_tokens(layouts: Sequence[Layout], kept: Sequence[Tensor], members: Tensor) -> list[Tensor]:

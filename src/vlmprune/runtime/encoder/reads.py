@@ -60,6 +60,8 @@ def also(reads: Reads) -> list[str]:
         found.append(f"attention among patches, encoder layer {reads.patches}")
     if reads.keys is not None:
         found.append(f"keys of encoder layer {reads.keys}")
+    if reads.joined is not None:
+        found.append(f"attention and keys of encoder layer {reads.joined}, all heads as one")
     if reads.states:
         numbers = sorted(reads.states)
         some = f"layers {', '.join(map(str, numbers))}" if numbers[1:] else f"layer {numbers[0]}"
@@ -71,7 +73,7 @@ def also(reads: Reads) -> list[str]:
 
 def _check_reads(reads: Reads, encoder: Encoder, cls: str, who: str) -> None:
     depth = len(encoder.layers)
-    attended = {*reads.layers, *([] if reads.patches is None else [reads.patches])}
+    attended = {*reads.layers, *(n for n in (reads.patches, reads.joined) if n is not None)}
     every = {*attended, *reads.states, *([] if reads.keys is None else [reads.keys])}
     missing = sorted(layer for layer in every if not 0 <= layer < depth)
     if missing:

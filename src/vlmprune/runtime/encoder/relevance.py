@@ -1,7 +1,8 @@
 """How like the question each visual token is: by the language model's words, or by a CLIP model.
 
 Relevance is a mean of cosines, of each visual token to the parts of the question. The question is
-what the row of the prompt says behind the image; where it says nothing there, all its text.
+what the row of the prompt says behind the image; where it says nothing there, all its text. Of that
+a text tower may get the bare question alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import clip, pretrained, processed
 from vlmprune.runtime.attachment import Attachment
+from vlmprune.runtime.encoder.bare_question import bare
 from vlmprune.runtime.geometry import Geometry, Item
 from vlmprune.views import EncoderView
 
@@ -124,7 +126,12 @@ def check(attachment: Attachment, source: str, question: Question, geometry: Geo
 
 
 def to_cells(
-    attachment: Attachment, source: str, question: Question, geometry: Geometry, view: EncoderView
+    attachment: Attachment,
+    source: str,
+    question: Question,
+    geometry: Geometry,
+    view: EncoderView,
+    alone: bool = False,
 ) -> tuple[Tensor, str]:
     """The mean cosine of each cell to the parts of the question.
 
@@ -134,6 +141,7 @@ def to_cells(
         question: the request's columns.
         geometry: that of the items.
         view: of all crops, with projected features.
+        alone: whether a text tower gets the bare question, not all the text.
 
     Returns:
         [crops, N] float32, and where it came from, in words.
@@ -162,11 +170,24 @@ def to_cells(
                     f"vision tower of {type(attachment.model).__name__} makes {values.shape[-1]}; "
                     "give the CLIP model that its tower comes from, or relevance='auto'."
                 )
-            text = _tokenizer(attachment).decode(ids, skip_special_tokens=True)
-            parts = dual.embedded(text, device)
+            parts = dual.embedded(_text(attachment, question, item, alone), device)
             crops = dual.image(crops)
         out.append(mean_cosine(crops.detach(), parts.detach()))
     return torch.cat(out), words
+
+
+def _text(attachment: Attachment, question: Question, item: Item, alone: bool) -> str:
+    """What a text tower compares an image with."""
+    row = item.span.row
+
+    def said(ids: Tensor) -> str:
+        return str(_tokenizer(attachment).decode(ids, skip_special_tokens=True))
+
+    behind = said(question.of(item))
+    if not alone:
+        return behind
+    # Where the image comes last, only a template's words are behind it.
+    return bare(behind) or bare(said(question.ids[row][question.text(row)])) or behind
 
 
 def mean_cosine(features: Tensor, parts: Tensor) -> Tensor:

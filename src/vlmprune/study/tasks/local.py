@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.runtime.encoder.bare_question import WORD_OR_PHRASE as WORD_OR_PHRASE
 from vlmprune.study.tasks.base import Sample, Task
-
-WORD_OR_PHRASE = "\nAnswer the question using a single word or phrase."
-"""What LLaVA's evaluation writes after a question that has a short answer."""
 
 _SHORT = 16
 

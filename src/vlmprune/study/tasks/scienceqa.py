@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.runtime.encoder.bare_question import OPTION_LETTER as SUFFIX
 from vlmprune.study.tasks.base import Sample
 from vlmprune.study.tasks.local import Listed, Local, below, field, read_json
 from vlmprune.study.tasks.scorers import option_of
-
-SUFFIX = "\nAnswer with the option's letter from the given choices directly."
-"""What LLaVA's evaluation writes after a question with options."""
 
 SPLIT = "test"
 LETTERS = "ABCDE"
