@@ -24,7 +24,7 @@ from vlmprune.views import (
     RowView,
     Selection,
 )
-from vlmprune.views.settings import Place, Positions, Score, Watch
+from vlmprune.views.settings import Place, Positions, Rest, Score, Watch
 
 
 class Attached(Protocol):
@@ -53,7 +53,7 @@ class Method:
     | between decoder layers: tokens leave | `asks` | `raters`, `drop` |
     | between decoder layers: tokens skip some | `skips` | `route` |
     | in a layer's KV cache, after prefill | `probes`, `check_prompt` | `retain` |
-    | in a layer's KV cache, at each step | `sketch`, `store`, `watch`, `always` | `recall` |
+    | in a layer's KV cache, at each step | `sketch`, `store`, `rest`, … | `recall` |
     | any, as it is attached to a model | `joined` | |
 
     Knows nothing of models and of how it is attached to one; `Pruner` adds that.
@@ -66,9 +66,11 @@ class Method:
     window: int = 1
     calibrated_on: str | None = None
     # Of methods that read caches in part: what keys are scored on, where keys and values lie, what
-    # is noted of each step, and whether they do so even where reading all is faster.
+    # stands for tokens that a step does not read, what is noted of each step, and whether they do
+    # so even where reading all is faster.
     sketch: Kind = "exact"
     store: Place = "device"
+    rest: Rest = "none"
     watch: Watch = ""
     always: bool = True
     # Of methods that act inside the vision encoder: how, and what to do where they cannot.

@@ -19,7 +19,8 @@ from vlmprune.runtime.cache.recall_layer import RecallLayer
 
 pytestmark = pytest.mark.oracle
 
-WATCHED: dict[str, Any] = {"read": 0.2, "floor": 0, "watch": "tokens"}
+# Nothing stands for what is not read, so that a mask says all that a step sees.
+WATCHED: dict[str, Any] = {"read": 0.2, "floor": 0, "rest": "none", "watch": "tokens"}
 
 
 def visual(inputs: dict[str, Tensor]) -> Tensor:

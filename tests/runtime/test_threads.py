@@ -16,7 +16,7 @@ from vlmprune import PLPHP, FastV, Recall, UniformGrid, VisPruner, VlmpruneError
 from zoo import ZOO
 
 FAMILIES = ["llava", "llava_next", "internvl", "gemma3"]
-RECALL = Recall(read=2, floor=0, always=True)
+RECALL = Recall(read=2, floor=0, always=True, rest="none")
 PRUNERS = [VisPruner(keep=2), VisPruner(keep=5), UniformGrid(keep=3), PLPHP(r=0.3), RECALL]
 PRUNERS += [FastV(keep=2, layer=1)]
 OPTIONS: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}

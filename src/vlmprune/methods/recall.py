@@ -13,7 +13,7 @@ from vlmprune.select import recall
 from vlmprune.select.budget import check_keep
 from vlmprune.select.settings import check_choice, check_whole
 from vlmprune.select.sketch import Kind
-from vlmprune.views.settings import Place, Watch
+from vlmprune.views.settings import Place, Rest, Watch
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Recall(Pruner):
             CPU), from where a step fetches what it reads; the sketch stays on the device.
         first_layer: decoder layers before it are read whole.
         floor: images with fewer visual tokens are read whole.
+        rest: what stands for the visual tokens that a step does not read: "none", nothing; "mean",
+            one token with their share of attention, by the sketch, and the mean of their values.
         watch: what the report notes of each step beside bytes: "tokens", which were read; "mass",
             also the share of attention that falls on what was read, for which all keys are scored.
         always: read in part even where a CPU would be done sooner reading all, as with few tokens.
@@ -46,7 +48,8 @@ class Recall(Pruner):
             `watch`, with store="host" and on a GPU no layer does.
 
     A KV head's choice goes by the mean of its query heads' softmax weights, over text and visual
-    keys together; ties go to the lower index. Attention is the softmax over what is read.
+    keys together; ties go to the lower index. Attention is the softmax over what is read and, with
+    rest="mean", the one that stands for the others.
     Sliding-window and linear-attention layers are left whole.
 
     Shapes: scores [B, Hq, V] → read [B, H, V].
@@ -60,6 +63,7 @@ class Recall(Pruner):
     store: Place = "device"
     first_layer: int = 0
     floor: int = 64
+    rest: Rest = "mean"
     watch: Watch = ""
     always: bool = False
 
@@ -72,6 +76,7 @@ class Recall(Pruner):
         check_keep(self.read, "read", "reads")
         check_choice("sketch", self.sketch, Kind)
         check_choice("store", self.store, Place)
+        check_choice("rest", self.rest, Rest)
         check_choice("watch", self.watch, Watch)
         for name in ("first_layer", "floor"):
             check_whole(name, getattr(self, name), 0)

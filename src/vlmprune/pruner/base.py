@@ -99,6 +99,7 @@ class Chain(Pruner):
             "window": self.slots.cache.window,
             "sketch": self.slots.cache.sketch,
             "store": self.slots.cache.store,
+            "rest": self.slots.cache.rest,
             "watch": self.slots.cache.watch,
             "always": self.slots.cache.always,
             "calibrated_on": self.slots.inner.calibrated_on,

@@ -209,6 +209,38 @@ def in_order(rows: Tensor, groups: Groups) -> Tensor:
     return order
 
 
+def remainder(
+    scores: Tensor, index: Tensor, seen: Tensor | None, unread: Tensor, left: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What is not read, as one token: the mean of its values, and its share of attention.
+
+    Args:
+        scores: [B, Hq, V] float32; scaled products of a step's queries and the visual keys, -inf
+            where there is no token.
+        index: [B, H, k] int64; what each KV head reads.
+        seen: [B, 1, k] bool; False where a sample reads fewer; None where none does.
+        unread: [B] int64; how many tokens a KV head does not read.
+        left: [B, H, Dv] float32; the sum of their values.
+
+    Returns:
+        [B, Hq, Dv] float32, and the log of the sum of exponentials [B, Hq] float32; 0 and -inf
+        where everything is read.
+    """
+    heads = index.shape[1]
+    some = (unread > 0)[:, None, None]
+    mean = torch.where(some, left / unread.clamp(min=1)[:, None, None], 0.0)
+    grouped = scores.unflatten(1, (heads, -1))
+    read = grouped.gather(3, index[:, :, None].expand(-1, -1, grouped.shape[2], -1))
+    if seen is not None:
+        read = read.masked_fill(~seen[:, :, None], -torch.inf)
+    total = grouped.logsumexp(dim=3)
+    # All less what is read: where next to nothing is left, rounding may leave less than nothing.
+    share = (read.logsumexp(dim=3) - total).exp()
+    lse = total + torch.log1p(-share.clamp(max=1.0))
+    lse = torch.where(some, lse, -torch.inf)
+    return mean.repeat_interleave(grouped.shape[2], dim=1), lse.flatten(1, 2)
+
+
 def mass(scores: Tensor, read: Tensor, real: Tensor, beside: Tensor) -> Tensor:
     """The share of each head's attention that falls on what is read, text and later tokens too.
 

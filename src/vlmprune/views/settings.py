@@ -12,6 +12,8 @@ Score = Literal["auto", "pooling"]
 # first or last, or what each token receives of all.
 TapRows = Literal["cls", "last", "received"]
 
-# Where the keys and values lie of a cache that is read in part, and what is noted of each step.
+# Where the keys and values lie of a cache that is read in part, what stands for the visual tokens
+# that a step does not read, and what is noted of each step.
 Place = Literal["device", "host"]
+Rest = Literal["none", "mean"]
 Watch = Literal["", "tokens", "mass"]

@@ -138,7 +138,7 @@ def test_a_cache_read_in_part_equals_masking_step_by_step(
     entry = KNOWN[name]
     built = entry.build(attention)
     req = entry.request(built, batches(name)[batch])
-    with Recall(read=0.2, floor=0, watch="tokens")(built) as handle:
+    with Recall(read=0.2, floor=0, rest="none", watch="tokens")(built) as handle:
         pruned = generate(built, req.inputs)
     report = handle.report
     assert report is not None and report.reading is not None

@@ -20,7 +20,8 @@ from vlmprune import Recall
 from vlmprune.runtime.cache import bound_cache
 from vlmprune.runtime.cache.bound_cache import binding_of
 
-WATCHED: dict[str, Any] = {"read": 3, "floor": 0, "watch": "tokens"}
+# Nothing stands for what is not read, so that a mask says all that a step sees.
+WATCHED: dict[str, Any] = {"read": 3, "floor": 0, "rest": "none", "watch": "tokens"}
 OPERATIONS = ["none", "reorder", "repeat", "select", "crop the tail", "crop the prompt", "offload"]
 ROWS = {"reorder": [1, 0], "repeat": [0, 0, 0, 1, 1, 1], "select": [1]}
 

@@ -91,16 +91,20 @@ def attend(
         seen = None if recalled.full else recalled.real[:, None, None]
         visual = ragged.dense_partial(call.query, keys, values, seen, call.scale, plain)
     else:
-        read = choose(call, recalled, rest[1][:, :, 0], backend)
+        scores = score(call.query[:, :, 0], recalled, call.scale, backend)
+        read = choose(scores, recalled, rest[1][:, :, 0], backend)
         assert read.index is not None
         if backend == "cpu":
-            visual = recall_cpu.attend(
+            visual, taken = recall_cpu.attend(
                 call.query, recalled.store, read.index, read.seen, call.scale
             )
         else:
             keys, values = recalled.store.fetch(read.index)
             seen = None if read.seen is None else read.seen[:, :, None]
             visual = ragged.dense_partial(call.query, keys, values, seen, call.scale, plain)
+            taken = recall_cpu.summed(values, read.seen)
+        if recalled.total is not None:
+            rest = ragged.merge(rest, unread(scores, recalled, read, recalled.total - taken))
     return ragged.merge(visual, rest)[0], read
 
 
@@ -131,26 +135,46 @@ def choose_whole(backend: str) -> str:
     return "reference" if backend == "reference" else "cpu"
 
 
-def choose(
-    call: AttentionCall, recalled: Recalled, beside: Tensor, backend: str = "reference"
-) -> Read:
-    """What each KV head reads for the query [B, Hq, 1, D] at hand.
+def score(query: Tensor, recalled: Recalled, scale: float, backend: str) -> Tensor:
+    """[B, Hq, V] float32: guessed scaled products of a step's queries [B, Hq, D] and all keys."""
+    if backend == "cpu" and recalled.sketch is not None:
+        return recall_cpu.scores(recalled.sketch, query, scale)
+    return recalled.scores(query, scale)
+
+
+def choose(scores: Tensor, recalled: Recalled, beside: Tensor, backend: str = "reference") -> Read:
+    """What each KV head reads at a step.
 
     Args:
-        call: as above.
+        scores: [B, Hq, V] float32; guessed scaled products with all visual keys.
         recalled: the visual tokens.
         beside: [B, Hq] log of the sum of exponentials of text and later tokens.
         backend: as above, but for "auto".
     """
-    query, heads = call.query[:, :, 0], recalled.store.keys.shape[1]
-    fast = backend == "cpu"
-    if fast and recalled.sketch is not None:
-        scores = recall_cpu.scores(recalled.sketch, query, call.scale)
-    else:
-        scores = recalled.scores(query, call.scale)
     real = None if recalled.full else recalled.real
-    found = recall.standing(scores, real, heads, beside)
-    return Read(*recall.best(found, recalled.groups, recall_cpu.largest if fast else None))
+    found = recall.standing(scores, real, recalled.store.keys.shape[1], beside)
+    largest = recall_cpu.largest if backend == "cpu" else None
+    return Read(*recall.best(found, recalled.groups, largest))
+
+
+def unread(scores: Tensor, recalled: Recalled, read: Read, left: Tensor) -> Pair:
+    """Attention of a step's queries to what it does not read, as to one token.
+
+    Args:
+        scores: as `choose` takes them.
+        recalled: the visual tokens.
+        read: what is read.
+        left: [B, H, Dv] float32; the sum of the other values.
+
+    Returns:
+        The mean of these [B, Hq, 1, Dv] in the store's dtype, and the log of the sum of
+        exponentials of their scores, [B, Hq, 1] float32; -inf where everything is read.
+    """
+    assert read.index is not None
+    if not recalled.full:
+        scores = scores.masked_fill(~recalled.real[:, None], -torch.inf)
+    mean, lse = recall.remainder(scores, read.index, read.seen, recalled.unread, left)
+    return mean[:, :, None].to(recalled.store.values.dtype), lse[..., None]
 
 
 @lru_cache(maxsize=1)

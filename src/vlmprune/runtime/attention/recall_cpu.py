@@ -117,7 +117,7 @@ def largest(rows: Tensor, groups: Groups) -> Tensor:
 
 def attend(
     query: Tensor, store: Store, index: Tensor, seen: Tensor | None, scale: float
-) -> ragged.Pair:
+) -> tuple[ragged.Pair, Tensor]:
     """Attention of a step's queries [B, Hq, 1, D] to some tokens of each KV head.
 
     Args:
@@ -128,7 +128,7 @@ def attend(
         scale: factor of the products.
 
     Returns:
-        What `ragged.partial` does.
+        What `ragged.partial` does, and the sum of the values that are read, [B, H, Dv] float32.
     """
     batch, heads, count = index.shape
     rows = query.reshape(batch * heads, -1, 1, query.shape[3])
@@ -136,11 +136,20 @@ def attend(
         seen = seen.expand(-1, heads, -1).reshape(batch * heads, 1, 1, count)
     places = store.places(index)
     many = max(1, _AT_ONCE // max(1, count * store.token_bytes))
-    found = []
+    found, taken = [], []
     for first in range(0, batch * heads, many):
         part = slice(first, first + many)
         keys, values = store.rows(places[part])
         mask = None if seen is None else seen[part]
         found.append(ragged.dense_partial(rows[part], keys[:, None], values[:, None], mask, scale))
+        taken.append(summed(values, None if mask is None else mask[:, 0, 0]))
     out, lse = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return out.view(*query.shape[:3], -1), lse.view(query.shape[:3])
+    pair = out.view(*query.shape[:3], -1), lse.view(query.shape[:3])
+    return pair, torch.cat(taken).view(batch, heads, -1)
+
+
+def summed(values: Tensor, seen: Tensor | None) -> Tensor:
+    """[..., Dv] float32: the sum of values [..., k, Dv], of those that are seen [..., k]."""
+    weights = values.new_ones(values.shape[:-1]) if seen is None else seen.to(values.dtype)
+    weights = weights.expand(values.shape[:-1])
+    return (weights[..., None, :] @ values)[..., 0, :].float()

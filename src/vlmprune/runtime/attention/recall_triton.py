@@ -49,6 +49,7 @@ def runs(query: Tensor, recalled: Recalled, mask: Tensor | None) -> bool:
         query.shape[2] != 1
         or recalled.sketch is None
         or recalled.all_read
+        or recalled.total is not None
         or store.place != "device"
         or max(query.shape[3], store.values.shape[3]) > 256
         or (mask is not None and (mask.dim() != 4 or mask.shape[1] != 1))

@@ -20,7 +20,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.select import recall
 from vlmprune.select.recall import Groups
 from vlmprune.select.sketch import BITS, Kind, Sketch
-from vlmprune.views.settings import Place
+from vlmprune.views.settings import Place, Rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +126,8 @@ class Recalled:
         tokens: [B, I] int64; visual tokens of each image.
         keep: [B, I] int64; how many of them each KV head reads at a step, unless all are read.
         aside: whether all are read, since to choose among so few would take longer.
+        total: [B, H, Dv] float32; the sum of all values, for the mean of what a step does not read;
+            None where nothing stands for that.
     """
 
     store: Store
@@ -135,6 +137,7 @@ class Recalled:
     tokens: Tensor
     keep: Tensor
     aside: bool = False
+    total: Tensor | None = None
 
     @classmethod
     def of(
@@ -147,6 +150,7 @@ class Recalled:
         keep: Tensor,
         kind: Kind,
         place: Place,
+        rest: Rest = "none",
         may_step_aside: bool = False,
     ) -> Recalled:
         """Store and sketch keys [B, H, V, D] and values [B, H, V, Dv]; the rest as above.
@@ -160,6 +164,7 @@ class Recalled:
             keep: as above.
             kind: of the sketch.
             place: where keys and values are to lie.
+            rest: what stands for tokens that a step does not read.
             may_step_aside: read all on the CPU where `recall.pays` says that it is faster.
 
         Raises:
@@ -175,8 +180,10 @@ class Recalled:
             aside = not recall.pays(given, read, batch * heads, width, recall.SCORING[kind])
         if kind != "exact" and choosing and not aside:
             sketch = Sketch.of(keys, images >= 0, BITS[kind]).to(device)
+        stands = rest == "mean" and choosing and not aside
+        total = _sum(values, images >= 0) if stands else None
         store = Store.of(keys.contiguous(), values.contiguous(), place, device)
-        return cls(store, sketch, images, columns, tokens, keep, aside)
+        return cls(store, sketch, images, columns, tokens, keep, aside, total)
 
     @cached_property
     def real(self) -> Tensor:
@@ -194,6 +201,11 @@ class Recalled:
         return self.aside or bool((self.keep == self.tokens).all())
 
     @cached_property
+    def unread(self) -> Tensor:
+        """[B] int64; visual tokens of a sample that a KV head does not read at a step."""
+        return (self.tokens - self.keep).sum(dim=1)
+
+    @cached_property
     def groups(self) -> Groups:
         """Where the tokens of each image stand, for a choice among each alone."""
         return Groups.of(self.images, self.tokens, self.keep)
@@ -208,7 +220,13 @@ class Recalled:
     def device_bytes(self) -> int:
         """Bytes that lie on the device of the computation."""
         own = 0 if self.store.place == "host" else self.store.nbytes
-        return own + (0 if self.sketch is None else self.sketch.nbytes)
+        return own + self.scored_bytes
+
+    @property
+    def scored_bytes(self) -> int:
+        """Bytes of the sketch and of the sum of values, where there are such."""
+        parts = (self.sketch, self.total)
+        return sum(int(one.nbytes) for one in parts if one is not None)
 
     @property
     def host_bytes(self) -> int:
@@ -231,9 +249,9 @@ class Recalled:
         if self.all_read:
             return self.bytes_dense
         found = int(self.keep.sum()) * self.store.keys.shape[1] * self.store.token_bytes
-        if self.sketch is not None:
-            return found + self.sketch.nbytes
-        return found + int(self.store.keys.nbytes)
+        if self.sketch is None:
+            found += int(self.store.keys.nbytes)
+        return found + self.scored_bytes
 
     @cached_property
     def bytes_fetched(self) -> int:
@@ -249,7 +267,9 @@ class Recalled:
         images = self.images.masked_fill(~stays, -1)
         count = torch.arange(self.tokens.shape[1], device=images.device)
         tokens = (images[..., None] == count).sum(dim=1)
-        return replace(self, images=images, tokens=tokens, keep=self.keep.minimum(tokens))
+        keep = self.keep.minimum(tokens)
+        total = None if self.total is None else _sum(self.store.whole()[1], stays)
+        return replace(self, images=images, tokens=tokens, keep=keep, total=total)
 
     def select(self, rows: Tensor) -> Recalled:
         """The samples at `rows` [B'], in their order."""
@@ -263,11 +283,21 @@ class Recalled:
         )
 
     def _each(self, parts: Callable[[Any], Any], small: Callable[[Tensor], Tensor]) -> Recalled:
-        images, columns, tokens, keep = map(
-            small, (self.images, self.columns, self.tokens, self.keep)
+        return replace(
+            self,
+            store=parts(self.store),
+            sketch=None if self.sketch is None else parts(self.sketch),
+            images=small(self.images),
+            columns=small(self.columns),
+            tokens=small(self.tokens),
+            keep=small(self.keep),
+            total=None if self.total is None else small(self.total),
         )
-        sketch = None if self.sketch is None else parts(self.sketch)
-        return Recalled(parts(self.store), sketch, images, columns, tokens, keep, self.aside)
+
+
+def _sum(values: Tensor, real: Tensor) -> Tensor:
+    """[B, H, Dv] float32; of values [B, H, V, Dv] where there is a token, by [B, V]."""
+    return torch.einsum("bhvd,bv->bhd", values.float(), real.float())
 
 
 def _on_host(states: Tensor, device: torch.device) -> Tensor:

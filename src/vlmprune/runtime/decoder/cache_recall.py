@@ -90,6 +90,7 @@ class CacheRecall(PromptEnd):
             keep,
             method.sketch,
             method.store,
+            method.rest,
             may_step_aside,
         )
         layer.put_away(

@@ -1,0 +1,106 @@
+"""What a step does not read, as one token: against a plain softmax over the keys and their mean."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vlmprune.hosts.attention import AttentionCall
+from vlmprune.runtime.attention import recall
+from vlmprune.runtime.attention.recall import Read
+from vlmprune.runtime.attention.recalled import Recalled
+
+SCALE = 0.4
+IMAGES = torch.tensor([[0] * 9 + [1] * 6, [0] * 5 + [-1] * 10])
+KEEP = torch.tensor([[3, 2], [2, 0]])
+
+
+def recalled(heads: int, rest: Any, keep: Tensor = KEEP, place: Any = "device") -> Recalled:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 2, heads, 15, 8, generator=generator)
+    tokens = torch.tensor([[9, 6], [5, 0]])
+    columns = torch.arange(15).expand(2, -1)
+    kind: Any = "exact" if place == "device" else "int8"
+    return Recalled.of(keys, values, IMAGES, columns, tokens, keep, kind, place, rest)
+
+
+def call(heads: int, queries: int = 4) -> AttentionCall:
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(2, queries, 1, 8, generator=generator)
+    keys, values = torch.randn(2, 2, heads, 7, 8, generator=generator)
+    mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    mask[1, ..., :2] = False
+    return AttentionCall(nn.Identity(), query, keys, values, mask, {"scaling": SCALE})
+
+
+def plain(asked: AttentionCall, held: Recalled, read: Read, rest: str) -> Tensor:
+    """In float64, head by head."""
+    keys, values = held.store.whole()
+    heads = keys.shape[1]
+    taken, out = read.mask(held, heads), torch.zeros(2, 4, 8, dtype=torch.float64)
+    for b in range(2):
+        for q in range(4):
+            h = q * heads // 4
+            query = asked.query[b, q, 0].double()
+            own = asked.mask[b, 0, 0]
+            read_here, left = taken[b, h], held.real[b] & ~taken[b, h]
+            shown = torch.cat((asked.key[b, h][own], keys[b, h][read_here])).double()
+            given = torch.cat((asked.value[b, h][own], values[b, h][read_here])).double()
+            weights = (shown @ query * SCALE).exp()
+            others = (keys[b, h][left].double() @ query * SCALE).exp().sum()
+            if rest == "mean" and left.any():
+                weights = torch.cat((weights, others[None]))
+                given = torch.cat((given, values[b, h][left].double().mean(dim=0)[None]))
+            out[b, q] = weights @ given / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_equals_a_softmax_with_one_token_for_the_others(heads: int) -> None:
+    asked, results = call(heads), {}
+    for rest in ("none", "mean"):
+        held = recalled(heads, rest)
+        found, read = recall.attend(asked, held)
+        results[rest] = found
+        torch.testing.assert_close(
+            found[:, :, 0].double(), plain(asked, held, read, rest), atol=1e-6, rtol=0
+        )
+    # Control: it is not what a softmax over what is read gives.
+    assert (results["mean"] - results["none"]).abs().max() > 1e-2
+
+
+def test_nothing_stands_for_nothing() -> None:
+    """Where a sample reads everything, beside one that does not."""
+    keep = torch.tensor([[3, 2], [5, 0]])
+    asked = call(2)
+    some, none = (recall.attend(asked, recalled(2, rest, keep))[0] for rest in ("mean", "none"))
+    torch.testing.assert_close(some[1], none[1], atol=1e-6, rtol=0)
+    assert (some[0] - none[0]).abs().max() > 1e-2
+
+
+def test_the_sum_goes_along() -> None:
+    """Through choices of samples, a cut, a copy and another store; and its bytes are counted."""
+
+    def summed(held: Recalled) -> Tensor:
+        return (held.store.whole()[1] * held.real[:, None, :, None]).sum(dim=2)
+
+    held = recalled(2, "mean", place="host")
+    picked = held.select(torch.tensor([1, 0, 0]))
+    cut = held.before(4)
+    for one in (held, picked, cut, held.to(torch.device("cpu")), copy.deepcopy(held)):
+        assert one.total is not None
+        torch.testing.assert_close(one.total, summed(one), atol=1e-5, rtol=0)
+    assert not torch.equal(held.total, cut.total)
+    bare = recalled(2, "none", place="host")
+    assert bare.total is None
+    assert held.device_bytes - bare.device_bytes == held.total.nbytes == 2 * 2 * 8 * 4
+    assert held.bytes_read - bare.bytes_read == held.total.nbytes
+    # What is read after a cut leaves more of the same image out.
+    found, read = recall.attend(call(2), cut)
+    torch.testing.assert_close(
+        found[:, :, 0].double(), plain(call(2), cut, read, "mean"), atol=2e-2, rtol=0
+    )
