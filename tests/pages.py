@@ -13,6 +13,7 @@ from vlmprune.study.compare.results import (
     Shown,
     ShownAnswer,
     Skipped,
+    Still,
 )
 from vlmprune.study.stats import Interval
 
@@ -93,4 +94,23 @@ def sliding(hostile: str = "") -> Comparison:
         ShownAnswer("fastv", 1.0, True, [], 32, 64, reached=[64, 32, 16]),
     ]
     shown = [Shown(f"what is it?{hostile}", (), [picture("white")], answers)]
+    return Comparison("model", "task", True, 120, rows, [], shown, "cpu", "float32", 5, 4)
+
+
+def read_in_part(hostile: str = "") -> Comparison:
+    """A method whose steps read a few tokens each, and one that cuts the cache."""
+    rows = [
+        row("all tokens", None, "", 0.9, visual_tokens=64.0),
+        row("recall", None, "recall", 0.9, visual_tokens=64.0, kv_read=2.0**18),
+        row("plphp", None, "plphp", 0.8),
+    ]
+    strip = [Still(word, [picture("lime")]) for word in (f"cat{hostile}", "")]
+    answers = [
+        ShownAnswer("a cat", 1.0, True, kept=64, before=64),
+        ShownAnswer(
+            *("a cat", 1.0, True, [picture("red")], 64, 64, 1.07), read_share=0.14, strip=strip
+        ),
+        ShownAnswer("a cat", 1.0, True, [], 64, 64, heads=[[0.5]]),
+    ]
+    shown = [Shown("what is it?", (), [picture("white")], answers)]
     return Comparison("model", "task", True, 120, rows, [], shown, "cpu", "float32", 5, 4)

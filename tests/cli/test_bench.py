@@ -68,7 +68,8 @@ def test_bench_as_json(benched: tuple[dict[str, Any], Path]) -> None:
     for one in (both, cut):
         assert set(one["against_all_tokens"]) == {
             *("first_token_speedup", "prefill_speedup", "decode_speedup", "total_speedup"),
-            *("selecting_share", "visual_kv_ratio", "cache_ratio", "peak_ratio", "flops_ratio"),
+            *("selecting_share", "visual_kv_ratio", "visual_read_ratio"),
+            *("cache_ratio", "peak_ratio", "flops_ratio"),
             "same_first_tokens",
         }
     assert [one["visual_tokens"] for one in content["floors"]] == [64, 32, 288]

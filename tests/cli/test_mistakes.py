@@ -64,6 +64,33 @@ def no_loading(monkeypatch):
             "cannot be a folder, for it is a file",
         ),
         (("run", COFFEE, QUESTION, "--save-overlay", COFFEE), "is one of the files to be read"),
+        (("run", COFFEE, QUESTION, "--save-recall", "o.gif"), "use a method that reads it in part"),
+        (
+            ("run", COFFEE, QUESTION, "--method", "plphp", "--save-recall", "o.gif"),
+            "and PLPHP reads all of it",
+        ),
+        (
+            ("run", COFFEE, QUESTION, "--method", "recall", "--save-recall", "o.jpg"),
+            "--save-recall 'o.jpg' does not end in .gif",
+        ),
+        (
+            ("run", COFFEE, QUESTION, "--method", "recall", "--save-recall", f"{COFFEE}/o.gif"),
+            "cannot be a folder, for it is a file",
+        ),
+        (
+            (
+                *("run", COFFEE, QUESTION, "--method", "recall", "--save-recall", "o.gif"),
+                *("--max-new-tokens", "1"),
+            ),
+            "--max-new-tokens 1 leaves none; give 2 or more",
+        ),
+        (
+            (
+                *("run", COFFEE, QUESTION, "--method", "recall", "--save-recall", "o.png"),
+                *("--save-overlay", "o.png"),
+            ),
+            "are to be written and are one file",
+        ),
         (("plan", "nothing"), "neither known nor a local path"),
         (("plan", "llava-1.5-7b", "--keep", "577"), "more than the 576 visual tokens"),
         (("plan", "llava-1.5-7b", "--budget", "odd"), "budget='odd' is unknown"),

@@ -55,6 +55,10 @@ ROWS = [
         _of("run", "o-1.jpg", "o-2.jpg"),
     ),
     Row(
+        ("run", COFFEE, COFFEE, QUESTION, "--method", "recall", "--save-recall", "o.gif"),
+        _of("run", "o-1.gif", "o-2.gif"),
+    ),
+    Row(
         ("bench", "--out", "b.json", "--markdown", "b.md", "--plot", "b.png"),
         _of("bench", "b.json", "b.md", "b.png"),
     ),
@@ -108,7 +112,7 @@ def _ours(name: str, mark: str) -> None:
     """Write a file as the command would, with nothing in it but the mark."""
     path, ending = Path(name), name.rpartition(".")[2]
     path.parent.mkdir(exist_ok=True)
-    if ending in ("png", "jpg"):
+    if ending in ("png", "jpg", "gif"):
         Output(path, mark).write_picture(Image.new("RGB", (9, 9)))
     elif ending == "safetensors":
         save_file({"x": torch.zeros(1)}, path, {"format": mark})
@@ -129,7 +133,7 @@ def _theirs(name: str) -> bytes:
     path = Path(name)
     path.parent.mkdir(exist_ok=True)
     content = b'{"op_code": 0, "study_name": "mine"}'
-    if name.endswith((".png", ".jpg")):
+    if name.endswith((".png", ".jpg", ".gif")):
         Image.new("RGB", (9, 9), "blue").save(path)
         return path.read_bytes()
     if not name.endswith("journal"):

@@ -273,6 +273,20 @@ def test_any_resolution_end_to_end(any_resolution, tmp_path):
         assert drawn.width == 2 * 672 + 3 * 20
 
 
+def test_any_resolution_lights_up_in_two_panels(any_resolution, tmp_path):
+    photo = tmp_path / "wide.png"
+    with Image.open(COFFEE) as image:
+        image.resize((200, 100)).save(photo)
+    result = call(
+        *("run", photo, QUESTION, "--model", any_resolution, "--method", "recall:read=4,floor=0"),
+        *("--repeat", 1, "--max-new-tokens", 4, "--decode-tokens", 0, "--device", "cpu"),
+        *("--save-recall", tmp_path / "o.gif"),
+    )
+    assert result.exit_code == 0, result.output
+    with Image.open(tmp_path / "o.gif") as film:
+        assert film.n_frames == 3 and film.width == 2 * 448 + 3 * 20
+
+
 def test_warnings_and_bars_come_back(ran):
     """The command silences Transformers for itself alone."""
     from transformers.utils import logging

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from commandline import call, sentence
-from vlmprune import VisPruner, spec
+from vlmprune import Recall, VisPruner, spec
 from vlmprune.io.outputs import maker
 from vlmprune.study.tasks import find_task
 from vlmprune.study.tasks.part import Part
@@ -47,6 +47,16 @@ def test_a_setting_is_found_checked_and_used(tmp_path: Path) -> None:
     assert "holds a search with another" in said and "--restart" in said
 
 
+def test_what_steps_read_is_searched(tmp_path: Path) -> None:
+    content = found(tmp_path / "r.json", "recall:floor=0", "--max-loss", "90%")
+    pruner = spec.parse(content["method"])
+    assert isinstance(pruner, Recall) and (pruner.floor, pruner.always) == (0, True)
+    # Each token is read in full with its share, and the sketch of all: between 7 and 8 per cent.
+    for one in content["tried"]:
+        read = round(256 * one["settings"]["read"]) / 256
+        assert 0.07 < one["cost"] - read < 0.08
+
+
 def test_nothing_within_the_limit_is_said(tmp_path: Path) -> None:
     words = ("vispruner:important_ratio=0.5", "--over", "keep=1,2", "--max-loss", "1%")
     content = found(tmp_path / "none.json", *words, code=1)
@@ -74,6 +84,7 @@ def test_a_schedule_is_found_and_loaded(tmp_path: Path) -> None:
         (["vispruner", "--over", "speed=1..2"], "no setting"),
         (["vispruner", "--over", "important_ratio=0..1"], "needs keep"),
         (["vispruner", "--cost", "money"], "use one of flops"),
+        (["recall", "--cost", "flops"], "is the same for every setting of recall"),
         (["vispruner", "--trials", "0"], "trials=0"),
         (["gsearch", "--over", "keep=0..1"], "rates are what is searched"),
         (["vispruner", "--task", "nowhere"], "task 'nowhere' is unknown"),

@@ -18,12 +18,13 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 )
 
 from vlmprune import Pruner, VlmpruneError
+from vlmprune.draw import recall
 from vlmprune.draw.boxes import token_boxes
 from vlmprune.hosts.families import FAMILIES
 from vlmprune.io.models import Loaded
 from vlmprune.runtime.family import family_of
 from vlmprune.study import one_question
-from vlmprune.study.compare import run as compare
+from vlmprune.study.compare import drawn as drawn_by
 from vlmprune.study.compare.results import ShownAnswer
 from vlmprune.views import Selection, layout
 from zoo import ZOO
@@ -146,10 +147,27 @@ def test_marks_lie_on_the_square_in_both_panels(name: str, monkeypatch: pytest.M
     )
 
 
+@pytest.mark.parametrize("name", SIDE)
+def test_films_light_the_square_in_both_panels(name: str) -> None:
+    one = case(name)
+    with one.pruner(one.loaded.model) as handle:
+        one.loaded.model.generate(**one.inputs, max_new_tokens=1, do_sample=False)
+    (place,) = one_question.places_of(one.loaded, one.inputs, [one.picture], handle.report)
+    lit = torch.zeros(len(place.boxes))
+    lit[handle.report.kept[0]] = 0.5
+    width, height = one.picture.size
+    how = {"crops": place.crops, "whole_crop": place.whole_crop, "legend": False, "side": width}
+    film = recall.film(one.picture, place.boxes, [lit], ["", "a"], **how)
+    (frame,) = film.frames
+    assert frame.size == (2 * width, height)
+    pixels = np.asarray(frame, dtype=float)
+    assert all(lies_on_the_square(panel, one.square) for panel in np.split(pixels, 2, axis=1))
+
+
 def test_the_page_of_compare_shows_the_same() -> None:
     one = case("internvl")
-    (page,) = compare._drawn(
-        *(one.loaded, one.pruner, one.inputs, [one.picture]), ShownAnswer("", 1.0, True), True
+    (page,) = drawn_by.drawn(
+        *(one.loaded, one.pruner, one.inputs, [one.picture]), ShownAnswer("", 1.0, True), 4
     ).drawn
     # Back to its own size, so that edges are where they were.
     small = np.asarray(page.resize((192, 48), Image.Resampling.BOX), dtype=float)

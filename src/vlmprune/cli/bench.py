@@ -256,6 +256,8 @@ def _print(results: list[BenchResult], content: dict[str, Any]) -> None:
     if first.full.peak_bytes is None:
         lines.append("peak memory is not measured on a CPU without --memory")
     lines.append("visual KV, FLOPs: of the visual tokens")
+    if any(_read_in_part(one) for result in results for one in result.methods):
+        lines.append("KV: on the device; read: by a decode step; both with the sketches")
     notes([*lines, *setting(content).split("; ")[:2]])
 
 
@@ -309,6 +311,8 @@ def _details(result: BenchResult, gpu: bool) -> Table:
         )
     for title, name in (
         ("visual KV", "visual_kv_bytes"),
+        *((("  on the host", "visual_host_bytes"),) if one.visual_host_bytes else ()),
+        *((("  read by a step", "visual_read_bytes"),) if _read_in_part(one) else ()),
         ("whole cache", "cache_bytes"),
         ("peak memory", "peak_bytes"),
     ):
@@ -333,7 +337,12 @@ def _overview(result: BenchResult, gpu: bool) -> Table:
 
     full = result.full
     titles = ["visual\ntokens", "first\ntoken", "pre-\nfill", "decode", "total"]
-    titles += ["x\nfloor", "selec-\nting", "visual\nKV", "FLOPs"]
+    titles += ["x\nfloor", "selec-\nting", "visual\nKV"]
+    costs = ["visual_kv_bytes", "flops"]
+    if any(map(_read_in_part, result.methods)):
+        titles.append("KV\nread")
+        costs.insert(1, "visual_read_bytes")
+    titles.append("FLOPs")
     table = figures_table("", titles)
     if gpu:
         rate = full.decode_tokens_per_second
@@ -342,7 +351,7 @@ def _overview(result: BenchResult, gpu: bool) -> Table:
             for one in (full.first_ms, full.prefill_ms, full.total_ms)
         )
         times = [first, prefill, "" if rate is None else f"{rate.median:.0f}/s", total]
-        table.add_row(full.name, str(full.visual_tokens), *times, "", "", "", "")
+        table.add_row(full.name, str(full.visual_tokens), *times, "", "", *[""] * len(costs))
     for one in result.methods:
         against, floor = one.against(full), result.floor(one)
         names = ("first_token", "prefill", "decode", "total")
@@ -352,12 +361,13 @@ def _overview(result: BenchResult, gpu: bool) -> Table:
             *(_times(against[f"{name}_speedup"]) for name in names),
             factor(floor and one.over(*floor)["first_token"]),
             selecting(against["selecting_share"]),
-            *(
-                change(getattr(full, name), getattr(one, name)) or "="
-                for name in ("visual_kv_bytes", "flops")
-            ),
+            *(change(getattr(full, name), getattr(one, name)) or "=" for name in costs),
         )
     return table
+
+
+def _read_in_part(one: Figures) -> bool:
+    return one.visual_read_bytes != one.visual_kv_bytes
 
 
 def _times(ratio: float | None) -> str:

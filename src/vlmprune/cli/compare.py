@@ -239,6 +239,8 @@ def _print(
             "against random: points, question by question, ± half of the 95 % interval; wins or "
             "loses where that leaves out 0"
         )
+    if any(row.kv_read is not None for row in result.rows):
+        lines.append("KV: on the device, sketches included; KV read: by a decode step")
     lines += [
         "visual tokens: averaged over layers; LLM FLOPs, KV: of the visual tokens; all FLOPs: with "
         "the vision tower",

@@ -25,6 +25,7 @@ from vlmprune.errors import VlmpruneError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vlmprune.report import Reading
     from vlmprune.study.one_question import BothWays, OneWay
 
 
@@ -61,6 +62,14 @@ def run(
     save_overlay: Annotated[
         Text, typer.Option(metavar="FILE", help="Draw the kept tokens on the picture.")
     ] = None,
+    save_recall: Annotated[
+        Text,
+        typer.Option(
+            metavar="FILE",
+            help="Draw what each step of a method such as recall reads, word by word: a .gif or "
+            ".webp that moves, or a .png of stills.",
+        ),
+    ] = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -68,9 +77,10 @@ def run(
     _check_question(question)
     with progress("Starting…") as say:
         from vlmprune import spec
+        from vlmprune.draw.recall import ENDINGS
         from vlmprune.io import models, options, outputs, sources
         from vlmprune.io.pictures import open_images
-        from vlmprune.study import one_question
+        from vlmprune.study import one_question, word_by_word
 
         with models.quiet():
             pruner = options.make_pruner(
@@ -84,17 +94,30 @@ def run(
             )
             options.at_least_one(max_new_tokens=max_new_tokens, repeat=repeat)
             options.check_decode(decode_tokens)
+            if save_recall:
+                word_by_word.check(pruner, "--save-recall", max_new_tokens)
+                # So that the answer is the one that is drawn.
+                pruner = word_by_word.in_part(pruner)
             pictures = open_images(images)
             place = options.choose_device(device)
             kind = options.choose_dtype(dtype, place)
             source = sources.find_model(model)
             options.check_budget(source, pruner)
             targets = outputs.overlay_names(save_overlay, images) if save_overlay else []
-            files = [outputs.Output(path, outputs.mark_of("run"), force) for path in targets]
-            outputs.claim(files, images)
+            films = []
+            if save_recall:
+                film = outputs.named(save_recall, "--save-recall", *ENDINGS)
+                films = outputs.numbered(film, len(images))
+            files, film_files = (
+                [outputs.Output(path, outputs.mark_of("run"), force) for path in paths]
+                for paths in (targets, films)
+            )
+            outputs.claim([*files, *film_files], images)
             say(f"Loading {source.label}…")
             loaded = models.load(source, place, kind)
             inputs = models.prepare(loaded, pictures, question)
+            if targets or films:
+                one_question.check_drawn(loaded)
             outcome = one_question.answer_twice(
                 loaded, pruner, inputs, max_new_tokens, repeat, decode_tokens, say
             )
@@ -103,15 +126,25 @@ def run(
                 drawn = one_question.draw(loaded, inputs, pictures, outcome.report)
                 for file, picture in zip(files, drawn, strict=True):
                     file.write_picture(picture)
+            if films:
+                say("Following the answer word by word…")
+                # In a call of its own, since noting what is read takes time.
+                followed = word_by_word.follow(loaded, pruner, inputs, pictures, max_new_tokens)
+                for number, (file, picture) in enumerate(zip(film_files, pictures, strict=True)):
+                    frames, durations = followed.pictures(number, picture, file.path.suffix.lower())
+                    file.write_picture(frames[0], frames[1:], durations)
     if as_json:
         about: dict[str, Any] = {"model": source.name, "method": spec.dump(pruner)}
         about |= {"images": images, "question": question}
-        print_json(about | outcome.as_dict() | {"overlays": [str(path) for path in targets]})
+        made = {"overlays": list(map(str, targets)), "films": list(map(str, films))}
+        print_json(about | outcome.as_dict() | made)
         return
     names = " + ".join(stage.name for stage in spec.read(method))
     _print_outcome(source.label, names, question, outcome)
     for path in targets:
         console().print(f"kept tokens drawn in {path}", markup=False, soft_wrap=True)
+    for path in films:
+        console().print(f"what each step reads drawn in {path}", markup=False, soft_wrap=True)
 
 
 def _check_question(question: str) -> None:
@@ -143,6 +176,11 @@ def _print_outcome(model: str, method: str, question: str, outcome: BothWays) ->
     row("decode", _rate, "" if faster is None else f"{faster:.2f}x")
     row("total", lambda m: f"{m.total_ms:.1f} ms", f"{outcome.total_speedup:.2f}x")
     row("KV cache", lambda m: f"{mib(m.kv_bytes)} MiB", saved("kv_bytes"))
+    reading = report.reading
+    if reading is not None:
+        if reading.host_bytes:
+            row("in host memory", lambda m: f"{mib(m.kv_bytes_host)} MiB", "")
+        row("read by a step", lambda m: f"{mib(m.kv_bytes_read)} MiB", saved("kv_bytes_read"))
     row("LLM FLOPs", lambda m: f"{flops(m.decoder_flops)}FLOPs", saved("decoder_flops"))
     row("with encoder", lambda m: f"{flops(m.flops)}FLOPs", saved("flops"))
 
@@ -169,7 +207,30 @@ def _print_outcome(model: str, method: str, question: str, outcome: BothWays) ->
             f"{len(report.cut)} layers' caches cut, to {percent(min(rates))} to "
             f"{percent(max(rates))} of their visual tokens"
         )
+    if reading is not None:
+        lines += _read(reading)
     notes(lines)
+
+
+def _read(reading: Reading) -> list[str]:
+    """What a cache holds that is read in part, and what its steps read."""
+    most = max(one for row in reading.read for one in row)
+    lines = list[str]()
+    if reading.aside:
+        lines.append(
+            f"{reading.aside} layers read in whole, which is faster here; else always=true"
+        )
+    if part := len(reading.layers) - reading.aside:
+        lines.append(f"{part} layers read in part: a picture's {most} best tokens a KV head")
+        lines.append("held and read: with the sketches that tokens are chosen by")
+    if reading.share_read is None:
+        lines.append("the answer took no step after its first token, which reads everything")
+    if reading.host_bytes and reading.share_fetched is not None:
+        lines.append(f"a step fetches {percent(reading.share_fetched, '.1f')} from host memory")
+    if reading.share_of_attention is not None:
+        share = percent(reading.share_of_attention)
+        lines.append(f"{share} of these layers' attention fell on what was read, text included")
+    return lines
 
 
 def _rate(measured: OneWay) -> str:

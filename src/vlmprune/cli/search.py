@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vlmprune.cli.options import AsJson, Batch, Device, Dtype, Force, Model, Number, Texts
+from vlmprune.cli.options import AsJson, Batch, Device, Dtype, Force, Model, Number, Text, Texts
 from vlmprune.cli.printing import console, figures_table, notes, print_json, progress
 from vlmprune.costs.units import percent
 
@@ -51,8 +51,12 @@ def search(
     ] = None,
     trials: Annotated[int, typer.Option(help="Settings to try.")] = 40,
     cost: Annotated[
-        str, typer.Option(help="What to save: flops (of the language model), kv or tokens.")
-    ] = "flops",
+        Text,
+        typer.Option(
+            help="What to save: flops (of the language model, the default), kv, tokens, or read "
+            "(bytes by a decode step, the default of recall)."
+        ),
+    ] = None,
     group: Annotated[int, typer.Option(help="gsearch: decoder layers that share a rate.")] = 1,
     out: Annotated[
         str, typer.Option(metavar="FILE.json", help="The outcome; a plot and a journal beside it.")
@@ -110,7 +114,7 @@ def search(
             outcome = run(loaded, asked, chosen, say)
             content = {"made_by": MARK, **outcome.content}
             result.write_json(content)
-            drawing.write(plot(outcome.found, COSTS[cost][1], f"{asked.stage.name}, {task}"))
+            drawing.write(plot(outcome.found, COSTS[asked.cost][1], f"{asked.stage.name}, {task}"))
     if as_json:
         print_json(content | {"file": str(asked.out), "plot": str(asked.picture)})
     else:

@@ -97,6 +97,15 @@ def token_boxes(
     return boxes
 
 
+def check_family(family: str) -> None:
+    """Refuse a family whose visual tokens cannot be placed on a picture, as `token_boxes` does.
+
+    Raises:
+        VlmpruneError: it is one, or unknown.
+    """
+    _medium(family)
+
+
 def _medium(family: str) -> Medium:
     """A family's images; its `overlay` and `whole_crop` say how one is cut."""
     for kind, record in FAMILIES.items():

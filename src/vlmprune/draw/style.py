@@ -1,4 +1,4 @@
-"""How plots look: one palette, one resolution, axes without a frame, titles on the left."""
+"""How plots and pictures look: one palette, one resolution, axes without a frame, titles left."""
 
 from __future__ import annotations
 
@@ -16,6 +16,20 @@ GREYS = ("#5F6670", "#8B929C", "#A9AFB8")
 GREY = GREYS[0]
 INK, GRID = "#1B1F26", "#E4E7EB"
 DPI = 150
+
+Colour = tuple[int, int, int]
+"""Red, green and blue from 0 to 255, as pictures have them."""
+# On pictures, where the palette is brightened; told apart by the colour-blind, too.
+LIGHT_ORANGE: Colour = (255, 159, 28)
+LIGHT_BLUE: Colour = (86, 196, 255)
+LIGHT_GREEN: Colour = (0, 200, 140)
+LIGHT_WHITE: Colour = (245, 245, 245)
+LIGHT_GREY: Colour = (92, 96, 104)
+# The dark card that pictures lie on, its text, and what a model never saw of a picture.
+CARD: Colour = (17, 19, 23)
+CARD_INK: Colour = (232, 234, 237)
+CARD_FAINT: Colour = (154, 160, 168)
+CARD_UNSEEN: Colour = (38, 40, 45)
 
 
 def figure(width: float, height: float, title: str = "") -> Any:

@@ -145,8 +145,18 @@ class Output:
         """Write an object as JSON; its first entry must be the mark."""
         self.write(json_text(content))
 
-    def write_picture(self, picture: Image.Image) -> None:
+    def write_picture(
+        self,
+        picture: Image.Image,
+        later: Sequence[Image.Image] = (),
+        durations: Sequence[int] = (),
+    ) -> None:
         """Write a picture in the format of its name, with the mark where the format has room.
+
+        Args:
+            picture: it, or the first frame of one that moves.
+            later: the other frames, of a format that can move; shown over and over.
+            durations: milliseconds of each frame, the first's among them.
 
         Raises:
             VlmpruneError: the disk or the format refuses.
@@ -157,6 +167,9 @@ class Output:
             exif = Image.Exif()
             exif[_SOFTWARE] = self.mark
             about = {"exif": exif}
+        if later:
+            about |= {"save_all": True, "append_images": list(later), "loop": 0}
+            about |= {"duration": list(durations)}
         drawn = io.BytesIO()
         try:
             picture.save(drawn, format=kind, **about)
@@ -291,9 +304,14 @@ def overlay_names(target: str, images: Sequence[str]) -> list[Path]:
         raise VlmpruneError(
             f"overlay {target!r} has no suffix of a picture; use a name such as overlay.png."
         )
-    if len(images) == 1:
+    return numbered(path, len(images))
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """A file's name for so many files: of several each with its number, from 1."""
+    if count == 1:
         return [path]
-    return [path.with_stem(f"{path.stem}-{i}") for i in range(1, len(images) + 1)]
+    return [path.with_stem(f"{path.stem}-{i}") for i in range(1, count + 1)]
 
 
 def json_text(content: Mapping[str, Any]) -> str:
@@ -321,6 +339,7 @@ __all__ = [
     "maker",
     "mark_of",
     "named",
+    "numbered",
     "overlay_names",
     "save_json",
     "write",

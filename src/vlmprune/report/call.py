@@ -39,7 +39,8 @@ class Report:
             tokens, by the published formula (`vlmprune.costs`), summed over the rows.
         flops_after: the same for what was kept. Selection is timed, not counted.
         kv_bytes_before: bytes that the visual tokens' keys and values would have taken.
-        kv_bytes_after: bytes that they take.
+        kv_bytes_after: bytes that they take; of a cache that is read in part those on the device of
+            the computation, sketches included.
         seconds_selecting: time that choosing took, without the encoder.
         layouts: for each image, where its visual tokens lie.
         roles: for each image, by name, a bool [n] over its visual tokens ("important", …).
@@ -84,7 +85,7 @@ class Report:
         out["members"] = [into.tolist() for into in self.members]
         out["layers"] = [layer.as_dict() for layer in self.layers]
         if self.reading is not None:
-            out["reading"] = self.reading.as_dict()
+            out |= {"kv_bytes_read": self.kv_bytes_read, "reading": self.reading.as_dict()}
         return out
 
     def with_layers(
@@ -116,12 +117,27 @@ class Report:
             reading: what is held, and what the steps to come read.
             seconds: time that it took.
         """
+        # Of several turns the cache holds all, and the report is of this one.
+        more = round(reading.own * (reading.device_bytes - reading.dense_bytes))
         return replace(
             self,
             reading=reading,
-            kv_bytes_after=self.kv_bytes_after - reading.dense_bytes + reading.device_bytes,
+            kv_bytes_after=self.kv_bytes_after + more,
             seconds_selecting=self.seconds_selecting + seconds,
         )
+
+    @property
+    def kv_bytes_read(self) -> int:
+        """Bytes for visual tokens that a decode step reads: all that are held, if not in part.
+
+        Of a cache that is read in part the mean over the steps so far; before any, all.
+        """
+        reading = self.reading
+        if reading is None:
+            return self.kv_bytes_after
+        share = reading.share_read
+        read = reading.dense_bytes * (1.0 if share is None else share)
+        return self.kv_bytes_after + round(reading.own * (read - reading.device_bytes))
 
     @property
     def cut(self) -> list[LayerReport]:

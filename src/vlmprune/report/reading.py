@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,7 @@ class Reading:
         steps: what each step read, in order.
         images: where the call's images stand.
         rows: samples of the request; a step may have several rows of each (beams).
+        own: share of the visual tokens held that the call brought; the others are of earlier turns.
         watch: what is noted of steps beside bytes: "" nothing, "tokens" which were read, "mass"
             also the share of attention that fell on them.
     """
@@ -80,6 +81,7 @@ class Reading:
     steps: list[StepRead] = field(repr=False, default_factory=list)
     images: Sequence[ImageTokens] = field(repr=False, default_factory=tuple)
     rows: int = 1
+    own: float = 1.0
     watch: str = ""
     aside: int = 0
     _last: int = field(repr=False, default=-1)
@@ -94,8 +96,16 @@ class Reading:
     @property
     def share_read(self) -> float | None:
         """Bytes of visual tokens that the steps read, sketches too, as a share of all of them."""
+        return self._share(step.bytes_read for step in self.steps)
+
+    @property
+    def share_fetched(self) -> float | None:
+        """Bytes that the steps moved from host memory, as a share of all visual tokens'."""
+        return self._share(step.bytes_fetched for step in self.steps)
+
+    def _share(self, some: Iterable[int]) -> float | None:
         dense = sum(step.bytes_dense for step in self.steps)
-        return sum(step.bytes_read for step in self.steps) / dense if dense else None
+        return sum(some) / dense if dense else None
 
     @property
     def share_of_attention(self) -> float | None:
@@ -111,7 +121,8 @@ class Reading:
 
         Returns:
             [n] float32 over the visual tokens that the image would have without any pruning: the
-            share of KV heads of all layers that read the token; 0 where it was not asked for.
+            share of the KV heads of `layers` that read the token, of beams those of the first; 0
+            where it was not watched.
         """
         index = self.steps[step].index
         out = [torch.zeros(image.total) for image in self.images]
@@ -138,6 +149,9 @@ class Reading:
             "host_bytes": self.host_bytes,
             "sketch_bytes": self.sketch_bytes,
             "aside": self.aside,
+            "share_read": self.share_read,
+            "share_fetched": self.share_fetched,
+            "share_of_attention": self.share_of_attention,
             "steps": [
                 {
                     "bytes_read": step.bytes_read,

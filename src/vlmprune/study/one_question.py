@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from vlmprune.draw import overlay
-from vlmprune.draw.boxes import token_boxes
+from vlmprune.draw.boxes import check_family, token_boxes
 from vlmprune.hosts import processed
 from vlmprune.hosts import sizes as tower_sizes
 from vlmprune.io.models import Loaded, attached, enough_memory
@@ -35,7 +35,10 @@ class OneWay:
         decode_tokens_per_second: speed after the first token, over the same number of tokens
             either way; None where it was not measured.
         total_ms: time of the whole call.
-        kv_bytes: bytes that the visual tokens' keys and values take.
+        kv_bytes: bytes that the visual tokens' keys and values take, on the device of the
+            computation.
+        kv_bytes_host: that they take in host memory.
+        kv_bytes_read: bytes for visual tokens that a decode step reads, as `Report` has them.
         decoder_flops: of the language model's prefill on visual tokens.
         flops: the same and the vision tower's.
     """
@@ -47,6 +50,8 @@ class OneWay:
     decode_tokens_per_second: float | None
     total_ms: float
     kv_bytes: int
+    kv_bytes_host: int
+    kv_bytes_read: int
     decoder_flops: float
     flops: float
 
@@ -188,6 +193,8 @@ def answer_twice(
             decode_tokens_per_second=statistics.median(rates[pruned]) if rates[pruned] else None,
             total_ms=statistics.median(times[pruned, max_new_tokens]),
             kv_bytes=getattr(report, f"kv_bytes_{part}"),
+            kv_bytes_host=report.reading.host_bytes if pruned and report.reading else 0,
+            kv_bytes_read=report.kv_bytes_read if pruned else report.kv_bytes_before,
             decoder_flops=getattr(report, f"decoder_flops_{part}"),
             flops=getattr(report, f"flops_{part}"),
         )
@@ -205,12 +212,58 @@ def answer_twice(
     )
 
 
+def check_drawn(loaded: Loaded) -> None:
+    """Refuse a model whose visual tokens cannot be placed on a picture, before any answer.
+
+    Raises:
+        VlmpruneError: it is one.
+    """
+    check_family(family_of(loaded.model).name)
+
+
 def draw(
     loaded: Loaded, inputs: Any, images: Sequence[Image.Image], report: Report, **form: Any
 ) -> list[Image.Image]:
     """For each image a picture of what was kept; `form` goes to `overlay.draw`."""
+    places = places_of(loaded, inputs, images, report)
+    return [
+        overlay.draw(
+            image,
+            place.boxes,
+            _roles(report, number),
+            crops=place.crops,
+            whole_crop=place.whole_crop,
+            **form,
+        )
+        for number, (image, place) in enumerate(zip(images, places, strict=True))
+    ]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an image's visual tokens lie on it, as `overlay.draw` wants it.
+
+    Attributes:
+        boxes: [n, 4] float32.
+        crops: [n] the crop of each; None where all are shown as one.
+        whole_crop: which of them is the view of the whole.
+    """
+
+    boxes: torch.Tensor
+    crops: torch.Tensor | None
+    whole_crop: int
+
+
+def places_of(
+    loaded: Loaded, inputs: Any, images: Sequence[Image.Image], report: Report
+) -> list[Place]:
+    """Where the visual tokens of each image lie.
+
+    Raises:
+        VlmpruneError: it is not known, as `token_boxes` has it.
+    """
     sizes = processed.sizes_of(inputs)
-    pictures = []
+    found = []
     for number, (image, layout) in enumerate(zip(images, report.layouts, strict=True)):
         boxes = token_boxes(
             layout,
@@ -220,15 +273,10 @@ def draw(
             None if sizes is None else sizes[number].tolist(),
             tower_sizes.patch_size(loaded.model.config),
         )
-        names = _roles(report, number)
         # Without a view of the whole all crops are shown as one.
         crops = None if layout.whole_crop is None or layout.crops == 1 else _panels(layout.crop)
-        pictures.append(
-            overlay.draw(
-                image, boxes, names, crops=crops, whole_crop=layout.whole_crop or 0, **form
-            )
-        )
-    return pictures
+        found.append(Place(boxes, crops, layout.whole_crop or 0))
+    return found
 
 
 def _roles(report: Report, number: int) -> list[str]:

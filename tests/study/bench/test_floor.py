@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -11,12 +12,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tiny import model, request
-from vlmprune import PLPHP, FastV, VisPruner, VlmpruneError, costs
+from vlmprune import PLPHP, FastV, Recall, VisPruner, VlmpruneError, costs
 from vlmprune.hosts.requests import base_of
 from vlmprune.methods.bases.budgeted import Budgeted
 from vlmprune.runtime.family import family_of
 from vlmprune.study import measure
 from vlmprune.study.bench import run as bench
+from vlmprune.study.bench import tables
 from vlmprune.study.bench.floor import Floor, counts_of, floor_of
 from vlmprune.views import EncoderView, Selection
 from zoo import ZOO
@@ -128,6 +130,67 @@ def test_how_many_tokens_a_floor_has() -> None:
     assert counts_of(report_of(built, inputs, both)) == (few, (2, 2, 2))
     # The layers see 16, 16 and 4.
     assert counts_of(report_of(built, inputs, FastV(keep=4))) == ((12,) * 3, (12,) * 3)
+
+
+def test_a_cache_that_is_read_in_part_has_the_floor_of_what_a_step_reads() -> None:
+    """Four heads of eight channels, two of them KV heads, in three layers."""
+    built = model("llava")
+    inputs = request(built, [1, 2]).inputs
+    # Of 16 tokens 4 are read, and of all the keys, which are half of the bytes. Row 0 has one
+    # picture of the two that there is room for.
+    exact, padded = Recall(read=4, sketch="exact", floor=0, always=True), 3 / 4
+    report = report_of(built, inputs, exact)
+    assert report.kv_bytes_after == report.kv_bytes_before / padded
+    read = report.kv_bytes_read / report.kv_bytes_before
+    assert read == pytest.approx(4 / 16 + 0.5 / padded)
+    assert counts_of(report) == ((16,) * 3, (round(16 * read),) * 3)
+    # One layer is read whole.
+    part = report_of(built, inputs, replace(exact, first_layer=1))
+    assert part.kv_bytes_read == pytest.approx(
+        (report.kv_bytes_before + 2 * report.kv_bytes_read) / 3
+    )
+    # What the sketch adds to what is held is no part of the floor's prefill.
+    both = report_of(built, inputs, VisPruner(8) | Recall(read=2, floor=0, always=True))
+    assert both.kv_bytes_after > both.kv_bytes_before / 2 > both.kv_bytes_read
+    each = both.kv_bytes_before / both.visual_tokens_before
+    few = round(both.kv_bytes_read / each / 3)
+    assert counts_of(both) == ((8,) * 3, (few,) * 3) and few < 8
+    # Without a step nothing was read in part.
+    with exact(built) as handle:
+        built.generate(**inputs, max_new_tokens=1, do_sample=False)
+    assert handle.report is not None and handle.report.kv_bytes_read == report.kv_bytes_before
+    assert counts_of(handle.report) == ((16,) * 3, (16,) * 3)
+
+
+def test_bench_tells_what_is_held_and_what_is_read() -> None:
+    built = model("llava")
+    work = bench.Work(built, request(built, [1]).inputs, "tiny", 1)
+    pruners = {
+        "here": Recall(read=2, floor=0, always=True),
+        "away": Recall(read=2, floor=0, store="host"),
+        "cut": PLPHP(r=0.5, dr=0),
+    }
+    result = bench.compare(work, pruners, new_tokens=3, repeat=1, floor=True)
+    here, away, cut = result.methods
+    full = result.full
+    sketch = away.visual_kv_bytes
+    assert here.visual_kv_bytes == full.visual_kv_bytes + sketch and sketch > 0
+    assert away.visual_host_bytes == full.visual_kv_bytes and here.visual_host_bytes == 0
+    assert here.visual_read_bytes == away.visual_read_bytes == full.visual_kv_bytes / 8 + sketch
+    assert cut.visual_read_bytes == cut.visual_kv_bytes == full.visual_kv_bytes / 2
+    assert full.visual_read_bytes == full.visual_kv_bytes
+    # The cache itself tells the same.
+    assert here.cache_bytes - away.cache_bytes == full.visual_kv_bytes
+    assert here.cache_bytes > full.cache_bytes + sketch
+    _, decode = result.floor(here) or (None, None)
+    assert decode is not None
+    assert decode.visual_tokens == round(16 * here.visual_read_bytes / full.visual_kv_bytes)
+    content = json.loads(json.dumps(result.as_dict()))
+    (shown,) = [
+        tables.rows(content | {"seconds_are": "CPU", "runs": [content]}, content)[row]
+        for row in (2,)
+    ]
+    assert "MiB on the host" in shown[-2] and shown[-2].endswith("read")
 
 
 def test_a_floor_that_cannot_be() -> None:

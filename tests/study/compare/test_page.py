@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image, PngImagePlugin
 
-from pages import FACTS, HOSTILE, picture, result, row, sliding
+from pages import FACTS, HOSTILE, picture, read_in_part, result, row, sliding
 from vlmprune.draw import layer_map
 from vlmprune.errors import VlmpruneError
 from vlmprune.io.outputs import Output
@@ -261,3 +261,26 @@ def test_only_files_of_its_own_are_overwritten(tmp_path: Path) -> None:
     picture("white").save(drawn, pnginfo=about)
     with pytest.raises(VlmpruneError, match="not of `vlmprune compare`"):
         Output(drawn, MARK).check()
+
+
+@pytest.mark.parametrize("hostile", ["", HOSTILE])
+def test_a_strip_lights_up_word_by_word(hostile: str) -> None:
+    text = page.render(read_in_part(hostile), b"", FACTS)
+    read = Reader(text)
+    assert [tag for tag, _ in read.tags].count("figure") == 2
+    strips = [about for _, about in read.tags if about.get("class") == "strip"]
+    # It can be scrolled by the keyboard.
+    assert len(strips) == 1 and strips[0]["tabindex"] == "0"
+    alts = [about["alt"] for tag, about in read.tags if tag == "img" and "read for" in about["alt"]]
+    assert alts == [f"what is read for “cat{hostile}”", "what is read for “…”"]
+    said = "".join(read.text)
+    assert f"cat{hostile}" in said and "<script" not in text
+    assert "KV 107 %, read by a step 14 %" in said and "KV 40 %" not in said
+    assert "the more KV heads read it" in said and "KV read: by a decode step" in said
+    heads = read.rows[0]
+    assert "KV read MiB" in heads
+    at = heads.index("KV read MiB")
+    # A method that reads all that it holds reads that.
+    assert [one[at] for one in read.rows[1:] if len(one) == len(heads)] == ["2.00", "0.250", "2.00"]
+    plain = page.render(result(), b"", FACTS)
+    assert "strip" not in plain.replace(".strip { flex-wrap", "") and "KV read" not in plain

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from PIL import Image
 from vlmprune.learned import Learned
 
 from tiny import model
@@ -19,7 +20,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.io import models, sources
 from vlmprune.methods import METHODS, VisPruner
 from vlmprune.methods.bases.budgeted import Budgeted
-from vlmprune.study.compare import configurations, results
+from vlmprune.study.compare import configurations, results, tables
 from vlmprune.study.compare import run as compare
 from vlmprune.study.compare.results import Comparison
 from vlmprune.study.evals import run as evaluate
@@ -252,7 +253,7 @@ def one_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ask(loaded: models.Loaded, task: Any, specs: list[str], **options: Any) -> Comparison:
-    found = configurations.ways_of(specs, [0.5])
+    found = configurations.ways_of(specs, [0.5], given=False)
     return compare.compare(loaded, sources.find_model(None), found, task, repeat=1, **options)
 
 
@@ -325,6 +326,39 @@ def test_what_layers_keep_for_real(
     # Beyond what a page holds there are figures, but no pictures.
     assert [len(one.drawn) for one in result.shown[1].answers] == [0, 0, 0]
     assert result.shown[1].answers[1].reached == inside.reached
+
+
+def test_what_steps_read_for_real(loaded: models.Loaded, task: Folder, one_timed: None) -> None:
+    specs = ["recall:always=true", "recall:floor=300", "recall"]
+    result = ask(loaded, task, specs, limit=1, show=1)
+    full, part, whole, aside = result.rows
+    assert (aside.kv_read, aside.kv_bytes) == (None, full.kv_bytes)
+    assert (full.kv_read, whole.kv_read, whole.kv_bytes) == (None, None, full.kv_bytes)
+    sketch = part.kv_bytes - full.kv_bytes
+    assert part.kv_read == full.kv_bytes / 16 + sketch and sketch > 0
+    assert tables.columns(result)["read"] == "KV read\nMiB"
+    _, read, plain, slower = result.shown[0].answers
+    assert read.kv_share == part.kv_bytes / full.kv_bytes > 1
+    assert read.read_share == pytest.approx(part.kv_read / full.kv_bytes)
+    # Four words, a full stop and the end, the first of them by prefill.
+    assert [one.word for one in read.strip] == ["one", "column", "one", ".", ""]
+    assert [one.images[0].size for one in read.strip] == [(results.STILL,) * 2] * 5
+    assert len({one.images[0].tobytes() for one in read.strip}) == 5
+    # The cat stands in the upper left; what is said of it last is read there.
+    last = read.strip[2].images[0].convert("L")
+    corner, elsewhere = (
+        last.crop(box).resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+        for box in ((12, 12, 36, 36), (60, 130, 150, 150))
+    )
+    assert corner > 2 * elsewhere
+    (over_all,) = read.drawn
+    assert over_all.size == (results.SIDE, results.SIDE)
+    assert plain.strip == [] and plain.read_share is None and plain.drawn == []
+    assert "reads every picture here whole" in plain.trouble
+    # So few tokens are read whole in less time, and then that is what is shown.
+    assert slower.strip == [] and slower.read_share == 1.0 and "always=true" in slower.trouble
+    told = json.loads(json.dumps(result.as_dict()))["shown"][0]["answers"]
+    assert [one["read_share"] for one in told] == [None, read.read_share, None, 1.0]
 
 
 def test_a_comparison_goes_on(

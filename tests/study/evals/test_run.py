@@ -19,7 +19,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 
 from tiny import PATCH, SIDE, VOCABULARY, model
-from vlmprune import PLPHP, Pruner, VisPruner, VlmpruneError, embedded
+from vlmprune import PLPHP, Pruner, Recall, VisPruner, VlmpruneError, embedded
 from vlmprune.hosts import contract
 from vlmprune.io.models import Loaded, prepare
 from vlmprune.methods import FastV
@@ -198,6 +198,10 @@ def test_figures(loaded: Loaded) -> None:
     assert [full.share(name) for name in ("visual_tokens", "flops", "kv_bytes")] == [1, 1, 1]
     assert half.share("kv_bytes") == cut.share("kv_bytes") == 0.5
     assert cut.share("decoder_flops") == 1
+    assert [one.share("kv_read") for one in (full, half, cut)] == [1, 0.5, 0.5]
+    part = evaluate(loaded, Recall(read=0.0625, sketch="exact", always=True), Some(), limit=3)
+    # All keys, and the values of a sixteenth with their keys.
+    assert part.share("kv_read") == 0.5625 and part.share("kv_bytes") == 1
     assert full.method == "unpruned"
     assert half.method == repr(VisPruner(keep=0.5))
 
@@ -368,7 +372,12 @@ def test_as_dict_and_back() -> None:
         "decoder_flops": pytest.approx(1 / 3),
         "flops": 0.5,
         "kv_bytes": 0.5,
+        "kv_read": 0.5,
     }
+    # Stores of before any cache was read in part.
+    for one in found["results"]:
+        one.pop("kv_read")
+    assert Evaluation.from_dict(found) == FIRST
     assert found["accuracy"] == asdict(FIRST.mean)  # type: ignore[call-overload]
     assert found["seconds"] == 3.5
     with pytest.raises(VlmpruneError, match="format None"):

@@ -162,6 +162,7 @@ class CacheRecall(PromptEnd):
         )
         reading.aside = sum(one.aside for one, _ in held)
         reading.images = self._images(layers[0].prefix)
+        reading.own = int(self.counts.sum()) * times / int(layers[0].prefix.tokens.sum())
         return report.with_reading(reading, self.seconds)
 
     def _images(self, recalled: Recalled) -> list[ImageTokens]:

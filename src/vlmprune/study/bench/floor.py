@@ -14,8 +14,9 @@ It is defined so:
 - *n* is, for prefill, the number of the picture's visual tokens that the language model sees: what
   a method keeps that prunes before it, the mean over the layers of one that drops tokens on the way
   through them, all of them for one that cuts the cache alone. For decoding it is the number whose
-  keys and values take as many bytes as the method leaves, which differs only where a method cuts
-  the cache. Both are rounded to whole tokens, at least one a picture.
+  keys and values take as many bytes as a step reads under the method: what it leaves where it cuts
+  the cache, and where it reads one in part what its steps read, sketches included. Both are rounded
+  to whole tokens, at least one a picture.
 """
 
 from __future__ import annotations
@@ -121,13 +122,13 @@ def counts_of(report: Report) -> tuple[tuple[int, ...], tuple[int, ...]]:
     kept = [len(one) for one in report.kept]
     # The report's bytes are of whichever type the cache has; shares of them are the same in each.
     each = report.kv_bytes_before / max(1, report.visual_tokens_before)
-    held = report.kv_bytes_after / each if each else float(sum(kept))
+    read = report.kv_bytes_read / each if each else float(sum(kept))
 
     def shared(parts: list[int]) -> tuple[int, ...]:
-        share = held / max(1, sum(parts))
+        share = read / max(1, sum(parts))
         return tuple(min(n, max(1, round(share * n))) for n in parts)
 
-    if held > sum(kept) + 1e-6:
+    if report.reading is None and read > sum(kept) + 1e-6:
         # Fewer reached the last layer than the layers before it hold.
         mean = shared([len(one.labels) for one in report.layouts])
         return mean, mean

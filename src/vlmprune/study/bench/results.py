@@ -53,7 +53,10 @@ class Figures:
         selecting_ms: of it what choosing took, without the encoder; None for all tokens.
         decode_tokens_per_second: after the first token; None where there is no second.
         total_ms: the whole call, from end to end.
-        visual_kv_bytes: that the visual tokens' keys and values take, by the formula.
+        visual_kv_bytes: that the visual tokens' keys and values take, by the formula; of a cache
+            that is read in part those on the device, sketches included.
+        visual_read_bytes: bytes for visual tokens that a decode step reads.
+        visual_host_bytes: of the visual tokens' keys and values in host memory.
         cache_bytes: of all keys and values held after the last token, of text as well.
         peak_bytes: most memory that a call held at once, beyond weights and inputs, as
             `measure.peak_bytes` has it; None where it was not asked for on a CPU.
@@ -69,6 +72,8 @@ class Figures:
     decode_tokens_per_second: Quartiles | None
     total_ms: Quartiles
     visual_kv_bytes: int
+    visual_read_bytes: int
+    visual_host_bytes: int
     cache_bytes: int
     peak_bytes: int | None
     flops: float
@@ -92,6 +97,7 @@ class Figures:
             "total_speedup": full.total_ms.median / self.total_ms.median,
             "selecting_share": selecting and selecting.median / full.first_ms.median,
             "visual_kv_ratio": full.visual_kv_bytes / self.visual_kv_bytes,
+            "visual_read_ratio": full.visual_read_bytes / self.visual_read_bytes,
             "cache_ratio": full.cache_bytes / self.cache_bytes,
             "peak_ratio": peak,
             "flops_ratio": full.flops / self.flops,

@@ -191,11 +191,15 @@ def _figures(name: str, way: _Way, ways: Mapping[str, _Way], work: Work) -> Figu
     part = "before" if way.report is None else "after"
     tokens = getattr(report, f"visual_tokens_{part}")
     kv, flops = getattr(report, f"kv_bytes_{part}"), getattr(report, f"flops_{part}")
+    read, host = kv, 0
+    if way.report is not None and way.report.reading is not None:
+        read, host = way.report.kv_bytes_read, way.report.reading.host_bytes
     if way.floor is not None:
         tokens = way.floor.visual_tokens
         spent = costs.spent(work.model.config, way.floor.row_tokens, work.model.dtype.itemsize)
         encoder = report.flops_before - report.decoder_flops_before
-        kv, flops = spent.kv_bytes, encoder + spent.flops
+        kv = read = spent.kv_bytes
+        flops = encoder + spent.flops
     first_ms = Quartiles.of([one.first_ms for one in way.calls])
     total_ms = Quartiles.of([one.total_ms for one in way.calls])
     assert first_ms is not None and total_ms is not None
@@ -212,6 +216,8 @@ def _figures(name: str, way: _Way, ways: Mapping[str, _Way], work: Work) -> Figu
         ),
         total_ms=total_ms,
         visual_kv_bytes=kv,
+        visual_read_bytes=read,
+        visual_host_bytes=host,
         cache_bytes=way.cached,
         peak_bytes=way.peak,
         flops=flops,

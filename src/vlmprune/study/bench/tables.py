@@ -23,7 +23,8 @@ LEGEND = (
     "short prompt of as many visual tokens, the encoder's work included; then the time of a decode "
     "step as a multiple of that with a cache as short as the method's",
     "selecting: what choosing takes of the unpruned time to the first token",
-    "KV, FLOPs: of the visual tokens, by the published formulas",
+    "KV, FLOPs: of the visual tokens, by the published formulas; of a cache that is read in part "
+    "what lies on the device, sketches included, and what a decode step reads",
 )
 
 
@@ -125,7 +126,7 @@ def _row(content: Content, run: Content, one: Content) -> list[str]:
         time("total_ms", "total_speedup"),
         ", ".join(cell or DASH for cell in times) if any(times) else "",
         selecting(share),
-        part(one["visual_kv_bytes"], full["visual_kv_bytes"]),
+        _kv(one, full),
     ]
     if "peak" in headings(content):
         cells.append(part(one["peak_bytes"], full["peak_bytes"]))
@@ -167,6 +168,17 @@ def part(size: int | None, full: int | None) -> str:
     if size is None:
         return DASH
     return f"{mib(size)} MiB{_saved(size, full or size)}"
+
+
+def _kv(one: Content, full: Content) -> str:
+    """Bytes held for visual tokens; also those on the host, and what a step reads of all."""
+    held, read = one["visual_kv_bytes"], one.get("visual_read_bytes")
+    said = part(held, full["visual_kv_bytes"])
+    if one.get("visual_host_bytes"):
+        said += f", {mib(one['visual_host_bytes'])} MiB on the host"
+    if read is not None and read != held:
+        said += f", {part(read, full['visual_kv_bytes'])} read"
+    return said
 
 
 def _saved(value: float, full: float) -> str:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from vlmprune.costs.units import percent
 from vlmprune.draw import layer_map, overlay
+from vlmprune.draw.style import LIGHT_ORANGE
 from vlmprune.io.pictures import to_rgb
 from vlmprune.study.compare.results import MARK, MOST, SIDE, Comparison, Shown, ShownAnswer
 from vlmprune.study.compare.tables import columns, sections
@@ -66,6 +67,8 @@ def render(result: Comparison, plot: bytes, facts: Mapping[str, Any], command: s
         legend=_legend(),
         ramp=[_hex(one) for one in layer_map.RAMP],
         mapped=any(answer.heads for shown in result.shown[:MOST] for answer in shown.answers),
+        followed=any(answer.strip for shown in result.shown[:MOST] for answer in shown.answers),
+        light=_hex(LIGHT_ORANGE),
         facts=facts,
         command=command,
     )
@@ -169,6 +172,8 @@ def _sample(result: Comparison, steps: list[int | float], shown: Shown) -> dict[
                 "kv": percent(answer.kv_share),
                 "map": _map(answer.heads),
                 "bars": _bars(answer),
+                "read": "" if answer.read_share is None else percent(answer.read_share),
+                "strip": [(one.word, list(map(inlined, one.images))) for one in answer.strip],
             }
             for row, answer in zip(result.rows, shown.answers, strict=True)
         ],

@@ -14,11 +14,13 @@ MARK = mark_of("compare")
 SIDE = 384
 """Pixels of a drawn picture's long side, about twice what the page shows; grids of 16 and 24 divide
 it."""
+STEPS, STILL = 8, 192
+"""Steps of an answer that are drawn, of all pictures together, and pixels of their long side."""
 MOST = 12
 """Questions that are drawn, so that the page stays small."""
 
 # Of a `ShownAnswer`, what JSON has.
-_TOLD = ("text", "score", "same", "kept", "kv_share", "parts", "heads", "reached")
+_TOLD = ("text", "score", "same", "kept", "kv_share", "parts", "heads", "reached", "read_share")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Row:
         kv_bytes: of the visual tokens' keys and values.
         prefill_ratio: time to the first token, that of all tokens being 1.
         prefill_ms: the same in milliseconds, on a GPU; None on a CPU, where only ratios tell.
+        kv_read: bytes for visual tokens that a decode step reads; None where that is `kv_bytes`.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Row:
     kv_bytes: float
     prefill_ratio: float
     prefill_ms: float | None = None
+    kv_read: float | None = None
 
     @property
     def full(self) -> bool:
@@ -84,6 +88,19 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Still:
+    """What one step of an answer read.
+
+    Attributes:
+        word: that it ended or went on with.
+        images: for each picture which cells were read.
+    """
+
+    word: str
+    images: list[Image.Image] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class ShownAnswer:
     """What one configuration made of a question.
 
@@ -99,6 +116,9 @@ class ShownAnswer:
         parts: how many were kept because they are important, and because they are diverse.
         heads: share of the visual tokens that each layer's KV heads keep, where a cache was cut.
         reached: visual tokens that reach each layer, where not all reach the last.
+        read_share: bytes of the visual tokens that a step reads, those of all tokens being 1, where
+            the cache is read in part.
+        strip: some of its steps, in order.
     """
 
     text: str
@@ -112,6 +132,8 @@ class ShownAnswer:
     parts: dict[str, int] = field(default_factory=dict)
     heads: list[list[float]] = field(repr=False, default_factory=list)
     reached: list[int] = field(repr=False, default_factory=list)
+    read_share: float | None = None
+    strip: list[Still] = field(repr=False, default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Methods and budgets over the same questions: answers, costs and times. Prints nothing.
 
-`evals` answers, `bench` times all ways in turns, `one_question` draws what was kept.
+`evals` answers, `bench` times all ways in turns, `drawn` draws what was kept.
 """
 
 from __future__ import annotations
@@ -8,24 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-from vlmprune import costs
-from vlmprune.draw import layer_map
 from vlmprune.errors import VlmpruneError
 from vlmprune.io import options, sources
-from vlmprune.io.models import Loaded, attached, prepare_texts
+from vlmprune.io.models import Loaded, prepare_texts
 from vlmprune.io.processors import scaled
 from vlmprune.pruner import Pruner
-from vlmprune.study import one_question
 from vlmprune.study.bench.run import compare as compare_times
 from vlmprune.study.bench.workload import Work
 from vlmprune.study.compare.configurations import Way
+from vlmprune.study.compare.drawn import drawn
 from vlmprune.study.compare.results import (
     MOST,
-    SIDE,
     Comparison,
     Row,
     Shown,
@@ -272,51 +268,14 @@ def _show(
             answer = ShownAnswer(said.answer, said.score, said.answer == by_id[0][sample.id].answer)
             if way is not None:
                 steps.at(f"Drawing: {way.spec}…")
-                answer = _drawn(loaded, way.pruner, inputs, images, answer, number < MOST)
+                limit = task.max_new_tokens(sample) if number < MOST else 0
+                answer = drawn(loaded, way.pruner, inputs, images, answer, limit)
                 steps.finish(1)
             answers.append(answer)
         before = next((one.before for one in answers if one.before), 0)
         answers[0] = replace(answers[0], kept=before, before=before)
         shown.append(Shown(sample.question, sample.answers, images, answers))
     return shown
-
-
-def _drawn(
-    loaded: Loaded,
-    pruner: Pruner,
-    inputs: Any,
-    images: Sequence[Image.Image],
-    answer: ShownAnswer,
-    drawn: bool,
-) -> ShownAnswer:
-    """An answer with what was kept for it, in figures and where wanted in pictures."""
-    with attached(pruner, loaded.model) as handle:
-        loaded.model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
-        assert handle is not None and handle.report is not None
-        report = handle.report
-    caching = costs.caching_layers(loaded.model.config)
-    answer = replace(
-        answer,
-        kept=sum(len(indices) for indices in report.kept),
-        before=report.visual_tokens_before,
-        kv_share=report.kv_bytes_after / report.kv_bytes_before,
-        parts={
-            role: sum(int(one[role].sum()) for one in report.roles if role in one)
-            for role in ("important", "diverse")
-            if any(role in one for one in report.roles)
-        },
-        heads=layer_map.shares(report, caching),
-        reached=layer_map.reached(report, len(caching)),
-    )
-    if not drawn:
-        return answer
-    try:
-        pictures = one_question.draw(
-            loaded, inputs, images, report, legend=False, min_side=SIDE, max_side=SIDE
-        )
-    except VlmpruneError as error:
-        return replace(answer, trouble=str(error))
-    return replace(answer, drawn=pictures)
 
 
 def _rows(
@@ -351,6 +310,7 @@ def _row(
     difference = None if control is None else scored.minus(control)
     assert score is not None and same is not None
     groups = [one.group for one in scored.scored]
+    held, read = answers.total("kv_bytes"), answers.total("kv_read")
     return Row(
         name=ALL_TOKENS if way is None else way.name,
         keep=None if way is None else way.keep,
@@ -362,7 +322,8 @@ def _row(
         visual_tokens=answers.total("visual_tokens") / count,
         decoder_flops=answers.total("decoder_flops") / count,
         flops=answers.total("flops") / count,
-        kv_bytes=answers.total("kv_bytes") / count,
+        kv_bytes=held / count,
         prefill_ratio=times[name] / times[ALL_TOKENS],
         prefill_ms=times[name] if absolute else None,
+        kv_read=None if read == held else read / count,
     )

@@ -36,6 +36,7 @@ def columns(result: Comparison) -> dict[str, str]:
         "decoder": f"LLM\n{unit}FLOPs",
         "flops": f"all\n{unit}FLOPs",
         "kv": "KV\nMiB",
+        **({"read": "KV read\nMiB"} if any(row.kv_read is not None for row in result.rows) else {}),
         "prefill": "prefill\nratio",
         **({"ms": "prefill\nms"} if result.rows[0].prefill_ms is not None else {}),
     }
@@ -59,6 +60,7 @@ def _texts(row: Row, scale: float) -> dict[str, str]:
         "decoder": digits(row.decoder_flops / scale),
         "flops": digits(row.flops / scale),
         "kv": mib(row.kv_bytes),
+        "read": mib(row.kv_bytes if row.kv_read is None else row.kv_read),
         "prefill": f"{row.prefill_ratio:.2f}",
         "ms": "" if row.prefill_ms is None else f"{row.prefill_ms:.1f}",
     }

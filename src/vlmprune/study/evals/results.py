@@ -96,7 +96,7 @@ class Evaluation:
         """A figure relative to what it was before pruning; 1 where there was nothing.
 
         Args:
-            name: "visual_tokens", "decoder_flops", "flops" or "kv_bytes".
+            name: "visual_tokens", "decoder_flops", "flops", "kv_bytes" or "kv_read".
         """
         before = self.total(f"{name}_before")
         return self.total(name) / before if before else 1.0
@@ -114,7 +114,7 @@ class Evaluation:
             "by_kind": {kind: asdict(one) for kind, one in self.by_kind.items()},
             "shares": {
                 name: self.share(name)
-                for name in ("visual_tokens", "decoder_flops", "flops", "kv_bytes")
+                for name in ("visual_tokens", "decoder_flops", "flops", "kv_bytes", "kv_read")
             },
             "seconds": self.total("seconds"),
             "results": [asdict(one) for one in self.results],

@@ -239,6 +239,7 @@ def _figures(report: Report, layers: int, samples: int) -> dict[str, float]:
         "flops_before": report.flops_before,
         "kv_bytes": report.kv_bytes_after,
         "kv_bytes_before": report.kv_bytes_before,
+        "kv_read": report.kv_bytes_read,
     }
     return {name: value / samples for name, value in figures.items()}
 

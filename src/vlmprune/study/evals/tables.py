@@ -121,10 +121,17 @@ class Assessed:
             before = self.full_figures.get(name)
             change = "" if before is None else f"{value - before:+.1f}"
             lines.append((name, "" if before is None else f"{before:.1f}", f"{value:.1f}", change))
-        for title, name in COSTS.items():
+        for title, name in self._costs.items():
             share = self.answers.share(name)
             lines.append((title, percent(1), percent(share, ".1f"), percent(share - 1, "+.1f")))
         return lines
+
+    @property
+    def _costs(self) -> dict[str, str]:
+        """Rows of costs; what a decode step reads is told where it is not what is held."""
+        read = self.answers.total("kv_read")
+        told = {} if read == self.answers.total("kv_bytes") else {"KV read by a step": "kv_read"}
+        return COSTS | told
 
     def notes(self) -> list[str]:
         """What the figures mean, a sentence each."""
@@ -159,7 +166,7 @@ class Assessed:
             "by_kind": {one.name: _dict(one) for one in self.by_kind},
             "figures": dict(self.figures),
             "unpruned": None if full is None else {"figures": dict(self.full_figures)},
-            "shares": {name: self.answers.share(name) for name in COSTS.values()},
+            "shares": {name: self.answers.share(name) for name in self._costs.values()},
             "visual_tokens": self.answers.total("visual_tokens") / len(self.answers.results),
             "seconds": self.answers.total("seconds"),
         }

@@ -17,6 +17,7 @@ from vlmprune.hosts import families
 from vlmprune.hosts.decoder import decoder_layers
 from vlmprune.io.models import Loaded
 from vlmprune.io.options import one_of
+from vlmprune.method import Method
 from vlmprune.pruner import Pruner
 from vlmprune.runtime.encoder.visions import Vision
 from vlmprune.study.evals.results import Evaluation
@@ -31,6 +32,7 @@ from vlmprune.study.tasks.part import Part
 COSTS = {
     "flops": ("decoder_flops", "FLOPs of the language model's prefill on visual tokens"),
     "kv": ("kv_bytes", "bytes of the visual tokens' keys and values"),
+    "read": ("kv_read", "bytes for visual tokens that a decode step reads"),
     "tokens": ("visual_tokens", "visual tokens, averaged over layers"),
 }
 # Pictures whose encodings are held in memory from one trial to the next.
@@ -110,7 +112,7 @@ class Outcome:
 def ask(
     method: str,
     over: Sequence[str],
-    cost: str,
+    cost: str | None,
     max_loss: float,
     trials: int,
     group: int,
@@ -118,7 +120,7 @@ def ask(
     batch: int,
     out: Path,
 ) -> Asked:
-    """Check what was asked for.
+    """Check what was asked for; without a cost that which the method is there for.
 
     Raises:
         VlmpruneError: one sentence says what does not fit.
@@ -129,10 +131,20 @@ def ask(
             f"{method!r} chains several methods; search one at a time, and chain what comes of it."
         )
     stage = stages[0]
+    in_part = stage.cls.recall is not Method.recall
+    cost = cost or ("read" if in_part else "flops")
     one_of("cost", cost, COSTS)
+    if in_part and cost in ("flops", "tokens"):
+        raise VlmpruneError(
+            f"--cost {cost} is the same for every setting of {stage.name}, which keeps all tokens; "
+            "use --cost read."
+        )
     for name, value in (("trials", trials), ("group", group)):
         if value < 1:
             raise VlmpruneError(f"{name}={value} is not a whole number of 1 or more.")
+    if cost == "read" and in_part:
+        # A step that reads all where that is faster would cost the same whatever is set.
+        stage.settings.setdefault("always", True)
     scheduled = stage.name == SCHEDULED
     if scheduled and (over or stage.file is not None or "rates" in stage.settings):
         raise VlmpruneError(

@@ -66,6 +66,7 @@ Space = Mapping[str, Range | Choice]
 # finely at 3 % as at 30 %.
 KNOWN: Space = {
     "keep": Range(0.02, 1.0, log=True),
+    "read": Range(0.01, 0.5, log=True),
     "important_ratio": Range(0.0, 1.0),
     "k": Range(0.05, 5.0, log=True),
     "tau": Range(0.6, 1.0),

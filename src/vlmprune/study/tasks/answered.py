@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from vlmprune.errors import VlmpruneError
@@ -27,9 +27,11 @@ class Answered:
         decoder_flops_before: without pruning.
         flops: the same with the vision tower's, once for each question.
         flops_before: without pruning.
-        kv_bytes: of the visual tokens' keys and values once the prompt is read.
+        kv_bytes: of the visual tokens' keys and values once the prompt is read; of a cache that is
+            read in part those on the device, sketches included.
         kv_bytes_before: without pruning.
         seconds: wall time; of what was done for several samples at once, the sample's share.
+        kv_read: bytes for visual tokens that a decode step reads; by default all that are held.
     """
 
     id: str
@@ -46,6 +48,16 @@ class Answered:
     kv_bytes: float
     kv_bytes_before: float
     seconds: float
+    kv_read: float = -1.0
+
+    def __post_init__(self) -> None:
+        if self.kv_read < 0:
+            object.__setattr__(self, "kv_read", self.kv_bytes)
+
+    @property
+    def kv_read_before(self) -> float:
+        """Without pruning a step reads all that is held."""
+        return self.kv_bytes_before
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> Answered:
@@ -54,10 +66,12 @@ class Answered:
         Raises:
             VlmpruneError: something is missing.
         """
-        names = [one.name for one in fields(cls)]
-        missing = [name for name in names if name not in given]
+        missing = [
+            one.name for one in fields(cls) if one.default is MISSING and one.name not in given
+        ]
         if missing:
             raise VlmpruneError(
                 f"a stored result lacks {', '.join(missing)}; evaluate anew into another file."
             )
-        return cls(**{name: given[name] for name in names})
+        names = {one.name for one in fields(cls)}
+        return cls(**{name: value for name, value in given.items() if name in names})
