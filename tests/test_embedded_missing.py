@@ -95,7 +95,7 @@ def test_a_command_that_needs_it_says_so_before_any_work(
     ("words", "expected"),
     [
         (("--help",), "calibrate"),
-        (("plan", "llava-next-7b", "--keep", "29"), "2880 → 145"),
+        (("plan", "llava-next-7b", "--keep", "29"), "2928 → 193"),
         (("methods",), None),
         (("methods", "quecc"), None),
         (("models",), None),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,7 @@ def _method(name: str, cls: type) -> dict[str, Any]:
     from vlmprune.methods.bases.learned import Learned, shipped
 
     settings = {}
-    for field in fields(cls):
-        if not field.init:
-            continue
+    for field in spec.settings_of(cls):
         required = spec.required(field)
         settings[field.name] = {
             "required": required,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from vlmprune.select.budget import Budget, check_budget
+from vlmprune.select.budget import Budget, Newlines, check_budget
 from vlmprune.select.sketch import Kind
 from vlmprune.views import (
     Ask,
@@ -61,6 +61,8 @@ class Method:
 
     positions: Positions = "auto"
     score: Score = "auto"
+    # Of methods that choose before the language model: what becomes of newline tokens.
+    newlines: Newlines = "keep"
     # Of methods that cut caches: how many of the prompt's last tokens are asked, and the
     # architecture that its thresholds are for.
     window: int = 1

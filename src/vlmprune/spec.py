@@ -73,7 +73,7 @@ class Stage:
     @property
     def names(self) -> list[str]:
         """All settings that the method has."""
-        return [one.name for one in _fields(self.cls)]
+        return [one.name for one in settings_of(self.cls)]
 
     @property
     def missing(self) -> list[str]:
@@ -81,7 +81,9 @@ class Stage:
         if self.file is not None:
             return []
         return [
-            one.name for one in _fields(self.cls) if required(one) and one.name not in self.settings
+            one.name
+            for one in settings_of(self.cls)
+            if required(one) and one.name not in self.settings
         ]
 
     def build(self) -> Pruner:
@@ -226,8 +228,9 @@ def reads_files(cls: type) -> bool:
     return hasattr(cls, "from_file")
 
 
-def _fields(cls: type) -> list[Field[Any]]:
-    return [one for one in fields(cls) if one.init]
+def settings_of(cls: type) -> list[Field[Any]]:
+    """The settings of a method, those that go by name only behind the others."""
+    return sorted((one for one in fields(cls) if one.init), key=lambda one: bool(one.kw_only))
 
 
 def _split(pattern: re.Pattern[str], text: str) -> list[str]:
@@ -308,7 +311,7 @@ def _dump(pruner: Method) -> str:
             f"{type(pruner).__name__} is none of {', '.join(METHODS)}, so it has no name to write."
         )
     settings = {}
-    for one in _fields(type(pruner)):
+    for one in settings_of(type(pruner)):
         value = getattr(pruner, one.name)
         if not required(one):
             default = default_of(one)

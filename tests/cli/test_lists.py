@@ -22,24 +22,55 @@ def test_version_and_help():
     [
         ("llava-1.5-7b", 64, 64, "8.02", "1.21", 32),
         ("llava-1.5-7b", 192, 192, "8.02", "2.89", 96),
-        ("llava-next-7b", 144, 720, "43.6", "11.5", 360),
+        # Published against 2880 tokens, which a model that keeps its newlines does not have.
+        ("llava-next-7b", 144, 720, "44.3", "11.5", 360),
     ],
 )
 def test_plan_reproduces_the_published_figures(model, keep, tokens, before, after, megabytes):
-    content = json.loads(call("plan", model, "--keep", keep, "--json").stdout)
+    options = ("--keep", keep, "--newlines", "drop")
+    content = json.loads(call("plan", model, *options, "--json").stdout)
     assert content["visual_tokens_after"] == tokens
     assert f"{content['total_tflops_before']:.3g}" == before
     assert f"{content['total_tflops_after']:.3g}" == after
     assert content["kv_bytes_after"] == megabytes * 2**20
-    shown = call("plan", model, "--keep", keep).stdout
+    shown = call("plan", model, *options).stdout
     assert f"{before} → {after}" in shown and f"→ {tokens}" in shown
 
 
 def test_plan_options():
     options = ("--keep", 640, "--budget", "image", "--crops", 3)
     content = json.loads(call("plan", "llava-next-7b", *options, "--json").stdout)
-    assert (content["visual_tokens_before"], content["visual_tokens_after"]) == (3 * 576, 640)
+    assert (content["visual_tokens_before"], content["visual_tokens_after"]) == (
+        3 * 576 + 24,
+        640 + 24,
+    )
     assert json.loads(call("plan", "llava-1.5-7b", "--json").stdout)["flops_saving"] == 0
+    options = ("--keep", 29, "--size", "480x640", "--newlines")
+    for newlines, left in (("keep", 181), ("drop", 145)):
+        content = json.loads(call("plan", "llava-next-7b", *options, newlines, "--json").stdout)
+        assert (content["visual_tokens_before"], content["visual_tokens_after"]) == (2340, left)
+        assert content["newline_tokens_after"] == left - 145
+    shown = call("plan", "llava-next-7b", "--keep", 29).stdout
+    assert "48 of the tokens are newlines, which --newlines drop leaves out." in shown
+    without = call("plan", "llava-next-7b", "--keep", 29, "--newlines", "drop").stdout
+    assert "newlines" not in without + call("plan", "llava-1.5-7b", "--keep", 29).stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--size", "480"), "--size 480 is not a height and a width"),
+        (("--size", "480xwide"), "--size 480xwide"),
+        (("--size", "0x5"), "size=(0, 5)"),
+        (("--size", "48x64", "--crops", 3), "give one of them"),
+        (("--newlines", "none"), "newlines='none'"),
+        (("--compute-budget", 4, "--newlines", "drop"), "--newlines out"),
+    ],
+)
+def test_plan_refuses(options, words):
+    told = call("plan", "llava-next-7b", *options)
+    assert told.exit_code == 2 and told.stdout == ""
+    assert words in " ".join(told.stderr.split())
 
 
 def test_methods_lists_all():
@@ -47,7 +78,12 @@ def test_methods_lists_all():
     assert [one["name"] for one in content] == list(METHODS)
     for one in content:
         cls = METHODS[one["name"]]
-        assert list(one["settings"]) == [field.name for field in fields(cls) if field.init]
+        own = [field for field in fields(cls) if field.init]
+        # Those that go by name only come last.
+        assert list(one["settings"]) == [
+            *(field.name for field in own if not field.kw_only),
+            *(field.name for field in own if field.kw_only),
+        ]
         assert (one["needs"], one["paper"]) == (cls.needs, cls.paper)
         # What a user has to know of each; a control is nobody's method, and another may be new.
         assert one["stage"] and one["needs"], one["name"]

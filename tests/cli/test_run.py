@@ -287,6 +287,40 @@ def test_any_resolution_lights_up_in_two_panels(any_resolution, tmp_path):
         assert film.n_frames == 3 and film.width == 2 * 448 + 3 * 20
 
 
+def test_newline_tokens_are_dropped_and_drawn_as_dropped(any_resolution, tmp_path):
+    photo = tmp_path / "wide.png"
+    with Image.open(COFFEE) as image:
+        image.resize((200, 100)).save(photo)
+    common = ("run", photo, QUESTION, "--model", any_resolution, "--json", "--device", "cpu")
+    common += ("--repeat", 1, "--max-new-tokens", 2, "--decode-tokens", 0, "--newlines", "drop")
+    pictures = []
+    for number, settings in enumerate((("--keep", 4), ("--method", "fastervlm:keep=4"), ())):
+        drawn = tmp_path / f"{number}.png"
+        result = call(*common, *settings, "--save-overlay", drawn)
+        if not settings:
+            # The default keeps 64, more than these crops have.
+            assert result.exit_code == 2 and "keep=64" in result.output
+            continue
+        assert result.exit_code == 0, result.output
+        content = json.loads(result.stdout)
+        assert content["method"].endswith("newlines=drop")
+        assert content["pruned"]["visual_tokens"] == 3 * 4
+        report = content["report"]
+        assert (report["newline_tokens_before"], report["newline_tokens"]) == (4, 0)
+        with Image.open(drawn) as picture:
+            pictures.append(np.asarray(picture.convert("RGB")).copy())
+    # But for what is written above and below, the same patches are drawn as with newlines kept.
+    kept = tmp_path / "kept.png"
+    assert call(*common[:-1], "keep", "--keep", 4, "--save-overlay", kept).exit_code == 0
+    with Image.open(kept) as picture:
+        usual = np.asarray(picture.convert("RGB"))
+    panels = slice(60, 400)
+    assert (pictures[0][panels] == usual[panels]).all()
+    assert (pictures[0] != usual).any() and (pictures[0][panels] != pictures[1][panels]).any()
+    refused = call(*common[:-1], "none", "--keep", 4)
+    assert refused.exit_code == 2 and "newlines='none'" in refused.output
+
+
 def test_warnings_and_bars_come_back(ran):
     """The command silences Transformers for itself alone."""
     from transformers.utils import logging

@@ -36,7 +36,9 @@ def test_crops_are_the_same_to_plans_and_shapes(name: str) -> None:
     config = shapes.config_of(name)
     crops = CROPS[config.model_type].count
     assert crops == shapes.crops_of(config) == plan(name).crops
-    assert plan(name).visual_tokens_before == crops * shapes.tokens_per_crop(config)
+    assert plan(name).visual_tokens_before == shapes.tokens_per_image(config)
+    without = plan(name, newlines="drop").visual_tokens_after
+    assert without == crops * shapes.tokens_per_crop(config)
     assert costs.patch_count(KNOWN[name]) == shapes.tokens_per_crop(config) == 576
 
 

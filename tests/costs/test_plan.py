@@ -32,11 +32,16 @@ from vlmprune.errors import VlmpruneError
     ],
 )
 def test_llava_next_7b(keep: Any, budget: Any, tokens: int, tflops: str, mib: float) -> None:
-    made = plan("llava-next-7b", keep, budget)
-    assert (made.crops, made.visual_tokens_before, made.visual_tokens_after) == (5, 2880, tokens)
-    assert f"{made.total_tflops_before:.1f}" == "43.6"
+    """As published, without newlines; by default each of the 48 is one token more."""
+    made = plan("llava-next-7b", keep, budget, newlines="drop")
+    assert (made.crops, made.visual_tokens_before, made.visual_tokens_after) == (5, 2928, tokens)
     assert f"{made.total_tflops_after:.1f}" == tflops
-    assert (made.kv_bytes_before, made.kv_bytes_after) == (1440 * MIB, mib * MIB)
+    assert (made.kv_bytes_before, made.kv_bytes_after) == (1464 * MIB, mib * MIB)
+    usual = plan("llava-next-7b", keep, budget)
+    assert usual.visual_tokens_after == tokens + 48
+    assert (usual.newline_tokens_before, usual.newline_tokens_after) == (48, 48)
+    assert usual.kv_bytes_after == (mib + 24) * MIB
+    assert usual.total_tflops_after > made.total_tflops_after
 
 
 @pytest.mark.parametrize(
@@ -50,15 +55,18 @@ def test_llava_15_7b(keep: int | None, tflops: str) -> None:
 
 
 def test_the_headline_saving() -> None:
-    made = plan("llava-next-7b", 29)
+    made, whole = (plan("llava-next-7b", keep, newlines="drop") for keep in (29, None))
+    assert f"{1 - made.total_tflops_after / whole.total_tflops_after:.0%}" == "91%"
     assert f"{made.flops_saving:.0%}" == "91%"
-    assert made.kv_saving == 1 - 145 / 2880
+    assert made.kv_saving == 1 - 145 / 2928
+    usual = plan("llava-next-7b", 29)
+    assert f"{usual.flops_saving:.0%}" == "90%" and usual.kv_saving == 1 - 193 / 2928
     nothing = plan("llava-next-7b")
     assert nothing.flops_saving == nothing.kv_saving == 0
 
 
 def test_13b_is_wider_and_deeper() -> None:
-    n, d, m = 2880, 5120, 13824
+    n, d, m = 2928, 5120, 13824
     made = plan("llava-next-13b")
     assert made.llm_tflops_before == 40 * 2 * (4 * n * d**2 + 2 * n**2 * d + 3 * n * d * m) / 1e12
     assert made.kv_bytes_before == 2 * 40 * d * 2 * n
@@ -67,10 +75,18 @@ def test_13b_is_wider_and_deeper() -> None:
 
 
 def test_crops_fractions_and_cache_width() -> None:
-    assert plan("llava-next-7b", 10, crops=3).visual_tokens_after == 30
-    assert plan("llava-next-7b", 10, "image", crops=3).visual_tokens_after == 10
-    assert plan("llava-next-7b", 0.1).visual_tokens_after == 5 * 58
-    assert plan("llava-next-7b", 0.1, "image").visual_tokens_after == 288
+    for newlines, left in (("keep", 1), ("drop", 0)):
+
+        def after(*settings: Any, newlines: Any = newlines, **crops: Any) -> int:
+            return plan("llava-next-7b", *settings, newlines=newlines, **crops).visual_tokens_after
+
+        # Two crops side by side end 24 rows, and so do three; two over two end 48.
+        assert after(10, crops=3) == 30 + 24 * left
+        assert after(10, "image", crops=4) == 10 + 24 * left
+        assert after(10, crops=1) == 10
+        assert after(0.1) == 5 * 58 + 48 * left
+        assert after(0.1, "image") == 288 + 48 * left
+        assert plan("llava-1.5-7b", 10, newlines=newlines).visual_tokens_after == 10  # type: ignore[arg-type]
     assert plan("llava-1.5-7b", bytes_per_value=4).kv_bytes_before == 2 * 288 * MIB
     single = plan("llava-next-7b", crops=1)
     assert single.total_tflops_before == plan("llava-1.5-7b").total_tflops_before
@@ -155,6 +171,12 @@ def test_refusals(tmp_path: Path) -> None:
     assert "keep=0 " in refused("llava-next-7b", 0)
     assert "budget='video'" in refused("llava-next-7b", 1, "video")
     assert "crops=0" in refused("llava-next-7b", 1, crops=0)
+    assert "newlines='no'" in refused("llava-next-7b", 1, newlines="no")
+    assert "size=(0, 5)" in refused("llava-next-7b", 1, size=(0, 5))
+    assert "crops=3" in refused("llava-next-7b", 1, size=(5, 5), crops=3)
+    # Of a picture whose largest crop has so many, the others keep all they have.
+    assert plan("llava-next-7b", 576, size=(480, 640), newlines="drop").visual_tokens_after == 2304
+    assert "keep=577" in refused("llava-next-7b", 577, size=(480, 640))
     assert "bytes_per_value=0" in refused("llava-next-7b", 1, bytes_per_value=0)
 
 
@@ -174,18 +196,19 @@ def test_configs_that_cannot_be_used(tmp_path: Path) -> None:
 def test_json_and_table() -> None:
     plans = [plan("llava-next-7b", keep) for keep in (None, 144, 29)]
     loaded = json.loads(json.dumps(plans[1].as_dict()))
-    assert loaded["visual_tokens_after"] == 720
+    assert loaded["visual_tokens_after"] == 768
     assert loaded["total_tflops_after"] == plans[1].total_tflops_after
     assert Plan(**{k: loaded[k] for k in Plan.__dataclass_fields__}) == plans[1]
     console = Console(file=StringIO(), width=160)
     console.print(plans_table(plans))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for cell in (
-        "2880 → 720",
-        "43.6 → 11.5",
-        "1440 → 360",
-        "43.6 → 3.80",
-        "1440 → 72.5",
-        "91 %",
+        "2928 → 768",
+        "44.3 → 12.2",
+        "1464 → 384",
+        "44.3 → 4.43",
+        "1464 → 96.5",
+        "90 %",
+        "48 of the tokens are newlines",
     ):
         assert cell in text

@@ -18,6 +18,8 @@ def test_settings_are_merged_into_the_method() -> None:
     assert read.pruner == VisPruner(keep=128, important_ratio=0.75)
     assert (read.pretrained, read.batch_size, read.max_new_tokens) == (None, 4, 128)
     assert arguments.read({"keep": 0.25, "method": "vispruner"}).pruner == VisPruner(keep=0.25)
+    without = arguments.read(arguments.split("method=vispruner,keep=29,newlines=drop"))
+    assert without.pruner == VisPruner(keep=29, newlines="drop")
 
 
 def test_chains_and_quotes() -> None:

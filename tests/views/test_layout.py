@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -157,6 +158,16 @@ def test_crop_row_column_round_trip(crops: int, rows: int, columns: int, random:
     flat = kept.flatten().tolist()
     want = [label == NO_PATCH or flat[label] for label in labels]
     assert to_tokens(one, one.labels, kept).tolist() == want
+    # Newlines may be dropped, CLS tokens never are.
+    without = [label != NO_PATCH and flat[label] for label in labels]
+    assert one.to_tokens(kept, "drop").tolist() == without
+    assert replace(one, cls=True).to_tokens(kept, "drop").tolist() == want
+    for cls, newlines, left in (
+        (False, "keep", one.newlines),
+        (False, "drop", 0),
+        (True, "drop", one.newlines),
+    ):
+        assert replace(one, cls=cls).left_newlines(newlines) == left
 
 
 def test_plain_layout() -> None:

@@ -18,6 +18,7 @@ from vlmprune.cli.options import (
     Limit,
     Markdown,
     Model,
+    Newlines,
     Text,
     keep_of,
 )
@@ -47,6 +48,7 @@ def evaluate(
     ] = "vispruner",
     keep: Keep = None,
     budget: Budget = None,
+    newlines: Newlines = None,
     task: Annotated[
         str,
         typer.Option(
@@ -93,7 +95,11 @@ def evaluate(
         from vlmprune.study.evals.tables import MARK, Assessed
 
         with models.quiet():
-            settings = {"keep": None if keep is None else keep_of(keep), "budget": budget}
+            settings = {
+                "keep": None if keep is None else keep_of(keep),
+                "budget": budget,
+                "newlines": newlines,
+            }
             stages = spec.read(method)
             pruner = options.make_pruner(method, settings)
             _check_pictures(stages)

@@ -37,6 +37,13 @@ Limit = Annotated[
 Markdown = Annotated[
     Text, typer.Option(metavar="FILE.md", help="Write the figures as a table, too.")
 ]
+Newlines = Annotated[
+    Text,
+    typer.Option(
+        help='"keep" or "drop" the newline tokens of any-resolution models; the published budgets '
+        "count none. Kept by default.",
+    ),
+]
 Model = Annotated[
     Text, typer.Option(help="A model folder or an id of the Hub; by default the embedded model.")
 ]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vlmprune.cli.options import AsJson, Budget, Number, Text, keep_of
+from vlmprune.cli.options import AsJson, Budget, Newlines, Number, Text, keep_of
 from vlmprune.cli.printing import console, figures_table, print_json
 from vlmprune.costs.units import digits, mib, percent
 from vlmprune.errors import VlmpruneError
@@ -31,6 +31,14 @@ def plan(
     crops: Annotated[
         Number, typer.Option(help="Crops of the image; by default 1, or 5 for LLaVA-NeXT.")
     ] = None,
+    size: Annotated[
+        Text,
+        typer.Option(
+            metavar="HEIGHTxWIDTH",
+            help="Size of the image in pixels; by default one that fills its crops.",
+        ),
+    ] = None,
+    newlines: Newlines = None,
     compute_budget: Annotated[
         Text,
         typer.Option(
@@ -48,7 +56,8 @@ def plan(
     Without weights. With --compute-budget: which language model can have how many visual tokens.
     """
     if compute_budget is not None:
-        _equal_compute(model, (keep, budget, crops), compute_budget, text_tokens, as_json)
+        others = (keep, budget, crops, size, newlines)
+        _equal_compute(model, others, compute_budget, text_tokens, as_json)
         return
     from vlmprune.costs.architectures import KNOWN
     from vlmprune.costs.plan import plan as planned
@@ -61,11 +70,26 @@ def plan(
     if text_tokens is not None:
         raise VlmpruneError("--text-tokens goes with --compute-budget alone; leave it out.")
     kept = None if keep is None else keep_of(keep)
-    costs = planned(model, kept, budget or "crop", crops)  # type: ignore[arg-type]
+    costs = planned(
+        model,
+        kept,
+        budget or "crop",  # type: ignore[arg-type]
+        crops,
+        newlines=newlines or "keep",  # type: ignore[arg-type]
+        size=None if size is None else _size(size),
+    )
     if as_json:
         print_json(costs.as_dict())
     else:
         console().print(plans_table([costs]))
+
+
+def _size(text: str) -> tuple[int, int]:
+    """What `--size` says."""
+    height, _, width = text.lower().partition("x")
+    if not (height.strip().isdecimal() and width.strip().isdecimal()):
+        raise VlmpruneError(f"--size {text} is not a height and a width, as in --size 480x640.")
+    return int(height), int(width)
 
 
 def _equal_compute(
@@ -81,8 +105,8 @@ def _equal_compute(
 
     if any(one is not None for one in others):
         raise VlmpruneError(
-            "--compute-budget works out the tokens by itself; leave --keep, --budget and --crops "
-            "out."
+            "--compute-budget works out the tokens by itself; leave --keep, --budget, --crops, "
+            "--size and --newlines out."
         )
     text = 50 if text_tokens is None else text_tokens
     if text < 0:
@@ -102,8 +126,15 @@ def plans_table(plans: Iterable[Plan]) -> Table:
 
     KV caches are in MiB, which the published tables call MB. FLOPs have three digits.
     """
+    plans = list(plans)
     result = figures_table("model", ("tokens", "LLM", "vision", "total", "KV", "saved"))
     result.caption = "One image; LLM, vision and total in TFLOPs of visual tokens; KV in MiB."
+    kept = {p.newline_tokens_after for p in plans if p.newline_tokens_after}
+    if kept:
+        counts = " or ".join(map(str, sorted(kept)))
+        result.caption += (
+            f"\n{counts} of the tokens are newlines, which --newlines drop leaves out."
+        )
     for p in plans:
         pruned = p.visual_tokens_after != p.visual_tokens_before
         result.add_row(

@@ -15,6 +15,7 @@ from vlmprune.cli.options import (
     Fraction,
     Keep,
     Model,
+    Newlines,
     Text,
     keep_of,
 )
@@ -52,6 +53,7 @@ def run(
         typer.Option(help='"compact" renumbers, "original" keeps gaps, "auto" as the model wants.'),
     ] = None,
     budget: Budget = None,
+    newlines: Newlines = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
     decode_tokens: Annotated[
         int, typer.Option(help="Tokens over which decoding is timed, whatever the answer; 0: none.")
@@ -90,6 +92,7 @@ def run(
                     "important_ratio": important_ratio,
                     "positions": positions,
                     "budget": budget,
+                    "newlines": newlines,
                 },
             )
             options.at_least_one(max_new_tokens=max_new_tokens, repeat=repeat)

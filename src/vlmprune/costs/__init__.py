@@ -2,8 +2,9 @@
 
 Here belongs what a config and token counts are enough for, sizes of real models (`architectures`),
 and how such figures are written (`units`). May import `hosts.config` and `hosts.sizes`, which read
-configs, `hosts.pretrained` in a function, to read one from a folder, `select.budget` and `errors`;
-no tensor library.
+configs, `hosts.pretrained` and `hosts.made_up` in functions, to read one from a folder and to ask a
+host where the tokens of a picture lie, `select.budget`, `select.settings` and `errors`; no tensor
+library.
 """
 
 from vlmprune.costs.flops import (

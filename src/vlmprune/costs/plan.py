@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vlmprune import costs
-from vlmprune.costs.architectures import CROPS, KNOWN
+from vlmprune.costs.architectures import CROPS, KNOWN, Architecture
 from vlmprune.costs.units import TERA
 from vlmprune.errors import VlmpruneError, reason
 from vlmprune.hosts.config import required
-from vlmprune.select.budget import Budget, resolve_keep
+from vlmprune.select.budget import Budget, Newlines, kept_of, resolve_keep
+from vlmprune.select.settings import check_choice
 
 # `image_seq_length` that the LLaVA config classes have when nobody sets it.
 _DEFAULT_SEQUENCE = 576
@@ -22,8 +24,9 @@ _DEFAULT_SEQUENCE = 576
 class Plan:
     """Costs of one image before and after pruning.
 
-    Token counts are visual tokens of the whole image; FLOPs are in TFLOPs (1e12); `kv_bytes_*` are
-    bytes of the visual tokens' keys and values over all layers.
+    Token counts are visual tokens of the whole image, newline tokens included; those alone are in
+    `newline_tokens_*`, and `tokens_per_crop` is without them. FLOPs are in TFLOPs (1e12);
+    `kv_bytes_*` are bytes of the visual tokens' keys and values over all layers.
     """
 
     model: str
@@ -38,6 +41,10 @@ class Plan:
     encoder_tflops: float
     kv_bytes_before: int
     kv_bytes_after: int
+    newlines: Newlines = "keep"
+    newline_tokens_before: int = 0
+    newline_tokens_after: int = 0
+    size: tuple[int, int] | None = None
 
     @property
     def total_tflops_before(self) -> float:
@@ -76,20 +83,27 @@ def plan(
     budget: Budget = "crop",
     crops: int | None = None,
     bytes_per_value: int = 2,
+    newlines: Newlines = "keep",
+    size: tuple[int, int] | None = None,
 ) -> Plan:
     """Work out what a budget costs on one image of an architecture.
 
-    An any-resolution model counts `crops` full crops (5 x 576 = 2880 for LLaVA-NeXT), as the
-    published tables do. A real image may have fewer, since the padding of its high-resolution
-    crops is cut away, and has newline tokens on top; neither is counted here.
+    An any-resolution model sees a picture that fills its crops, of LLaVA-NeXT 672 x 672 pixels:
+    5 x 576 = 2880 visual tokens and a newline token behind each of the 48 rows of its joined
+    crops. Of a picture of another shape the host cuts padding away; give its `size`. The published
+    tables count no newlines: newlines="drop" gives what they have, pruned or not.
 
     Args:
         model: one of `KNOWN`, or a local directory with a `config.json` (or that file).
         keep: visual tokens to keep, per crop or per image as `budget` says: an int is a number, a
             float a fraction in (0, 1], None keeps all.
         budget: "crop" gives each crop the same number, "image" shares one number among them.
-        crops: crops of the image; by default 1, or 5 for LLaVA-NeXT.
+        crops: crops of the image; by default 1, or 5 for LLaVA-NeXT. Those behind the first stand
+            in a rectangle that is as square as can be and not higher than wide.
         bytes_per_value: 2 for a float16 or bfloat16 cache.
+        newlines: "keep" or "drop", as the methods' setting. What there is before has all of them.
+        size: (height, width) of the image in pixels, in place of `crops`; its tokens are then
+            counted by the host's own packing.
 
     Returns:
         The plan.
@@ -101,17 +115,25 @@ def plan(
         raise VlmpruneError(f'budget={budget!r} is unknown; use "crop" or "image".')
     if crops is not None and crops < 1:
         raise VlmpruneError(f"crops={crops} is too few; use 1 or more.")
+    check_choice("newlines", newlines, Newlines)
+    if size is not None and (crops is not None or min(size) < 1):
+        raise VlmpruneError(
+            f"size={size} with crops={crops} does not go together; give one of them, the size as "
+            "height and width in pixels of at least 1."
+        )
     try:
         config, per_crop, patches = _architecture(model)
-        count = CROPS[config.model_type].count if crops is None else crops
-        before = count * per_crop
+        own, ends = _tokens(config, per_crop, patches, crops, size)
+        count, before = len(own), sum(own) + ends
+        left = ends if newlines == "keep" else 0
         if keep is None:
-            after = before
+            after = sum(own) + left
         elif budget == "crop":
-            after = count * resolve_keep(keep, per_crop, "crop")
+            resolve_keep(keep, max(own), "crop")
+            after = sum(kept_of(keep, n) for n in own) + left
         else:
-            after = resolve_keep(keep, before, "image")
-        whole, left = (costs.spent(config, [n], bytes_per_value) for n in (before, after))
+            after = resolve_keep(keep, sum(own), "image") + left
+        whole, few = (costs.spent(config, [n], bytes_per_value) for n in (before, after))
         return Plan(
             model=model,
             keep=keep,
@@ -121,15 +143,49 @@ def plan(
             visual_tokens_before=before,
             visual_tokens_after=after,
             llm_tflops_before=whole.flops / TERA,
-            llm_tflops_after=left.flops / TERA,
+            llm_tflops_after=few.flops / TERA,
             encoder_tflops=costs.encoder_flops(config, count, patches=patches) / TERA,
             kv_bytes_before=whole.kv_bytes,
-            kv_bytes_after=left.kv_bytes,
+            kv_bytes_after=few.kv_bytes,
+            newlines=newlines,
+            newline_tokens_before=ends,
+            newline_tokens_after=left,
+            size=size,
         )
     except VlmpruneError:
         raise
     except ValueError as error:
         raise VlmpruneError(str(error)) from error
+
+
+def _tokens(
+    config: Any, per_crop: int, patches: int, crops: int | None, size: tuple[int, int] | None
+) -> tuple[list[int], int]:
+    """The visual tokens of each crop of an image, and its newline tokens.
+
+    Args:
+        config: of the architecture.
+        per_crop: visual tokens of a whole crop.
+        patches: of a crop.
+        crops: number of crops; None for the usual one.
+        size: of the image; None for one that fills its crops.
+    """
+    usual = CROPS[config.model_type]
+    if not usual.grid:
+        return [per_crop] * (usual.count if crops is None else crops), 0
+    if size is not None:
+        from vlmprune.hosts import made_up
+
+        if isinstance(config, Architecture):
+            config = made_up.llava_config(
+                config.model_type, asdict(config.text_config), asdict(config.vision_config)
+            )
+        layout = made_up.layout_of(config, size)
+        return layout.candidates().sum(dim=1).tolist(), layout.newlines
+    count = usual.count if crops is None else crops
+    tiles = count - 1
+    high = max((n for n in range(1, math.isqrt(tiles) + 1) if tiles % n == 0), default=0)
+    return [per_crop] * count, high * math.isqrt(patches)
 
 
 def architecture(model: str) -> Any:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune.hosts import pretrained, sizes
+from vlmprune.hosts.families import FAMILIES
+from vlmprune.views.layout import Layout
 
 _BOS, _PAD, _IMAGE, _VIDEO, _START, _END, _FIRST_WORD = 1, 0, 3, 4, 5, 6, 7
 _NARROW_VOCABULARY, _LLAVA_VOCABULARY, _QWEN_VOCABULARY = 4096, 32064, 152064
@@ -129,6 +131,22 @@ def model_of(config: Any, device: torch.device, dtype: torch.dtype, seed: int = 
     model.generation_config.pad_token_id = _PAD
     model.generation_config.eos_token_id = None
     return model.eval()
+
+
+def layout_of(config: Any, size: tuple[int, int]) -> Layout:
+    """Where the visual tokens of a picture lie, by the host's own packing, with no weights.
+
+    Args:
+        config: of a model of LLaVA's kind, as Transformers has it.
+        size: (height, width) of the picture in pixels.
+    """
+    with torch.device("meta"):
+        model = pretrained.model_of(config)
+    medium = next(one for one in FAMILIES[config.model_type].media if one.kind == "image")
+    side = config.vision_config.image_size
+    inputs = {"pixel_values": torch.zeros(1, 3, side, side), "image_sizes": torch.tensor([size])}
+    (layout,) = medium.layouts(model, inputs, torch.empty(0))
+    return layout
 
 
 def request(

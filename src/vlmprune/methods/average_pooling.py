@@ -35,6 +35,7 @@ class AveragePooling(Budgeted):
             all crops of an image in proportion to their tokens; of a video "frame" and "clip".
         where: "features" pools what the encoder makes, before the projector; "projected" what the
             projector makes.
+        newlines: "keep" or "drop", by name only: whether newline tokens are kept, see `WithBudget`.
 
     Crops that the host unpads have their own, smaller grid. Of a block that holds tokens which
     another method of a chain has dropped, the others are averaged.

@@ -44,11 +44,14 @@ class CDPruner(Budgeted):
             LLaVA's evaluation ("Answer the question using a single word or phrase." and the one
             for options); "prompt", all text behind the image, as vlmprune 0.1 did. The language
             model's embeddings are of all text behind the image in either case.
+        newlines: "keep" or "drop" (as the release does), by name only: whether newline tokens are
+            kept, see `WithBudget`.
 
     Where it deviates from the release: relevance is scaled over each image, where the release
     scales over all crops that come together, and is 1 where all tokens are alike; without a text
     tower the language model's embeddings stand in; the question is found in the prompt, where the
-    release is given it beside the prompt; ties go to the lower index.
+    release is given it beside the prompt; ties go to the lower index; newline tokens are by default
+    kept and not counted.
 
     Shapes: projected [crops, N, D], relevance [crops, N] → kept [crops, N].
 

@@ -30,10 +30,11 @@ class DivPrune(Budgeted):
         budget: "image" shares one number among all crops of an image, as the release does; "crop",
             the default of vlmprune 0.1, gives each crop as many, and then compares tokens within
             the crop alone; of a video "clip" and "frame".
+        newlines: "keep" or "drop", by name only: whether newline tokens are kept, see `WithBudget`.
 
-    Where it deviates from the release: newline tokens are kept and not counted, where the release
-    chooses among them too; distances are float32 in any model; ties go to the lower index; every
-    image of a batch is pruned, not the first alone; a token is never chosen twice.
+    Where it deviates from the release: newline tokens are kept and not counted, or dropped, where
+    the release chooses among them too; distances are float32 in any model; ties go to the lower
+    index; every image of a batch is pruned, not the first alone; a token is never chosen twice.
 
     Shapes: projected [crops, N, D] → kept [crops, N].
 

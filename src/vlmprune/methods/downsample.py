@@ -30,6 +30,7 @@ class Downsample(Budgeted):
         positions: "compact" renumbers the tokens, "original" keeps gaps, "auto" takes what the
             model's config recommends, else what VisPruner's release does for the family.
         budget: "crop" (of a video "frame") alone, for every crop is scaled by itself.
+        newlines: "keep" or "drop", by name only: whether newline tokens are kept, see `WithBudget`.
 
     Where it deviates from what a processor would do: pixels are scaled after they were normalised,
     by antialiased bilinear interpolation in float32. Of any-resolution images each crop is scaled,

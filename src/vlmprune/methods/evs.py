@@ -33,10 +33,11 @@ class EVS(WithBudget):
             model's config recommends, else what VisPruner's release does for the family. The
             release keeps M-RoPE positions and renumbers where there is no M-RoPE, which is what
             "auto" does for such models.
+        newlines: "keep" or "drop", by name only: whether newline tokens are kept, see `WithBudget`.
 
-    Where it deviates from the release: cosines are float32 in any model; newline or CLS tokens of a
-    frame are kept and not counted; after another method in a chain, what that has left of the
-    first frame is kept.
+    Where it deviates from the release: cosines are float32 in any model; newline tokens (by
+    default) and CLS tokens of a frame are kept and not counted; after another method in a chain,
+    what that has left of the first frame is kept.
 
     Shapes: projected [crops, N, D] → kept [crops, N].
 

@@ -25,10 +25,12 @@ class FasterVLM(Budgeted):
             model's config recommends, else what VisPruner's release does for the family.
         budget: "crop" gives each crop the same number of tokens, "image" shares one number among
             all crops of an image; of a video "frame" and "clip".
+        newlines: "keep" or "drop" (as the release does), by name only: whether newline tokens are
+            kept, see `WithBudget`.
 
     Where it deviates from the release: as VisPruner does. Ties go to the lower index; padding that
-    the host cuts away is never chosen, newline tokens are kept and not counted; a tower without a
-    CLS token is scored by the attention that patches receive.
+    the host cuts away is never chosen, newline tokens are by default kept and not counted; a tower
+    without a CLS token is scored by the attention that patches receive.
 
     Shapes: attention [crops, N] → kept [crops, N].
 

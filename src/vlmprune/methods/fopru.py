@@ -39,6 +39,7 @@ class FoPru(Budgeted):
             all crops of an image (not by rows); of a video "frame" and "clip".
         choose: "rank" keeps the most significant tokens, "row" the grid rows of the largest sum,
             each as a whole. "rank" by default is our choice, the paper has both.
+        newlines: "keep" or "drop", by name only: whether newline tokens are kept, see `WithBudget`.
 
     Where it deviates from the paper: grids need not be square, and of crops that the host unpads
     rows, sums and variances are of the tokens that are left; of equal variances attention received

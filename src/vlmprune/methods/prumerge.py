@@ -42,6 +42,7 @@ class PruMerge(WithBudget):
         heads: "joined" takes the queries and keys of all heads as one long vector, as the release
             does; "mean" averages attention and keys over the heads, which finds other outliers,
             and was the rule of vlmprune 0.1.
+        newlines: "keep" or "drop", by name only: whether newline tokens are kept, see `WithBudget`.
 
     Where it deviates from the release: outliers are counted in each crop, not over a batch (with
     `plus` the release takes one image at a time); a crop without outliers keeps its most attended

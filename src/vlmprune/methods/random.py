@@ -27,6 +27,7 @@ class RandomTokens(Budgeted):
         budget: "crop" gives each crop the same number of tokens, "image" shares one number among
             all crops of an image; of a video "frame" and "clip".
         seed: of the draw.
+        newlines: "keep" or "drop", by name only: whether newline tokens are kept, see `WithBudget`.
 
     Shapes: kept [crops, N].
 

@@ -34,6 +34,7 @@ class ToMe(Budgeted):
         positions: "compact" renumbers the tokens, "original" keeps gaps, "auto" takes what the
             model's config recommends, else what VisPruner's release does for the family.
         budget: "crop" (of a video "frame") alone, for crops do not merge with each other.
+        newlines: "keep" or "drop", by name only: whether newline tokens are kept, see `WithBudget`.
 
     Where it deviates from the release: it merges up to the layer whose output the language model
     gets, not in the last one, and spreads r so that exactly `keep` tokens are left. Merging does

@@ -28,6 +28,7 @@ class UniformGrid(Budgeted):
             model's config recommends, else what VisPruner's release does for the family.
         budget: "crop" gives each crop the same number of tokens; "image" shares one number among
             all crops of an image in proportion to their tokens; of a video "frame" and "clip".
+        newlines: "keep" or "drop", by name only: whether newline tokens are kept, see `WithBudget`.
 
     Crops that the host unpads have their own, smaller grid. Where the tokens that are left make no
     rectangle, as after another method in a chain, those at even distances in raster order are kept.

@@ -34,12 +34,14 @@ class VisionZip(Budgeted):
             shares one number among all crops of an image; of a video "frame" and "clip".
         contextual_ratio: share of `keep` that is contextual, rounded down; 10 of 64 is the
             authors' setting. At 0 what is not dominant is lost.
+        newlines: "keep" or "drop" (as the release does), by name only: whether newline tokens are
+            kept, see `WithBudget`.
 
     Where it deviates from the release: its CLS token, one of its 54 dominant ones, is not a visual
-    token of the host, so that 54 patches stand there; the newline tokens of a host stay, among the
-    dominant tokens, where the release has none; with keep=1.0 nothing is merged or moved;
-    ties go to the lower index; sums are float32; an encoder without a CLS token is scored by the
-    attention that patches receive.
+    token of the host, so that 54 patches stand there; newline tokens are by default kept, among the
+    dominant tokens, and not counted, where the release has none; with keep=1.0 nothing is merged
+    or moved; ties go to the lower index; sums are float32; an encoder without a CLS token is scored
+    by the attention that patches receive.
 
     Shapes: attention [crops, N], keys [crops, N, D] → kept [crops, N] and a merge plan.
 

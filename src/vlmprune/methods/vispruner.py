@@ -39,12 +39,16 @@ class VisPruner(WithBudget):
         score: "auto" takes the CLS token's attention, or what patches receive where there is no
             CLS token (as the release does); "pooling" that of a SigLIP tower's pooling head, in
             models that have it (not the release's).
+        newlines: "keep" or "drop" (as the release does), by name only: whether newline tokens are
+            kept, see `WithBudget`.
 
     Where it deviates from the release: budgets that make its lists odd or short work instead of
     failing; ties go to the lower index; similarities are float32 in any model; any-resolution
-    images keep their newline tokens, which are not counted, and padding that the host cuts away
-    is never chosen, so a crop with fewer tokens than `keep` keeps all it has. A tower without a
-    CLS token (SigLIP) is scored by the attention that its last layer's queries give, averaged.
+    images by default keep their newline tokens, which are not counted; padding that the host cuts
+    away, which the release does not do, is never chosen, so a crop with fewer tokens than `keep`
+    keeps all it has, and with newlines="drop" exactly crops · keep tokens are left wherever each
+    crop has as many. A tower without a CLS token (SigLIP) is scored by the attention that its last
+    layer's queries give, averaged.
 
     Shapes: attention [crops, N], features [crops, N, C] → kept [crops, N]. Memory: similarities of
     all tokens of a crop that are not important, which is quadratic: 2 GiB at 16,384 tokens.

@@ -29,10 +29,11 @@ class VtcCls(Budgeted):
         first_layer: 0-based encoder layer from which on attention is summed, up to the last but
             one; the last is left out. None takes layer 16 of 24, the default of the authors'
             evaluation, and the same share of other depths, which is our reading.
+        newlines: "keep" or "drop", by name only: whether newline tokens are kept, see `WithBudget`.
 
     Where it deviates from the release: it takes several crops and images; ties go to the lower
-    index; padding that the host cuts away is never chosen, newline tokens are kept and not
-    counted; an encoder without a CLS token is scored by the attention that patches receive.
+    index; padding that the host cuts away is never chosen, newline tokens are by default kept and
+    not counted; an encoder without a CLS token is scored by the attention that patches receive.
 
     Shapes: attention [crops, N] of each layer → kept [crops, N].
 

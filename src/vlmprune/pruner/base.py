@@ -93,6 +93,8 @@ class Chain(Pruner):
         said = {
             "positions": positions,
             "score": score,
+            # What one stage drops the others cannot have, wherever it stands.
+            "newlines": "drop" if any(one.newlines == "drop" for one in self.links) else "keep",
             "acts": self.slots.encoder.acts,
             "instead": self.slots.encoder.instead,
             "attends": any(stage.attends for stage in self.slots.choosing),

@@ -34,7 +34,8 @@ class Report:
         visual_tokens_before: visual tokens of all images, newline tokens included.
         visual_tokens_after: those that the language model saw; where a method drops tokens inside
             it, those that reached the last layer.
-        newline_tokens: how many of them belong to no patch; they are always kept.
+        newline_tokens: how many of `visual_tokens_after` belong to no patch: newline tokens, or
+            CLS tokens that the host passes on.
         flops_before: prefill FLOPs of the vision tower and of the decoder layers on the visual
             tokens, by the published formula (`vlmprune.costs`), summed over the rows.
         flops_after: the same for what was kept. Selection is timed, not counted.
@@ -52,6 +53,7 @@ class Report:
         decoder_flops_before: of `flops_before` those of the decoder layers.
         decoder_flops_after: of `flops_after` likewise.
         reading: what a cache that is read in part holds, and what its steps read; None for others.
+        newline_tokens_before: how many of `visual_tokens_before` belong to no patch.
     """
 
     method: str
@@ -73,12 +75,14 @@ class Report:
     decoder_flops_before: float = 0.0
     decoder_flops_after: float = 0.0
     reading: Reading | None = field(repr=False, default=None)
+    newline_tokens_before: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Everything that JSON can hold; `kept` as lists."""
         names = (
-            "method positions score visual_tokens_before visual_tokens_after newline_tokens "
-            "flops_before flops_after kv_bytes_before kv_bytes_after seconds_selecting"
+            "method positions score visual_tokens_before visual_tokens_after "
+            "newline_tokens_before newline_tokens flops_before flops_after kv_bytes_before "
+            "kv_bytes_after seconds_selecting"
         )
         out: dict[str, Any] = {name: getattr(self, name) for name in names.split()}
         out["kept"] = [indices.tolist() for indices in self.kept]
@@ -193,6 +197,7 @@ class Report:
             made,
             kept=kept,
             visual_tokens_after=sum(map(len, kept)),
+            newline_tokens=_of_no_patch(self.layouts, reached),
             positions=positions,
             seconds_selecting=self.seconds_selecting + seconds,
             roles=left,
@@ -319,7 +324,7 @@ def make(
         kept=[k.nonzero()[:, 0].cpu() for k in kept],
         visual_tokens_before=sum(before),
         visual_tokens_after=sum(after),
-        newline_tokens=sum(one.newlines for one in layouts),
+        newline_tokens=_of_no_patch(layouts, kept),
         flops_before=encoder + whole.flops,
         flops_after=(encoder if tower is None else tower) + left.flops,
         kv_bytes_before=whole.kv_bytes,
@@ -330,7 +335,14 @@ def make(
         members=members or [],
         decoder_flops_before=whole.flops,
         decoder_flops_after=left.flops,
+        newline_tokens_before=sum(one.newlines for one in layouts),
     )
+
+
+def _of_no_patch(layouts: Sequence[Layout], kept: Sequence[Tensor]) -> int:
+    """How many of the kept visual tokens, for each image a [n] bool, belong to no patch."""
+    pairs = zip(layouts, kept, strict=True)
+    return sum(int((mask & (one.labels < 0).to(mask.device)).sum()) for one, mask in pairs)
 
 
 def _by_row(rows: list[int], counts: Iterable[int]) -> list[int]:

@@ -11,6 +11,9 @@ from vlmprune.errors import VlmpruneError
 # the crops; "frame" and "clip" say the same of it, and are refused where there is none.
 Budget = Literal["crop", "image", "frame", "clip"]
 BUDGETS: tuple[Budget, ...] = ("crop", "image", "frame", "clip")
+# Newline tokens, which some hosts put between the rows of patches: kept whatever is chosen, as the
+# host has them, or dropped like all that is not chosen, as the methods' releases do.
+Newlines = Literal["keep", "drop"]
 
 
 def each_crop(budget: Budget) -> bool:
@@ -106,3 +109,18 @@ def resolve_keep(keep: int | float, available: int, what: str = "crop") -> int:
             f"use an int from 1 to {available}, or keep=1.0 to keep all."
         )
     return int(keep)
+
+
+def kept_of(keep: int | float, available: int) -> int:
+    """How many of so many tokens are kept, where a smaller crop than others keeps all it has.
+
+    Args:
+        keep: as `resolve_keep` takes it.
+        available: number of visual tokens that there are, at least 1.
+
+    Raises:
+        VlmpruneError: as `resolve_keep`, but for a `keep` above what there is.
+    """
+    if isinstance(keep, Integral) and keep > available:
+        return available
+    return resolve_keep(keep, available)

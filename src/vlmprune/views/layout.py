@@ -5,16 +5,19 @@ the sequence of visual tokens that its language model sees: it may cut padding a
 newline tokens. The packing is never derived again here. A map that numbers the patches is sent
 through the host's own packing, and the numbers are read off the other end.
 
-Imports torch alone.
+Imports torch and `select.budget` alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from vlmprune.select.budget import Newlines
 
 # What `label_map` marks tokens with that belong to no patch: newlines, or a kept CLS token.
 NO_PATCH = -1
@@ -35,6 +38,8 @@ class Layout:
         kind: what it is the layout of.
         whole_crop: the crop that is the view of the whole image, the first with some hosts, with
             others the last; None where none is, as of a video, or where the host does not tell.
+        cls: whether the tokens that belong to no patch are CLS tokens, which are never dropped;
+            else they are newlines.
     """
 
     labels: Tensor
@@ -43,6 +48,7 @@ class Layout:
     blended: bool = False
     kind: Literal["image", "video"] = "image"
     whole_crop: int | None = None
+    cls: bool = False
 
     @property
     def patches(self) -> int:
@@ -76,18 +82,38 @@ class Layout:
         seen[self.labels[self.labels != NO_PATCH]] = True
         return seen.view(self.crops, self.patches)
 
-    def to_tokens(self, kept: Tensor) -> Tensor:
+    def left_newlines(self, newlines: Newlines) -> int:
+        """How many tokens that belong to no patch are left under the setting `newlines`."""
+        return self.newlines if self.cls or newlines == "keep" else 0
+
+    def to_tokens(self, kept: Tensor, newlines: Newlines = "keep") -> Tensor:
         """Carry a choice of patches over to the visual tokens.
 
         Args:
             kept: [crops, patches] bool.
+            newlines: whether newlines are kept; CLS tokens always are.
 
         Returns:
-            [n] bool; tokens that belong to no patch are always kept.
+            [n] bool.
         """
         # One more cell at the end, which the label -1 finds.
-        always = torch.ones(1, dtype=torch.bool, device=kept.device)
-        return torch.cat((kept.flatten(), always))[self.labels]
+        stays = torch.full((1,), self.cls or newlines == "keep", device=kept.device)
+        return torch.cat((kept.flatten(), stays))[self.labels]
+
+
+def kept_tokens(layouts: Sequence[Layout], cells: Tensor, newlines: Newlines) -> list[Tensor]:
+    """A choice of cells as [n] bools over each item's visual tokens.
+
+    Args:
+        layouts: one an item.
+        cells: [crops, cells] bool over the crops of all items; wider than a crop where others are.
+        newlines: what becomes of newline tokens.
+    """
+    parts = cells.split([one.crops for one in layouts])
+    return [
+        one.to_tokens(own[:, : one.patches].to(one.labels.device), newlines)
+        for one, own in zip(layouts, parts, strict=True)
+    ]
 
 
 def plain(crops: int, grid: tuple[int, int], device: torch.device | None = None) -> Layout:

@@ -156,6 +156,12 @@ def test_names_tell_methods_apart() -> None:
     names = [server.name(keep) for keep in (None, 32, 1, 1.0, 0.5, "all")]
     assert len(set(names)) == len(names)
     assert server.name(64) == server.name(None)
+    # So that no cache takes what one made for the other's, with a request's own budget, too.
+    without = of("vispruner:keep=64,newlines=drop")
+    assert without.method(32) == VisPruner(32, newlines="drop")
+    assert not {server.name(keep) for keep in (None, 32)} & {
+        without.name(keep) for keep in (None, 32)
+    }
     assert of("divprune:keep=64").name(None) != server.name(None)
 
 
@@ -178,6 +184,12 @@ CUT = Layout(torch.tensor([0, 1, 2, 3, 4, 5, NO_PATCH, 6, NO_PATCH]), 2, (2, 2))
         ("vispruner:keep=5,budget=image", CUT, 5 + 2),
         ("vispruner:keep=3|divprune:keep=2,budget=crop", CUT, 2 + 2 + 2),
         ("divprune:keep=4", CUT, 4 + 2),
+        ("vispruner:keep=2,newlines=drop", CUT, 2 + 2),
+        ("vispruner:keep=4,newlines=drop", CUT, 4 + 3),
+        ("vispruner:keep=5,budget=image,newlines=drop", CUT, 5),
+        ("average_pooling:keep=4,newlines=drop", CUT, 4 + 3),
+        ("vispruner:keep=3,newlines=drop|divprune:keep=2,budget=crop", CUT, 2 + 2),
+        ("vispruner:keep=3|divprune:keep=2,budget=crop,newlines=drop", CUT, 2 + 2),
         ("none", CUT, 9),
         ("evs:keep=0.5", plain(4, (2, 2)), 16),
     ],
@@ -193,6 +205,17 @@ def test_counts_of_videos() -> None:
     assert policy.count(EVS(1), video) == 4
     assert policy.count(VisPruner(3, budget="frame"), video) == 12
     assert policy.count(VisPruner(3, budget="clip"), video) == 3
+    # The newline behind a video of LLaVA-OneVision, and the CLS tokens of Video-LLaVA's frames.
+    behind = Layout(torch.tensor([*range(16), NO_PATCH]), 4, (2, 2), kind="video")
+    first = [label for n in range(4) for label in (NO_PATCH, *range(4 * n, 4 * n + 4))]
+    frames = Layout(torch.tensor(first), 4, (2, 2), kind="video", cls=True)
+    for newlines, ends in (("keep", 1), ("drop", 0)):
+        for method, left in (
+            (VisPruner(3, newlines=newlines), 12),
+            (EVS(0.5, newlines=newlines), 8),
+        ):
+            assert policy.count(method, behind) == left + ends
+            assert policy.count(method, frames) == left + 4
     with pytest.raises(VlmpruneError, match="for videos"):
         policy.count(VisPruner(3, budget="frame"), plain(1, (4, 4)))
 
@@ -217,13 +240,14 @@ def layouts(draw: st.DrawFn) -> Layout:
     st.sampled_from(sorted(SERVING - {"evs"})),
     st.one_of(st.integers(1, 30), st.sampled_from([0.01, 0.1, 0.29, 0.5, 0.9, 1.0])),
     st.sampled_from(["crop", "image"]),
+    st.sampled_from(["keep", "drop"]),
     st.integers(0, 9),
 )
 def test_what_is_counted_is_what_is_chosen(
-    layout: Layout, name: str, keep: int | float, budget: str, seed: int
+    layout: Layout, name: str, keep: int | float, budget: str, newlines: Any, seed: int
 ) -> None:
     """A wrong count fails a request in vLLM; the method itself says what is right."""
-    method: Any = METHODS[name](keep=keep, budget=budget)
+    method: Any = METHODS[name](keep=keep, budget=budget, newlines=newlines)
     make = torch.Generator().manual_seed(seed)
     candidates = layout.candidates()
     shape = candidates.shape
@@ -244,7 +268,7 @@ def test_what_is_counted_is_what_is_chosen(
         keys=torch.randn(*shape, 6, generator=make),
         projected=torch.randn(*shape, 6, generator=make),
     )
-    kept = layout.to_tokens(method.select(view).kept)
+    kept = layout.to_tokens(method.select(view).kept, newlines)
     assert policy.count(method, layout) == int(kept.sum())
 
 

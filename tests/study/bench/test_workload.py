@@ -63,12 +63,18 @@ def test_prompts_hold_what_the_model_wants(name: str, tokens: int) -> None:
     assert ((ids == config.image_token_id).sum(dim=1) == 2 * tokens).all()
     # The model refuses placeholders that do not fit its features.
     result = bench.compare(
-        bench.Work(built, inputs, name, 2), {"few": VisPruner(5)}, new_tokens=2, repeat=1
+        bench.Work(built, inputs, name, 2),
+        {"few": VisPruner(5), "fewest": VisPruner(5, newlines="drop")},
+        new_tokens=2,
+        repeat=1,
     )
     assert result.full.visual_tokens == 3 * 2 * tokens
     crops, newlines = (1, 0) if name == "llava-1.5-7b" else (5, 8)
     assert shapes.crops_of(config) == crops
-    assert result.methods[0].visual_tokens == 3 * 2 * (5 * crops + newlines)
+    assert [one.visual_tokens for one in result.methods] == [
+        3 * 2 * (5 * crops + newlines),
+        3 * 2 * 5 * crops,
+    ]
 
 
 def test_random_weights_repeat_and_leave_the_random_state() -> None:

@@ -65,7 +65,7 @@ class LlavaImages(Crops):
         plain = layout.plain(1, grid, pixels.device)
         if keeps_cls(model, inputs, self.has_cls(model)):
             first = torch.full((1,), NO_PATCH, device=pixels.device)
-            plain = Layout(torch.cat((first, plain.labels)), 1, grid)
+            plain = Layout(torch.cat((first, plain.labels)), 1, grid, cls=True)
         return [plain] * len(pixels)
 
 
@@ -135,6 +135,6 @@ FAMILIES: dict[str, Family] = {
         cls="LlavaNextForConditionalGeneration",
         positions="compact",
         media=(LlavaNextImages(),),
-        note="any resolution: unpadded, newlines always kept",
+        note="any resolution: unpadded, with newlines",
     ),
 }

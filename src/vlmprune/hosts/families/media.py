@@ -113,6 +113,11 @@ class Medium:
         """Whether the host's forward takes tokens in the form in which its encoder returns them."""
         return True
 
+    @property
+    def adds_newlines(self) -> bool:
+        """Whether the host's forward adds newline tokens by itself, so that none can be dropped."""
+        return False
+
     def shown(self, output: Any) -> Any:
         """What users see of the encoder's output as the visual tokens."""
         return outputs.tokens_of(output)

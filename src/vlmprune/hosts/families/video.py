@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -162,6 +162,8 @@ class Frames(Crops):
     inputs = ("pixel_values_videos",)
     stacked = True
     layer_field = LAYER
+    # Whether what `mark` adds is CLS tokens.
+    marks_cls: ClassVar[bool] = False
     parts = Crops.parts | Parts(functions={"model.get_video_features": ()})
 
     def frames(self, inputs: Inputs) -> tuple[int, int]:
@@ -188,7 +190,7 @@ class Frames(Crops):
         videos, frames = self.frames(inputs)
         grid, device = self.cell_grid(model, inputs), inputs["pixel_values_videos"].device
         labels = torch.arange(frames * grid[0] * grid[1], device=device).view(frames, -1)
-        return [Layout(self.mark(labels), frames, grid)] * videos
+        return [Layout(self.mark(labels), frames, grid, cls=self.marks_cls)] * videos
 
     def mark(self, labels: Tensor) -> Tensor:
         """[n] labels of a video, from those of its cells [frames, cells]."""
@@ -253,6 +255,11 @@ class OneVisionVideos(Frames):
         """Not in early releases, which add the newline in their forward."""
         return self._newline_included()
 
+    @property
+    def adds_newlines(self) -> bool:
+        """In early releases."""
+        return not self._newline_included()
+
     @staticmethod
     def _newline_included() -> bool:
         return packing.takes("LlavaOnevisionForConditionalGeneration", "mm_encoder_outputs")
@@ -312,6 +319,7 @@ class VideoLlavaVideos(Frames):
     """Frames with their CLS tokens, which belong to no cell."""
 
     cellwise = True
+    marks_cls = True
     parts = (
         SIZES
         | PROJECTOR
@@ -342,7 +350,7 @@ FAMILIES: dict[str, Family] = {
         cls="LlavaOnevisionForConditionalGeneration",
         positions="compact",
         media=(OneVisionImages(), OneVisionVideos()),
-        note="any resolution, images and videos; no CLS token; newlines always kept; of scaled "
+        note="any resolution, images and videos; no CLS token; with newlines; of scaled "
         "images a token stands where its heaviest patch is",
     ),
     "llava_next_video": Family(
@@ -350,7 +358,7 @@ FAMILIES: dict[str, Family] = {
         cls="LlavaNextVideoForConditionalGeneration",
         positions="compact",
         media=(LlavaNextImages(), NextVideos()),
-        note="any resolution, images and videos; newlines always kept",
+        note="any resolution, images and videos; with newlines in images",
     ),
     "video_llava": Family(
         name="Video-LLaVA",

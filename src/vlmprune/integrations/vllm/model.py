@@ -22,7 +22,7 @@ from vlmprune.runtime.encoder.encode import Encoded, encode
 from vlmprune.runtime.encoder.reads import wanted
 from vlmprune.runtime.geometry import Geometry, Item, Span
 from vlmprune.views import EncoderView
-from vlmprune.views.layout import Layout
+from vlmprune.views.layout import Layout, kept_tokens
 
 
 class PrunedModel(OriginalPositions):
@@ -153,10 +153,11 @@ class PrunedModel(OriginalPositions):
                 )
                 for i, new in zip(own, made, strict=True):
                     tokens[i] = new
-            stays = _to_tokens(mine, selection.kept)
+            stays = kept_tokens(mine, selection.kept, method.newlines)
             behind = None
             if selection.last is not None and not self.original:
-                behind = _to_tokens(mine, selection.last)
+                # Where the others lie, `merging.order` does not ask.
+                behind = kept_tokens(mine, selection.last, "drop")
             for place, i in enumerate(own):
                 kept[i] = stays[place].cpu()
                 if behind is not None:
@@ -189,15 +190,3 @@ def part(encoded: Encoded, items: Sequence[int]) -> tuple[EncoderView, Tensor]:
         keys=of(view.keys),
         projected=of(view.projected),
     ), encoded.cells[crops]
-
-
-def _to_tokens(layouts: Sequence[Layout], cells: Tensor) -> list[Tensor]:
-    """A choice of cells [crops, cells] as [n] bools over each item's visual tokens.
-
-    Tokens that belong to no cell are always chosen; where they lie, `merging.order` does not ask.
-    """
-    parts = cells.split([one.crops for one in layouts])
-    return [
-        one.to_tokens(own[:, : one.patches].to(one.labels.device))
-        for one, own in zip(layouts, parts, strict=True)
-    ]

@@ -168,7 +168,7 @@ def _name(stage: Method) -> str:
 
 
 def count(method: Pruner | None, layout: Layout) -> int:
-    """Visual tokens that are left of an image or video, newlines included.
+    """Visual tokens that are left of an image or video, newlines included where they are kept.
 
     Args:
         method: None where it is not pruned.
@@ -196,11 +196,11 @@ def count(method: Pruner | None, layout: Layout) -> int:
     )
     if isinstance(method, EVS | AveragePooling):
         # Their numbers depend on shapes in a way of their own, but on nothing else.
-        return int(method.select(view).kept.sum()) + layout.newlines
+        return int(method.select(view).kept.sum()) + layout.left_newlines(method.newlines)
     left = view.counts(stages[0].budget)
     for stage in stages:
         left = [stage.kept_of(n) if n else 0 for n in left]
-    return sum(left) + layout.newlines
+    return sum(left) + layout.left_newlines(method.newlines)
 
 
 def positions(policy: Policy, config: Any) -> Literal["compact", "original"]:

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vlmprune.pruner import Pruner
-from vlmprune.select.budget import Budget, check_budget, plain_keep, resolve_keep
+from vlmprune.select.budget import Budget, Newlines, check_budget, kept_of, plain_keep, resolve_keep
 from vlmprune.select.settings import check_choice
 from vlmprune.views import EncoderView
 from vlmprune.views.settings import Positions
 
 
+@dataclass(frozen=True)
 class WithBudget(Pruner):
     """What a budget means, and its checks; subclasses implement `select`.
 
-    No dataclass: positional settings come in the order in which a method declares them, which is
-    its own. A subclass has the field `keep`, and may have `positions` and `budget`. `Budgeted` has
-    all three, in the usual order.
+    Positional settings come in the order in which a method declares them, which is its own, `keep`
+    first. A subclass may have `positions` and `budget`. `Budgeted` has both, in the usual order.
+
+    Attributes:
+        keep: visual tokens to keep.
+        newlines: what becomes of the newline tokens that any-resolution models put between rows of
+            patches (LLaVA-NeXT, LLaVA-OneVision; there behind a video, too): "keep" keeps all of
+            them beside the budget, as the host has them; "drop" drops all, as the releases do, so
+            that an image leaves exactly crops · keep tokens wherever each crop has `keep` left of
+            what the host cuts away as padding. Nothing changes where there are none. By name only.
+            Of chained methods one that drops them is enough.
     """
 
     keep: int | float | None
+    newlines: Newlines = field(default="keep", kw_only=True)
     # Whether keep=None leaves the number to the method's own rule.
     finds_number: ClassVar[bool] = False
 
@@ -32,6 +42,7 @@ class WithBudget(Pruner):
         if self.keep is not None or not self.finds_number:
             object.__setattr__(self, "keep", plain_keep(self.keep))  # type: ignore[arg-type]
         check_choice("positions", self.positions, Positions)
+        check_choice("newlines", self.newlines, Newlines)
         check_budget(self.unit)
 
     def check(self, counts: list[int]) -> None:
@@ -42,9 +53,7 @@ class WithBudget(Pruner):
     def kept_of(self, available: int) -> int:
         """How many of so many tokens are kept; a smaller crop keeps all it has."""
         assert self.keep is not None
-        if isinstance(self.keep, int) and self.keep > available:
-            return available
-        return resolve_keep(self.keep, available)
+        return kept_of(self.keep, available)
 
     def each(self, view: EncoderView, rule: Callable[[Tensor, int], Tensor]) -> Tensor:
         """Apply a rule to each unit of the budget.

@@ -14,6 +14,7 @@ from vlmprune.hosts import config, outputs
 from vlmprune.report import Report, make
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.call.plan import Plan
+from vlmprune.runtime.call.refusals import check_newlines
 from vlmprune.runtime.encoder import acting, merging, question_state, relevance, semantic_tokens
 from vlmprune.runtime.encoder.encode import Encoded, encoded_again
 from vlmprune.runtime.encoder.encode import encode as encode_items
@@ -22,6 +23,7 @@ from vlmprune.runtime.encoder.reads import wanted
 from vlmprune.runtime.geometry import Geometry
 from vlmprune.runtime.timer import Seconds, Timer
 from vlmprune.views import Selection
+from vlmprune.views.layout import kept_tokens
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,10 @@ def encode(attachment: Attachment, plan: Plan) -> Encoded | None:
         method leaves that to the host.
     """
     geometry = plan.geometry
-    if not geometry.items or plan.asked.vision is not None:
+    if not geometry.items:
+        return None
+    check_newlines(attachment, [item.medium for item in geometry.items])
+    if plan.asked.vision is not None:
         return None
     videos = any(one.kind == "video" for one in geometry.layouts)
     attachment.method.check_request(geometry.candidates, geometry.images, videos)
@@ -87,8 +92,8 @@ def choose(attachment: Attachment, plan: Plan, encoded: Encoded | None) -> Choic
     taken = Seconds()
     with Timer(taken, encoded.view.attention):
         selection = attachment.method.select(encoded.view)
-        kept = _to_tokens(geometry, selection.kept, always=True)
-    by_role = {name: _to_tokens(geometry, cells) for name, cells in selection.roles.items()}
+        kept = kept_tokens(geometry.layouts, selection.kept, attachment.method.newlines)
+    by_role = {name: _cell_tokens(geometry, cells) for name, cells in selection.roles.items()}
     members = None
     if selection.members is not None:
         members = merging.to_tokens(geometry.layouts, kept, selection.members)
@@ -257,23 +262,14 @@ def _order(
     """The order of each item's kept tokens; None as they lie in the image."""
     if selection.last is None or attachment.positions != "compact":
         return None
-    last = _to_tokens(geometry, selection.last)
+    last = _cell_tokens(geometry, selection.last)
     return [
         merging.order(one, stays, behind)
         for one, stays, behind in zip(geometry.layouts, kept, last, strict=True)
     ]
 
 
-def _to_tokens(geometry: Geometry, cells: Tensor, always: bool = False) -> list[Tensor]:
-    """A choice of cells [crops, cells] as [n] bools over each item's visual tokens.
-
-    Args:
-        geometry: that of the items.
-        cells: the choice.
-        always: what holds for tokens that belong to no cell.
-    """
-    parts = cells.split([one.crops for one in geometry.layouts])
-    return [
-        one.to_tokens(part[:, : one.patches]) & ((one.labels >= 0) | always)
-        for one, part in zip(geometry.layouts, parts, strict=True)
-    ]
+def _cell_tokens(geometry: Geometry, cells: Tensor) -> list[Tensor]:
+    """Cells [crops, cells] as [n] bools over each item's visual tokens, those of no cell False."""
+    found = kept_tokens(geometry.layouts, cells, "drop")
+    return [own & (one.labels >= 0) for one, own in zip(geometry.layouts, found, strict=True)]

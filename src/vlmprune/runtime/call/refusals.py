@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import config, decoder
-from vlmprune.hosts.release import chunks_hold_images
+from vlmprune.hosts.release import chunks_hold_images, version
 from vlmprune.hosts.requests import (
     ASSISTANT,
     ASSISTING,
@@ -47,6 +49,25 @@ def check_common(call: ModelCall, ids: Tensor | None) -> None:
         raise VlmpruneError(
             f"attention_mask has {form}; vlmprune needs the plain [batch, length] mask."
         )
+
+
+def check_newlines(attachment: Attachment, numbers: Iterable[int]) -> None:
+    """Refuse to drop newline tokens that the host adds by itself.
+
+    Args:
+        attachment: of the method to the model.
+        numbers: the modality of each item of the request.
+    """
+    if attachment.method.newlines == "keep":
+        return
+    for medium in (attachment.family.media[number] for number in sorted(set(numbers))):
+        if medium.adds_newlines:
+            raise VlmpruneError(
+                f"newlines='drop' cannot be had for {medium.kind}s here, for transformers "
+                f"{version()} adds the newline tokens of {type(attachment.model).__name__} in its "
+                "forward; use "
+                "newlines='keep', or a later release of Transformers."
+            )
 
 
 def check_positions(attachment: Attachment, given: Tensor) -> None:

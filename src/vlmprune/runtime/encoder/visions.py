@@ -143,6 +143,7 @@ class Vision:
                     "grid": list(one.grid),
                     "blended": one.blended,
                     "whole_crop": one.whole_crop,
+                    "cls": one.cls,
                     "patches": list(item.patches),
                 }
             )
@@ -201,6 +202,7 @@ class Vision:
                         about["blended"],
                         kind,
                         about.get("whole_crop"),
+                        about.get("cls", False),
                     ),
                     tensors[f"{number}.kept"],
                     tensors[f"{number}.features"],
