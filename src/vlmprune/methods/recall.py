@@ -69,7 +69,7 @@ class Recall(Pruner):
 
     needs: ClassVar[str] = "KV cache"
     stage: ClassVar[str] = "KV cache, at each decode step"
-    paper: ClassVar[str] = ""
+    paper: ClassVar[str] = "unpublished"
     text_agnostic: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
