@@ -6,7 +6,7 @@
     shorten   ids, mask, positions, features                         short_request.py ShortRequest
     run       the host's own method on the shorter request           step.py, each forward
     restore   what the user would have got, and the cache's record   here, remembered.py
-    report    what was kept and saved                                report.py       Report
+    report    what was kept and saved                                report/         Report
 
 Each step hands a record on to the next. What is refused stands in `refusals.py`; packed samples are
 taken apart before `plan` and put together after `shorten` (`packed.py`).
