@@ -23,6 +23,7 @@ import decode
 import equal_compute
 import learned
 import plphp_coverage
+import recall_page
 import selection
 import serve_page
 from accuracy_tables import Table
@@ -116,9 +117,16 @@ def plphp_page(folder: Path) -> dict[str, str]:
     return {} if found is None else plphp_coverage.parts(found)
 
 
+def recall_parts(folder: Path) -> dict[str, str]:
+    """The parts of docs/recall.md whose file is there."""
+    found = read(folder).get("recall")
+    return {} if found is None else recall_page.parts(found)
+
+
 PAGES: dict[str, Callable[[Path], dict[str, str]]] = {
     "benchmarks.md": lambda folder: {"gpu": gpu(read(folder / "gpu"))},
     "plphp.md": plphp_page,
+    "recall.md": recall_parts,
     "results.md": results_page,
     "serving.md": lambda folder: serve_page.parts(read(folder)),
 }
