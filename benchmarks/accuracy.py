@@ -146,7 +146,7 @@ NOT_HERE = {
     "evs": "EVS chooses among frames of a video, and these are pictures",
     "quecc": "QueCC is trained, and stands in the table of methods that learn",
     "vistog": "VisToG likewise",
-    "recall": "Recall reads less and keeps all, and stands on a page of its own (recall_accuracy.py)",
+    "recall": "Recall keeps all and reads less, and has a page of its own (docs/recall.md)",
     "mod": "VideoLLM-MoD is trained on clips, and these are pictures",
 }
 """Methods without rows, and why."""
