@@ -98,12 +98,14 @@ class Case:
         self.floor = [states[:, :, -few:].clone() for states in self.full]
         self.after = [states[:, :, tokens:].clone() for states in self.full]
 
-    def recalled(self, kind: Any, where: Any = "device", aside: bool = False) -> Recalled:
+    def recalled(
+        self, kind: Any, where: Any = "device", rest: Any = "mean", aside: bool = False
+    ) -> Recalled:
         """The visual tokens with a sketch of this kind."""
         keys, values = (states[:, :, : self.shape.tokens] for states in self.full)
         columns = torch.arange(self.shape.tokens, device=keys.device).expand_as(self.images)
         held = self.images, columns, self.tokens, self.keep, kind, where
-        return Recalled.of(keys, values, *held, may_step_aside=aside)
+        return Recalled.of(keys, values, *held, rest, aside)
 
     def call(self, query: Tensor) -> AttentionCall:
         """What asks, on text alone."""
@@ -181,7 +183,7 @@ def measure(case: Case, kinds: list[str], layer: Layer | None, repeat: int) -> d
     result: dict[str, Any] = {"differs": {}, "read": {}, "on_device": {}, "aside": {}}
     for kind in kinds:
         recalled = case.recalled(kind)
-        result["differs"][kind] = check(case, recalled)
+        result["differs"][kind] = check(case, case.recalled(kind, rest="none"))
         result["read"][kind] = (recalled.bytes_read + rest) / (recalled.bytes_dense + rest)
         far = case.recalled(kind, "host")
         result["on_device"][kind] = (far.device_bytes + far.small_bytes + rest) / whole

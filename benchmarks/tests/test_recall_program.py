@@ -34,7 +34,8 @@ def test_it_measures_attention_layer_and_bytes(tmp_path: Path) -> None:
     assert one["ratios"].keys() == {f"{part} {way}" for part in parts for way in ways}
     # 64 tokens in 2 heads of 2 samples: 16 channels of 4 bytes, of keys and of values.
     dense, text = 4 * 64 * 128, 4 * 8 * 128
-    sketch = 4 * (64 * (8 + 2) + 2 * 4 * 16)
+    # Codes and a scale a token; of each channel a mean, a deviation and the sum of its values.
+    sketch = 4 * (64 * (8 + 2) + 3 * 4 * 16)
     assert one["dense_bytes"] == dense + text
     assert one["read"]["int4"] == pytest.approx((dense / 16 + sketch + text) / (dense + text))
     assert one["aside"] == {"int4": True}
@@ -42,12 +43,12 @@ def test_it_measures_attention_layer_and_bytes(tmp_path: Path) -> None:
 
 def test_what_is_read_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     case = recall.Case(recall.Shape.of("2x64x4x2"), 16, 8, 0.1, CPU)
-    assert recall.check(case, case.recalled("int4")) < 1e-5
+    assert recall.check(case, case.recalled("int4", rest="none")) < 1e-5
     # Attention to other tokens than those that are told.
     index = recall.recall.Read.mask
     monkeypatch.setattr(recall.recall.Read, "mask", lambda *given: index(*given).roll(1, dims=2))
     with pytest.raises(VlmpruneError, match="differs by"):
-        recall.check(case, case.recalled("int4"))
+        recall.check(case, case.recalled("int4", rest="none"))
 
 
 def test_dense_is_torchs_own_attention() -> None:

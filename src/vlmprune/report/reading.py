@@ -62,7 +62,8 @@ class Reading:
         dense_bytes: of all visual tokens' keys and values in these layers, uncompressed.
         device_bytes: of what lies on the device of the computation for them, sketches included.
         host_bytes: of what lies in host memory.
-        sketch_bytes: of the sketches.
+        sketch_bytes: of the sketches, and of the sums of values from which the token is made that
+            stands for what a step does not read.
         aside: how many of the layers read everything at each step, as that is faster there.
         steps: what each step read, in order.
         images: where the call's images stand.

@@ -138,7 +138,7 @@ def test_a_cache_that_is_read_in_part_has_the_floor_of_what_a_step_reads() -> No
     inputs = request(built, [1, 2]).inputs
     # Of 16 tokens 4 are read, and of all the keys, which are half of the bytes. Row 0 has one
     # picture of the two that there is room for.
-    exact, padded = Recall(read=4, sketch="exact", floor=0, always=True), 3 / 4
+    exact, padded = Recall(read=4, sketch="exact", floor=0, rest="none", always=True), 3 / 4
     report = report_of(built, inputs, exact)
     assert report.kv_bytes_after == report.kv_bytes_before / padded
     read = report.kv_bytes_read / report.kv_bytes_before

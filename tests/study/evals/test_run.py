@@ -199,7 +199,9 @@ def test_figures(loaded: Loaded) -> None:
     assert half.share("kv_bytes") == cut.share("kv_bytes") == 0.5
     assert cut.share("decoder_flops") == 1
     assert [one.share("kv_read") for one in (full, half, cut)] == [1, 0.5, 0.5]
-    part = evaluate(loaded, Recall(read=0.0625, sketch="exact", always=True), Some(), limit=3)
+    part = evaluate(
+        loaded, Recall(read=0.0625, sketch="exact", rest="none", always=True), Some(), limit=3
+    )
     # All keys, and the values of a sixteenth with their keys.
     assert part.share("kv_read") == 0.5625 and part.share("kv_bytes") == 1
     assert full.method == "unpruned"

@@ -157,9 +157,7 @@ class CacheRecall(PromptEnd):
         reading.dense_bytes = sum(one.bytes_dense * s.ranks for one, s in held) // times
         reading.device_bytes = sum(one.device_bytes * s.ranks for one, s in held) // times
         reading.host_bytes = sum(one.host_bytes * s.ranks for one, s in held) // times
-        reading.sketch_bytes = (
-            sum(one.sketch.nbytes * s.ranks for one, s in held if one.sketch is not None) // times
-        )
+        reading.sketch_bytes = sum(one.scored_bytes * s.ranks for one, s in held) // times
         reading.aside = sum(one.aside for one, _ in held)
         reading.images = self._images(layers[0].prefix)
         reading.own = int(self.counts.sum()) * times / int(layers[0].prefix.tokens.sum())
