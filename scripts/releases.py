@@ -147,6 +147,7 @@ def allow(major: int, lowest: int, before: int, after: int) -> None:
     for name, text in texts.items():
         (ROOT / name).write_text(text, encoding="utf-8")
     print(f"transformers {major}.{after - 1} is allowed in {', '.join(PLACES)}; commit them.")
+    print("docs/models.md is of the release before: scripts/survey.py makes it anew.")
 
 
 def main(arguments: list[str]) -> bool:
