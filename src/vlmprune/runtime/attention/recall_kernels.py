@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 
 from vlmprune.runtime.attention.ragged_triton import attended, divided, rows
+from vlmprune.runtime.attention.recall_choice import chosen, remaining, weighed
+from vlmprune.runtime.attention.recall_merge import merge, others
 
 
 @triton.jit
@@ -189,81 +191,6 @@ def look(
         tl.store(done + head, 0)
 
 
-@triton.jit
-def _total(lse, count, COLUMNS: tl.constexpr):
-    """Log of the sum of exponentials, of base 2, of the first `count` of a row."""
-    c = tl.arange(0, COLUMNS)
-    top = tl.full([COLUMNS], float("-inf"), tl.float32)
-    for at in range(0, count, COLUMNS):
-        one = tl.load(lse + at + c, mask=at + c < count, other=float("-inf"))
-        larger = tl.maximum(top, one)
-        base = tl.where(larger == float("-inf"), 0.0, larger)
-        top = base + tl.log2(tl.exp2(top - base) + tl.exp2(one - base))
-    largest = tl.max(top, axis=0)
-    base = tl.where(largest == float("-inf"), 0.0, largest)
-    return base + tl.log2(tl.sum(tl.exp2(top - base), axis=0))
-
-
-@triton.jit
-def _chosen(found, live, budget):
-    """Which of some floats are the `budget` largest, ties to the lower place.
-
-    Bits of a float make an integer of the same order, those of a negative one turned. The least
-    that is chosen is built from the highest bit down: a bit is set where enough are as large.
-    """
-    # Sums that start from zero are never its negative, which would be lower than it is.
-    bits = found.to(tl.int32, bitcast=True)
-    bits = tl.where(live, bits ^ ((bits >> 31) & 0x7FFFFFFF), -2147483648)
-    enough = tl.sum((bits >= 0).to(tl.int32), axis=0) >= budget
-    least = tl.where(enough, 0, -2147483648)
-    for place in tl.static_range(31):
-        larger = least | (1 << (30 - place))
-        enough = tl.sum((bits >= larger).to(tl.int32), axis=0) >= budget
-        least = tl.where(enough, larger, least)
-    above = live & (bits > least)
-    equal = (live & (bits == least)).to(tl.int32)
-    left = budget - tl.sum(above.to(tl.int32), axis=0)
-    # How many equal ones stand before each.
-    before = tl.cumsum(equal, axis=0) - equal
-    return above | ((equal != 0) & (before < left))
-
-
-@triton.jit
-def _merged(
-    out,  # [parts, G, DV] float32
-    lse,  # [G, columns] float32, base 2, at the first part
-    merged,  # [G, DV]
-    parts,
-    columns,
-    G,
-    DV: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDE_V: tl.constexpr,
-):
-    """One result of all that was found of one KV head; 0 of nothing."""
-    g = tl.arange(0, ROWS)
-    dv = tl.arange(0, WIDE_V)
-    seen = (g[:, None] < G) & (dv[None, :] < DV)
-    place = g[:, None] * DV + dv[None, :]
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, WIDE_V], tl.float32)
-    for part in range(0, parts):
-        # Of other programs: not from this processor's own cache.
-        log = lse + g * columns + part
-        one = tl.load(log, mask=g < G, other=float("-inf"), cache_modifier=".cg")
-        found = tl.load(out + part * G * DV + place, mask=seen, other=0.0, cache_modifier=".cg")
-        new = tl.maximum(top, one)
-        base = tl.where(new == float("-inf"), 0.0, new)
-        weight = tl.exp2(one - base)
-        kept = tl.exp2(top - base)
-        acc = acc * kept[:, None] + found * weight[:, None]
-        total = total * kept + weight
-        top = new
-    result = acc / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(merged + place, result.to(merged.dtype.element_ty), mask=seen)
-
-
 @triton.jit(
     do_not_specialize=["H", "G", "V", "longest", "most", "blocks", "texts", "splits", "chunk"]
 )
@@ -280,6 +207,9 @@ def read(
     seen,  # [B, I * most] uint8
     out,  # [B * H, texts + parts, G, DV] float32
     lse,  # [B * H, G, blocks + texts + parts] float32, base 2
+    every,  # [B * H, DV] float32, sums of all values, where OTHERS, as the next two
+    sums,  # [B * H, parts, DV] float32, of the values that each program reads
+    shares,  # [B * H, I, G] float32, base 2, of what is not read of an image
     done,  # [B * H] int32
     merged,  # [B * H, G, DV]
     scale,
@@ -303,11 +233,12 @@ def read(
     ALONE: tl.constexpr,
     ORDERED: tl.constexpr,
     STANDING: tl.constexpr,
+    OTHERS: tl.constexpr,
 ):
     """Choose among the tokens of an image, attend to them, and merge with what `look` found.
 
     Programs [B * H, I * splits]; each of an image's splits reads `chunk` of the `most` that it may
-    have at the most.
+    have at the most. With OTHERS one token stands for what is not read, and ROWS are more than G.
     """
     head = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -324,29 +255,35 @@ def read(
         place = tl.load(order + (b * count + i) * longest + n, mask=live, other=0).to(tl.int32)
     else:
         place = i * longest + n
-    if ALONE:
-        # One query head's weights have the order of its scores.
-        by = tl.load(guesses + head * V + place, mask=live, other=float("-inf"))
-    else:
-        by = tl.zeros([IMAGE], tl.float32)
-        for g in range(0, G):
-            row = head * G + g
-            total = _total(lse + row * columns, blocks + texts, COLUMNS)
-            guess = tl.load(guesses + row * V + place, mask=live, other=float("-inf"))
-            by += tl.where(live, tl.exp2(guess - total), 0.0)
-        by = by / G
+    by = weighed(
+        guesses + head * G * V,
+        lse + head * G * columns,
+        place,
+        live,
+        V,
+        G,
+        columns,
+        blocks + texts,
+        IMAGE,
+        COLUMNS,
+        ALONE,
+    )
     if STANDING:
         tl.store(standing + head * V + place, by, mask=live)
 
     # Every program of the image chooses alike, and lists only what it reads itself.
-    first = (part % splits) * chunk
+    split = part % splits
+    first = split * chunk
     last = tl.minimum(first + chunk, most)
     base = index + head * count * most + i * most
-    taken = _chosen(by, live, budget)
+    taken = chosen(by, live, budget)
     slot = tl.cumsum(taken.to(tl.int32), axis=0) - 1
     tl.store(base + slot, place.to(tl.int64), mask=taken & (slot >= first) & (slot < last))
     own = (n >= first) & (n < last)
     tl.store(base + n, tl.zeros([IMAGE], tl.int64), mask=own & (n >= budget))
+    if OTHERS:
+        share = shares + (head * count + i) * G
+        remaining(guesses + head * G * V, place, live & ~taken, share, V, G, split, splits)
     if head % H == 0:
         tl.store(seen + (b * count + i) * most + n, (n < budget).to(tl.uint8), mask=own)
     # Other threads of the program read the list.
@@ -383,13 +320,38 @@ def read(
         found,
         mask=(g[:, None] < G) & (dv[None, :] < DV),
     )
+    if OTHERS:
+        # A row without a query scores each key alike, with 0: what it sums is the values.
+        at = sums + (head * parts + part) * DV + g[:, None] * 0 + dv[None, :]
+        tl.store(at, acc, mask=(g[:, None] == G) & (dv[None, :] < DV))
     # All threads have stored before the count says so; who comes last sees what all have stored.
     tl.debug_barrier()
     if tl.atomic_add(done + head, 1, sem="acq_rel", scope="gpu") == parts - 1:
-        _merged(
+        if OTHERS:
+            top, total, acc = others(
+                every + head * DV,
+                sums + head * parts * DV,
+                shares + head * count * G,
+                tokens + b * count,
+                keep + b * count,
+                parts,
+                count,
+                G,
+                DV,
+                ROWS,
+                WIDE_V,
+            )
+        else:
+            top = tl.full([ROWS], float("-inf"), tl.float32)
+            total = tl.zeros([ROWS], tl.float32)
+            acc = tl.zeros([ROWS, WIDE_V], tl.float32)
+        merge(
             out + head * (texts + parts) * G * DV,
             lse + head * G * columns + blocks,
             merged + head * G * DV,
+            top,
+            total,
+            acc,
             texts + parts,
             columns,
             G,

@@ -3,8 +3,10 @@
 The first scores the packed sketch, a block of tokens a program, and beside it attends to text and
 later tokens. In the second, a few programs a KV head and image find which of the image's tokens
 are read, each for itself, and attend to their part of them; the last program of each head merges
-what all found. The host waits for nothing between them, and nothing that changes from step to step
-is compiled in.
+what all found, and one token for what is not read where `rest` is "mean": each program of the
+second launch leaves the sum of the values that it reads and, of some query heads, that of the
+exponentials of the scores that it does not. The host waits for nothing between them, and nothing
+that changes from step to step is compiled in.
 """
 
 from __future__ import annotations
@@ -49,7 +51,6 @@ def runs(query: Tensor, recalled: Recalled, mask: Tensor | None) -> bool:
         query.shape[2] != 1
         or recalled.sketch is None
         or recalled.all_read
-        or recalled.total is not None
         or store.place != "device"
         or max(query.shape[3], store.values.shape[3]) > 256
         or (mask is not None and (mask.dim() != 4 or mask.shape[1] != 1))
@@ -119,11 +120,15 @@ def attend(
     out = torch.empty(B * H, texts + parts, G, DV, dtype=torch.float32, device=device)
     lse = torch.empty(B * H, G, blocks + texts + parts, dtype=torch.float32, device=device)
     done = torch.empty(B * H, dtype=torch.int32, device=device)
+    others = recalled.total is not None
+    # What stands for no tokens is not touched.
+    every = recalled.total.contiguous() if recalled.total is not None else out
+    sums = torch.empty(B * H, parts, DV, dtype=torch.float32, device=device) if others else out
+    shares = torch.empty(B * H, count, G, dtype=torch.float32, device=device) if others else out
     asked = query.to(dtype).reshape(B * H, G, D).contiguous()
     fixed = {
         "D": D,
         "DV": DV,
-        "ROWS": max(16, triton.next_power_of_2(G)),
         "WIDE": wide,
         "WIDE_V": wide_v,
         "BLOCK": block,
@@ -158,6 +163,7 @@ def attend(
             *values.stride()[:3],
             mask_b,
             mask_t,
+            ROWS=max(16, triton.next_power_of_2(G)),
             W=sketch.codes.shape[3],
             WIDE_W=wide_w,
             BITS=sketch.bits,
@@ -180,6 +186,9 @@ def attend(
             seen.view(torch.uint8),
             out,
             lse,
+            every,
+            sums,
+            shares,
             done,
             merged,
             scaling * _LOG2E,
@@ -192,11 +201,14 @@ def attend(
             texts,
             splits,
             chunk,
+            # One row more sums the values.
+            ROWS=max(16, triton.next_power_of_2(G + others)),
             IMAGE=image,
             COLUMNS=256,
             ALONE=G == 1,
             ORDERED=groups.index is not None,
             STANDING=standing is not None,
+            OTHERS=others,
             # A thread has sixteen tokens of an image, of the largest 32.
             num_warps=max(4, min(image // 512, max(16, image // 1024))),
             **fixed,
