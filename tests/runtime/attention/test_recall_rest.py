@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recall_plain import plain
 from vlmprune.hosts.attention import AttentionCall
-from vlmprune.runtime.attention import recall
+from vlmprune.runtime.attention import recall, recall_cpu
 from vlmprune.runtime.attention.recall import Read
 from vlmprune.runtime.attention.recalled import Recalled
 
@@ -87,3 +87,13 @@ def test_the_sum_goes_along() -> None:
     torch.testing.assert_close(
         found[:, :, 0].double(), wanted(call(2), cut, read, "mean"), atol=1e-6, rtol=0
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_many_values_of_half_precision_are_summed_in_float32(dtype: torch.dtype) -> None:
+    values = torch.full((1, 1, 300, 4), 1000.0, dtype=dtype)
+    values[..., 1::2, :] += 8
+    summed = recall_cpu.summed(values, None)
+    assert summed.dtype == torch.float32 and torch.equal(summed, values.double().sum(2).float())
+    seen = torch.arange(300)[None, None] < 200
+    assert torch.equal(recall_cpu.summed(values, seen), values[:, :, :200].double().sum(2).float())

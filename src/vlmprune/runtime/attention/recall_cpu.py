@@ -150,6 +150,7 @@ def attend(
 
 def summed(values: Tensor, seen: Tensor | None) -> Tensor:
     """[..., Dv] float32: the sum of values [..., k, Dv], of those that are seen [..., k]."""
-    weights = values.new_ones(values.shape[:-1]) if seen is None else seen.to(values.dtype)
-    weights = weights.expand(values.shape[:-1])
-    return (weights[..., None, :] @ values)[..., 0, :].float()
+    # In half precision a sum of many would be rounded, or overflow.
+    given = values.float()
+    weights = given.new_ones(given.shape[:-1]) if seen is None else seen.float()
+    return (weights.expand(given.shape[:-1])[..., None, :] @ given)[..., 0, :]
