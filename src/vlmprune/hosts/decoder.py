@@ -98,6 +98,11 @@ def full_attention_layers(model: Any) -> list[int]:
     return [i for i, kind in enumerate(config.layer_kinds(model.config)) if kind == FULL]
 
 
+def turns_in_three(model: Any) -> bool:
+    """Whether a visual token has three positions, as far as a model that no record knows tells."""
+    return hasattr(getattr(model, "base_model", None), "get_rope_index")
+
+
 def takes_angles(layer: nn.Module) -> bool:
     """Whether a decoder layer takes rotary angles from outside."""
     return _ANGLES in _parameters(type(layer))

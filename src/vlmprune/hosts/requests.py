@@ -349,12 +349,13 @@ def encodes_ahead(model: Any) -> bool:
     return _AHEAD in inspect.signature(type(model).forward).parameters
 
 
-def check_model(model: Any, pixels: Iterable[str]) -> None:
+def check_model(model: Any, pixels: Iterable[str], positions: bool = True) -> None:
     """Refuse a class whose calls do not take what they are given, from its signature alone.
 
     Args:
         model: the host.
         pixels: what it calls the pixels of each medium.
+        positions: whether it is handed positions.
 
     Raises:
         VlmpruneError: one sentence says what is missing.
@@ -362,7 +363,8 @@ def check_model(model: Any, pixels: Iterable[str]) -> None:
     cls = type(model)
     release.cache_name(cls)
     takes = inspect.signature(cls.forward).parameters
-    missing = [name for name in (IDS, MASK, _POSITIONS, *pixels) if name not in takes]
+    handed = (IDS, MASK, *((_POSITIONS,) if positions else ()), *pixels)
+    missing = [name for name in handed if name not in takes]
     missing += [name for name in (GENERATE, "base_model", "get_decoder") if not hasattr(cls, name)]
     if missing:
         raise VlmpruneError(

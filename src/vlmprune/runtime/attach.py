@@ -39,7 +39,7 @@ def attachment_of(method: Method, model: nn.Module) -> Attachment:
     """
     release.check_release()
     model = families.unwrapped(model)
-    family = family_of(model)
+    family = family_of(model, method)
     release.check_class(model, family.fails)
     if contract.checks():
         _check_contract(model, family, method)
@@ -71,7 +71,9 @@ def attachment_of(method: Method, model: nn.Module) -> Attachment:
 
 def _check_contract(model: Any, family: Family, method: Method) -> None:
     """Refuse what the release does otherwise, by signatures alone."""
-    requests.check_model(model, [medium.inputs[0] for medium in family.media])
+    requests.check_model(
+        model, [medium.inputs[0] for medium in family.media], not family.counted
+    )
     generation.check_made(model)
     if family.rope is not None:
         deltas.deltas_of(model)

@@ -125,8 +125,9 @@ class Shadows:
         base = base_of(self.model)
         for name in (GENERATE, FORWARD, PROCESSORS, CRITERIA):
             self._shadow(name, self.model)
-        for name in (medium.method for medium in attachment.family.media):
-            self._shadow(name, base)
+        if not attachment.family.counted:
+            for name in (medium.method for medium in attachment.family.media):
+                self._shadow(name, base)
         if base is not self.model:
             self._shadow(FORWARD, base)
         attachment.originals = {

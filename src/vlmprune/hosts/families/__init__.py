@@ -11,6 +11,7 @@ from typing import Any, Literal
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import config, contract, parallel, parts, sizes
 from vlmprune.hosts.families import llava, pixtral, pooled, qwen, tiles, video
+from vlmprune.hosts.families.counted import counted
 from vlmprune.hosts.families.record import Family
 from vlmprune.hosts.families.towers import TOWERS
 from vlmprune.hosts.requests import base_of
@@ -21,6 +22,7 @@ __all__ = [
     "TOWERS",
     "Family",
     "check_host",
+    "counted",
     "record_of",
 ]
 

@@ -30,6 +30,8 @@ class Family:
         mixes: releases whose host does not keep packed samples apart whose columns come with types,
             and why.
         since: the first tested release of Transformers that has the class.
+        counted: whether nothing is known but the placeholders, so that requests go to the host as
+            they come, and methods inside the language model alone can act.
         fails: releases (a version specifier) with a fault that keeps the class from being pruned,
             and the fault, as it goes on after "where".
     """
@@ -44,6 +46,7 @@ class Family:
     first: int = 0
     mixes: Mapping[str, str] = field(default_factory=dict)
     since: str = "5.16"
+    counted: bool = False
     fails: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -141,7 +141,10 @@ def planned(attachment: Attachment, asked: Asked) -> Plan:
     if tail:
         after = torch.maximum(latest(between) + 1, after)
     positions, texts = as_three(local[:, tail:], rope), False
-    if asked.call.positions is not None:
+    if attachment.family.counted:
+        # The host makes them by itself.
+        pass
+    elif asked.call.positions is not None:
         own = _given_positions(attachment, asked.call.positions, ids)
         positions = as_three(own, rope) - prefix.shift[:, None]
         positions = positions - attachment.family.first * asked.plain
@@ -151,7 +154,8 @@ def planned(attachment: Attachment, asked: Asked) -> Plan:
         if found is not None:
             positions = (found + after[:, None]).masked_fill(new_mask == 0, 0)
     aligned = requests.aligned_of(asked.call, ids.shape[1], mask.shape[1])
-    check_flash(attachment, ids)
+    if not attachment.family.counted:
+        check_flash(attachment, ids)
     plan = Plan(
         asked,
         prefix,

@@ -104,9 +104,11 @@ def _generated(
         # Ids that came without the columns of the cache go on without them.
         left = left[:, short.plan.cached :]
     state.whole = WholePrompt(asked.ids, left.shape[1], partial(_apart, attachment))
-    call = asked.call.without(n for medium in attachment.family.media for n in medium.inputs)
-    call = call.with_prompt(left).also(short.pixels | limits | short.prompt.aligned)
-    call = call.with_(mask=short.prompt.mask, positions=handed(short.prompt))
+    call = asked.call
+    if not attachment.family.counted:
+        call = call.without(n for medium in attachment.family.media for n in medium.inputs)
+        call = call.with_prompt(left).also(short.pixels | limits | short.prompt.aligned)
+        call = call.with_(mask=short.prompt.mask, positions=handed(short.prompt))
     if call.streamer is not None:
         call = call.with_(streamer=ShownPrompt(call.streamer, state.whole))
     with (
@@ -177,13 +179,15 @@ def _forward(
     short = shortened(attachment, asked)
 
     new, state, pruned = slice(short.plan.cached, None), short.state, short.state.pruned
-    shorter = call.without(name for medium in attachment.family.media for name in medium.inputs)
-    shorter = shorter.also(short.pixels).also(short.prompt.aligned)
-    shorter = shorter.with_(
-        ids=short.prompt.ids[:, new],
-        mask=short.prompt.mask,
-        positions=handed(short.prompt, new) + attachment.family.first,
-    )
+    shorter = call
+    if not attachment.family.counted:
+        shorter = call.without(n for medium in attachment.family.media for n in medium.inputs)
+        shorter = shorter.also(short.pixels).also(short.prompt.aligned)
+        shorter = shorter.with_(
+            ids=short.prompt.ids[:, new],
+            mask=short.prompt.mask,
+            positions=handed(short.prompt, new) + attachment.family.first,
+        )
     # The host may return what it remembers.
     _leave_deltas(attachment, short)
     state.rows, columns = short.prompt.ids.shape[0], short.columns

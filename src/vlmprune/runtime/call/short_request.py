@@ -123,6 +123,7 @@ def _state(
 ) -> Active:
     """What the call knows while it runs at the host."""
     rope, first = attachment.family.rope is not None, attachment.family.first
+    counted = attachment.family.counted
     last = latest(prompt)
     drift, due = following - last - 1, following
     if rope:
@@ -149,7 +150,7 @@ def _state(
         attachment,
         choice.pruned,
         last + first,
-        drift if bool((drift != 0).any()) else None,
+        None if counted or not bool((drift != 0).any()) else drift,
         attachment.positions == "original" and not rope and gaps,
         len(plan.geometry.items),
         cut,
@@ -159,8 +160,8 @@ def _state(
         missing=missing,
         report=report,
         progress=Progress(
-            handed(prompt, slice(plan.cached, None)) + first,
-            due + first,
+            None if counted else handed(prompt, slice(plan.cached, None)) + first,
+            None if counted else due + first,
             prompt.ids.shape[1],
             prompt.ids[:, plan.cached :],
         ),

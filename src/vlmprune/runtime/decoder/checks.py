@@ -19,6 +19,13 @@ def resolve_positions(model: Any, family: Family, method: Method) -> Literal["co
     # Tokens that skip a layer come back for the next, in their places.
     if method.routes or family.rope is not None:
         return "original"
+    if family.counted and decoder.turns_in_three(model):
+        if method.positions == "compact":
+            raise VlmpruneError(
+                f"{type(model).__name__} gives a visual token three positions, which renumbering "
+                "would destroy; use positions='original' or 'auto'."
+            )
+        return "original"
     if method.positions != "auto":
         return method.positions
     return families.advised_positions(model) or method.dropper.released
