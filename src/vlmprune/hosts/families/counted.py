@@ -22,7 +22,7 @@ from vlmprune.views.layout import Layout
 # Entries of configs that hold the id of a modality's placeholders, and arguments of forwards that
 # hold what it is made of.
 _TOKENS: Mapping[Literal["image", "video"], Sequence[str]] = {
-    "image": ("image_token_id", "image_token_index", "img_token_id", "media_placeholder_token_id"),
+    "image": ("image_token_id", "image_token_index", "image_patch_id"),
     "video": ("video_token_id", "video_token_index"),
 }
 _PIXELS: Mapping[Literal["image", "video"], Sequence[str]] = {
