@@ -35,6 +35,8 @@ _WINDOW = "sliding_window"
 _ENDS = "cu_seq_lens_q"
 # What changes scores in a way that no method here follows.
 _FOREIGN = ("s_aux", "position_bias")
+# What a module keeps them in.
+_SINKS = ("sinks", "sink")
 _UNEVEN = (*_FOREIGN, _SOFTCAP, _WINDOW)
 
 
@@ -289,6 +291,22 @@ def attention_of(layer: nn.Module) -> Any:
         if hasattr(module, _CAUSAL) or _REGISTRY in _names(cls):
             return module
     raise LookupError(f"{type(layer).__name__} has no attention that can be tapped")
+
+
+def sinks_of(module: nn.Module) -> bool:
+    """Whether an attention module has sinks, which take a share of each row's attention."""
+    return any(getattr(module, name, None) is not None for name in _SINKS)
+
+
+def attentions_in(layer: nn.Module) -> int:
+    """How many modules of a layer call Transformers' attention registry."""
+    found = 0
+    for module in layer.modules():
+        source = sys.modules.get(parallel.class_of(module).__module__)
+        found += (
+            hasattr(source, _REGISTRY) and hasattr(module, "config") and hasattr(module, _CAUSAL)
+        )
+    return found
 
 
 def check_tappable(layer: nn.Module, instead: str) -> None:

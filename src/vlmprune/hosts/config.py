@@ -297,6 +297,30 @@ def recurrent_kinds(config: Any) -> list[str]:
     return sorted(kind for kind in listed_kinds(config) if kind in _RECURRENT)
 
 
+def sharing_layers(config: Any) -> tuple[frozenset[int], frozenset[int]]:
+    """The decoder layers that attend to another layer's keys and values, and those others.
+
+    Gemma 3n and Gemma 4 let their last layers share what the last one before them has of each kind.
+    """
+    text = of_text(config)
+    count = getattr(text, "num_kv_shared_layers", None) or 0
+    kinds = layer_kinds(config)
+    first = len(kinds) - count
+    lend = {kind: index for index, kind in enumerate(kinds[:first])}
+    borrow = range(first, len(kinds))
+    return frozenset(borrow), frozenset(lend[k] for k in kinds[first:] if k in lend)
+
+
+def is_latent(config: Any) -> bool:
+    """Whether the language model attends to keys and values that it makes of a latent (MLA)."""
+    return bool(getattr(of_text(config), "kv_lora_rank", None))
+
+
+def crosses(config: Any) -> bool:
+    """Whether images reach the language model by cross-attention, beside the prompt."""
+    return bool(getattr(of_text(config), "cross_attention_layers", None))
+
+
 def deepstack_layers(config: Any) -> int:
     """Number of first decoder layers behind which the host adds features to visual tokens.
 

@@ -30,6 +30,8 @@ _CACHING = "use_cache"
 # What the language model is called with: the embedded prompt.
 _EMBEDDED = "inputs_embeds"
 _AS_FIELDS = "return_dict"
+# What some layers take of each token beside its state, which nobody gathers.
+_OF_TOKENS = frozenset({"per_layer_input"})
 # Those that have an entry a column, and that are gathered.
 _FOLLOWED = frozenset({_MASK, _ANGLES, _POSITIONS})
 
@@ -93,14 +95,24 @@ def rotary_modules(model: Any) -> list[nn.Module]:
 def full_attention_layers(model: Any) -> list[int]:
     """The decoder layers with full attention, whose cache may be cut.
 
-    A sliding window drops old columns by itself, and linear attention has none.
+    A sliding window drops old columns by itself, linear attention has none, and layers that share
+    keys and values are left whole.
     """
-    return [i for i, kind in enumerate(config.layer_kinds(model.config)) if kind == FULL]
+    # One that others attend to as well has to stay whole, and those have no cache of their own.
+    borrow, lend = config.sharing_layers(model.config)
+    kinds = enumerate(config.layer_kinds(model.config))
+    return [i for i, kind in kinds if kind == FULL and i not in borrow | lend]
 
 
 def turns_in_three(model: Any) -> bool:
     """Whether a visual token has three positions, as far as a model that no record knows tells."""
     return hasattr(getattr(model, "base_model", None), "get_rope_index")
+
+
+def adds_between(model: Any) -> str | None:
+    """What the language model adds to visual tokens between its layers; None if nothing."""
+    takes = inspect.signature(type(decoder_of(model)).forward).parameters
+    return next((name for name in takes if name.startswith("deepstack")), None)
 
 
 def takes_angles(layer: nn.Module) -> bool:
@@ -129,6 +141,12 @@ def check_layers(model: Any) -> None:
     for cls in dict.fromkeys(type(layer) for layer in decoder_layers(model)):
         release.cache_name(cls)
         takes = _parameters(cls)
+        own = [name for name in takes if name in _OF_TOKENS]
+        if own:
+            raise VlmpruneError(
+                f"{cls.__name__} of transformers {release.version()} takes {own[0]} of each token, "
+                "of which tokens cannot be dropped; prune before the language model."
+            )
         missing = [name for name in (_MASK, _ANGLES) if name not in takes]
         if not takes or missing:
             raise VlmpruneError(

@@ -71,9 +71,7 @@ def attachment_of(method: Method, model: nn.Module) -> Attachment:
 
 def _check_contract(model: Any, family: Family, method: Method) -> None:
     """Refuse what the release does otherwise, by signatures alone."""
-    requests.check_model(
-        model, [medium.inputs[0] for medium in family.media], not family.counted
-    )
+    requests.check_model(model, [medium.inputs[0] for medium in family.media], not family.counted)
     generation.check_made(model)
     if family.rope is not None:
         deltas.deltas_of(model)
@@ -95,19 +93,41 @@ def _check_contract(model: Any, family: Family, method: Method) -> None:
 
 
 def _check_decoder(model: Any, method: Method, cuttable: Sequence[int]) -> None:
+    does = "read in part" if method.recalls else "cut"
     way = "run `vlmprune calibrate` on it, or give alpha and beta yourself"
     _check_origin(model, method.calibrated_on, "the thresholds were calibrated on", way)
+    if config.is_latent(model.config):
+        raise VlmpruneError(
+            f"{type(model).__name__} has a language model that caches a latent (multi-head latent "
+            f"attention), which {method!r} cannot {does}; prune before the language model."
+        )
     if config.is_capped(model.config):
         raise VlmpruneError(
             f"{type(model).__name__} has a language model whose attention is capped "
-            f"(attn_logit_softcapping), which {method!r} cannot cut; prune before the "
+            f"(attn_logit_softcapping), which {method!r} cannot {does}; prune before the "
             "language model."
         )
     if not cuttable:
+        kinds = sorted({kind.replace("_", " ") for kind in config.layer_kinds(model.config)})
+        borrow, lend = config.sharing_layers(model.config)
+        shares = ", some sharing keys and values" * bool(borrow | lend)
         raise VlmpruneError(
-            f"every layer of {type(model).__name__} has sliding-window or linear "
-            f"attention, which {method!r} leaves whole; prune before the language model."
+            f"{type(model).__name__} has layers of {', '.join(kinds)}{shares}, all of which "
+            f"{method!r} leaves whole; prune before the language model."
         )
+    layers = decoder.decoder_layers(model)
+    for index in cuttable:
+        if index >= len(layers) or attention.attentions_in(layers[index]) > 1:
+            raise VlmpruneError(
+                f"the decoder layers of {type(model).__name__} attend several times each, whose "
+                f"caches {method!r} cannot {does}; prune before the language model."
+            )
+        if attention.sinks_of(attention.attention_of(layers[index])):
+            raise VlmpruneError(
+                f"{type(model).__name__} has a language model with attention sinks, which take a "
+                f"share of attention that {method!r} does not follow; prune before the language "
+                "model."
+            )
 
 
 def _check_origin(model: Any, origin: str | None, found: str, way: str) -> None:

@@ -69,6 +69,8 @@ def counted(model: Any) -> Family | str:
         return "it has no config and no generate of Transformers"
     if config.has_encoder(said):
         return "its language model has an encoder of its own"
+    if config.crosses(said):
+        return "its images enter by cross-attention, beside the prompt"
     takes = inspect.signature(type(model).forward).parameters
     media = []
     for kind in _TOKENS:

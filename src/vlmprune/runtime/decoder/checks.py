@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import config, decoder, families
-from vlmprune.hosts.attention import attention_of
+from vlmprune.hosts.attention import attention_of, sinks_of
 from vlmprune.hosts.families import Family
 from vlmprune.method import Method
 from vlmprune.runtime.decoder.missing_rows import lacking
@@ -71,12 +71,23 @@ def missing(
                 f"{method!r} cannot give them those of the tokens that reach them; prune before "
                 "the language model."
             )
+    if family.counted and (asks or skips) and decoder.adds_between(model) is not None:
+        raise VlmpruneError(
+            f"the language model of {name} adds features to visual tokens between its layers "
+            f"({decoder.adds_between(model)}), and nothing says where; prune its cache instead."
+        )
     try:
         for index, ask in asks.items():
+            read = []
             if ask.attention == "own":
-                attention_of(layers[index])
+                read.append(attention_of(layers[index]))
             if ask.attention == "previous" or ask.keys:
-                attention_of(layers[index - 1])
+                read.append(attention_of(layers[index - 1]))
+            if ask.attention and any(map(sinks_of, read)):
+                raise VlmpruneError(
+                    f"{name} has a language model with attention sinks, which take a share of "
+                    f"attention that {method!r} does not follow; prune before the language model."
+                )
     except LookupError as error:
         raise VlmpruneError(f"{error}; prune before the language model.") from error
     if any(ask.normed for ask in asks.values()):

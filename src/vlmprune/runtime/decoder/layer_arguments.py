@@ -123,6 +123,9 @@ class LayerArguments:
             # Only flash attention reads them, and would take gaps for packed sequences.
             at = torch.arange(going.source.shape[1], device=ids.device)
             call = call.with_positions(at.expand(*ids.shape[:-1], -1))
+        if angles is None:
+            # A layer that turns nothing, as some do among others that turn.
+            return call, None
         if going is not None and not self.compact and shift is None:
             source = going.source
 
