@@ -31,7 +31,7 @@ _CACHING = "use_cache"
 _EMBEDDED = "inputs_embeds"
 _AS_FIELDS = "return_dict"
 # What some layers take of each token beside its state, which nobody gathers.
-_OF_TOKENS = frozenset({"per_layer_input"})
+_OF_TOKENS = frozenset({"per_layer_input", "attention_scaling"})
 # Those that have an entry a column, and that are gathered.
 _FOLLOWED = frozenset({_MASK, _ANGLES, _POSITIONS})
 
@@ -107,6 +107,21 @@ def full_attention_layers(model: Any) -> list[int]:
 def turns_in_three(model: Any) -> bool:
     """Whether a visual token has three positions, as far as a model that no record knows tells."""
     return hasattr(getattr(model, "base_model", None), "get_rope_index")
+
+
+def check_counted(model: Any) -> None:
+    """Refuse a language model that attends several times a layer, of whose caches each has one.
+
+    Raises:
+        VlmpruneError: its config tells of another number of layers than there are.
+    """
+    told, there = len(config.layer_kinds(model.config)), len(decoder_layers(model))
+    if told != there:
+        raise VlmpruneError(
+            f"{type(model).__name__} has {there} decoder layers and a config that tells of {told}, "
+            "so it attends several times a layer, which is not followed; prune before the language "
+            "model."
+        )
 
 
 def adds_between(model: Any) -> str | None:

@@ -80,6 +80,8 @@ def _check_contract(model: Any, family: Family, method: Method) -> None:
             layers = {type(one): one for one in medium.encoder(model, {}).layers}
             for layer in layers.values():
                 attention.check_tappable(layer, "use a method that does not look at attention")
+    if method.drops or method.routes or method.cuts:
+        decoder.check_counted(model)
     if method.drops or method.routes:
         decoder.check_layers(model)
         caches.check_layers(caches.GrowingLayer, GappedLayer)

@@ -92,6 +92,8 @@ class Binding:
             return proceed(call)
         self.waiting = None
         if call.value is not shown.values:
+            if call.value.shape != shown.values.shape:
+                raise contract.broken(call.module, "it attends to a part of its values at a time")
             call = replace(call, value=shown.values)
         if call.uneven is not None:
             raise VlmpruneError(
