@@ -37,6 +37,22 @@ def test_plan_reproduces_the_published_figures(model, keep, tokens, before, afte
     assert f"{before} → {after}" in shown and f"→ {tokens}" in shown
 
 
+def test_plan_tells_its_convention():
+    """Both kinds of published tables: 3.82 for the language model in one, 7.63 in the other."""
+    for options, figure, each in (([], "7.63", 2), (["--flops-per-multiply-add", 1], "3.82", 1)):
+        shown = " ".join(call("plan", "llava-1.5-7b", *options).stdout.split())
+        assert figure in shown and f"{each} per multiply-add" in shown
+        content = json.loads(call("plan", "llava-1.5-7b", *options, "--json").stdout)
+        assert content["flops_per_multiply_add"] == each
+        assert f"{content['llm_tflops_before']:.2f}" == figure
+        budget = ["--compute-budget", "vicuna-7b@576", *options]
+        pairs = json.loads(call("plan", *budget, "--json").stdout)
+        assert pairs["flops_per_multiply_add"] == each
+        tokens = {one["model"]: one["visual_tokens"] for one in pairs["pairs"]}
+        assert tokens["vicuna-7b"] == 576
+        assert f"{each} per multiply-add" in " ".join(call("plan", *budget).stdout.split())
+
+
 def test_plan_options():
     options = ("--keep", 640, "--budget", "image", "--crops", 3)
     content = json.loads(call("plan", "llava-next-7b", *options, "--json").stdout)

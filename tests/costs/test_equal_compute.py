@@ -123,5 +123,5 @@ def test_mistakes_at_the_command_line(arguments, says):
 
 
 def test_caption_says_what_is_counted():
-    text = pairs_table(pairs(8.0), 8.0, 50).caption
+    text = pairs_table(pairs(8.0), 8.0, 50, 2).caption
     assert "50 text tokens" in str(text) and "8 TFLOPs" in str(text)

@@ -54,6 +54,19 @@ def test_llava_15_7b(keep: int | None, tflops: str) -> None:
     assert made.visual_tokens_after == (keep or 576)
 
 
+def test_the_other_convention_is_half() -> None:
+    """PyramidDrop prints 3.82 for LLaVA-1.5-7B (arXiv 2410.17247); SparseVLM counts so, too."""
+    made = plan("llava-1.5-7b", 64, per_multiply_add=1)
+    assert f"{made.llm_tflops_before:.2f}" == "3.82"
+    two = plan("llava-1.5-7b", 64)
+    for name in ("llm_tflops_before", "llm_tflops_after", "encoder_tflops", "total_tflops_after"):
+        assert 2 * getattr(made, name) == getattr(two, name)
+    assert made.kv_bytes_after == two.kv_bytes_after and made.flops_saving == two.flops_saving
+    assert (made.as_dict()["flops_per_multiply_add"], two.flops_per_multiply_add) == (1, 2)
+    with pytest.raises(VlmpruneError, match="per_multiply_add=3"):
+        plan("llava-1.5-7b", per_multiply_add=3)
+
+
 def test_the_headline_saving() -> None:
     made, whole = (plan("llava-next-7b", keep, newlines="drop") for keep in (29, None))
     assert f"{1 - made.total_tflops_after / whole.total_tflops_after:.0%}" == "91%"
@@ -200,7 +213,7 @@ def test_json_and_table() -> None:
     assert loaded["total_tflops_after"] == plans[1].total_tflops_after
     assert Plan(**{k: loaded[k] for k in Plan.__dataclass_fields__}) == plans[1]
     console = Console(file=StringIO(), width=160)
-    console.print(plans_table(plans))
+    console.print(plans_table(plans, 2))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for cell in (
         "2928 → 768",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vlmprune
+from vlmprune import costs
 from vlmprune.costs import units
 
 PACKAGE = Path(vlmprune.__file__).parent
@@ -53,6 +56,18 @@ def test_bytes_shares_and_what_is_saved() -> None:
     assert units.change(256, 96) == "-62 %" and units.change(2, 3) == "+50 %"
     # What rounds to nothing is none, and of nothing nothing is saved.
     assert units.change(1000, 999) == units.change(0, 1) == ""
+
+
+def test_what_is_unknown_is_so_in_words_and_null_in_json() -> None:
+    unknown = costs.UNKNOWN
+    assert units.digits(unknown) == units.mib(unknown) == units.percent(unknown) == "unknown"
+    assert f"{units.flops(unknown)}FLOPs" == "unknown FLOPs"
+    assert units.change(unknown, 1) == units.change(1, unknown) == ""
+    content = {"a": unknown, "b": [1, unknown, {"c": (unknown, "nan", 2.5)}], "d": None}
+    told = {"a": None, "b": [1, None, {"c": [None, "nan", 2.5]}], "d": None}
+    assert units.ready(content) == told
+    assert json.loads(json.dumps(units.ready(content), allow_nan=False)) == told
+    assert math.isnan(units.known(None)) and units.known(0.0) == 0
 
 
 @given(st.floats(1e-3, 1e18))

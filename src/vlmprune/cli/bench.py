@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,7 +28,7 @@ from vlmprune.cli.printing import (
     progress,
     typed,
 )
-from vlmprune.costs.units import change, flops, mib
+from vlmprune.costs.units import UNKNOWN_WORD, change, flops, mib
 from vlmprune.errors import VlmpruneError
 
 if TYPE_CHECKING:
@@ -361,13 +362,20 @@ def _overview(result: BenchResult, gpu: bool) -> Table:
             *(_times(against[f"{name}_speedup"]) for name in names),
             factor(floor and one.over(*floor)["first_token"]),
             selecting(against["selecting_share"]),
-            *(change(getattr(full, name), getattr(one, name)) or "=" for name in costs),
+            *(_less(getattr(full, name), getattr(one, name)) for name in costs),
         )
     return table
 
 
 def _read_in_part(one: Figures) -> bool:
-    return one.visual_read_bytes != one.visual_kv_bytes
+    return not math.isnan(one.visual_read_bytes) and one.visual_read_bytes != one.visual_kv_bytes
+
+
+def _less(full: float, value: float) -> str:
+    """What is saved, in a cell of its own."""
+    if math.isnan(full) or math.isnan(value):
+        return UNKNOWN_WORD
+    return change(full, value) or "="
 
 
 def _times(ratio: float | None) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vlmprune.cli.options import AsJson, Budget, Newlines, Number, Text, keep_of
 from vlmprune.cli.printing import console, figures_table, print_json
-from vlmprune.costs.units import digits, mib, percent
+from vlmprune.costs.units import UNKNOWN_WORD, digits, mib, percent
 from vlmprune.errors import VlmpruneError
 
 if TYPE_CHECKING:
@@ -49,15 +50,26 @@ def plan(
     text_tokens: Annotated[
         Number, typer.Option(help="Of --compute-budget: text tokens of a prompt, by default 50.")
     ] = None,
+    flops_per_multiply_add: Annotated[
+        Number,
+        typer.Option(
+            metavar="1|2",
+            help="What a multiply and an add count as: 2, the default, as in the tables of "
+            "VisPruner, FasterVLM and CDPruner; 1 as in those of SparseVLM and CATP.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Tell what a budget costs on an architecture, or which ones a budget buys.
 
     Without weights. With --compute-budget: which language model can have how many visual tokens.
     """
+    each = 2 if flops_per_multiply_add is None else flops_per_multiply_add
+    if each not in (1, 2):
+        raise VlmpruneError(f"--flops-per-multiply-add {each} is no convention; use 1 or 2.")
     if compute_budget is not None:
         others = (keep, budget, crops, size, newlines)
-        _equal_compute(model, others, compute_budget, text_tokens, as_json)
+        _equal_compute(model, others, compute_budget, text_tokens, each, as_json)
         return
     from vlmprune.costs.architectures import KNOWN
     from vlmprune.costs.plan import plan as planned
@@ -77,11 +89,12 @@ def plan(
         crops,
         newlines=newlines or "keep",  # type: ignore[arg-type]
         size=None if size is None else _size(size),
+        per_multiply_add=each,
     )
     if as_json:
         print_json(costs.as_dict())
     else:
-        console().print(plans_table([costs]))
+        console().print(plans_table([costs], each))
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -97,6 +110,7 @@ def _equal_compute(
     others: tuple[object, ...],
     compute_budget: str,
     text_tokens: int | None,
+    each: int,
     as_json: bool,
 ) -> None:
     """`plan --compute-budget`."""
@@ -111,24 +125,27 @@ def _equal_compute(
     text = 50 if text_tokens is None else text_tokens
     if text < 0:
         raise VlmpruneError(f"--text-tokens {text} is negative; use 0 or more.")
-    tflops = equal_compute.budget_of(compute_budget, text)
+    tflops = equal_compute.budget_of(compute_budget, text, each)
     models = [*DECODERS, *([] if model is None else [model])]
-    found = equal_compute.pairs(tflops, text, models)
+    found = equal_compute.pairs(tflops, text, models, per_multiply_add=each)
     if as_json:
         pairs = [pair.as_dict() for pair in found]
-        print_json({"tflops": tflops, "text_tokens": text, "pairs": pairs})
+        about = {"tflops": tflops, "flops_per_multiply_add": each, "text_tokens": text}
+        print_json(about | {"pairs": pairs})
     else:
-        console().print(pairs_table(found, tflops, text))
+        console().print(pairs_table(found, tflops, text, each))
 
 
-def plans_table(plans: Iterable[Plan]) -> Table:
+def plans_table(plans: Iterable[Plan], per_multiply_add: int) -> Table:
     """The plans as a Rich table, one row each, "full → pruned" in a cell.
 
     KV caches are in MiB, which the published tables call MB. FLOPs have three digits.
     """
     plans = list(plans)
     result = figures_table("model", ("tokens", "LLM", "vision", "total", "KV", "saved"))
-    result.caption = "One image; LLM, vision and total in TFLOPs of visual tokens; KV in MiB."
+    result.caption = (
+        f"TFLOPs ({_convention(per_multiply_add)}) of one image's visual tokens; KV in MiB."
+    )
     kept = {p.newline_tokens_after for p in plans if p.newline_tokens_after}
     if kept:
         counts = " or ".join(map(str, sorted(kept)))
@@ -144,26 +161,35 @@ def plans_table(plans: Iterable[Plan]) -> Table:
             digits(p.encoder_tflops),
             _change(digits(p.total_tflops_before), digits(p.total_tflops_after), pruned),
             _change(mib(p.kv_bytes_before), mib(p.kv_bytes_after), pruned),
-            percent(p.flops_saving) if pruned else "",
+            percent(p.flops_saving) if pruned and not math.isnan(p.flops_saving) else "",
         )
     return result
 
 
+def _convention(per_multiply_add: int) -> str:
+    return f"{per_multiply_add} per multiply-add"
+
+
 def _change(before: str, after: str, pruned: bool) -> str:
-    return f"{before} → {after}" if pruned else before
+    return f"{before} → {after}" if pruned and before != UNKNOWN_WORD else before
 
 
-def pairs_table(found: Iterable[Pair], tflops: float, text_tokens: int) -> Table:
+def pairs_table(
+    found: Iterable[Pair], tflops: float, text_tokens: int, per_multiply_add: int
+) -> Table:
     """The pairs as a Rich table."""
     result = figures_table("language model", ("layers", "visual tokens", "TFLOPs", "KV"))
     result.caption = (
         f"Prefill of {text_tokens} text tokens and the most visual tokens within {tflops:.3g} "
-        "TFLOPs, none where the text alone costs more; the vision tower comes on top. KV in MiB."
+        f"TFLOPs, {_convention(per_multiply_add)}, none where the text alone costs more; the "
+        "vision tower comes on top. KV in MiB."
     )
     for pair in found:
-        size = f"{digits(pair.parameters / 1e9)} B"
+        unknown = math.isnan(pair.parameters)
+        size = digits(pair.parameters / 1e9) + ("" if unknown else " B")
         if pair.visual_tokens is None:
-            result.add_row(pair.model, size, "none", "", "")
+            word = UNKNOWN_WORD if math.isnan(pair.tflops) else "none"
+            result.add_row(pair.model, size, word, "", "")
         else:
             figures = digits(pair.tflops), mib(pair.kv_bytes)
             result.add_row(pair.model, size, str(pair.visual_tokens), *figures)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from vlmprune.costs.units import ready
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
@@ -67,8 +69,8 @@ def bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """One JSON object on stdout."""
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    """One JSON object on stdout; null for what is unknown."""
+    typer.echo(json.dumps(ready(content), indent=2, ensure_ascii=False))
 
 
 def notes(lines: Iterable[str]) -> None:

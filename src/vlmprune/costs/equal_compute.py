@@ -17,10 +17,9 @@ from typing import Any
 from vlmprune import costs
 from vlmprune.costs.architectures import DECODERS
 from vlmprune.costs.plan import architecture
-from vlmprune.costs.units import TERA
+from vlmprune.costs.units import TERA, ready
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts import config as configs
-from vlmprune.hosts import sizes
+from vlmprune.hosts import layer_sizes
 
 
 @dataclass(frozen=True)
@@ -29,33 +28,39 @@ class Pair:
 
     Attributes:
         model: its name.
-        parameters: of its decoder layers, embeddings and head not counted.
-        visual_tokens: the most that fit; None where even none costs more than the budget.
+        parameters: of its decoder layers, embeddings and head not counted; of experts those that a
+            token goes through.
+        visual_tokens: the most that fit; None where even none costs more than the budget, or the
+            costs are unknown.
         tflops: what they cost together with the text, 1e12 FLOPs.
         kv_bytes: keys and values of visual and text tokens over all layers.
+
+    What the config does not tell is `costs.UNKNOWN`, and None in `as_dict`.
     """
 
     model: str
-    parameters: int
+    parameters: float
     visual_tokens: int | None
     tflops: float
-    kv_bytes: int
+    kv_bytes: float
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
-        return asdict(self)
+        made: dict[str, Any] = ready(asdict(self))
+        return made
 
 
-def budget_of(text: str, text_tokens: int) -> float:
+def budget_of(text: str, text_tokens: int, per_multiply_add: int = costs.PER_MULTIPLY_ADD) -> float:
     """What `--compute-budget` says, in TFLOPs.
 
     Args:
         text: a number of TFLOPs, or `MODEL@TOKENS`: what that model spends on so many visual
             tokens and the text.
         text_tokens: of a prompt.
+        per_multiply_add: as `costs.prefill_flops` takes it.
 
     Raises:
-        VlmpruneError: neither.
+        VlmpruneError: neither, or what that model spends is unknown.
     """
     model, at, tokens = text.rpartition("@")
     if at:
@@ -64,7 +69,13 @@ def budget_of(text: str, text_tokens: int) -> float:
                 f"--compute-budget {text} has no number of visual tokens behind the @; write for "
                 "example llava-1.5-7b@576."
             )
-        return costs.prefill_flops(_decoder(model), int(tokens) + text_tokens) / TERA
+        spent = costs.prefill_flops(_decoder(model), int(tokens) + text_tokens, per_multiply_add)
+        if math.isnan(spent):
+            raise VlmpruneError(
+                f"what {model} spends is unknown, as its config does not tell; give "
+                "--compute-budget as a number of TFLOPs."
+            )
+        return spent / TERA
     try:
         tflops = float(text)
     except ValueError:
@@ -78,7 +89,11 @@ def budget_of(text: str, text_tokens: int) -> float:
 
 
 def pairs(
-    tflops: float, text_tokens: int = 50, models: Sequence[str] = (), kv_value_bytes: int = 2
+    tflops: float,
+    text_tokens: int = 50,
+    models: Sequence[str] = (),
+    kv_value_bytes: int = 2,
+    per_multiply_add: int = costs.PER_MULTIPLY_ADD,
 ) -> list[Pair]:
     """For each language model the most visual tokens that its prefill can have for a budget.
 
@@ -89,9 +104,10 @@ def pairs(
         models: names of `DECODERS` or of `KNOWN`, or local folders with a `config.json`; by
             default all of `DECODERS`.
         kv_value_bytes: bytes of one cached number.
+        per_multiply_add: as `costs.prefill_flops` takes it.
 
     Returns:
-        The pairs, smallest model first.
+        The pairs, smallest model first; those of unknown size last.
 
     Raises:
         VlmpruneError: a value is out of range, or a model unknown.
@@ -105,36 +121,42 @@ def pairs(
     flops = tflops * TERA * (1 + 1e-12)
     for name in dict.fromkeys(models or DECODERS):
         config = _decoder(name)
-        tokens = _most(config, flops, text_tokens)
+        size = _parameters(config)
+        if math.isnan(costs.prefill_flops(config, 1)):
+            kv_bytes = costs.kv_bytes(config, text_tokens, kv_value_bytes)
+            found.append(Pair(name, size, None, costs.UNKNOWN, kv_bytes))
+            continue
+        tokens = _most(config, flops, text_tokens, per_multiply_add)
         held = text_tokens + (tokens or 0)
-        spent = costs.spent(config, [held], kv_value_bytes)
-        pair = Pair(name, _parameters(config), tokens, spent.flops / TERA, spent.kv_bytes)
-        found.append(pair)
-    return sorted(found, key=lambda pair: pair.parameters)
+        spent = costs.spent(config, [held], kv_value_bytes, per_multiply_add)
+        found.append(Pair(name, size, tokens, spent.flops / TERA, spent.kv_bytes))
+    return sorted(found, key=lambda pair: (math.isnan(pair.parameters), pair.parameters))
 
 
-def _most(config: Any, flops: float, text: int) -> int | None:
+def _most(config: Any, flops: float, text: int, per_multiply_add: int) -> int | None:
     """The largest number of visual tokens whose prefill with the text stays within `flops`."""
-    if costs.prefill_flops(config, text) > flops:
+
+    def fits(tokens: int) -> bool:
+        return costs.prefill_flops(config, text + tokens, per_multiply_add) <= flops
+
+    if not fits(0):
         return None
     least, beyond = 0, 1
-    while costs.prefill_flops(config, text + beyond) <= flops:
+    while fits(beyond):
         least, beyond = beyond, beyond * 2
     while beyond - least > 1:
         middle = (least + beyond) // 2
-        if costs.prefill_flops(config, text + middle) <= flops:
+        if fits(middle):
             least = middle
         else:
             beyond = middle
     return least
 
 
-def _parameters(config: Any) -> int:
+def _parameters(config: Any) -> float:
     """Weights of the decoder layers' matrices."""
-    d, heads = sizes.decoder_width(config), sizes.query_heads(config)
-    head_dim, kv = configs.head_dim(config), configs.kv_heads(config)
-    attention = 2 * d * heads * head_dim + 2 * d * kv * head_dim
-    return int(sizes.decoder_depth(config) * (attention + 3 * d * sizes.decoder_inner(config)))
+    found = layer_sizes.layers(config)
+    return costs.UNKNOWN if found is None else sum(one.weights for one in found)
 
 
 def _decoder(name: str) -> Any:

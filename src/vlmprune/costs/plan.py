@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmprune import costs
 from vlmprune.costs.architectures import CROPS, KNOWN, Architecture
-from vlmprune.costs.units import TERA
+from vlmprune.costs.units import TERA, ready
 from vlmprune.errors import VlmpruneError, reason
 from vlmprune.hosts.config import required
 from vlmprune.select.budget import Budget, Newlines, kept_of, resolve_keep
@@ -26,7 +26,8 @@ class Plan:
 
     Token counts are visual tokens of the whole image, newline tokens included; those alone are in
     `newline_tokens_*`, and `tokens_per_crop` is without them. FLOPs are in TFLOPs (1e12);
-    `kv_bytes_*` are bytes of the visual tokens' keys and values over all layers.
+    `kv_bytes_*` are bytes of the visual tokens' keys and values over all layers. What the config
+    does not tell is `costs.UNKNOWN`, and None in `as_dict`; so are shares of it.
     """
 
     model: str
@@ -39,12 +40,13 @@ class Plan:
     llm_tflops_before: float
     llm_tflops_after: float
     encoder_tflops: float
-    kv_bytes_before: int
-    kv_bytes_after: int
+    kv_bytes_before: float
+    kv_bytes_after: float
     newlines: Newlines = "keep"
     newline_tokens_before: int = 0
     newline_tokens_after: int = 0
     size: tuple[int, int] | None = None
+    flops_per_multiply_add: int = costs.PER_MULTIPLY_ADD
 
     @property
     def total_tflops_before(self) -> float:
@@ -59,22 +61,29 @@ class Plan:
     @property
     def flops_saving(self) -> float:
         """Share of the total FLOPs that pruning saves, 0 to 1."""
-        return 1.0 - self.total_tflops_after / self.total_tflops_before
+        return _saving(self.total_tflops_before, self.total_tflops_after)
 
     @property
     def kv_saving(self) -> float:
         """Share of the KV bytes that pruning saves, 0 to 1."""
-        return 1.0 - self.kv_bytes_after / self.kv_bytes_before
+        return _saving(self.kv_bytes_before, self.kv_bytes_after)
 
     def as_dict(self) -> dict[str, Any]:
         """All fields and derived figures, ready for JSON."""
-        return {
+        found: dict[str, Any] = {
             **asdict(self),
             "total_tflops_before": self.total_tflops_before,
             "total_tflops_after": self.total_tflops_after,
             "flops_saving": self.flops_saving,
             "kv_saving": self.kv_saving,
         }
+        made: dict[str, Any] = ready(found)
+        return made
+
+
+def _saving(before: float, after: float) -> float:
+    """What is saved, as a share; none of nothing."""
+    return 1.0 - after / before if before else 0.0
 
 
 def plan(
@@ -85,6 +94,7 @@ def plan(
     bytes_per_value: int = 2,
     newlines: Newlines = "keep",
     size: tuple[int, int] | None = None,
+    per_multiply_add: int = costs.PER_MULTIPLY_ADD,
 ) -> Plan:
     """Work out what a budget costs on one image of an architecture.
 
@@ -104,6 +114,8 @@ def plan(
         newlines: "keep" or "drop", as the methods' setting. What there is before has all of them.
         size: (height, width) of the image in pixels, in place of `crops`; its tokens are then
             counted by the host's own packing.
+        per_multiply_add: FLOPs that a multiply and an add count as: 2 in the tables of VisPruner,
+            FasterVLM and CDPruner, 1 in those of SparseVLM, PyramidDrop and CATP.
 
     Returns:
         The plan.
@@ -133,7 +145,12 @@ def plan(
             after = sum(kept_of(keep, n) for n in own) + left
         else:
             after = resolve_keep(keep, sum(own), "image") + left
-        whole, few = (costs.spent(config, [n], bytes_per_value) for n in (before, after))
+        whole, few = (
+            costs.spent(config, [n], bytes_per_value, per_multiply_add) for n in (before, after)
+        )
+        encoder = costs.encoder_flops(
+            config, count, patches=patches, per_multiply_add=per_multiply_add
+        )
         return Plan(
             model=model,
             keep=keep,
@@ -144,13 +161,14 @@ def plan(
             visual_tokens_after=after,
             llm_tflops_before=whole.flops / TERA,
             llm_tflops_after=few.flops / TERA,
-            encoder_tflops=costs.encoder_flops(config, count, patches=patches) / TERA,
+            encoder_tflops=encoder / TERA,
             kv_bytes_before=whole.kv_bytes,
             kv_bytes_after=few.kv_bytes,
             newlines=newlines,
             newline_tokens_before=ends,
             newline_tokens_after=left,
             size=size,
+            flops_per_multiply_add=per_multiply_add,
         )
     except VlmpruneError:
         raise

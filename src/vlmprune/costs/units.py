@@ -1,6 +1,13 @@
-"""Figures as text: FLOPs, bytes, shares, what is saved of them; and numbers that options give."""
+"""Figures as text: FLOPs, bytes, shares, what is saved of them; and numbers that options give.
+
+A figure that is not known (`costs.UNKNOWN`) is so in words, and null in JSON.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
 
 TERA = 1e12
 MIB = 2**20
@@ -8,8 +15,13 @@ MIB = 2**20
 _SCALES = (("T", TERA), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
+UNKNOWN_WORD = "unknown"
+
+
 def digits(value: float) -> str:
     """A number with three digits, or with all that stand before its point."""
+    if math.isnan(value):
+        return UNKNOWN_WORD
     # What would be rounded up to 100 has three digits before its point.
     return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
@@ -47,10 +59,28 @@ def percent(share: float, form: str = ".0f") -> str:
         share: 1 is all.
         form: of the number, as a format specification.
     """
-    return f"{100 * share:{form}} %"
+    return UNKNOWN_WORD if math.isnan(share) else f"{100 * share:{form}} %"
 
 
 def change(before: float, after: float) -> str:
-    """What is saved (or added), in per cent; nothing where it rounds to nothing."""
+    """What is saved (or added), in per cent; nothing where it is unknown or rounds to nothing."""
+    if math.isnan(before) or math.isnan(after):
+        return ""
     share = round(100 * (after / before - 1)) if before else 0
     return f"{share:+d} %" if share else ""
+
+
+def ready(content: Any) -> Any:
+    """Content as JSON may hold it: what is unknown is None, in mappings and lists, too."""
+    if isinstance(content, float):
+        return None if math.isnan(content) else content
+    if isinstance(content, Mapping):
+        return {key: ready(one) for key, one in content.items()}
+    if isinstance(content, list | tuple):
+        return [ready(one) for one in content]
+    return content
+
+
+def known(value: float | None) -> float:
+    """A figure as `ready` left it: None is unknown again."""
+    return math.nan if value is None else value

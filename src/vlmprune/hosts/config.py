@@ -11,7 +11,7 @@ Imports Transformers only to name the release in an error, so that formulas on c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from vlmprune.errors import VlmpruneError
@@ -44,9 +44,8 @@ _TEXTS: Mapping[str, Collection[str]] = {
     ),
 }
 
-# Kinds of decoder layers that hold no keys and values, in Transformers' words.
-_RECURRENT = ("linear_attention", "conv", "mamba")
-_WITHOUT_CACHE = (*_RECURRENT, "moe", "mlp")
+# Kinds of decoder layers that carry a state and hold no keys and values, in Transformers' words.
+RECURRENT = ("linear_attention", "conv", "mamba")
 
 
 def required(config: Any, name: str) -> Any:
@@ -286,15 +285,31 @@ def listed_kinds(config: Any) -> frozenset[str]:
     return frozenset(_text_field(of_text(config), "layer_types") or ())
 
 
-def caching_layers(config: Any) -> list[bool] | None:
-    """For each decoder layer whether it caches keys and values; None where kinds are not listed."""
-    kinds = _text_field(of_text(config), "layer_types")
-    return None if kinds is None else [kind not in _WITHOUT_CACHE for kind in kinds]
+def own_caches(config: Any) -> list[bool] | None:
+    """For each decoder layer whether its keys and values are its own; None where all are.
+
+    The last layers of some models use those of an earlier layer, and have no cache.
+    """
+    text = of_text(config)
+    modes = getattr(text, "kv_sharing_modes", None)
+    if modes is not None:
+        return [mode != "reuse" for mode in modes]
+    shared = getattr(text, "num_kv_shared_layers", None)
+    if not shared:
+        return None
+    depth = required(text, "num_hidden_layers")
+    return [number < depth - shared for number in range(depth)]
+
+
+def each_layer(config: Any) -> Sequence[Any] | None:
+    """The config of each decoder layer where they differ; None where they do not."""
+    text = of_text(config)
+    return list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else None
 
 
 def recurrent_kinds(config: Any) -> list[str]:
     """The kinds of decoder layers that carry a state from column to column, as they come."""
-    return sorted(kind for kind in listed_kinds(config) if kind in _RECURRENT)
+    return sorted(kind for kind in listed_kinds(config) if kind in RECURRENT)
 
 
 def sharing_layers(config: Any) -> tuple[frozenset[int], frozenset[int]]:

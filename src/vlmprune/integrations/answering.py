@@ -42,8 +42,8 @@ class Spent:
     seconds: float = 0.0
     visual_tokens: int = 0
     visual_tokens_before: int = 0
-    kv_bytes: int = 0
-    kv_bytes_before: int = 0
+    kv_bytes: float = 0
+    kv_bytes_before: float = 0
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Needs lmms-eval, which imports this by the name in `lmms_eval.manifest`.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -128,10 +129,12 @@ class Vlmprune(lmms):
 
     def _log(self) -> None:
         spent = self.answerer.spent
-        more: dict[str, int] = {}
+        more: dict[str, float] = {}
         if self.answerer.handle is not None:
             names = ("visual_tokens", "visual_tokens_before", "kv_bytes", "kv_bytes_before")
-            more = {name: getattr(spent, name) for name in names}
+            found = {name: getattr(spent, name) for name in names}
+            # What the model's config does not tell is left out, as its log holds numbers alone.
+            more = {name: value for name, value in found.items() if not math.isnan(value)}
         log_metrics(
             total_elapsed_time=spent.seconds,
             total_gen_tokens=spent.tokens,

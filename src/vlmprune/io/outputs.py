@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from vlmprune.costs.units import MIB
+from vlmprune.costs.units import MIB, ready
 from vlmprune.errors import VlmpruneError, reason
 from vlmprune.files import write, writing
 
@@ -315,8 +315,8 @@ def numbered(path: Path, count: int) -> list[Path]:
 
 
 def json_text(content: Mapping[str, Any]) -> str:
-    """An object as a JSON file holds it."""
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    """An object as a JSON file holds it; null for what is unknown."""
+    return json.dumps(ready(content), indent=2, ensure_ascii=False) + "\n"
 
 
 def save_json(content: Mapping[str, Any], path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -24,6 +25,9 @@ LEFT = "left before layer "
 @dataclass(frozen=True)
 class Report:
     """One call's figures. `print(report)` is for people, `report.json()` for programs.
+
+    FLOPs and bytes that the model's config does not tell are `vlmprune.costs.UNKNOWN`, which is
+    `math.nan`; print says "unknown" then, and JSON null.
 
     Attributes:
         method: the pruner, with its settings.
@@ -54,6 +58,8 @@ class Report:
         decoder_flops_after: of `flops_after` likewise.
         reading: what a cache that is read in part holds, and what its steps read; None for others.
         newline_tokens_before: how many of `visual_tokens_before` belong to no patch.
+        kv_bytes_by_layer: of `kv_bytes_after` those of each decoder layer, before any cache was
+            cut; empty where their number is unknown.
     """
 
     method: str
@@ -65,8 +71,8 @@ class Report:
     newline_tokens: int
     flops_before: float
     flops_after: float
-    kv_bytes_before: int
-    kv_bytes_after: int
+    kv_bytes_before: float
+    kv_bytes_after: float
     seconds_selecting: float
     layouts: list[Layout] = field(repr=False, default_factory=list)
     roles: list[dict[str, Tensor]] = field(repr=False, default_factory=list)
@@ -76,13 +82,14 @@ class Report:
     decoder_flops_after: float = 0.0
     reading: Reading | None = field(repr=False, default=None)
     newline_tokens_before: int = 0
+    kv_bytes_by_layer: Sequence[float] = field(repr=False, default=())
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything that JSON can hold; `kept` as lists."""
+        """Everything that JSON can hold; `kept` as lists, None for what is unknown."""
         names = (
             "method positions score visual_tokens_before visual_tokens_after "
-            "newline_tokens_before newline_tokens flops_before flops_after kv_bytes_before "
-            "kv_bytes_after seconds_selecting"
+            "newline_tokens_before newline_tokens flops_before flops_after decoder_flops_before "
+            "decoder_flops_after kv_bytes_before kv_bytes_after seconds_selecting"
         )
         out: dict[str, Any] = {name: getattr(self, name) for name in names.split()}
         out["kept"] = [indices.tolist() for indices in self.kept]
@@ -90,20 +97,24 @@ class Report:
         out["layers"] = [layer.as_dict() for layer in self.layers]
         if self.reading is not None:
             out |= {"kv_bytes_read": self.kv_bytes_read, "reading": self.reading.as_dict()}
-        return out
+        found: dict[str, Any] = units.ready(out)
+        return found
 
     def with_layers(
-        self, layers: list[LayerReport], cached: int, seconds: float, numbers: list[Tensor]
+        self, layers: list[LayerReport], seconds: float, numbers: list[Tensor]
     ) -> Report:
         """The same call after its prompt's cache was cut.
 
         Args:
             layers: those that a method was asked about.
-            cached: number of decoder layers that cache keys and values.
             seconds: time that the cuts took.
             numbers: as in `LayerReport`.
         """
-        whole = self.kv_bytes_after // cached * (cached - len(layers))
+        cut = {layer.index for layer in layers}
+        whole = costs.UNKNOWN
+        if self.kv_bytes_by_layer:
+            sizes = enumerate(self.kv_bytes_by_layer)
+            whole = sum(size for index, size in sizes if index not in cut)
         return replace(
             self,
             layers=[replace(layer, numbers=numbers) for layer in layers],
@@ -131,7 +142,7 @@ class Report:
         )
 
     @property
-    def kv_bytes_read(self) -> int:
+    def kv_bytes_read(self) -> float:
         """Bytes for visual tokens that a decode step reads: all that are held, if not in part.
 
         Of a cache that is read in part the mean over the steps so far; before any, all.
@@ -151,6 +162,7 @@ class Report:
     def with_rows(
         self,
         config: Any,
+        depth: int,
         stages: dict[int, list[Tensor]],
         rows: list[int],
         dtype: torch.dtype,
@@ -163,6 +175,7 @@ class Report:
 
         Args:
             config: the host's config.
+            depth: decoder layers.
             stages: by layer before which tokens went, for each image a [n] bool over its visual
                 tokens, those that the layer worked on.
             rows: images of each row of the batch.
@@ -174,7 +187,7 @@ class Report:
         """
         whole = reached = self._seen()
         passed, roles = list[list[Tensor]](), [dict[str, Tensor]() for _ in whole]
-        for index in range(len(costs.caching_layers(config))):
+        for index in range(depth):
             now = stages.get(index, reached)
             if index in stages and not back:
                 for role, stays, goes in zip(roles, reached, now, strict=True):
@@ -214,19 +227,20 @@ class Report:
         self, config: Any, reached: Sequence[list[Tensor]], rows: list[int], dtype: torch.dtype
     ) -> Report:
         """The same call, if for each layer, for each image a [n] bool, these `reached` it."""
-        cached = costs.caching_layers(config)
-        each = costs.kv_bytes(config, 1, dtype.itemsize) // max(1, sum(cached))
-        layers, counts = list[RowsReport](), list[list[int]]()
-        for index, (holds, masks) in enumerate(zip(cached, reached, strict=True)):
-            numbers = [mask.nonzero()[:, 0] for mask in masks]
-            counts.append(_by_row(rows, map(len, numbers)))
-            layers.append(RowsReport(index, numbers, holds * each * sum(counts[-1])))
-        flops = sum(costs.layered_flops(config, one) for one in zip(*counts, strict=True))
+        kept = [[mask.nonzero()[:, 0] for mask in masks] for masks in reached]
+        spent = costs.layered(
+            config, [_by_row(rows, map(len, one)) for one in kept], dtype.itemsize
+        )
+        layers = [
+            RowsReport(index, numbers, size)
+            for index, (numbers, size) in enumerate(zip(kept, spent.kv_bytes_by_layer, strict=True))
+        ]
         return replace(
             self,
-            flops_after=self.flops_after - self.decoder_flops_after + flops,
-            decoder_flops_after=flops,
-            kv_bytes_after=sum(layer.kv_bytes for layer in layers),
+            flops_after=self.flops_after - self.decoder_flops_after + spent.flops,
+            decoder_flops_after=spent.flops,
+            kv_bytes_after=spent.kv_bytes,
+            kv_bytes_by_layer=spent.kv_bytes_by_layer,
             layers=layers,
         )
 
@@ -254,11 +268,18 @@ class Report:
         items = " and ".join(f"{n} {kind}(s)" for kind, n in counts.items() if n)
         return (
             f"{self.method}: {self.visual_tokens_before} → {self.visual_tokens_after} visual "
-            f"tokens in {items}, {units.flops(self.flops_before)} → "
-            f"{units.flops(self.flops_after)}FLOPs, KV {units.mib(self.kv_bytes_before)} → "
+            f"tokens in {items}, {self._flops_words()}, KV {units.mib(self.kv_bytes_before)} → "
             f"{units.mib(self.kv_bytes_after)} MiB{cut}, {self.positions} positions{score}, "
             f"selected in {1000 * self.seconds_selecting:.1f} ms"
         )
+
+    def _flops_words(self) -> str:
+        """FLOPs before and after; those of the decoder where the vision tower's are unknown."""
+        before, after, where = self.flops_before, self.flops_after, ""
+        if math.isnan(before) and not math.isnan(self.decoder_flops_before):
+            before, after = self.decoder_flops_before, self.decoder_flops_after
+            where = " in the language model"
+        return f"{units.flops(before).rstrip()} → {units.flops(after)}FLOPs{where}"
 
 
 def _joined(
@@ -288,7 +309,7 @@ def make(
     kept: list[Tensor],
     roles: list[dict[str, Tensor]],
     rows: list[int],
-    patches: list[int],
+    patches: list[int] | None,
     dtype: torch.dtype,
     seconds: float,
     members: list[Tensor] | None = None,
@@ -305,7 +326,7 @@ def make(
         kept: for each image a [n] bool.
         roles: for each image, bools by name.
         rows: images of each row of the batch.
-        patches: patches of each crop that the vision tower encoded.
+        patches: patches of each crop that the vision tower encoded; None where that is unknown.
         dtype: of the KV cache.
         seconds: time spent selecting.
         members: for each image where its visual tokens went; None where nothing is merged.
@@ -313,9 +334,11 @@ def make(
     """
     before = _by_row(rows, map(len, kept))
     after = _by_row(rows, (int(mask.sum()) for mask in kept))
-    encoder = sum(
-        costs.encoder_flops(config, patches.count(size), patches=size) for size in set(patches)
-    )
+    encoder = costs.UNKNOWN if layouts else 0.0
+    if patches is not None:
+        encoder = sum(
+            costs.encoder_flops(config, patches.count(size), patches=size) for size in set(patches)
+        )
     whole, left = (costs.spent(config, counts, dtype.itemsize) for counts in (before, after))
     return Report(
         method=method,
@@ -336,6 +359,7 @@ def make(
         decoder_flops_before=whole.flops,
         decoder_flops_after=left.flops,
         newline_tokens_before=sum(one.newlines for one in layouts),
+        kv_bytes_by_layer=left.kv_bytes_by_layer,
     )
 
 

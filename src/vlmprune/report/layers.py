@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from vlmprune.costs import units
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -76,17 +78,17 @@ class RowsReport:
     Attributes:
         index: number of the layer.
         kept: for each image, ascending indices [k] int64, as in `Report`.
-        kv_bytes: of their keys and values in that layer.
+        kv_bytes: of their keys and values in that layer; NaN where that is unknown.
     """
 
     index: int
     kept: list[Tensor] = field(repr=False)
-    kv_bytes: int
+    kv_bytes: float
 
     def as_dict(self) -> dict[str, Any]:
         """Everything that JSON can hold; of `kept` the numbers of tokens, image by image."""
         return {
             "layer": self.index,
             "kept": [len(one) for one in self.kept],
-            "kv_bytes": self.kv_bytes,
+            "kv_bytes": units.ready(self.kv_bytes),
         }

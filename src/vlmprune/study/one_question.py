@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from vlmprune.costs.units import ready
 from vlmprune.draw import overlay
 from vlmprune.draw.boxes import check_family, token_boxes
 from vlmprune.hosts import processed
@@ -49,9 +50,9 @@ class OneWay:
     prefill_ms: float
     decode_tokens_per_second: float | None
     total_ms: float
-    kv_bytes: int
+    kv_bytes: float
     kv_bytes_host: int
-    kv_bytes_read: int
+    kv_bytes_read: float
     decoder_flops: float
     flops: float
 
@@ -97,8 +98,8 @@ class BothWays:
         return self.full.total_ms / self.pruned.total_ms
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything that JSON can hold."""
-        return {
+        """Everything that JSON can hold; None for what is unknown."""
+        out: dict[str, Any] = {
             "device": self.device,
             "dtype": self.dtype,
             "repeat": self.repeat,
@@ -111,6 +112,8 @@ class BothWays:
             "total_speedup": self.total_speedup,
             "report": self.report.as_dict(),
         }
+        made: dict[str, Any] = ready(out)
+        return made
 
 
 def answer_twice(

@@ -112,7 +112,8 @@ def report_of(attachment: Attachment, plan: Plan, choice: Choice) -> Report:
     media, geometry = attachment.family.media, plan.geometry
     items = _layouts(attachment, geometry)
     patches = choice.patches
-    if patches is None:
+    # Of a family whose placeholders are counted the vision tower is not known.
+    if patches is None and not attachment.family.counted:
         each = [
             medium.patches(attachment.model, given, own)
             for medium, given, own in zip(media, plan.brought, items, strict=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from vlmprune import costs
 from vlmprune.hosts import caches, contract, decoder
 from vlmprune.hosts.requests import ModelCall
 from vlmprune.runtime.attachment import Attachment
@@ -79,8 +78,7 @@ def _cutting(attachment: Attachment, state: Active, cache: Any) -> Iterator[None
         cut.check_cut(attachment.model, attachment.cuttable)
         cut.done = True
         if state.report is not None:
-            cached = costs.kv_layers(attachment.model.config)
-            attachment.report = state.report = cut.reported(state.report, cached, state.numbers)
+            attachment.report = state.report = cut.reported(state.report, state.numbers)
 
 
 def _mended(state: Active, call: ModelCall) -> ModelCall:

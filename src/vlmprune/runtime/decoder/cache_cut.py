@@ -71,9 +71,9 @@ class CacheCut(PromptEnd):
         self.probes = None if method.probes is None else drawn(self.mask, method.probes)
         self._choice: LayerChoice | None = None
 
-    def reported(self, report: Report, cached: int, numbers: list[Tensor]) -> Report:
+    def reported(self, report: Report, numbers: list[Tensor]) -> Report:
         """The report with what each layer keeps."""
-        return report.with_layers(self.layers, cached, self.seconds, numbers)
+        return report.with_layers(self.layers, self.seconds, numbers)
 
     @torch.no_grad()
     def attended(self, shown: Shown, call: AttentionCall) -> Tensor | None:

@@ -145,7 +145,7 @@ class CacheRecall(PromptEnd):
             self._reading.watch = self.method.watch
         layer.binding.reading = self._reading
 
-    def reported(self, report: Report, cached: int, numbers: list[Tensor]) -> Report:
+    def reported(self, report: Report, numbers: list[Tensor]) -> Report:
         """The report with what the layers hold, and what their steps are to read."""
         reading, layers = self._reading, self._layers
         if reading is None:

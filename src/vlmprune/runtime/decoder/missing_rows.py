@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vlmprune.hosts.decoder import decoder_layers
 from vlmprune.method import Method
 from vlmprune.report import Report
 from vlmprune.runtime.geometry import VisualColumns
@@ -72,6 +73,7 @@ class MissingRows:
             positions = f"{before}, inside the language model {positions}"
         return report.with_rows(
             model.config,
+            len(decoder_layers(model)),
             stages,
             [len(row) for row in self.visual.lengths],
             model.dtype,

@@ -68,12 +68,11 @@ class PromptEnd:
         """Change the layer, which is due."""
         raise NotImplementedError
 
-    def reported(self, report: Report, cached: int, numbers: list[Tensor]) -> Report:
+    def reported(self, report: Report, numbers: list[Tensor]) -> Report:
         """The report of a call whose prompt is done.
 
         Args:
             report: so far.
-            cached: number of decoder layers that cache keys and values.
             numbers: as in `LayerReport`.
         """
         raise NotImplementedError

@@ -22,6 +22,7 @@ It is defined so:
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -123,6 +124,9 @@ def counts_of(report: Report) -> tuple[tuple[int, ...], tuple[int, ...]]:
     # The report's bytes are of whichever type the cache has; shares of them are the same in each.
     each = report.kv_bytes_before / max(1, report.visual_tokens_before)
     read = report.kv_bytes_read / each if each else float(sum(kept))
+    if not (report.layers or report.reading) or math.isnan(read):
+        # All that was kept is held by all layers, or nobody can tell.
+        read = float(sum(kept))
 
     def shared(parts: list[int]) -> tuple[int, ...]:
         share = read / max(1, sum(parts))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from vlmprune.costs.units import ready
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ class Figures:
     selecting_ms: Quartiles | None
     decode_tokens_per_second: Quartiles | None
     total_ms: Quartiles
-    visual_kv_bytes: int
-    visual_read_bytes: int
+    visual_kv_bytes: float
+    visual_read_bytes: float
     visual_host_bytes: int
     cache_bytes: int
     peak_bytes: int | None
@@ -83,7 +86,8 @@ class Figures:
         """How many times faster or smaller this way is than another, and what it changes.
 
         Speed-ups are ratios of medians; above 1 this way is the better one. `selecting_share` is
-        the part that choosing takes of the other's time to the first token.
+        the part that choosing takes of the other's time to the first token. A ratio of what is
+        unknown is None.
         """
         peak = None
         if self.peak_bytes and full.peak_bytes:
@@ -96,11 +100,11 @@ class Figures:
             "decode_speedup": _ratio(self.decode_tokens_per_second, full.decode_tokens_per_second),
             "total_speedup": full.total_ms.median / self.total_ms.median,
             "selecting_share": selecting and selecting.median / full.first_ms.median,
-            "visual_kv_ratio": full.visual_kv_bytes / self.visual_kv_bytes,
-            "visual_read_ratio": full.visual_read_bytes / self.visual_read_bytes,
+            "visual_kv_ratio": _times(full.visual_kv_bytes, self.visual_kv_bytes),
+            "visual_read_ratio": _times(full.visual_read_bytes, self.visual_read_bytes),
             "cache_ratio": full.cache_bytes / self.cache_bytes,
             "peak_ratio": peak,
-            "flops_ratio": full.flops / self.flops,
+            "flops_ratio": _times(full.flops, self.flops),
             "same_first_tokens": sum(mine == theirs for mine, theirs in pairs),
         }
 
@@ -112,6 +116,11 @@ class Figures:
             "prefill": _ratio(self.prefill_ms, prefill.prefill_ms),
             "decode": _ratio(*rates),
         }
+
+
+def _times(one: float, other: float) -> float | None:
+    """How many times larger one figure is; None where one is unknown, or the other nothing."""
+    return None if not other or math.isnan(one) or math.isnan(other) else one / other
 
 
 def _ratio(one: Quartiles | None, other: Quartiles | None) -> float | None:
@@ -163,7 +172,7 @@ class BenchResult:
         return known[prefill], known[decode]
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything that JSON can hold, the comparisons included."""
+        """Everything that JSON can hold, the comparisons included; None for what is unknown."""
         apart = ("full", "methods", "floors", "floor_of")
         out = {k: v for k, v in asdict(self).items() if k not in apart}
         out["all_tokens"] = asdict(self.full)
@@ -178,4 +187,5 @@ class BenchResult:
         out["floors"] = [
             asdict(one) | {"against_all_tokens": one.against(self.full)} for one in self.floors
         ]
-        return out
+        content: dict[str, Any] = ready(out)
+        return content

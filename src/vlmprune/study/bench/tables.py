@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune.costs.units import change, flops, mib, percent
+from vlmprune.costs.units import change, flops, known, mib, percent
 from vlmprune.study.bench.results import Quartiles
 from vlmprune.study.markdown import table
 
@@ -130,7 +130,8 @@ def _row(content: Content, run: Content, one: Content) -> list[str]:
     ]
     if "peak" in headings(content):
         cells.append(part(one["peak_bytes"], full["peak_bytes"]))
-    return [*cells, f"{flops(one['flops'])}{_saved(one['flops'], full['flops'])}"]
+    spent, whole = known(one["flops"]), known(full["flops"])
+    return [*cells, f"{flops(spent)}{_saved(spent, whole)}".strip()]
 
 
 def measured(quartiles: Content | None, speedup: float | None, absolute: bool, unit: str) -> str:
@@ -163,7 +164,7 @@ def factor(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def part(size: int | None, full: int | None) -> str:
+def part(size: float | None, full: float | None) -> str:
     """Bytes, and what is saved of them."""
     if size is None:
         return DASH
@@ -173,11 +174,12 @@ def part(size: int | None, full: int | None) -> str:
 def _kv(one: Content, full: Content) -> str:
     """Bytes held for visual tokens; also those on the host, and what a step reads of all."""
     held, read = one["visual_kv_bytes"], one.get("visual_read_bytes")
-    said = part(held, full["visual_kv_bytes"])
+    whole = known(full["visual_kv_bytes"])
+    said = part(known(held), whole)
     if one.get("visual_host_bytes"):
         said += f", {mib(one['visual_host_bytes'])} MiB on the host"
     if read is not None and read != held:
-        said += f", {part(read, full['visual_kv_bytes'])} read"
+        said += f", {part(read, whole)} read"
     return said
 
 

@@ -59,7 +59,7 @@ def drawn(
         answer,
         kept=sum(len(indices) for indices in report.kept),
         before=report.visual_tokens_before,
-        kv_share=report.kv_bytes_after / report.kv_bytes_before,
+        kv_share=_share(report.kv_bytes_after, report.kv_bytes_before),
         parts={
             role: sum(int(one[role].sum()) for one in report.roles if role in one)
             for role in ("important", "diverse")
@@ -70,7 +70,7 @@ def drawn(
         trouble=trouble,
     )
     if report.reading is not None:
-        share = report.kv_bytes_read / report.kv_bytes_before
+        share = _share(report.kv_bytes_read, report.kv_bytes_before)
         answer = replace(answer, read_share=share)
     if followed is not None:
         return replace(answer, drawn=_together(followed, images), strip=_strip(followed, images))
@@ -98,3 +98,8 @@ def _strip(followed: Followed, images: Sequence[Image.Image]) -> list[Still]:
     ]
     frames = zip(*(film.frames for film in films), strict=True)
     return [Still(word, list(shown)) for word, shown in zip(films[0].words, frames, strict=True)]
+
+
+def _share(part: float, whole: float) -> float:
+    """A part of what may be nothing, or unknown."""
+    return part / whole if whole else 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from vlmprune.costs.units import MIB
 from vlmprune.draw import style
 from vlmprune.draw.style import COLOURS, GREYS, INK
 from vlmprune.errors import VlmpruneError
-from vlmprune.study.compare.results import MARK, Comparison
+from vlmprune.study.compare.results import MARK, Comparison, Row
 from vlmprune.study.compare.tables import unit_of
 from vlmprune.study.stats import front
 from vlmprune.study.wording import budget
@@ -45,14 +46,15 @@ class Dot:
 
 
 def dots_of(result: Comparison) -> list[Dot]:
-    """The configurations as the plot has them."""
+    """The configurations as the plot has them, with the costs that are known of all."""
     _, scale = unit_of(result)
+    shown = _known(result)
     return [
         Dot(
             name=row.name,
             label=budget(row.keep) if row.keep is not None else "",
             score=row.score.value,
-            costs=(row.flops / scale, row.kv_bytes / MIB, row.prefill_ratio),
+            costs=tuple(_costs(row)[at] / (scale, MIB, 1)[at] for at in shown),
             low=row.score.low,
             high=row.score.high,
             control=row.control,
@@ -62,13 +64,24 @@ def dots_of(result: Comparison) -> list[Dot]:
     ]
 
 
-def axes_of(result: Comparison) -> tuple[str, str, str]:
-    """What the costs of the plot are."""
-    return (
+def _costs(row: Row) -> tuple[float, float, float]:
+    return row.flops, row.kv_bytes, row.prefill_ratio
+
+
+def _known(result: Comparison) -> list[int]:
+    """Numbers of the costs that are known of all configurations."""
+    columns = zip(*map(_costs, result.rows), strict=True)
+    return [at for at, each in enumerate(columns) if not any(map(math.isnan, each))]
+
+
+def axes_of(result: Comparison) -> tuple[str, ...]:
+    """What the costs of the plot are, those that are known."""
+    names = (
         f"{unit_of(result)[0]}FLOPs of prefill (vision tower and visual tokens)",
         "KV cache of visual tokens (MiB)",
         f"prefill time on {result.device} (all tokens: 1)",
     )
+    return tuple(names[at] for at in _known(result))
 
 
 def plot(dots: Sequence[Dot], axes: Sequence[str], score: str, title: str = "") -> bytes:

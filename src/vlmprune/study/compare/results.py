@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from vlmprune.costs.units import ready
 from vlmprune.io.outputs import mark_of
 from vlmprune.study.stats import Interval
 
@@ -25,7 +26,7 @@ _TOLD = ("text", "score", "same", "kept", "kv_share", "parts", "heads", "reached
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration. Costs are means over the questions.
+    """One configuration. Costs are means over the questions, NaN where they are unknown.
 
     Attributes:
         name: the method with its settings but the budget, or `ALL_TOKENS`.
@@ -111,7 +112,8 @@ class ShownAnswer:
         drawn: for each picture what was kept.
         kept: visual tokens that were kept, those inside the language model to its last layer.
         before: visual tokens that there were.
-        kv_share: bytes of the visual tokens' keys and values, those of all tokens being 1.
+        kv_share: bytes of the visual tokens' keys and values, those of all tokens being 1; NaN
+            where they are unknown.
         trouble: why nothing is drawn.
         parts: how many were kept because they are important, and because they are diverse.
         heads: share of the visual tokens that each layer's KV heads keep, where a cache was cut.
@@ -189,7 +191,7 @@ class Comparison:
         return "accuracy" if self.scored else "agreement"
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything that JSON can hold; pictures are left out."""
+        """Everything that JSON can hold, None for what is unknown; pictures are left out."""
         plain = ("model", "task", "questions", "device", "dtype", "repeat", "timed")
         out: dict[str, Any] = {name: getattr(self, name) for name in plain}
         out["score"] = self.what
@@ -206,4 +208,5 @@ class Comparison:
             }
             for one in self.shown
         ]
-        return out
+        made: dict[str, Any] = ready(out)
+        return made

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -325,5 +326,5 @@ def _row(
         kv_bytes=held / count,
         prefill_ratio=times[name] / times[ALL_TOKENS],
         prefill_ms=times[name] if absolute else None,
-        kv_read=None if read == held else read / count,
+        kv_read=None if read == held or math.isnan(read) else read / count,
     )

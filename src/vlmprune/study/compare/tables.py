@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -77,4 +78,6 @@ def difference(row: Row) -> str:
 
 def unit_of(result: Comparison) -> tuple[str, float]:
     """The unit in which the most expensive configuration has a few digits, and its size."""
-    return flops_unit(max(row.flops for row in result.rows))
+    # Where the vision tower's are unknown, the language model's may still be known.
+    found = [value for row in result.rows for value in (row.decoder_flops, row.flops)]
+    return flops_unit(max((one for one in found if not math.isnan(one)), default=0.0))

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from vlmprune.costs.units import ready
 from vlmprune.errors import VlmpruneError
 from vlmprune.study.stats import Mean, mean_of
 from vlmprune.study.tasks.answered import Answered
@@ -93,7 +94,7 @@ class Evaluation:
         return float(sum(getattr(one, name) for one in self.results))
 
     def share(self, name: str) -> float:
-        """A figure relative to what it was before pruning; 1 where there was nothing.
+        """A figure relative to what it was before pruning; 1 of nothing, NaN of what is unknown.
 
         Args:
             name: "visual_tokens", "decoder_flops", "flops", "kv_bytes" or "kv_read".
@@ -102,7 +103,7 @@ class Evaluation:
         return self.total(name) / before if before else 1.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything that JSON can hold: a summary and all results."""
+        """Everything that JSON can hold: a summary and all results; None for what is unknown."""
         mean = self.mean
         return {
             "format": FORMAT,
@@ -113,11 +114,11 @@ class Evaluation:
             "accuracy": None if mean is None else asdict(mean),
             "by_kind": {kind: asdict(one) for kind, one in self.by_kind.items()},
             "shares": {
-                name: self.share(name)
+                name: ready(self.share(name))
                 for name in ("visual_tokens", "decoder_flops", "flops", "kv_bytes", "kv_read")
             },
             "seconds": self.total("seconds"),
-            "results": [asdict(one) for one in self.results],
+            "results": [one.as_dict() for one in self.results],
         }
 
     @classmethod

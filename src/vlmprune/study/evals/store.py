@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
@@ -69,7 +68,7 @@ class Store:
 
     def append(self, result: Answered) -> None:
         """Add a sample's result, at once on its way to the disk."""
-        self._write(asdict(result))
+        self._write(result.as_dict())
 
     def _write(self, line: dict[str, object]) -> None:
         assert self.file is not None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from vlmprune.costs.units import percent
+from vlmprune.costs.units import percent, ready
 from vlmprune.io.outputs import mark_of
 from vlmprune.study import markdown
 from vlmprune.study.evals.results import Evaluation
@@ -123,14 +124,16 @@ class Assessed:
             lines.append((name, "" if before is None else f"{before:.1f}", f"{value:.1f}", change))
         for title, name in self._costs.items():
             share = self.answers.share(name)
-            lines.append((title, percent(1), percent(share, ".1f"), percent(share - 1, "+.1f")))
+            change = "" if math.isnan(share) else percent(share - 1, "+.1f")
+            lines.append((title, percent(1), percent(share, ".1f"), change))
         return lines
 
     @property
     def _costs(self) -> dict[str, str]:
         """Rows of costs; what a decode step reads is told where it is not what is held."""
         read = self.answers.total("kv_read")
-        told = {} if read == self.answers.total("kv_bytes") else {"KV read by a step": "kv_read"}
+        held = self.answers.total("kv_bytes")
+        told = {} if read == held or math.isnan(read) else {"KV read by a step": "kv_read"}
         return COSTS | told
 
     def notes(self) -> list[str]:
@@ -166,7 +169,7 @@ class Assessed:
             "by_kind": {one.name: _dict(one) for one in self.by_kind},
             "figures": dict(self.figures),
             "unpruned": None if full is None else {"figures": dict(self.full_figures)},
-            "shares": {name: self.answers.share(name) for name in self._costs.values()},
+            "shares": {name: ready(self.answers.share(name)) for name in self._costs.values()},
             "visual_tokens": self.answers.total("visual_tokens") / len(self.answers.results),
             "seconds": self.answers.total("seconds"),
         }

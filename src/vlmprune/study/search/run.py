@@ -6,6 +6,7 @@ on the other, since the best of many trials looks better than it is on the quest
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,6 +201,11 @@ def run(
     def measure(pruner: Pruner | None) -> optimise.Measured:
         made = answered(pruner, halves[0])
         assert made.accuracy is not None
+        if math.isnan(made.share(figure)):
+            raise VlmpruneError(
+                f"what is to become small, cost {asked.cost!r}, is unknown of this model; choose "
+                "another cost, such as tokens."
+            )
         return optimise.Measured(made.accuracy, made.share(figure))
 
     about = {

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
+from vlmprune.costs.units import known, ready
 from vlmprune.errors import VlmpruneError
+
+# Fields that a model's config may leave unknown.
+_COSTS = ("decoder_flops", "flops", "kv_bytes", "kv_read")
 
 
 @dataclass(frozen=True)
@@ -13,7 +17,8 @@ class Answered:
     """One sample's answer.
 
     Figures of cost are those of a prefill by the published formulas, as the pruner reports them.
-    Samples that were answered together share their batch's figures alike.
+    Samples that were answered together share their batch's figures alike. What the model's config
+    does not tell is NaN, and None in `as_dict`.
 
     Attributes:
         id: the sample's.
@@ -61,7 +66,7 @@ class Answered:
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> Answered:
-        """What `dataclasses.asdict` made of one; unknown names are passed over.
+        """What `as_dict` made of one; unknown names are passed over.
 
         Raises:
             VlmpruneError: something is missing.
@@ -74,4 +79,11 @@ class Answered:
                 f"a stored result lacks {', '.join(missing)}; evaluate anew into another file."
             )
         names = {one.name for one in fields(cls)}
-        return cls(**{name: value for name, value in given.items() if name in names})
+        found = {name: value for name, value in given.items() if name in names}
+        costs = {f"{name}{when}" for name in _COSTS for when in ("", "_before")} & found.keys()
+        return cls(**found | {name: known(found[name]) for name in costs})
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        made: dict[str, Any] = ready(asdict(self))
+        return made
