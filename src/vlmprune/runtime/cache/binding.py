@@ -60,6 +60,7 @@ class Binding:
         open: whether such a call is under way; only it can attend to these layers.
         cutter: of the prompt that it brings; None while decoding.
         waiting: what the layer returned that runs, until its attention is called.
+        attended: the keys of the last layer that was attended to.
         reading: notes what steps read; None where nothing is read in part.
     """
 
@@ -67,6 +68,7 @@ class Binding:
         self.open = False
         self.cutter: Cutter | None = None
         self.waiting: Shown | None = None
+        self.attended: Tensor | None = None
         self.reading: Reading | None = None
         # The attention module of a decoder layer, for error sentences.
         self.attention: Any = None
@@ -89,8 +91,12 @@ class Binding:
         shown, cutter = self.waiting, self.cutter
         # Other keys are not a layer's of ours, or the host made something else of them.
         if shown is None or call.key is not shown.keys:
+            if self.attended is not None and call.key is self.attended and contract.checks():
+                raise contract.broken(
+                    call.module, "the keys that one cache layer returns are attended to twice"
+                )
             return proceed(call)
-        self.waiting = None
+        self.waiting, self.attended = None, shown.keys
         if call.value is not shown.values:
             if call.value.shape != shown.values.shape:
                 raise contract.broken(call.module, "it attends to a part of its values at a time")

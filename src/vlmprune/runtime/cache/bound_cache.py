@@ -81,3 +81,4 @@ def attending(
         binding.check_attended()
     finally:
         binding.open, binding.cutter, binding.waiting, binding.attention = False, None, None, None
+        binding.attended = None
