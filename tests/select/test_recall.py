@@ -152,10 +152,11 @@ def test_what_a_head_sees_besides_changes_a_groups_choice() -> None:
     scores = torch.tensor([[[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]]])
     real = torch.ones(1, 3, dtype=torch.bool)
     beside = torch.tensor([[-9.0, 20.0]])
-    assert int(recall.standing(scores, real, 1, beside)[0, 0].argmax()) == 0
-    assert int(recall.standing(scores, real, 1, None)[0, 0].argmax()) == 1
+    assert int(recall.standing(scores, real, 1, beside)[0][0, 0].argmax()) == 0
+    assert int(recall.weights(scores, real, 1, None)[0, 0].argmax()) == 1
     # A query head of its own chooses by its scores.
-    assert torch.equal(recall.standing(scores, real, 2, beside), scores)
+    assert torch.equal(recall.standing(scores, real, 2, beside)[0], scores)
+    assert recall.standing(scores, real, 2, beside, totals=False)[1] is None
 
 
 @given(st.integers(0, 9999), st.integers(1, 3))
@@ -164,8 +165,13 @@ def test_standing_has_the_order_of_weights(seed: int, heads: int) -> None:
     scores = torch.randn(1, heads, 9, generator=generator)
     beside = torch.randn(1, heads, generator=generator)
     weights = recall.weights(scores, None, heads, beside)
-    by_scores = recall.standing(scores, None, heads, beside)
+    by_scores, total = recall.standing(scores, None, heads, beside)
     assert torch.equal(weights.argsort(dim=2), by_scores.argsort(dim=2))
+    torch.testing.assert_close(total, scores.logsumexp(dim=2))
+    grouped, same = recall.standing(scores, None, 1, beside)
+    torch.testing.assert_close(same, total)
+    wanted = scores if heads == 1 else recall.weights(scores, None, 1, beside)
+    torch.testing.assert_close(grouped, wanted)
 
 
 def test_mass_is_what_was_read_of_all() -> None:

@@ -119,31 +119,55 @@ def weights(scores: Tensor, real: Tensor | None, heads: int, beside: Tensor | No
     if real is not None:
         scores = scores.masked_fill(~real[:, None], -torch.inf)
     if beside is None:
-        shares = scores.softmax(dim=-1)
+        found = scores.softmax(dim=-1).unflatten(1, (heads, -1)).mean(dim=2)
     else:
-        # One more column stands for all the rest: one pass over the scores does.
-        both = torch.cat((scores, beside[..., None].to(scores.dtype)), dim=-1)
-        shares = both.softmax(dim=-1)[..., :-1]
-    found = shares.unflatten(1, (heads, -1)).mean(dim=2)
+        found = _exponentials(scores, heads, beside)[0]
     return found if real is None else found.masked_fill(~real[:, None], 0.0)
 
 
-def standing(scores: Tensor, real: Tensor | None, heads: int, beside: Tensor | None) -> Tensor:
-    """What a KV head's choice goes by: `weights`, or the scores where these have the same order.
+def standing(
+    scores: Tensor, real: Tensor | None, heads: int, beside: Tensor, totals: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """What a KV head's choice goes by, and how much all visual tokens weigh.
 
-    They have where a KV head has one query head, and do not run together in the rounding of an
-    exponential. Tokens that there are not have scores of any kind.
+    It goes by `weights`, or by the scores where these have the same order, as they have where a KV
+    head has one query head; they do not run together in the rounding of an exponential.
 
     Args:
         scores: as in `weights`.
         real: likewise.
         heads: likewise.
         beside: likewise.
+        totals: whether the second is wanted.
 
     Returns:
-        [B, H, V] float32.
+        [B, H, V] float32, of any kind where there is no token; and the log of the sum of
+        exponentials of each query head's scores [B, Hq], None where nobody wants it.
     """
-    return scores if scores.shape[1] == heads else weights(scores, real, heads, beside)
+    alone = scores.shape[1] == heads
+    if alone and not totals:
+        return scores, None
+    known = scores if real is None else scores.masked_fill(~real[:, None], -torch.inf)
+    found, total = _exponentials(known, heads, beside, weigh=not alone)
+    return (scores if alone else found), total
+
+
+def _exponentials(
+    scores: Tensor, heads: int, beside: Tensor, weigh: bool = True
+) -> tuple[Tensor, Tensor]:
+    """`weights` (empty where nobody asks) and the log of the sums, by one pass of exponentials."""
+    batch, _, tokens = scores.shape
+    beside = beside.to(scores.dtype)
+    most = torch.maximum(scores.amax(dim=-1), beside) if tokens else beside
+    powers = (scores - most[..., None]).exp_()
+    sums = powers.sum(dim=-1)
+    total = sums.log() + most
+    if not weigh:
+        return powers, total
+    # The mean over a group is a product with one row, which torch does fastest.
+    each = (sums + (beside - most).exp()).reciprocal() * (heads / scores.shape[1])
+    found = each.view(batch, heads, 1, -1) @ powers.view(batch, heads, -1, tokens)
+    return found[:, :, 0], total
 
 
 def chosen(found: Tensor, images: Tensor, keep: Tensor) -> Tensor:
@@ -210,13 +234,18 @@ def in_order(rows: Tensor, groups: Groups) -> Tensor:
 
 
 def remainder(
-    scores: Tensor, index: Tensor, seen: Tensor | None, unread: Tensor, left: Tensor
+    scores: Tensor,
+    total: Tensor,
+    index: Tensor,
+    seen: Tensor | None,
+    unread: Tensor,
+    left: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """What is not read, as one token: the mean of its values, and its share of attention.
 
     Args:
-        scores: [B, Hq, V] float32; scaled products of a step's queries and the visual keys, -inf
-            where there is no token.
+        scores: [B, Hq, V] float32; scaled products of a step's queries and the visual keys.
+        total: [B, Hq] the log of the sum of their exponentials, as `standing` has it.
         index: [B, H, k] int64; what each KV head reads.
         seen: [B, 1, k] bool; False where a sample reads fewer; None where none does.
         unread: [B] int64; how many tokens a KV head does not read.
@@ -233,7 +262,7 @@ def remainder(
     read = grouped.gather(3, index[:, :, None].expand(-1, -1, grouped.shape[2], -1))
     if seen is not None:
         read = read.masked_fill(~seen[:, :, None], -torch.inf)
-    total = grouped.logsumexp(dim=3)
+    total = total.unflatten(1, (heads, -1))
     # All less what is read: where next to nothing is left, rounding may leave less than nothing.
     share = (read.logsumexp(dim=3) - total).exp()
     lse = total + torch.log1p(-share.clamp(max=1.0))

@@ -163,7 +163,7 @@ def test_attention_is_that_to_what_was_read(case: Case, read: float, kind: str) 
                 case.query, case.text_keys, case.text_values, case.mask, SCALE
             )[1][:, :, 0]
             scores = recalled.scores(case.query[:, :, 0], SCALE)
-            stand = rule.standing(scores, recalled.real, case.keys.shape[1], beside)
+            stand, _ = rule.standing(scores, recalled.real, case.keys.shape[1], beside)
             wanted = rule.chosen(stand, case.images, recalled.keep)
             # Scores that are alike but for rounding may change places.
             apart = (taken != wanted).sum()

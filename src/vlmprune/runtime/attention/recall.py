@@ -92,7 +92,7 @@ def attend(
         visual = ragged.dense_partial(call.query, keys, values, seen, call.scale, plain)
     else:
         scores = score(call.query[:, :, 0], recalled, call.scale, backend)
-        read = choose(scores, recalled, rest[1][:, :, 0], backend)
+        read, total = choose(scores, recalled, rest[1][:, :, 0], backend)
         assert read.index is not None
         if backend == "cpu":
             visual, taken = recall_cpu.attend(
@@ -103,8 +103,8 @@ def attend(
             seen = None if read.seen is None else read.seen[:, :, None]
             visual = ragged.dense_partial(call.query, keys, values, seen, call.scale, plain)
             taken = recall_cpu.summed(values, read.seen)
-        if recalled.total is not None:
-            rest = ragged.merge(rest, unread(scores, recalled, read, recalled.total - taken))
+        if recalled.total is not None and total is not None:
+            rest = ragged.merge(rest, unread(scores, total, recalled, read, recalled.total - taken))
     return ragged.merge(visual, rest)[0], read
 
 
@@ -142,7 +142,9 @@ def score(query: Tensor, recalled: Recalled, scale: float, backend: str) -> Tens
     return recalled.scores(query, scale)
 
 
-def choose(scores: Tensor, recalled: Recalled, beside: Tensor, backend: str = "reference") -> Read:
+def choose(
+    scores: Tensor, recalled: Recalled, beside: Tensor, backend: str = "reference"
+) -> tuple[Read, Tensor | None]:
     """What each KV head reads at a step.
 
     Args:
@@ -150,18 +152,24 @@ def choose(scores: Tensor, recalled: Recalled, beside: Tensor, backend: str = "r
         recalled: the visual tokens.
         beside: [B, Hq] log of the sum of exponentials of text and later tokens.
         backend: as above, but for "auto".
+
+    Returns:
+        What is read, and the log of the sum of exponentials of all scores [B, Hq], where one token
+        is to stand for the rest.
     """
     real = None if recalled.full else recalled.real
-    found = recall.standing(scores, real, recalled.store.keys.shape[1], beside)
+    heads, wanted = recalled.store.keys.shape[1], recalled.total is not None
+    found, total = recall.standing(scores, real, heads, beside, wanted)
     largest = recall_cpu.largest if backend == "cpu" else None
-    return Read(*recall.best(found, recalled.groups, largest))
+    return Read(*recall.best(found, recalled.groups, largest)), total
 
 
-def unread(scores: Tensor, recalled: Recalled, read: Read, left: Tensor) -> Pair:
+def unread(scores: Tensor, total: Tensor, recalled: Recalled, read: Read, left: Tensor) -> Pair:
     """Attention of a step's queries to what it does not read, as to one token.
 
     Args:
         scores: as `choose` takes them.
+        total: as it returns it.
         recalled: the visual tokens.
         read: what is read.
         left: [B, H, Dv] float32; the sum of the other values.
@@ -171,9 +179,7 @@ def unread(scores: Tensor, recalled: Recalled, read: Read, left: Tensor) -> Pair
         exponentials of their scores, [B, Hq, 1] float32; -inf where everything is read.
     """
     assert read.index is not None
-    if not recalled.full:
-        scores = scores.masked_fill(~recalled.real[:, None], -torch.inf)
-    mean, lse = recall.remainder(scores, read.index, read.seen, recalled.unread, left)
+    mean, lse = recall.remainder(scores, total, read.index, read.seen, recalled.unread, left)
     return mean[:, :, None].to(recalled.store.values.dtype), lse[..., None]
 
 
