@@ -144,6 +144,7 @@ def test_results_that_are_kept_come_back_unknown(tmp_path: Path) -> None:
         "decoder_flops": 1,
         "flops": None,
         "kv_bytes": 1,
+        "kv_read": 1,
     }
     again = Evaluation.from_dict(strictly(evaluation.as_dict())).results[0]
     assert math.isnan(again.flops) and again.kv_bytes == 2
@@ -175,7 +176,10 @@ def test_a_comparison_draws_what_is_known() -> None:
 def test_a_bench_makes_no_ratio_of_what_is_unknown() -> None:
     once = Quartiles.of([1.0, 2.0])
     assert once is not None
-    full = Figures("all", 8, once, None, None, None, once, UNKNOWN, 64, None, UNKNOWN, (1,))
+    full = Figures(
+        *("all", 8, once, None, None, None, once),
+        *(UNKNOWN, UNKNOWN, 0, 64, None, UNKNOWN, (1,)),
+    )
     few = replace(full, name="few", visual_kv_bytes=4.0)
     against = few.against(full)
     assert against["flops_ratio"] is against["visual_kv_ratio"] is None
