@@ -245,7 +245,7 @@ def test_a_model_without_full_attention_is_refused() -> None:
             "sliding_window": 12,
         }
     )
-    with pytest.raises(VlmpruneError, match="every layer of LlavaForConditionalGeneration has"):
+    with pytest.raises(VlmpruneError, match="has layers of sliding attention, all of which"):
         PLPHP().attach(model(text_config=config))
 
 
