@@ -257,6 +257,14 @@ def markdown(found: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def asked(words: list[str]) -> list[str]:
+    """Words of a command without the file that it writes, which is nobody's affair."""
+    if "--json" not in words:
+        return words
+    at = words.index("--json")
+    return words[:at] + words[at + 2 :]
+
+
 @torch.inference_mode()
 def main(
     case: Annotated[
@@ -300,7 +308,7 @@ def main(
             raise VlmpruneError(f"{name}: {error}") from error
         del made, rest
     setting = {
-        "command": " ".join(["recall.py", *sys.argv[1:]]),
+        "command": " ".join(["recall.py", *asked(sys.argv[1:])]),
         "dtype": str(number).removeprefix("torch."),
         "read": share,
         "text": text,

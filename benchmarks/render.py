@@ -23,6 +23,7 @@ import decode
 import equal_compute
 import learned
 import plphp_coverage
+import recall
 import recall_page
 import selection
 import serve_page
@@ -41,6 +42,10 @@ NAMES = {
     "decode": "Decoding over a cut cache",
 }
 """Headings of what `gpu.sh` measured, in order; other files come after these, by their names."""
+
+
+TIMED = ("recall_float32", "recall_bfloat16")
+"""Files of `recall.py`, in the order of the page."""
 
 
 def gpu(files: Mapping[str, Content]) -> str:
@@ -119,8 +124,11 @@ def plphp_page(folder: Path) -> dict[str, str]:
 
 def recall_parts(folder: Path) -> dict[str, str]:
     """The parts of docs/recall.md whose file is there."""
-    found = read(folder).get("recall")
-    return {} if found is None else recall_page.parts(found)
+    files = read(folder)
+    found = files.get("recall")
+    made = {} if found is None else recall_page.parts(found)
+    timed = [files[name] for name in TIMED if name in files]
+    return made | ({"recall traffic": "\n\n".join(map(recall.markdown, timed))} if timed else {})
 
 
 PAGES: dict[str, Callable[[Path], dict[str, str]]] = {
