@@ -58,6 +58,17 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def own_records() -> Iterator[None]:
+    """Records that a test registers are gone behind it."""
+    from vlmprune.hosts import families
+
+    before = dict(families._records)
+    yield
+    families._records.clear()
+    families._records.update(before)
+
+
 class _Deprecations(logging.Handler):
     """Collects what transformers' own logger says about deprecated use."""
 

@@ -12,7 +12,7 @@ import answers
 from zoo import ZOO
 from zoo.base import WORDS
 
-NAMES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+NAMES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", "cohere_compass"]
 MODELS = {name: ZOO[name].build() for name in NAMES}
 FAMILIES = pytest.mark.parametrize("name", NAMES)
 

@@ -6,12 +6,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from answers import DIFFERENT, TOLERANCE, distance, generate
 from repository import ROOT
 from stock import cache_of
-from tiny import IMAGE, model, request
+from tiny import IMAGE, dropped_columns, model, positions_of, request
+from vlmprune import VisPruner
+from vlmprune.hosts.contract import ContractError
+from vlmprune.hosts.families import FAMILIES, register
 from vlmprune.methods import METHODS
+from zoo.base import loud, unusual_scales
 
 DOCS = ROOT / "docs"
 
@@ -95,6 +101,31 @@ def test_add_a_method_that_skips_layers() -> None:
     assert [layer.keys.shape[2] - words for layer in cache.layers] == [32, 16, 32]
     assert [kept.tolist() for kept in handle.report.layers[1].kept] == [[*range(1, 16, 2)]] * 2
     assert handle.report.visual_tokens_after == 32
+
+
+def test_a_record_from_outside(own_records: None) -> None:
+    """The page's class is pruned as masking has it, and with LLaVA's own record refused."""
+    space: dict[str, Any] = {"__name__": "example"}
+    page = "add-a-family.md"
+    exec(compile(code(page), page, "exec", dont_inherit=True), space)
+    assert space["handle"].report.visual_tokens_after == 4
+    built = unusual_scales(loud(space["model"]))
+    req = request(model(), [1, 2], text=[4, 7])
+    with VisPruner(keep=5)(built) as handle:
+        pruned = generate(built, req.inputs)
+    kept, mask = handle.report.kept, req.inputs["attention_mask"]
+    for columns, equal in ((kept, True), ([(one + 1) % 16 for one in kept], False)):
+        dropped = dropped_columns(req, columns)
+        positions = positions_of(mask, dropped, "compact")
+        told = {"attention_mask": mask * ~dropped, "position_ids": positions}
+        far = distance(pruned, generate(built, req.inputs | told))
+        assert far < TOLERANCE if equal else far > DIFFERENT
+    register("columns", FAMILIES["llava"], replace=True)
+    with (
+        pytest.raises(ContractError, match="not made of the patches"),
+        VisPruner(keep=5)(built),
+    ):
+        generate(built, req.inputs)
 
 
 def test_the_table_of_methods() -> None:

@@ -105,7 +105,8 @@ def proved(media: list[str]) -> str:
     videos = ", videos, both in one prompt" if "video" in media else ""
     return (
         f"equal to masking with SDPA and eager attention: padding, several images{videos}; cut "
-        "caches equal to per-head masking; keeping everything changes no bit"
+        "caches, where they can be cut, equal to per-head masking; keeping everything changes no "
+        "bit"
     )
 
 

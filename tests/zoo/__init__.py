@@ -2,7 +2,8 @@
 
 No tokenizer, no image library and no download is needed. `ZOO` is the table that tests are
 generated from: `EVERY` without what a fault of the installed release keeps from being pruned, which
-`tests/hosts/test_release.py` holds to be refused. `WINDOWED` has the families that look back no
+`tests/hosts/test_release.py` holds to be refused. Classes of later releases than the installed one
+are in neither. `WINDOWED` has the families that look back no
 further than a window, with a window shorter than the requests.
 """
 
@@ -17,7 +18,15 @@ from zoo.base import Entry, Modality, Request
 
 __all__ = ["EVERY", "WINDOWED", "ZOO", "Entry", "Modality", "Request"]
 
-EVERY: dict[str, Entry] = {**llava.FAMILIES, **qwen.FAMILIES, **tiles.FAMILIES}
+_LISTED = {**llava.FAMILIES, **qwen.FAMILIES, **tiles.FAMILIES}
+
+
+def _is_there(name: str) -> bool:
+    """Whether the installed release has the class; those of no record have been there long."""
+    return name not in FAMILIES or hasattr(transformers, FAMILIES[name].cls)
+
+
+EVERY: dict[str, Entry] = {name: entry for name, entry in _LISTED.items() if _is_there(name)}
 
 
 def _served(entry: Entry) -> bool:
@@ -31,4 +40,4 @@ def _served(entry: Entry) -> bool:
 
 
 ZOO: dict[str, Entry] = {name: entry for name, entry in EVERY.items() if _served(entry)}
-WINDOWED: dict[str, Entry] = tiles.WINDOWED
+WINDOWED: dict[str, Entry] = {**tiles.WINDOWED, **qwen.WINDOWED}

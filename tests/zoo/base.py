@@ -45,6 +45,10 @@ VISION: Mapping[str, Any] = {
     "num_attention_heads": 4,
 }
 
+# Sliding windows and chunks that reach over any request of the tests, and such that do not.
+FAR, NEAR = 1024, 24
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+
 
 @dataclass
 class Request:
@@ -158,7 +162,10 @@ def loud(model: Any) -> Any:
     """Scale a model's random weights up: as they come, every logit is near zero."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.ndim > 1 and "norm" not in name:
+            if "softmax_scaling" in name:
+                # Factors of queries, which must not be near zero.
+                weight.add_(0.1 * torch.randn_like(weight))
+            elif weight.ndim > 1 and "norm" not in name:
                 weight.normal_(std=0.8 / weight.shape[-1] ** 0.5)
             elif "norm" not in name and "lambda" not in name:
                 weight.normal_(std=0.1)

@@ -1,24 +1,35 @@
-"""The Qwen line: patches of all images in one sequence, merged 2 x 2, positions in 3-D."""
+"""The Qwen line and what has its parts: patches in one sequence, merged 2 x 2, positions in 3-D."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    CohereCompassConfig,
+    CohereCompassForConditionalGeneration,
+    Cosmos3OmniConfig,
+    Cosmos3OmniForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 from zoo.base import (
+    ALTERNATING,
     END,
+    FAR,
     IMAGE,
+    NEAR,
     START,
     TEXT,
     VIDEO,
@@ -81,26 +92,63 @@ def qwen2_5_vl() -> Any:
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
+# Features of two earlier blocks are added in the first decoder layers.
+DEEP = {
+    **VISION,
+    "depth": 4,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 36,
+    "deepstack_visual_indexes": [0, 2],
+}
+
+
+def _interleaved(**changes: Any) -> dict[str, Any]:
+    text = _text(head_dim=8, **changes)
+    return {**text, "rope_parameters": {**text["rope_parameters"], "mrope_interleaved": True}}
+
+
 def qwen3_vl() -> Any:
     """Qwen3-VL: features of two earlier blocks are added in the first decoder layers."""
-    vision = {
-        **VISION,
-        "depth": 4,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "out_hidden_size": 32,
-        "num_position_embeddings": 36,
-        "deepstack_visual_indexes": [0, 2],
-    }
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-    text = _text(head_dim=8, rope_parameters={**rope, "mrope_interleaved": True})
-    return Qwen3VLForConditionalGeneration(
-        Qwen3VLConfig(vision_config=vision, text_config=text, **TOKENS)
+    config = Qwen3VLConfig(vision_config=dict(DEEP), text_config=_interleaved(), **TOKENS)
+    return Qwen3VLForConditionalGeneration(config)
+
+
+def qwen3_vl_moe() -> Any:
+    """Qwen3-VL with experts, two of four a token."""
+    text = _interleaved(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+    config = Qwen3VLMoeConfig(vision_config=dict(DEEP), text_config=text, **TOKENS)
+    return Qwen3VLMoeForConditionalGeneration(config)
+
+
+def cosmos3_omni() -> Any:
+    """Cosmos 3 Omni: Qwen3-VL under another name."""
+    config = Cosmos3OmniConfig(
+        vision_config=dict(DEEP),
+        text_config={**_interleaved(), "model_type": "qwen3_vl_text"},
+        **TOKENS,
     )
+    return Cosmos3OmniForConditionalGeneration(config)
+
+
+def cohere_compass(window: int = FAR) -> Any:
+    """Cohere Compass: layers with a window that turn, and one that neither has one nor turns."""
+    text = _text(
+        sliding_window=window,
+        layer_types=ALTERNATING,
+        rope_parameters={
+            "sliding_attention": _text()["rope_parameters"],
+            "full_attention": None,
+        },
+        logit_scale=0.5,
+    )
+    config = CohereCompassConfig(vision_config=dict(DEEP), text_config=text, **TOKENS)
+    return CohereCompassForConditionalGeneration(config)
 
 
 def _media(model: Any, rows: list[list[Modality]], generator: torch.Generator) -> Media:
-    third = model.config.model_type == "qwen3_vl"
+    third = not model.config.model_type.startswith("qwen2")
     inputs: dict[str, Tensor] = {}
     pieces: dict[Modality, list[list[int]]] = {"image": [], "video": []}
     places: dict[Modality, list[Place]] = {"image": [], "video": []}
@@ -143,4 +191,11 @@ FAMILIES: dict[str, Entry] = {
     "qwen2_vl": Entry("Qwen2-VL", qwen2_vl, _media, _BOTH, _aligned),
     "qwen2_5_vl": Entry("Qwen2.5-VL", qwen2_5_vl, _media, _BOTH, _aligned),
     "qwen3_vl": Entry("Qwen3-VL", qwen3_vl, _media, _BOTH, _aligned),
+    "qwen3_vl_moe": Entry("Qwen3-VL-MoE", qwen3_vl_moe, _media, _BOTH, _aligned),
+    "cosmos3_omni": Entry("Cosmos3 Omni", cosmos3_omni, _media, _BOTH, _aligned),
+    "cohere_compass": Entry("Cohere Compass", cohere_compass, _media, _BOTH, _aligned),
+}
+# As `tiles.WINDOWED`.
+WINDOWED: dict[str, Entry] = {
+    "cohere_compass": replace(FAMILIES["cohere_compass"], make=partial(cohere_compass, NEAR))
 }

@@ -32,9 +32,12 @@ from transformers import (
 )
 
 from zoo.base import (
+    ALTERNATING,
     END,
+    FAR,
     GLOBAL,
     IMAGE,
+    NEAR,
     NEWLINE,
     PAD,
     SEPARATOR,
@@ -57,11 +60,7 @@ SIDE, PATCH = 48, 8  # a tile of 6 x 6 patches, 3 x 3 visual tokens once merged
 TOKENS = 9
 # (rows, columns) of tiles of the images of a batch; (1, 1) is an image that is not cut.
 GRIDS = [(1, 2), (1, 1), (2, 2), (3, 1)]
-# Sliding windows and chunks that reach over any request of the tests, and such that do not.
-FAR, NEAR = 1024, 24
-
 SQUARE = {**VISION, "image_size": SIDE, "patch_size": PATCH}
-ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
 def internvl() -> Any:

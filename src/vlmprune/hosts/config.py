@@ -18,7 +18,8 @@ from vlmprune.errors import VlmpruneError
 
 _MISSING = object()
 
-# Of the fields that not every language model has, those that a type has in all tested releases.
+# Of the fields that not every language model has, those that a type has in all tested releases
+# that have it.
 # A type that is not here is read as Transformers itself reads an unknown one: what is missing
 # is off, KV heads are as many as heads, and a head is as wide as its share of the hidden size.
 _HEADS = ("num_key_value_heads", "head_dim")
@@ -27,12 +28,15 @@ _TEXTS: Mapping[str, Collection[str]] = {
     "llama": _HEADS,
     "gemma": _HEADS,
     "qwen3_vl_text": _HEADS,
+    "qwen3_vl_moe_text": (*_HEADS, "sliding_window"),
+    "mistral_large4_text": (*_HEADS, "layer_types"),
     "mistral": (*_HEADS, "sliding_window"),
     "qwen2": _KINDS,
     "qwen2_vl_text": _KINDS,
     "qwen2_5_vl_text": _KINDS,
     "qwen3": (*_KINDS, "head_dim"),
     "cohere2": (*_KINDS, "head_dim"),
+    "cohere_compass_text": (*_KINDS, "head_dim"),
     "gemma2": (*_KINDS, "head_dim", "attn_logit_softcapping"),
     "gemma3_text": (*_KINDS, "head_dim", "attn_logit_softcapping"),
     "llama4_text": (

@@ -34,7 +34,7 @@ _TOWERS: Mapping[str, Collection[str]] = {
 }
 
 # Towers that put no CLS token in front of their patches.
-_WITHOUT_CLS = ("siglip", "pixtral", "idefics3", "smolvlm", "qwen")
+_WITHOUT_CLS = ("siglip", "pixtral", "idefics3", "smolvlm", "qwen", "cohere_compass")
 # Towers whose feed-forward has a gate, and so three matrices.
 _GATED = ("pixtral", "qwen2_5_vl")
 

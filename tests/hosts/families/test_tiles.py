@@ -19,7 +19,7 @@ from vlmprune import VisPruner, VlmpruneError
 from vlmprune.hosts.attention import attention_of
 from vlmprune.hosts.families import FAMILIES
 from vlmprune.runtime.geometry import spans
-from zoo import WINDOWED, ZOO, tiles
+from zoo import ZOO, tiles
 from zoo.base import IMAGE, START, WORDS, Entry, loud, pad
 
 INTERNVL, AYA = ZOO["internvl"].make(), ZOO["aya_vision"].make()
@@ -146,9 +146,9 @@ def test_scores_are_the_attention_of_the_members(name: str) -> None:
 # Windows shorter than the request.
 
 
-@pytest.mark.parametrize("name", list(WINDOWED))
+@pytest.mark.parametrize("name", list(tiles.WINDOWED))
 def test_short_windows_equal_dropped_columns_moved_into_the_padding(name: str) -> None:
-    entry: Entry = WINDOWED[name]
+    entry: Entry = tiles.WINDOWED[name]
     built = entry.build()
     for module in built.modules():
         if hasattr(module, "floor_scale"):

@@ -6,6 +6,7 @@ A file a kind. May import the rest of `hosts`, `views` and `errors`; Transformer
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 from vlmprune.errors import VlmpruneError
@@ -24,10 +25,11 @@ __all__ = [
     "check_host",
     "counted",
     "record_of",
+    "register",
 ]
 
 
-FAMILIES: Mapping[str, Family] = {
+_records: dict[str, Family] = {
     **llava.FAMILIES,
     **video.FAMILIES,
     **pixtral.FAMILIES,
@@ -35,24 +37,69 @@ FAMILIES: Mapping[str, Family] = {
     **tiles.FAMILIES,
     **qwen.FAMILIES,
 }
+# By the type of model, or "type:tower" where a family has a record of its own for one of its
+# towers. Those that are registered come in.
+FAMILIES: Mapping[str, Family] = MappingProxyType(_records)
+
+
+def register(kind: str, family: Family, *, replace: bool = False) -> None:
+    """Let models of a class be followed by a record from outside of the package.
+
+    Args:
+        kind: the `model_type` of their config, or "model_type:tower" for those with one tower.
+        family: the record.
+        replace: whether it may take the place of a record that is there.
+
+    Raises:
+        VlmpruneError: `kind` is no such name, `family` no record, or a record is there already.
+    """
+    if not isinstance(kind, str) or not all(kind.split(":")) or kind.count(":") > 1:
+        raise VlmpruneError(
+            f"kind={kind!r} must be the model_type of a config, or 'model_type:tower'."
+        )
+    if not isinstance(family, Family):
+        raise VlmpruneError(
+            f"family={family!r} must be a vlmprune.hosts.families.Family; docs/add-a-family.md "
+            "says how to write one."
+        )
+    if kind in _records and not replace:
+        raise VlmpruneError(
+            f"there is a record of {kind!r} already ({_records[kind].name}); give another kind, or "
+            "replace=True to put yours in its place."
+        )
+    _records[kind] = family
 
 
 def record_of(model: Any) -> Family | None:
     """The record of a model's family; None where there is none for its class.
 
+    A subclass has the record of its nearest base that has one, and so has a class that FSDP put in
+    front of the model's own.
+
     Raises:
         VlmpruneError: the model lacks something of its record, or cannot be followed.
     """
-    said = config.of_model(model)
-    kind, tower = config.model_type(said), config.tower_type(said)
-    # A family may have a record of its own for one of its towers.
-    family = FAMILIES.get(f"{kind}:{tower}") or FAMILIES.get(kind)
-    if family is None or parallel.class_of(model).__name__ != family.cls:
+    family = _nearest(model)
+    if family is None:
         return None
     check_host(model, family)
     for medium in family.media:
         medium.check(model)
     return family
+
+
+def _nearest(model: Any) -> Family | None:
+    """The record of a model's class, else of the nearest of its bases that has one."""
+    said = config.of_model(model)
+    own, tower = config.model_type(said), config.tower_type(said)
+    for cls in type(model).__mro__:
+        kinds = [kind for kind, family in FAMILIES.items() if family.cls == cls.__name__]
+        # A config of somebody's own may have a type of its own.
+        for kind in (own, *(one for one in kinds if ":" not in one)):
+            for key in (f"{kind}:{tower}", kind):
+                if key in kinds:
+                    return FAMILIES[key]
+    return None
 
 
 def check_host(model: Any, family: Family) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from vlmprune.hosts import config, release
+from vlmprune.hosts import config, contract, release
 from vlmprune.hosts.families.media import Inputs, Medium
 from vlmprune.hosts.families.record import Family
 from vlmprune.hosts.parts import Parts
@@ -63,10 +63,16 @@ class Counted(Medium):
 
 
 def counted(model: Any) -> Family | str:
-    """What can be told of a model by its placeholders alone, or why nothing can."""
+    """What can be told of a model by its placeholders alone, or why nothing can.
+
+    Raises:
+        VlmpruneError: its language model's config lacks a field that its type is known to have.
+    """
     said = config.of_model(model)
     if said is None or not hasattr(type(model), "generate"):
         return "it has no config and no generate of Transformers"
+    if contract.checks():
+        config.check_text(said)
     if config.has_encoder(said):
         return "its language model has an encoder of its own"
     if config.crosses(said):

@@ -168,4 +168,13 @@ FAMILIES: dict[str, Family] = {
         media=(MistralImages(),),
         note="images at their own resolution, squares of patches merged; no CLS token",
     ),
+    "mistral_large4": Family(
+        score="attention received in the last layer, averaged over the patches that a token merges",
+        name="Mistral Large 4",
+        cls="MistralLarge4ForConditionalGeneration",
+        positions="compact",
+        media=(MistralImages(),),
+        note="as Mistral 3; its decoder caches latents, so methods inside it are refused",
+        since="5.22",
+    ),
 }

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: any size, merged groups of patches, positions in 3-D."""
+"""Qwen2-VL to Qwen3-VL and classes made of it: any size, merged patches, positions in 3-D."""
 
 from __future__ import annotations
 
@@ -328,6 +328,10 @@ def _family(
     return Family(name, cls, "original", media, note, score, rope)
 
 
+_DEEP_MEDIA = (DeepImages(), DeepVideos())
+_AS_THIRD = "as Qwen3-VL, in all but its language model"
+
+
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": _family(
         "Qwen2-VL",
@@ -346,6 +350,18 @@ FAMILIES: dict[str, Family] = {
         "Qwen3-VL",
         "Qwen3VLForConditionalGeneration",
         "as Qwen2-VL; deepstack features pruned alike",
-        (DeepImages(), DeepVideos()),
+        _DEEP_MEDIA,
+    ),
+    "qwen3_vl_moe": _family(
+        "Qwen3-VL-MoE", "Qwen3VLMoeForConditionalGeneration", _AS_THIRD, _DEEP_MEDIA
+    ),
+    "cosmos3_omni": _family(
+        "Cosmos3 Omni", "Cosmos3OmniForConditionalGeneration", _AS_THIRD, _DEEP_MEDIA
+    ),
+    "cohere_compass": _family(
+        "Cohere Compass",
+        "CohereCompassForConditionalGeneration",
+        f"{_AS_THIRD}; a sliding window counts the columns that are left",
+        _DEEP_MEDIA,
     ),
 }

@@ -60,10 +60,14 @@ def missing(
     for index in lacking(asks, skips, depth):
         kind = kinds.get(index, decoder.FULL)
         if kind not in decoder.ATTENDING:
+            why = (
+                "whose state every token passes through"
+                if kind in config.RECURRENT
+                else "which cannot be followed where tokens are missing"
+            )
             raise VlmpruneError(
-                f"decoder layer {index} of {name} has {kind.replace('_', ' ')}, whose "
-                f"state every token passes through, so {method!r} cannot leave tokens out of it; "
-                "prune before the language model."
+                f"decoder layer {index} of {name} has {kind.replace('_', ' ')}, {why}, so "
+                f"{method!r} cannot leave tokens out of it; prune before the language model."
             )
         if not decoder.takes_angles(layers[index]):
             raise VlmpruneError(
