@@ -292,8 +292,13 @@ def measure(
     todo = [row for row in rows if again or stale(row, known.get(row.key))]
     with quiet():
         loaded = Loaded(*embedded.load())
-    versions = {name: one for name, one in measured.versions().items() if name != "vlmprune"}
-    found["about"] = {"model": model_name(loaded.model), **versions, "batch": batch}
+    versions = measured.versions()
+    fresh = again or "unpruned" not in found
+    if fresh:
+        for row in known.values() if "about" in found else ():
+            about = found["about"]
+            row.setdefault("versions", {name: about[name] for name in versions if name in about})
+        found["about"] = {"model": model_name(loaded.model), **versions, "batch": batch}
     samples = task.samples()
     found["samples"] = [[one.id, one.kind, one.group] for one in samples]
     # What acts inside the language model alone shares the pictures' encodings.
@@ -314,7 +319,7 @@ def measure(
                 progress=lambda done, total: bar.update(line, completed=done, total=total),
             )
 
-        if "unpruned" not in found or again:
+        if fresh:
             found["unpruned"] = figures([run(None, UNPRUNED)], samples)
             write(path, found)
         for number, row in enumerate(todo, 1):
@@ -322,6 +327,8 @@ def measure(
             name = f"{number} of {len(todo)}: {row}"
             made = figures([run(pruner, name) for pruner in row.pruners], samples)
             known[row.key] = {"label": row.label, "budget": row.budget, **facts(row), **made}
+            # Rows of a file may be of several releases, each of which is told.
+            known[row.key]["versions"] = versions
             found["rows"] = list(known.values())
             write(path, found)
             right = sum(map(int, made["scores"])) / made["repeats"] / len(samples)

@@ -16,14 +16,25 @@ CONTROLS = ("random", "uniform grid", "average pooling", "downsampling")
 KINDS = ("presence", "count", "position", "relation", "reading", "listing")
 CLOSE = (0.33, 0.22, 0.11)
 """Budgets that get a table by kind of question."""
-CELLS = "listed cells"
+CELLS, AGAIN = "listed cells", "kept again"
 
 
 class Table:
-    """Stored rows as evaluations, and tables of them."""
+    """Stored rows as evaluations, and tables of them.
 
-    def __init__(self, found: Mapping[str, Any]) -> None:
+    Args:
+        found: what `accuracy.py` stored.
+        again: by label and budget, the share of tokens kept again (`kept_again.py`); None leaves
+            its columns out.
+    """
+
+    def __init__(
+        self,
+        found: Mapping[str, Any],
+        again: Mapping[tuple[str, float | None], float] | None = None,
+    ) -> None:
         self.found = found
+        self.again = again
         self.full = self.evaluation(found["unpruned"])
         self.rows = {(row["label"], row["budget"]): row for row in found["rows"]}
         self.made = {key: self.evaluation(row) for key, row in self.rows.items()}
@@ -52,12 +63,19 @@ class Table:
         """What was measured with what."""
         about = self.found["about"]
         groups = {group for _, _, group in self.found["samples"]}
+        torch, transformers = self.releases("torch"), self.releases("transformers")
         return (
             f"{len(self.found['samples'])} questions about {len(groups)} scenes, "
-            f"{about['model']}; torch {about['torch']}, transformers {about['transformers']}, "
+            f"{about['model']}; torch {torch}, transformers {transformers}, "
             f"{about['batch']} questions at once, one thread. Unpruned: "
             f"{percent(self.full.mean)} per cent."
         )
+
+    def releases(self, library: str) -> str:
+        """The versions of a library that rows were made with."""
+        rows = (row.get("versions", self.found["about"]) for row in self.rows.values())
+        made = {self.found["about"][library], *(versions[library] for versions in rows)}
+        return " and ".join(sorted(made))
 
     def accuracy(self) -> str:
         """Methods by budgets, with a mark beside random."""
@@ -66,12 +84,24 @@ class Table:
             made = self.made.get((label, budget))
             return "" if made is None else f"{percent(made.mean)}{self.mark(label, budget)}"
 
-        return self.by_budget(self.labels, cell)
+        if self.again is None:
+            return self.by_budget(self.labels, cell)
+        kept = {label: share for (label, budget), share in self.again.items() if budget}
+        return self.by_budget(self.labels, cell, kept)
 
-    def by_budget(self, labels: Sequence[str], cell: Callable[[str, float], str]) -> str:
-        """A table of methods by budgets."""
+    def by_budget(
+        self,
+        labels: Sequence[str],
+        cell: Callable[[str, float], str],
+        again: Mapping[str, float] | None = None,
+    ) -> str:
+        """A table of methods by budgets, with a last column of shares that are kept again."""
         heads = ["method", *(f"{budget:.0%}" for budget in self.budgets)]
-        rows = ([name(one), *(cell(one, budget) for budget in self.budgets)] for one in labels)
+        rows = [[name(one), *(cell(one, budget) for budget in self.budgets)] for one in labels]
+        if again is not None:
+            heads.append(AGAIN)
+            for label, row in zip(labels, rows, strict=True):
+                row.append(kept_share(again.get(label)))
         return table(heads, rows)
 
     def mark(self, label: str, budget: float) -> str:
@@ -143,6 +173,10 @@ class Table:
                 means = made.minus(self.full), self.gain(label, None)
                 losses = [percent(one, signed=True) for one in means]
                 rows.append([label, shares(row), percent(made.mean), *losses])
+                if self.again is not None:
+                    rows[-1].append(kept_share(self.again.get((label, None))))
+        if self.again is not None:
+            heads.append(AGAIN)
         return table(heads, rows)
 
     def kinds(self) -> str:
@@ -185,6 +219,14 @@ class Table:
 def name(label: str) -> str:
     """Controls stand in italics."""
     return f"*{label}*" if label in CONTROLS else label
+
+
+def kept_share(share: float | None) -> str:
+    """What is kept again, in per cent; 100 where nothing at all is lost."""
+    if share is None:
+        return ""
+    # What is not all is not rounded to it.
+    return "100" if share == 1 else f"{min(99.9, 100 * share):.1f}"
 
 
 def shares(row: Mapping[str, Any]) -> str:

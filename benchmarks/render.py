@@ -21,6 +21,7 @@ import typer
 import accuracy
 import decode
 import equal_compute
+import kept_again
 import learned
 import plphp_coverage
 import recall
@@ -72,10 +73,17 @@ def gpu(files: Mapping[str, Content]) -> str:
     return "\n\n".join(parts)
 
 
-def of_methods(found: Content) -> dict[str, str]:
-    """The parts about all methods."""
-    shown = Table(accuracy.planned_now(found, accuracy.planned([])))
-    return {
+def of_methods(found: Content, again: Content | None = None) -> dict[str, str]:
+    """The parts about all methods.
+
+    Args:
+        found: accuracies.
+        again: what is kept again under noise; None where that was not measured.
+    """
+    shares = None if again is None else kept_again.shares(again)
+    shown = Table(accuracy.planned_now(found, accuracy.planned([])), shares)
+    told = {} if again is None else {"kept again": kept_again.setup(again)}
+    return told | {
         "setup": shown.setup(),
         "accuracy": shown.accuracy(),
         "gains": shown.gains(),
@@ -108,9 +116,12 @@ def read(folder: Path) -> dict[str, Content]:
 
 def results_page(folder: Path) -> dict[str, str]:
     """The parts of docs/results.md whose files are there."""
-    makers = {"accuracy": of_methods, "learned": of_learned, "equal_compute": of_study}
+    makers = {"learned": of_learned, "equal_compute": of_study}
+    files = read(folder)
     made: dict[str, str] = {}
-    for name, found in read(folder).items():
+    if "accuracy" in files:
+        made |= of_methods(files["accuracy"], files.get(kept_again.FILE.stem))
+    for name, found in files.items():
         if name in makers:
             made |= makers[name](found)
     return made

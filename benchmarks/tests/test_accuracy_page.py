@@ -78,6 +78,27 @@ def test_marks() -> None:
     assert kinds[5].endswith("| 33.3 ± 0.0 | 50.0 ± 0.0 |")
 
 
+def test_what_is_kept_again_is_a_last_column() -> None:
+    rows = (row("random", "1", 3), row("near", "1"), row("its own", "0", budget=None))
+    again = {("random", 0.33): 1.0, ("near", 0.33): 0.99996, ("its own", None): 0.5}
+    table = accuracy_tables.Table(stored(*rows, row("new", "1")), again)
+    lines = table.accuracy().splitlines()
+    assert lines[0] == "| method | 33% | kept again |"
+    ends = [line.split(" | ")[-1] for line in lines[2:]]
+    # What is not all is not rounded to it, and what was not measured stays empty.
+    assert ends == ["100 |", "99.9 |", " |"]
+    assert table.own().splitlines()[2].endswith(" | 50.0 |")
+    without = accuracy_tables.Table(stored(*rows))
+    assert without.accuracy().splitlines()[0] == "| method | 33% |"
+    assert "again" not in without.own() + table.gains() + table.cost()
+
+
+def test_rows_of_several_releases_are_told() -> None:
+    newer = row("newer", "1", versions={"torch": "1", "transformers": "3"})
+    setup = accuracy_tables.Table(stored(row("random", "1", 3), newer)).setup()
+    assert "torch 1, transformers 2 and 3," in setup
+
+
 @pytest.mark.parametrize("page", render.PAGES)
 def test_the_committed_pages_show_the_committed_files(page: str) -> None:
     text, parts = (DOCS / page).read_text(encoding="utf-8"), render.PAGES[page](RESULTS)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -90,6 +91,10 @@ class Method:
     attends: ClassVar[bool] = True
     # Whether kept tokens may be made of several (`Selection.merge`).
     merges: ClassVar[bool] = False
+    # Settings whose default is another than up to version 0.2, with that one.
+    former: ClassVar[Mapping[str, Any]] = {}
+    # Settings that up to version 0.2 there were none of, with what stands for their absence.
+    added: ClassVar[Mapping[str, Any]] = {}
     # Of methods that drop rows inside the language model: what positions="auto" means.
     released: ClassVar[Literal["compact", "original"]] = "original"
 
@@ -254,3 +259,36 @@ class Method:
         """What the method's setting `budget` counts by; crops where it has none."""
         found: Budget = getattr(self, "budget", "crop")
         return found
+
+
+def name_then(stages: Sequence[Method]) -> str:
+    """Methods as files of version 0.2 and before name them, without settings that came later.
+
+    One whose later settings ask for something else has the name that it has now.
+    """
+    return " | ".join(map(_name_then, stages))
+
+
+def by_default(stages: Sequence[Method]) -> tuple[Method, ...]:
+    """The methods with the former defaults of settings whose default is another now."""
+    out: list[Any] = list(stages)
+    return tuple(replace(one, **one.former) if one.former else one for one in out)
+
+
+def defaults_then(stages: Sequence[Method]) -> str:
+    """Settings that had another default than these methods have values; "" for none."""
+    told = []
+    for one in stages:
+        other = {k: v for k, v in one.former.items() if getattr(one, k) != v}
+        if other:
+            settings = " and ".join(f"{name}={value!r}" for name, value in other.items())
+            told.append(f"{settings} for {type(one).__name__}")
+    return ", ".join(told)
+
+
+def _name_then(method: Any) -> str:
+    if not method.added or any(getattr(method, k) != v for k, v in method.added.items()):
+        return repr(method)
+    shown = [one.name for one in fields(method) if one.repr and one.name not in method.added]
+    told = ", ".join(f"{name}={getattr(method, name)!r}" for name in shown)
+    return f"{type(method).__qualname__}({told})"

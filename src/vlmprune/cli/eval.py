@@ -141,7 +141,7 @@ def evaluate(
                 if store.foreign():
                     store.check()
                     store.path.unlink()
-                Store(store.path, empty(loaded, way, chosen)).check()
+                Store(store.path, empty(loaded, way, chosen), way).check()
             found = []
             # The unpruned model first: it also tells soonest whether the set can be answered.
             for turn, number in enumerate([0] if no_baseline else [1, 0]):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vlmprune.hosts import config
 from vlmprune.hosts.parallel import class_of
+from vlmprune.select.softmax import scores, softmax
 
 # Encoder layers that are followed: their norm between attention and MLP, and the MLP. Nothing in
 # them depends on a token's place, as rotary embeddings and windows would.
@@ -91,13 +92,24 @@ def pooling_head(tower: nn.Module) -> nn.Module | None:
 
 @torch.no_grad()
 def pooled_attention(head: Any, hidden: Tensor) -> Tensor:
-    """[B, N] what the query of a pooling head attends to, averaged over heads.
+    """[B, N] float32; what the query of a pooling head attends to, averaged over heads.
+
+    Its query and keys are in the head's own type, as those of any layer, and the softmax of their
+    products is in float32.
 
     Args:
         head: a module with `probe` [1, 1, C] and `attention`, a `nn.MultiheadAttention`.
         hidden: [B, N, C] what it is called with.
     """
-    hidden = hidden.detach()
+    attention = head.attention
+    weights = attention.in_proj_weight.detach().chunk(3)
+    biases = attention.in_proj_bias.detach().chunk(3)
     probe = head.probe.detach().expand(len(hidden), -1, -1)
-    weights: Tensor = head.attention(probe, hidden, hidden, need_weights=True)[1]
-    return weights[:, 0].float()
+    query, key = (
+        nn.functional.linear(states, weight, bias)
+        .unflatten(-1, (attention.num_heads, -1))
+        .transpose(1, 2)
+        for states, weight, bias in zip((probe, hidden.detach()), weights, biases, strict=False)
+    )
+    found = softmax(scores(query, key, query.shape[-1] ** -0.5))
+    return found.mean(dim=1)[:, 0]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -27,7 +28,7 @@ class CDPruner(Budgeted):
 
     Paper: "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in
     MLLMs", arXiv 2506.10967 (NeurIPS 2025), section 3; given the relevance it chooses the same
-    tokens as the authors' code.
+    tokens as the authors' code does in float32.
 
     Attributes:
         keep: visual tokens to keep: an int counts them, a float in (0, 1] is a fraction.
@@ -66,6 +67,8 @@ class CDPruner(Budgeted):
     stage: ClassVar[str] = "before the language model"
     paper: ClassVar[str] = "arXiv 2506.10967"
     text_agnostic: ClassVar[bool] = False
+    former: ClassVar[Mapping[str, Any]] = {"question": "prompt"}
+    added: ClassVar[Mapping[str, Any]] = {"newlines": "keep", "question": "prompt"}
     attends: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.methods.bases.layered import Layered
@@ -58,6 +58,8 @@ class DART(Layered):
 
     needs: ClassVar[str] = "states and keys of one decoder layer"
     paper: ClassVar[str] = "arXiv 2502.11494"
+    former: ClassVar[Mapping[str, Any]] = {"normed": False}
+    added: ClassVar[Mapping[str, Any]] = {"normed": False}
 
     def __post_init__(self) -> None:
         super().__post_init__()

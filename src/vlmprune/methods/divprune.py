@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vlmprune import select
 from vlmprune.methods.bases.budgeted import Budgeted
@@ -19,7 +20,8 @@ class DivPrune(Budgeted):
     projected features; the first is the one farthest from its own nearest neighbour.
 
     Paper: "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models",
-    arXiv 2503.02175 (CVPR 2025), section 3; chooses the same tokens as the authors' code.
+    arXiv 2503.02175 (CVPR 2025), section 3; chooses the same tokens as the authors' code
+    does in float32.
 
     Attributes:
         keep: visual tokens to keep: a float in (0, 1] is a fraction (rounded, as in the release,
@@ -48,6 +50,7 @@ class DivPrune(Budgeted):
     stage: ClassVar[str] = "before the language model"
     paper: ClassVar[str] = "arXiv 2503.02175"
     text_agnostic: ClassVar[bool] = True
+    former: ClassVar[Mapping[str, Any]] = {"budget": "crop"}
     attends: ClassVar[bool] = False
 
     def reads(self, depth: int, feature: int) -> Reads:

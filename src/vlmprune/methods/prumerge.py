@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -71,6 +72,8 @@ class PruMerge(WithBudget):
     attends: ClassVar[bool] = False
     merges: ClassVar[bool] = True
     finds_number: ClassVar[bool] = True
+    former: ClassVar[Mapping[str, Any]] = {"plus": False, "heads": "mean"}
+    added: ClassVar[Mapping[str, Any]] = {"newlines": "keep", "heads": "mean"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

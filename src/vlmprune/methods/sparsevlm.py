@@ -40,7 +40,7 @@ class SparseVLM(Layered):
     as one row behind the image's own.
 
     Paper: "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference",
-    arXiv 2410.04417, section 3; counts and layers by the authors' code (version 1).
+    arXiv 2410.04417, section 3; counts and layers by the authors' code (version 1), in float32.
 
     Attributes:
         keep: visual tokens of each image, averaged over the decoder layers: an int counts them, a

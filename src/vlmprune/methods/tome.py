@@ -24,7 +24,7 @@ class ToMe(Budgeted):
     often (the logarithm of its size is added to its logits). The CLS token never merges.
 
     Paper: "Token Merging: Your ViT But Faster", arXiv 2210.09461 (ICLR 2023), section 3; matching,
-    order and weights as in the authors' code.
+    order and weights as in the authors' code, in float32.
 
     Attributes:
         keep: tokens of a crop that are left: an int counts them, a float in (0, 1] is a fraction

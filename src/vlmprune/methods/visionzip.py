@@ -23,7 +23,7 @@ class VisionZip(Budgeted):
     crops, as in the release, the view of the whole image coming first and by itself.
 
     Paper: "VisionZip: Longer is Better but Not Necessary in Vision Language Models",
-    arXiv 2412.04467, section 3; the rule is that of the authors' code.
+    arXiv 2412.04467, section 3; the rule is that of the authors' code, in float32.
 
     Attributes:
         keep: visual tokens to keep, both kinds together: an int counts them, a float in (0, 1] is

@@ -24,7 +24,9 @@ class VisPruner(WithBudget):
     what remains after near duplicates have been dropped, closest first, eight a round.
 
     Paper: "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in
-    VLMs", arXiv 2412.01818 (ICCV 2025), section 3; chooses the same tokens as the authors' code.
+    VLMs", arXiv 2412.01818 (ICCV 2025), section 3; chooses the same tokens as the authors' code
+    does in float32. In half precision that code chooses others than itself in float32, for its
+    rounds follow rounding; here a choice is made in float32 whatever the type of the model.
 
     Attributes:
         keep: visual tokens to keep: an int counts them, a float in (0, 1] is a fraction.

@@ -18,7 +18,7 @@ class VtcCls(Budgeted):
     """Keep the visual tokens of most CLS attention, summed over the encoder's later layers.
 
     Paper: "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs",
-    arXiv 2412.05819, section 3; the rule is that of the authors' code.
+    arXiv 2412.05819, section 3; the rule is that of the authors' code, in float32.
 
     Attributes:
         keep: visual tokens to keep: an int counts them, a float in (0, 1] is a fraction.

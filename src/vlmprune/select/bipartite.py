@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vlmprune.select.precision import exact
+
 
 def schedule(tokens: int, keep: int, layers: int) -> tuple[int, ...] | None:
     """How many tokens merge away in each layer so that `keep` are left after the last.
@@ -38,6 +40,7 @@ def least(tokens: int, layers: int) -> int:
     return -(-tokens // 2**layers)
 
 
+@exact
 def match(keys: Tensor, merge: int, cls: bool) -> Tensor:
     """Bipartite soft matching: each token's place after `merge` of them went into another.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.select import first_max, rows_a_block, top_k
+from vlmprune.select.precision import exact
 
 
 class Entries(NamedTuple):
@@ -46,6 +47,7 @@ class VisionZipPlan(NamedTuple):
     entries: Entries
 
 
+@exact
 def visionzip(attention: Tensor, keys: Tensor, keep: int, contextual: int) -> VisionZipPlan:
     """VisionZip's choice: the most attended tokens, and a few that the others are merged into.
 
@@ -120,6 +122,7 @@ class PruMergePlan(NamedTuple):
     entries: Entries
 
 
+@exact
 def prumerge(
     attention: Tensor,
     keys: Tensor,

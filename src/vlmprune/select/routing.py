@@ -5,10 +5,10 @@ A pure tensor function: imports torch alone, breaks ties by index and never wait
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from vlmprune.select import row_rules
+from vlmprune.select.precision import unrounded
 
 
 def routed(
@@ -39,7 +39,7 @@ def routed(
         [B, V] bool, and [B, V] float32 the scores. Ties go to the lower index.
     """
     # Scores lie close together, and bfloat16 would make many of them equal.
-    with torch.autocast(hidden.device.type, enabled=False):
+    with unrounded(hidden):
         scores = hidden.float() @ weight.float() + bias.float()
     budget = counts.clamp(max=keep) if isinstance(keep, int) else row_rules.share(keep, counts)
     return row_rules.most_attended(scores.detach(), frames, budget), scores

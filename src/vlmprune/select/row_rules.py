@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.select import retention
+from vlmprune.select.precision import exact
 
 # Recycled tokens of one merged row, before one is added (SparseVLM's released code).
 CLUSTER = 10
@@ -45,6 +46,7 @@ def most_attended(scores: Tensor, images: Tensor, keep: Tensor) -> Tensor:
     return retention.per_image(scores[:, None], images, keep)[:, 0]
 
 
+@exact
 def text_raters(visual: Tensor, images: Tensor, text: Tensor, allowed: Tensor) -> Tensor:
     """SparseVLM's raters: the text tokens that the image is most like.
 
@@ -71,6 +73,7 @@ def text_raters(visual: Tensor, images: Tensor, text: Tensor, allowed: Tensor) -
     return torch.where(raters.any(dim=1, keepdim=True), raters, allowed)
 
 
+@exact
 def recycle(
     states: Tensor, images: Tensor, scores: Tensor, dropped: Tensor, part: float, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,6 +179,7 @@ def _clusters(vectors: Tensor, own: Tensor, clusters: Tensor) -> tuple[Tensor, T
     return centres, worth, place == first
 
 
+@exact
 def unlike_pivots(
     states: Tensor,
     images: Tensor,

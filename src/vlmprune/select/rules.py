@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from vlmprune.select.precision import exact
+
 # Tokens dropped in one round of duplicate removal (VisPruner's released code).
 ROUND = 8
 
@@ -41,6 +43,7 @@ def top_k(scores: Tensor, keep: int) -> Tensor:
     return order[:, :keep].sort(dim=1).values
 
 
+@exact
 def vispruner(
     attention: Tensor, features: Tensor, keep: int, important_ratio: float = 0.5
 ) -> Tensor:
@@ -52,7 +55,7 @@ def vispruner(
     the even places hold one token more; it is compared like any other. A round never drops
     more than the even places hold, so every budget from 1 to N works.
 
-    Source: arXiv 2412.01818, section 3, and the authors' code, whose choices it equals.
+    Source: arXiv 2412.01818, section 3, and the authors' code, whose choices in float32 it equals.
 
     Args:
         attention: [B, N] attention that each visual token receives, averaged over heads.
@@ -85,6 +88,7 @@ def vispruner(
     return chosen.sort(dim=1).values
 
 
+@exact
 def farthest_point(features: Tensor, keep: int) -> Tensor:
     """DivPrune's choice: each next token is the one farthest from all chosen so far.
 
@@ -94,7 +98,7 @@ def farthest_point(features: Tensor, keep: int) -> Tensor:
     Extra memory: the unit vectors, B · N · C numbers, and one block of similarities, see
     `rows_a_block`; no N × N matrix beyond that. Work: N² + keep · N cosines a crop.
 
-    Source: arXiv 2503.02175, section 3, and the authors' code, whose choices it equals.
+    Source: arXiv 2503.02175, section 3, and the authors' code, whose choices in float32 it equals.
 
     Args:
         features: [B, N, C].
@@ -121,6 +125,7 @@ def farthest_point(features: Tensor, keep: int) -> Tensor:
     return torch.cat(chosen, dim=1).sort(dim=1).values
 
 
+@exact
 def conditional_dpp(features: Tensor, relevance: Tensor, keep: int) -> Tensor:
     """CDPruner's choice: greedy MAP of a determinantal point process, weighted by relevance.
 
@@ -130,7 +135,7 @@ def conditional_dpp(features: Tensor, relevance: Tensor, keep: int) -> Tensor:
     Extra memory: the unit vectors, B · N · D numbers, and what the chosen tokens explain,
     B · keep · N. Work: keep · N cosines and keep² · N products a crop.
 
-    Source: arXiv 2506.10967, section 3, and the authors' code, whose choices it equals.
+    Source: arXiv 2506.10967, section 3, and the authors' code, whose choices in float32 it equals.
 
     Args:
         features: [B, N, D].
@@ -189,6 +194,7 @@ def count_important(keep: int, important_ratio: float) -> int:
     return math.floor(keep * important_ratio)
 
 
+@exact
 def cosine_similarity(features: Tensor) -> Tensor:
     """Cosine of every pair of tokens, in float32.
 

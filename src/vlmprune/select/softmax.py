@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlmprune.select.precision import unrounded
+
 # Numbers of keys that are made float32 at once, so that copies of half precision stay small.
 _AT_ONCE = 2**24
 
@@ -28,7 +30,8 @@ def scores(rows: Tensor, keys: Tensor, scale: float, softcap: float | None = Non
     # The queries of a KV head's group are rows of one product, so that no key is repeated.
     grouped = rows.reshape(batch, heads, -1, width).float()
     part = max(256, _AT_ONCE // max(1, batch * heads * width))
-    parts = [grouped @ some.float().transpose(2, 3) for some in keys.split(part, dim=2)]
+    with unrounded(rows):
+        parts = [grouped @ some.float().transpose(2, 3) for some in keys.split(part, dim=2)]
     found = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)) * scale
     if softcap is not None:
         found = (found / softcap).tanh() * softcap

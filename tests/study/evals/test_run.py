@@ -19,7 +19,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 
 from tiny import PATCH, SIDE, VOCABULARY, model
-from vlmprune import PLPHP, Pruner, Recall, VisPruner, VlmpruneError, embedded
+from vlmprune import PLPHP, DivPrune, Pruner, Recall, VisPruner, VlmpruneError, embedded
 from vlmprune.hosts import contract
 from vlmprune.io.models import Loaded, prepare
 from vlmprune.methods import FastV
@@ -29,6 +29,7 @@ from vlmprune.study.evals.run import evaluate
 from vlmprune.study.stats import DRAWS
 from vlmprune.study.tasks import Sample, Scenes
 from vlmprune.study.tasks.answered import Answered
+from vlmprune.version import __version__
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +269,18 @@ def test_a_store_of_something_else_is_refused(loaded: Loaded, tmp_path: Path) ->
     with pytest.raises(VlmpruneError, match="is of another task"):
         evaluate(loaded, VisPruner(keep=48), Other(), limit=1, store=str(store))
     assert store.read_bytes() == before
+    # Of another version, and of one up to 0.2, which did not say so.
+    head, *rest = before.decode().splitlines(keepends=True)
+    old = json.loads(head)
+    assert old.pop("version") == __version__
+    store.write_text(head.replace(__version__, "0.0.1") + "".join(rest))
+    with pytest.raises(VlmpruneError, match=r"is of another version \(0\.0\.1\)"):
+        evaluate(loaded, VisPruner(keep=48), Some(), limit=1, store=str(store))
+    store.write_text(json.dumps(old) + "\n" + "".join(rest))
+    with pytest.raises(VlmpruneError, match=r"0\.2 or earlier.*another path\.$"):
+        evaluate(loaded, VisPruner(keep=48), Some(), limit=1, store=str(store))
+    with pytest.raises(VlmpruneError, match=r"path; budget='crop' for DivPrune was the default"):
+        evaluate(loaded, DivPrune(keep=48), Some(), limit=1, store=str(store))
     store.write_text("a list\nof words\n")
     with pytest.raises(VlmpruneError, match="holds no results"):
         evaluate(loaded, VisPruner(keep=48), Some(), limit=1, store=str(store))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from vlmprune import VlmpruneError, spec
+from vlmprune.study.search import run
 from vlmprune.study.search.optimise import Found, Measured, Search, Tried, builder, document
 from vlmprune.study.search.plot import plot
 from vlmprune.study.search.spaces import Choice, Range, share, space_of
@@ -76,6 +77,34 @@ def test_a_journal_of_another_search_is_refused(tmp_path: Path) -> None:
     search(tmp_path)
     with pytest.raises(VlmpruneError, match="another m"):
         search(tmp_path, about={"m": 2})
+
+
+def test_a_journal_of_another_version_is_refused(tmp_path: Path) -> None:
+    search(tmp_path, about={"m": 1, "version": "0.3.0"})
+    with pytest.raises(VlmpruneError, match="another version"):
+        search(tmp_path, about={"m": 1, "version": "0.4.0"})
+    # Up to 0.2 journals did not say theirs.
+    old = tmp_path / "old"
+    search(old)
+    with pytest.raises(VlmpruneError, match=r"vlmprune 0\.2 or earlier.*--restart\.$"):
+        search(old, about={"m": 1, "version": "0.3.0"})
+    with pytest.raises(VlmpruneError, match=r"--restart; plus=False was the default then\.$"):
+        search(old, about={"m": 1, "version": "0.3.0"}, then="plus=False")
+
+
+@pytest.mark.parametrize(
+    ("method", "then"),
+    [
+        ("prumerge", "plus=False and heads='mean'"),
+        ("prumerge:plus=false", "heads='mean'"),
+        ("divprune", "budget='crop'"),
+        ("divprune:budget=crop", ""),
+        ("vispruner", ""),
+    ],
+)
+def test_defaults_of_then_that_a_search_leaves_open(method: str, then: str, tmp_path: Path) -> None:
+    asked = run.ask(method, [], None, 0.1, 3, 1, None, 32, tmp_path / "found.json")
+    assert run.defaults_then(asked) == then
 
 
 def test_another_file_is_no_journal(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class WithBudget(Pruner):
     newlines: Newlines = field(default="keep", kw_only=True)
     # Whether keep=None leaves the number to the method's own rule.
     finds_number: ClassVar[bool] = False
+    added: ClassVar[Mapping[str, Any]] = {"newlines": "keep"}
 
     def __post_init__(self) -> None:
         if self.keep is not None or not self.finds_number:

@@ -26,6 +26,7 @@ from vlmprune.method import Attached
 from vlmprune.methods.bases.lora import PREFIX, Lora
 from vlmprune.pruner import Pruner
 from vlmprune.select.settings import check_choice
+from vlmprune.version import __version__
 from vlmprune.views.settings import Positions
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 
 FORMAT = "vlmprune learned 1"
+# What is always written anew of what weights came with.
+_OURS = ("format", "version", "method")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # How the names of weights begin that come with the embedded model.
 NAMED = "embedded-"
@@ -210,11 +213,12 @@ class Learned(Pruner):
             ) from error
         config = {
             "format": FORMAT,
+            "version": __version__,
             "method": self.method,
             "settings": self.settings,
             "architecture": self.trained.architecture,
             "lora": None if lora is None else lora.config,
-            **{k: v for k, v in self.trained.notes.items() if k not in ("format", "method")},
+            **{k: v for k, v in self.trained.notes.items() if k not in _OURS},
             **(notes or {}),
         }
         text = json.dumps(config, indent=2, ensure_ascii=False)

@@ -22,6 +22,7 @@ from vlmprune.runtime.encoder.pruned import Pruned
 from vlmprune.runtime.encoder.reads import wanted
 from vlmprune.runtime.geometry import Geometry
 from vlmprune.runtime.timer import Seconds, Timer
+from vlmprune.select.precision import unrounded
 from vlmprune.views import Selection
 from vlmprune.views.layout import kept_tokens
 
@@ -91,7 +92,8 @@ def choose(attachment: Attachment, plan: Plan, encoded: Encoded | None) -> Choic
         return Choice(kept, [{} for _ in kept])
     taken = Seconds()
     with Timer(taken, encoded.view.attention):
-        selection = attachment.method.select(encoded.view)
+        with unrounded(encoded.view.attention):
+            selection = attachment.method.select(encoded.view)
         kept = kept_tokens(geometry.layouts, selection.kept, attachment.method.newlines)
     by_role = {name: _cell_tokens(geometry, cells) for name, cells in selection.roles.items()}
     members = None

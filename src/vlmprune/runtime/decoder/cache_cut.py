@@ -26,6 +26,7 @@ from vlmprune.runtime.cache.ragged_layer import RaggedLayer
 from vlmprune.runtime.decoder.prompt_end import PromptEnd, repeated
 from vlmprune.runtime.geometry import VisualColumns
 from vlmprune.runtime.timer import Timer
+from vlmprune.select.precision import unrounded
 from vlmprune.select.softmax import scores, softmax
 from vlmprune.views import LayerView, Probes, Retention
 
@@ -134,7 +135,8 @@ class CacheCut(PromptEnd):
         view = self._view(shown, call, times)
         if self.probes is not None:
             view = self._probed(view, shown, call, times)
-        found = self.method.retain(shown.layer.index, view)
+        with unrounded(call.query):
+            found = self.method.retain(shown.layer.index, view)
         real = (view.images >= 0)[:, None]
         if found is None:
             return LayerChoice(view, None, real, True)

@@ -33,6 +33,7 @@ from vlmprune.runtime.decoder.prompt_rows import PromptRows
 from vlmprune.runtime.decoder.rows import Going
 from vlmprune.runtime.hooks import After, Before, Hooks
 from vlmprune.runtime.timer import Timer
+from vlmprune.select.precision import unrounded
 from vlmprune.views import Ask
 
 
@@ -169,7 +170,9 @@ class Pass:
         if missing.rates:
             with torch.no_grad(), Timer(missing, hidden):
                 view = self.prompt.view(hidden.detach(), self.last + 1, None, None)
-                self.prompt.rate = missing.method.raters(view).to(hidden.device) & view.text
+                with unrounded(hidden):
+                    rate = missing.method.raters(view)
+                self.prompt.rate = rate.to(hidden.device) & view.text
 
     def _leave(
         self,
@@ -202,7 +205,8 @@ class Pass:
                     both = (self.norm(states) for states in (view.hidden, view.text_hidden))
                     normed, text_normed = (states.to(hidden.device) for states in both)
                     view = replace(view, normed=normed, text_normed=text_normed)
-                found = missing.method.drop(index, view)
+                with unrounded(hidden):
+                    found = missing.method.drop(index, view)
             before = prompt.going
             new, fewer = prompt.leave(index, found, hidden)
             if fewer:
@@ -213,7 +217,8 @@ class Pass:
         """The states of the rows that do not skip a layer."""
         prompt = self.prompt
         with Timer(missing, hidden):
-            found = missing.method.route(index, prompt.frame_view(hidden))
+            with unrounded(hidden):
+                found = missing.method.route(index, prompt.frame_view(hidden))
             new, weight, fewer = prompt.skip(index, found, hidden)
             if fewer:
                 self._part(None, hidden)

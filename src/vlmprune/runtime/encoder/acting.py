@@ -33,6 +33,7 @@ from vlmprune.runtime.attention.interception import Changing, intercepting
 from vlmprune.runtime.attention.taps import KeyTap, tapped
 from vlmprune.runtime.hooks import Hooks
 from vlmprune.select import bipartite, coarse_grid
+from vlmprune.select.precision import unrounded
 from vlmprune.views import Inside
 from vlmprune.views.layout import Layout
 
@@ -292,7 +293,8 @@ class _Merging(TowerRun):
 
     def _mean(self, states: Tensor) -> Tensor:
         """[B, T, C] states by the layer's own merge, in float32."""
-        return (self.weights @ states.float()).to(states.dtype)
+        with unrounded(states):
+            return (self.weights @ states.float()).to(states.dtype)
 
     def per_patch(self, layer: nn.Module | None, rows: list[Tensor]) -> list[Tensor]:
         """Each call's rows by where each token was as the layer began."""

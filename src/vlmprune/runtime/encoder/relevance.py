@@ -21,6 +21,7 @@ from vlmprune.hosts import clip, pretrained, processed
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.encoder.bare_question import bare
 from vlmprune.runtime.geometry import Geometry, Item
+from vlmprune.select.precision import unrounded
 from vlmprune.views import EncoderView
 
 
@@ -202,7 +203,8 @@ def mean_cosine(features: Tensor, parts: Tensor) -> Tensor:
     """
     # Cosine is linear in the unit vectors, so their mean stands for all parts.
     mean = nn.functional.normalize(parts.float(), dim=-1).mean(dim=0)
-    return nn.functional.normalize(features.float(), dim=-1) @ mean.to(features.device)
+    with unrounded(features):
+        return nn.functional.normalize(features.float(), dim=-1) @ mean.to(features.device)
 
 
 def _dual(attachment: Attachment, source: str) -> tuple[Dual | None, str]:

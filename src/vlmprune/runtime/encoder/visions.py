@@ -18,10 +18,12 @@ from torch import Tensor
 from vlmprune.errors import VlmpruneError, reason
 from vlmprune.files import replacing
 from vlmprune.hosts import outputs, requests
+from vlmprune.method import by_default, defaults_then, name_then
 from vlmprune.report import Report
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.encoder.pruned import Pruned
 from vlmprune.runtime.geometry import Geometry, Item, spans
+from vlmprune.version import __version__
 from vlmprune.views.layout import Layout
 
 FORMAT = "vlmprune vision 1"
@@ -149,6 +151,7 @@ class Vision:
             )
         meta = {
             "format": FORMAT,
+            "version": __version__,
             "method": self.method,
             "score": self.score,
             "architecture": self.architecture,
@@ -351,12 +354,19 @@ def check(attachment: Attachment, vision: Vision | None = None) -> None:
             f"vision={type(vision).__name__} is not what `handle.encode` returns; pass that, or "
             "what Vision.load reads."
         )
+    method, instead = shortening(attachment), ""
+    if vision.method == name_then(stages):
+        # What earlier versions stored is what this method does, by another name.
+        method = vision.method
+    elif vision.method == name_then(by_default(stages)):
+        settings = defaults_then(stages)
+        instead = f", or give {settings}, which was the default up to version 0.2"
     for what, before, now in (
-        ("method", vision.method, shortening(attachment)),
+        ("method", vision.method, method),
         ("model", vision.architecture, attachment.architecture),
     ):
         if before != now:
             raise VlmpruneError(
                 f"the vision was encoded with another {what} ({before}) than this one ({now}); "
-                "encode the images again."
+                f"encode the images again{instead}."
             )

@@ -9,6 +9,7 @@ from typing import Any
 
 from vlmprune.costs.units import ready
 from vlmprune.errors import VlmpruneError
+from vlmprune.study.measure import versions
 from vlmprune.study.stats import Mean, mean_of
 from vlmprune.study.tasks.answered import Answered
 
@@ -107,6 +108,7 @@ class Evaluation:
         mean = self.mean
         return {
             "format": FORMAT,
+            "versions": versions(),
             "task": self.task,
             "method": self.method,
             "model": self.model,

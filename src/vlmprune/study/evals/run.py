@@ -78,7 +78,7 @@ def evaluate(
     samples = task.samples(limit)
     nothing = empty(loaded, pruner, task)
     with ExitStack() as stack:
-        kept = stack.enter_context(Store(store, nothing)) if store is not None else None
+        kept = stack.enter_context(Store(store, nothing, pruner)) if store is not None else None
         done = dict(kept.results) if kept is not None else {}
         missing = [one for one in samples if one.id not in done]
         answered = len(samples) - len(missing)

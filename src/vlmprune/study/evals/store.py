@@ -9,8 +9,11 @@ from typing import IO
 from vlmprune.errors import VlmpruneError
 from vlmprune.files import writing
 from vlmprune.io.outputs import Output
+from vlmprune.method import defaults_then
+from vlmprune.pruner import Pruner
 from vlmprune.study.evals.results import FORMAT, Evaluation
 from vlmprune.study.tasks.answered import Answered
+from vlmprune.version import __version__
 
 _NAMES = ("task", "method", "model")
 # How every store begins.
@@ -25,14 +28,20 @@ class Store:
     Args:
         path: the file; made with its folder if absent.
         evaluation: whose task, method and model the results are of.
+        pruner: the method, of which the settings to add are told where a store is of a version
+            with other defaults.
 
     Attributes:
         results: what it held on entering, by sample.
     """
 
-    def __init__(self, path: str | Path, evaluation: Evaluation) -> None:
+    def __init__(
+        self, path: str | Path, evaluation: Evaluation, pruner: Pruner | None = None
+    ) -> None:
         self.path = Path(path).expanduser()
-        self.head = {"format": FORMAT} | {name: getattr(evaluation, name) for name in _NAMES}
+        self.stages = () if pruner is None else pruner.links
+        self.head: dict[str, object] = {"format": FORMAT, "version": __version__}
+        self.head |= {name: getattr(evaluation, name) for name in _NAMES}
         self.results: dict[str, Answered] = {}
         self.file: IO[str] | None = None
 
@@ -101,6 +110,13 @@ class Store:
             head, *rest = [json.loads(line) for line in lines]
         except ValueError as error:
             raise self._foreign() from error
+        if isinstance(head, dict) and head.get("format") == FORMAT and "version" not in head:
+            settings = defaults_then(self.stages)
+            instead = f"; {settings} was the default then" if settings else ""
+            raise VlmpruneError(
+                f"store {str(self.path)!r} is of vlmprune 0.2 or earlier, and answers of two "
+                f"versions are not mixed; give another path{instead}."
+            )
         for name, value in self.head.items():
             there = head.get(name) if isinstance(head, dict) else None
             if there != value:

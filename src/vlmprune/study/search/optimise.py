@@ -116,6 +116,7 @@ class Search:
             refused.
         say: told after each trial how many there are.
         seed: of the proposals.
+        then: settings that had another default up to version 0.2, for journals of that time.
     """
 
     measure: Callable[[Pruner | None], Measured]
@@ -125,6 +126,7 @@ class Search:
     about: Mapping[str, Any]
     say: Callable[[int], None] = lambda done: None
     seed: int = 0
+    then: str = ""
 
     def __post_init__(self) -> None:
         self._studies: dict[str, Study] = {}
@@ -235,6 +237,12 @@ class Search:
         known = study.user_attrs.get("about")
         if known is None:
             study.set_user_attr("about", about)
+        elif "version" in about and "version" not in known:
+            settings = f"; {self.then} was the default then" if self.then else ""
+            raise VlmpruneError(
+                f"{str(self.journal)!r} holds a search by vlmprune 0.2 or earlier, and trials of "
+                f"two versions are not mixed; give another --out, or --restart{settings}."
+            )
         elif known != about:
             parts = [k for k in about if known.get(k) != about[k]] or ["settings"]
             raise VlmpruneError(

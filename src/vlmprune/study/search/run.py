@@ -28,6 +28,7 @@ from vlmprune.study.search.spaces import Space, space_of
 from vlmprune.study.stats import Mean
 from vlmprune.study.tasks import Task
 from vlmprune.study.tasks.part import Part
+from vlmprune.version import __version__
 
 # What a search makes small, by the name on the command line.
 COSTS = {
@@ -209,6 +210,7 @@ def run(
         return optimise.Measured(made.accuracy, made.share(figure))
 
     about = {
+        "version": __version__,
         "model": model_name(loaded.model),
         "method": spec_of(asked.stage),
         "space": {name: str(one) for name, one in asked.space.items()},
@@ -224,7 +226,9 @@ def run(
         nonlocal now
         now = f"trial {trials + 1} of {asked.trials}"
 
-    under_way = optimise.Search(measure, asked.max_loss, asked.trials, asked.journal, about, told)
+    under_way = optimise.Search(
+        measure, asked.max_loss, asked.trials, asked.journal, about, told, then=defaults_then(asked)
+    )
     architecture = families.architecture(loaded.model)
     if asked.scheduled:
         layers = len(decoder_layers(loaded.model))
@@ -256,6 +260,13 @@ def run(
     outcome = Outcome(found, method, content, full, checked)
     content["checked"] = _check_of(outcome, halves[1].label)
     return outcome
+
+
+def defaults_then(asked: Asked) -> str:
+    """Settings that the search leaves open and that had another default up to version 0.2."""
+    given = {*asked.stage.settings, *asked.space}
+    other = {k: v for k, v in asked.stage.cls.former.items() if k not in given}
+    return " and ".join(f"{name}={value!r}" for name, value in other.items())
 
 
 def _chosen(asked: Asked, best: optimise.Tried) -> Pruner:
