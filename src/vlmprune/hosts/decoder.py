@@ -115,7 +115,8 @@ def check_counted(model: Any) -> None:
     Raises:
         VlmpruneError: its config tells of another number of layers than there are.
     """
-    told, there = len(config.layer_kinds(model.config)), len(decoder_layers(model))
+    text = config.of_text(model.config)
+    told, there = int(config.required(text, "num_hidden_layers")), len(decoder_layers(model))
     if told != there:
         raise VlmpruneError(
             f"{type(model).__name__} has {there} decoder layers and a config that tells of {told}, "
