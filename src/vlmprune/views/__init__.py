@@ -15,6 +15,7 @@ from vlmprune.views.decoder import (
     RowView,
 )
 from vlmprune.views.encoder import EncoderView, Inside, Merge, Reads, Selection
+from vlmprune.views.layout import Layout
 
 __all__ = [
     "Ask",
@@ -22,6 +23,7 @@ __all__ = [
     "FrameView",
     "Inside",
     "LayerView",
+    "Layout",
     "Merge",
     "Probes",
     "Reads",

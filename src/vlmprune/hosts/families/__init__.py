@@ -13,15 +13,18 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import config, contract, parallel, parts, sizes
 from vlmprune.hosts.families import llava, pixtral, pooled, qwen, tiles, video
 from vlmprune.hosts.families.counted import counted
+from vlmprune.hosts.families.media import Medium
 from vlmprune.hosts.families.record import Family
-from vlmprune.hosts.families.towers import TOWERS
+from vlmprune.hosts.families.towers import TOWERS, Crops
 from vlmprune.hosts.requests import base_of
 from vlmprune.views.settings import Positions
 
 __all__ = [
     "FAMILIES",
     "TOWERS",
+    "Crops",
     "Family",
+    "Medium",
     "check_host",
     "counted",
     "record_of",
