@@ -16,6 +16,7 @@ from vlmprune import PLPHP, FasterVLM, FastV, UniformGrid, Vision, VisPruner, Vl
 from vlmprune.hosts.families.video import OneVisionVideos
 from vlmprune.methods import METHODS
 from vlmprune.methods.bases.budgeted import WithBudget
+from vlmprune.runtime.family import family_of
 from zoo_oracle import KNOWN, dropped_columns, masked
 
 pytestmark = pytest.mark.oracle
@@ -52,6 +53,20 @@ def both(built: Any, inputs: Any, pruner: Any, other: Any) -> tuple[Any, Any, An
     return tuple(found)  # type: ignore[return-value]
 
 
+def adds_itself(built: Any, inputs: Any, pruner: Any) -> bool:
+    """Whether the host adds newlines behind videos in its forward, as early releases do.
+
+    Then they cannot be dropped, which is said.
+    """
+    if "pixel_values_videos" not in inputs:
+        return False
+    if not any(one.adds_newlines for one in family_of(built).media if one.kind == "video"):
+        return False
+    with pruner(built), pytest.raises(VlmpruneError, match="cannot be had for videos here"):
+        generate(built, inputs)
+    return True
+
+
 def cells_of(report: Any) -> list[list[int]]:
     """The patches of what is kept of each item, without newlines."""
     pairs = zip(report.layouts, report.kept, strict=True)
@@ -67,6 +82,8 @@ def test_dropping_equals_masking(name: str, attention: str, batch: str, policy: 
     built = entry.build(attention)
     req = entry.request(built, BATCHES[batch])
     settings: dict[str, Any] = {"keep": 3, "positions": policy}
+    if adds_itself(built, req.inputs, VisPruner(**settings, newlines="drop")):
+        return
     pruned, report, kept, usual = both(
         built, req.inputs, VisPruner(**settings, newlines="drop"), VisPruner(**settings)
     )
@@ -133,12 +150,10 @@ def test_every_method_with_a_budget_drops_them(name: str) -> None:
     if name == "downsample":
         settings = ":keep=9"
     join = "," if settings else ":"
-    dropped, report, kept, usual = both(
-        built,
-        req.inputs,
-        spec.parse(f"{name}{settings}{join}newlines=drop"),
-        spec.parse(f"{name}{settings}"),
-    )
+    drops = spec.parse(f"{name}{settings}{join}newlines=drop")
+    if adds_itself(built, req.inputs, drops):
+        return
+    dropped, report, kept, usual = both(built, req.inputs, drops, spec.parse(f"{name}{settings}"))
     assert report.newline_tokens == 0 < usual.newline_tokens == report.newline_tokens_before
     assert cells_of(report) == cells_of(usual)
     assert report.visual_tokens_after == usual.visual_tokens_after - usual.newline_tokens
@@ -182,6 +197,8 @@ def test_stored_visions_have_none(name: str, tmp_path: Path) -> None:
     built = entry.build()
     video = "video" in WITH[name]
     req = entry.request(built, [["video" if video else "image", "image"], ["image"]])
+    if adds_itself(built, req.inputs, VisPruner(5, newlines="drop")):
+        req = entry.request(built, [["image", "image"], ["image"]])
     with VisPruner(5, newlines="drop")(built) as handle:
         wanted = generate(built, req.inputs)
         report = handle.report
