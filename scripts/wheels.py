@@ -37,6 +37,7 @@ TESTED = (
     "io/test_pictures.py",
     "methods/test_downsample.py",
     "pruner/test_base.py",
+    "report/test_reading.py",
     "runtime/decoder/test_row_pass_report.py",
     "select/test_budget.py",
     "study/compare/test_plot.py",
