@@ -11,7 +11,7 @@ from families import BLOCK, TOKENS_A_STEP, Both
 METHODS = {
     "llava_next": "visionzip:keep=9,positions=original",
     "llava_onevision": "vispruner:keep=9",
-    "qwen2_vl": "divprune:keep=5",
+    "qwen2_vl": "divprune:keep=5,budget=crop",
     "qwen2_5_vl": "vispruner:keep=5",
     "qwen3_vl": "visionzip:keep=5",
     "internvl": "vispruner:keep=5,positions=original",
