@@ -254,7 +254,7 @@ def test_a_class_with_a_fault_is_refused(name: str) -> None:
     plain = getattr(transformers, type(tested).__name__)(tested.config).eval()
     records = [one for one in FAMILIES.values() if one.cls == type(plain).__name__]
     said = {why for one in records for at, why in one.fails.items() if HERE in SpecifierSet(at)}
-    inputs = entry.request(tested, [["image", "image"]]).inputs
+    inputs = entry.request(tested, [[*entry.modalities, "image"]]).inputs
     assert runs(plain, **inputs) == (not said)
     assert (name in ZOO) == runs(tested, **inputs)
     if said:

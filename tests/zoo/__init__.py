@@ -40,4 +40,5 @@ def _served(entry: Entry) -> bool:
 
 
 ZOO: dict[str, Entry] = {name: entry for name, entry in EVERY.items() if _served(entry)}
-WINDOWED: dict[str, Entry] = {**tiles.WINDOWED, **qwen.WINDOWED}
+_SHORT = {**tiles.WINDOWED, **qwen.WINDOWED}
+WINDOWED: dict[str, Entry] = {name: entry for name, entry in _SHORT.items() if name in ZOO}

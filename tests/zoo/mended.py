@@ -13,11 +13,13 @@ import torch
 
 
 def runs(model: Any, **inputs: Any) -> bool:
-    """Whether a model answers a request; without one, two words."""
+    """Whether a model answers a request, by itself and by `generate`; without one, two words."""
     try:
         with torch.no_grad():
             model(**(inputs or {"input_ids": torch.ones(1, 2, dtype=torch.long)}))
-    except (AttributeError, RuntimeError):
+            if inputs:
+                model.generate(**inputs, max_new_tokens=1)
+    except (AttributeError, RuntimeError, ValueError):
         return False
     return True
 
