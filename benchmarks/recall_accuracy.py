@@ -23,7 +23,7 @@ import torch
 import typer
 from rich.console import Console
 
-from accuracy import digest, rates
+from accuracy import rates, read
 from page_parts import RESULTS
 from program import command, refuse
 from retention import RandomHeads
@@ -148,20 +148,6 @@ def figures(made: Evaluation, answers: Sequence[str], samples: Sequence[Sample])
         "kv_bytes": round(made.share("kv_bytes"), 5),
         "seconds": round(made.total("seconds"), 1),
     }
-
-
-def read(path: Path, folder: Path) -> dict[str, Any]:
-    """What was measured before, as far as it is about the same pictures and model."""
-    fresh: dict[str, Any] = {
-        "scenes": digest(folder),
-        "model": digest(embedded.path()),
-        "rows": [],
-    }
-    if not path.exists():
-        return fresh
-    found: dict[str, Any] = json.loads(path.read_text())
-    same = all(found.get(name) == fresh[name] for name in ("scenes", "model"))
-    return found if same else fresh
 
 
 def write(path: Path, found: Mapping[str, Any]) -> None:

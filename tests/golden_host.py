@@ -45,16 +45,7 @@ class Given(nn.Module):
 
 
 def text_config(layers: int) -> Any:
-    return LlamaConfig(
-        hidden_size=seeded.WIDTH,
-        num_attention_heads=seeded.HEADS,
-        num_hidden_layers=layers,
-        intermediate_size=seeded.HIDDEN,
-        vocab_size=seeded.VOCABULARY,
-        rms_norm_eps=seeded.EPSILON,
-        max_position_embeddings=2048,
-        pad_token_id=0,
-    )
+    return LlamaConfig(**seeded.DECODER, num_hidden_layers=layers)
 
 
 def decoder_host(name: str, layers: int, image: int) -> Any:
@@ -95,15 +86,7 @@ def embedded(built: Any, name: str, inputs: dict[str, Tensor]) -> Tensor:
 
 def tower_host(name: str, peak: float, grid: tuple[int, int] | None = None) -> Any:
     """A LLaVA whose tower is the golden file's, or a LLaVA-NeXT that cuts images into a grid."""
-    side = seeded.SIDE * seeded.PATCH
-    vision = CLIPVisionConfig(
-        hidden_size=seeded.WIDTH,
-        intermediate_size=seeded.HIDDEN,
-        num_hidden_layers=seeded.LAYERS,
-        num_attention_heads=seeded.TOWER_HEADS,
-        image_size=side,
-        patch_size=seeded.PATCH,
-    )
+    vision = CLIPVisionConfig(**seeded.TOWER)
     common = {
         "vision_config": vision,
         "text_config": text_config(2),
@@ -114,7 +97,7 @@ def tower_host(name: str, peak: float, grid: tuple[int, int] | None = None) -> A
     if grid is None:
         built: Any = LlavaForConditionalGeneration(LlavaConfig(**common))
     else:
-        pinpoints = [[rows * side for rows in grid]]
+        pinpoints = [[rows * vision.image_size for rows in grid]]
         built = LlavaNextForConditionalGeneration(
             LlavaNextConfig(**common, image_grid_pinpoints=pinpoints)
         )

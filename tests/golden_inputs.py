@@ -1,7 +1,7 @@
 """Inputs and weights of the golden files, from seeds: the same here and where the releases run.
 
 `numpy.random.RandomState` gives the same numbers in every version of NumPy. Nothing of a host is
-named but parameters, whose names are those of Transformers' Llama and CLIP of all years.
+named but parameters and sizes, whose names are those of Transformers' Llama and CLIP of all years.
 """
 
 from __future__ import annotations
@@ -21,6 +21,24 @@ SPARSE_BEFORE, SPARSE_BEHIND, SPARSE_IMAGE = 35, 53, 576
 # A tower: 24 x 24 patches in 24 layers, as the releases' code counts on.
 LAYERS, SIDE, PATCH, TOWER_HEADS = 24, 24, 2, 4
 EPSILON = 1e-5
+# The same by the names that configs of Llama and CLIP have for them; layers of a decoder vary.
+DECODER: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "num_attention_heads": HEADS,
+    "intermediate_size": HIDDEN,
+    "vocab_size": VOCABULARY,
+    "rms_norm_eps": EPSILON,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+}
+TOWER = {
+    "hidden_size": WIDTH,
+    "intermediate_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": TOWER_HEADS,
+    "image_size": SIDE * PATCH,
+    "patch_size": PATCH,
+}
 # How sharp PruMerge's tower attends, so that there are outliers; (rows, columns) of crops.
 PRUMERGE_PEAK, NEXT_GRID = 1.5, (2, 2)
 # Tokens that ToMe's release merges in each of 23 layers, by how many of 576 are left.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import accuracy
 import program
 import recall_accuracy
 import recall_page
@@ -111,7 +112,7 @@ def test_the_program_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Mo
     assert again.output.startswith("Recall, 12.5 %: ") and again.output.count("right") == 1
     assert json.loads(file.read_text())["rows"][1]["settings"]["sketch"] == "int4"
     # Nothing is known of other pictures.
-    monkeypatch.setattr(recall_accuracy, "digest", lambda folder: "another")
+    monkeypatch.setattr(accuracy, "digest", lambda folder: "another")
     assert recall_accuracy.read(file, scenes)["rows"] == []
 
 

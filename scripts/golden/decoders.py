@@ -22,17 +22,7 @@ IMAGE = 144
 
 def config(layers: int, **more: Any) -> Any:
     """Of the tiny decoder."""
-    return LlamaConfig(
-        hidden_size=seeded.WIDTH,
-        num_attention_heads=seeded.HEADS,
-        num_hidden_layers=layers,
-        intermediate_size=seeded.HIDDEN,
-        vocab_size=seeded.VOCABULARY,
-        rms_norm_eps=seeded.EPSILON,
-        max_position_embeddings=2048,
-        pad_token_id=0,
-        **more,
-    )
+    return LlamaConfig(**seeded.DECODER, num_hidden_layers=layers, **more)
 
 
 def prompt(model: Any, name: str, before: int, image: int, behind: int) -> tuple[Tensor, str]:

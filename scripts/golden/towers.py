@@ -19,17 +19,7 @@ Found = tuple[dict[str, Tensor], str]
 
 def tower(name: str, peak: float) -> Any:
     """The tiny CLIP tower."""
-    side = seeded.SIDE * seeded.PATCH
-    made = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=seeded.WIDTH,
-            intermediate_size=seeded.HIDDEN,
-            num_hidden_layers=seeded.LAYERS,
-            num_attention_heads=seeded.TOWER_HEADS,
-            image_size=side,
-            patch_size=seeded.PATCH,
-        )
-    ).eval()
+    made = CLIPVisionModel(CLIPVisionConfig(**seeded.TOWER)).eval()
     seeded.fill(made, name, peak)
     return made
 

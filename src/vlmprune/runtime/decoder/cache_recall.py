@@ -49,6 +49,8 @@ class CacheRecall(PromptEnd):
         """Prepare the end of a prompt, as `PromptEnd` has it."""
         super().__init__(method, mask, visual)
         self._own = visual
+        # What is read of each image is worked out here, so that no layer waits for a device.
+        self._counts = visual.counts.cpu()
         self._parted: dict[tuple[int, int, int, str], Parted] = {}
         self._layers: list[RecallLayer] = []
         self._reading: Reading | None = None
@@ -58,8 +60,8 @@ class CacheRecall(PromptEnd):
         """Put the layer's visual tokens away, if the method reads a part of them."""
         layer: RecallLayer = shown.layer
         self.reached.note(layer.index, layer)
-        keep = self.method.recall(layer.index, self.counts)
-        if keep is None or bool((keep >= self.counts).all()):
+        keep = self.method.recall(layer.index, self._counts)
+        if keep is None or bool((keep >= self._counts).all()):
             return
         with Timer(self, call.query):
             self._put_away(layer, shown, keep, call.query.shape[0] // self.mask.shape[0])
@@ -136,7 +138,7 @@ class CacheRecall(PromptEnd):
         """Let the layer's steps be noted with those of the prompt's other layers."""
         self._layers.append(layer)
         if self._reading is None:
-            keep = self.method.recall(layer.index, self.counts)
+            keep = self.method.recall(layer.index, self._counts)
             assert keep is not None
             rows = zip(keep.tolist(), self._own.lengths, strict=True)
             self._reading = Reading(
