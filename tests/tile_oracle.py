@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo import ZOO, tiles
+from zoo import FILES, ZOO
 from zoo.base import IMAGE
 
-NAMES = [name for name in tiles.FAMILIES if name in ZOO]
+_FILES = ("internvl", "idefics3", "aya_vision", "llama4", "gemma3", "paligemma")
+NAMES = [name for file in _FILES for name in FILES[file].FAMILIES if name in ZOO]
 STEPS = 5
 
 

@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from vlmprune.runtime.family import family_of
-from zoo.base import IMAGE, TEXT, WORDS, loud, pad
-from zoo.tiles import ALTERNATING, SQUARE
+from zoo.base import ALTERNATING, IMAGE, TEXT, WORDS, loud, pad
+from zoo.tiles import SQUARE
 
 SIDE = SQUARE["image_size"]
 

@@ -29,7 +29,7 @@ from stock import CACHE
 from vlmprune import PLPHP, FastV, Recall, VisPruner, VlmpruneError
 from zoo import ZOO, Entry
 from zoo.base import IMAGE, TEXT
-from zoo.llava import CLIP
+from zoo.crops import CLIP
 
 METHODS = ("VisPruner", "PLPHP", "FastV", "Recall", "chain")
 ATTENTIONS = ("sdpa", "eager")

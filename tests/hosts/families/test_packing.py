@@ -16,7 +16,7 @@ from vlmprune.hosts.families import FAMILIES
 from vlmprune.runtime.family import family_of
 from vlmprune.views.layout import NO_PATCH, Layout
 from zoo import ZOO
-from zoo.llava import FRAMES, PATCH, PINPOINTS, SIDE
+from zoo.crops import FRAMES, PATCH, PINPOINTS, SIDE
 
 FAMILY = ["llava_onevision", "llava_next_video", "video_llava", "pixtral", "mistral3"]
 PATCHES = (SIDE // PATCH) ** 2

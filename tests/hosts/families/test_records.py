@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel
 
+import zoo
 from answers import DIFFERENT, TOLERANCE, distance, generate
 from tiny import dropped_columns, model, positions_of, request
 from vlmprune import PLPHP, FastV, VisPruner, VlmpruneError
+from vlmprune.hosts import families
 from vlmprune.hosts.contract import ContractError
-from vlmprune.hosts.families import FAMILIES, record_of, register
+from vlmprune.hosts.families import FAMILIES, FILES, record_of, register
 from vlmprune.runtime.family import family_of
 from zoo import ZOO
 
@@ -54,6 +57,28 @@ def of(cls: type, config: Any = None) -> Any:
 def typed() -> Config:
     """The tiny model's config as one of that type."""
     return Config(**{k: v for k, v in model().config.to_dict().items() if k != "model_type"})
+
+
+# --- Files
+
+
+def test_a_record_is_one_short_file_with_its_tiny_builder() -> None:
+    records = {file.__name__.rpartition(".")[2]: file for file in FILES}
+    assert records.keys() == zoo.FILES.keys()
+    for name, file in records.items():
+        for one in (file, zoo.FILES[name]):
+            assert len(Path(str(one.__file__)).read_text(encoding="utf-8").splitlines()) <= 150
+        built = {kind.rpartition(":")[2] for kind in file.FAMILIES}
+        assert built <= zoo.FILES[name].FAMILIES.keys()
+
+
+# What is looked at above, and no file with records is left out of the list.
+def test_every_file_with_records_is_listed() -> None:
+    folder = Path(str(families.__file__)).parent
+    with_records = {
+        one.stem for one in folder.glob("*.py") if "\nFAMILIES: dict" in one.read_text("utf-8")
+    }
+    assert with_records == {file.__name__.rpartition(".")[2] for file in FILES}
 
 
 # --- Bases

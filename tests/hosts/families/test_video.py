@@ -16,7 +16,7 @@ from stock import CACHE, repeats_rows
 from vlmprune import VisPruner, VlmpruneError
 from zoo import ZOO
 from zoo.base import IMAGE, VIDEO, Request
-from zoo.llava import FRAMES
+from zoo.crops import FRAMES
 from zoo_oracle import dropped_columns, masked
 
 pytestmark = pytest.mark.oracle

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from vlmprune.runtime.family import family_of
-from zoo import WINDOWED, ZOO, Modality, Request, llava, qwen, tiles
+from zoo import WINDOWED, ZOO, Modality, Request, crops, pixtral, qwen, tiles
 
 STEPS = 3
 
@@ -157,8 +157,8 @@ def processed(family: str) -> dict[str, torch.Tensor]:
     return {"tiles": counts, "pixel_values": each[2]["pixel_values"][0]}
 
 
-ANY = {"image_grid_pinpoints": llava.PINPOINTS}
-SQUARE = {"height": llava.SIDE, "width": llava.SIDE}
+ANY = {"image_grid_pinpoints": crops.PINPOINTS}
+SQUARE = {"height": crops.SIDE, "width": crops.SIDE}
 TILE = {"height": tiles.SIDE, "width": tiles.SIDE}
 TILED = [(rows * tiles.SIDE, columns * tiles.SIDE) for rows, columns in tiles.GRIDS]
 FLEXIBLE = [(h * qwen.PATCH, w * qwen.PATCH) for _, h, w in qwen.IMAGES]
@@ -193,7 +193,7 @@ def _pixtral(step: int) -> tuple[Any, ...]:
     return (
         "pixtral.image_processing_pil_pixtral",
         "PixtralImageProcessorPil",
-        [(rows * step, columns * step) for rows, columns in llava.OWN],
+        [(rows * step, columns * step) for rows, columns in pixtral.OWN],
         {"size": {"longest_edge": 4 * step}},
         {"patch_size": step},
     )
@@ -203,14 +203,14 @@ PROCESSORS: dict[str, tuple[Any, ...]] = {
     "llava_next": (
         "llava_next.image_processing_pil_llava_next",
         "LlavaNextImageProcessorPil",
-        llava.SIZES[:4],
-        {"size": {"shortest_edge": llava.SIDE}, "crop_size": SQUARE, **ANY},
+        crops.SIZES[:4],
+        {"size": {"shortest_edge": crops.SIDE}, "crop_size": SQUARE, **ANY},
         {},
     ),
     "llava_onevision": (
         "llava_onevision.image_processing_pil_llava_onevision",
         "LlavaOnevisionImageProcessorPil",
-        llava.SIZES[:4],
+        crops.SIZES[:4],
         {"size": SQUARE, **ANY},
         {},
     ),

@@ -13,7 +13,7 @@ from torch import Tensor
 import tiny
 from answers import DIFFERENT, TOLERANCE, distance, generate
 from vlmprune import PLPHP, FasterVLM, FastV, UniformGrid, Vision, VisPruner, VlmpruneError, spec
-from vlmprune.hosts.families.video import OneVisionVideos
+from vlmprune.hosts.families.frames import OneVisionVideos
 from vlmprune.methods import METHODS
 from vlmprune.methods.bases.budgeted import WithBudget
 from vlmprune.runtime.family import family_of

@@ -1,6 +1,9 @@
 """One short record a model family: the accessors and policies in which families differ.
 
-A file a kind. May import the rest of `hosts`, `views` and `errors`; Transformers not at all.
+A file a family, of at most 150 lines, and with it those that differ from it by a line; what several
+share stands in files without records (`media`, `towers`, `features`, `frames`, `tiles`, `squares`,
+`qwen`), what is found out of classes without a record in `generic` and `counted`. May import the
+rest of `hosts`, `views` and `errors`; Transformers not at all.
 """
 
 from __future__ import annotations
@@ -11,7 +14,24 @@ from typing import Any, Literal
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import config, contract, parallel, parts, sizes
-from vlmprune.hosts.families import llava, pixtral, pooled, qwen, tiles, video
+from vlmprune.hosts.families import (
+    aya_vision,
+    gemma3,
+    idefics3,
+    internvl,
+    llama4,
+    llava,
+    llava_next,
+    llava_next_video,
+    llava_onevision,
+    mistral3,
+    paligemma,
+    pixtral,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_vl,
+    video_llava,
+)
 from vlmprune.hosts.families.counted import counted
 from vlmprune.hosts.families.media import Medium
 from vlmprune.hosts.families.record import Family
@@ -21,6 +41,7 @@ from vlmprune.views.settings import Positions
 
 __all__ = [
     "FAMILIES",
+    "FILES",
     "TOWERS",
     "Crops",
     "Family",
@@ -32,13 +53,28 @@ __all__ = [
 ]
 
 
+# In the order in which they are listed to users.
+FILES = (
+    llava,
+    llava_next,
+    llava_onevision,
+    llava_next_video,
+    video_llava,
+    pixtral,
+    mistral3,
+    gemma3,
+    paligemma,
+    internvl,
+    idefics3,
+    aya_vision,
+    llama4,
+    qwen2_vl,
+    qwen2_5_vl,
+    qwen3_vl,
+)
+
 _records: dict[str, Family] = {
-    **llava.FAMILIES,
-    **video.FAMILIES,
-    **pixtral.FAMILIES,
-    **pooled.FAMILIES,
-    **tiles.FAMILIES,
-    **qwen.FAMILIES,
+    kind: family for file in FILES for kind, family in file.FAMILIES.items()
 }
 # By the type of model, or "type:tower" where a family has a record of its own for one of its
 # towers. Those that are registered come in.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import config, packing
-from vlmprune.hosts.families.llava import LAYER
+from vlmprune.hosts.families.features import LAYER
 from vlmprune.hosts.families.media import Encoder, Inputs, Scored, four_dimensional
 from vlmprune.hosts.families.towers import Crops
 from vlmprune.hosts.parts import Parts

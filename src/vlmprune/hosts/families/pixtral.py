@@ -1,4 +1,4 @@
-"""Pixtral's tower, which takes images at their own resolution: in LLaVA's class and Mistral 3.
+"""Pixtral's tower in LLaVA's class: images at their own resolution.
 
 The tower packs all images of a call into one sequence, in which each sees itself alone.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts.families.llava import LAYER, SELECTS, keeps_cls
+from vlmprune.hosts.families.features import LAYER, SELECTS, keeps_cls
 from vlmprune.hosts.families.media import (
     Encoder,
     Inputs,
@@ -25,7 +25,6 @@ from vlmprune.hosts.families.media import (
 )
 from vlmprune.hosts.families.record import Family
 from vlmprune.hosts.families.towers import PROJECTOR, SIZES, TOWER, feature_layer, layers_of
-from vlmprune.hosts.parts import Parts
 from vlmprune.views import layout
 from vlmprune.views.layout import Layout
 
@@ -128,29 +127,6 @@ class PixtralImages(Medium):
         return scores, cells
 
 
-class MistralImages(PixtralImages):
-    """Squares of patches merged into one visual token."""
-
-    cellwise = False
-    parts = (
-        SIZES
-        | TOWER
-        | PROJECTOR
-        | Parts(
-            fields=("spatial_merge_size",),
-            functions={"model.get_image_features": ("pixel_values", "image_sizes")},
-        )
-    )
-
-    def check(self, model: Any) -> None:
-        """Refuse another tower; whether to drop the first patch is nothing its config says."""
-        self.check_tower(model)
-
-    def merge(self, model: Any) -> int:
-        """Side of the square."""
-        return model.config.spatial_merge_size
-
-
 FAMILIES: dict[str, Family] = {
     "llava:pixtral": Family(
         score="attention received in the last layer",
@@ -159,22 +135,5 @@ FAMILIES: dict[str, Family] = {
         positions="compact",
         media=(PixtralImages(),),
         note="images at their own resolution; no CLS token",
-    ),
-    "mistral3": Family(
-        score="attention received in the last layer, averaged over the patches that a token merges",
-        name="Mistral 3",
-        cls="Mistral3ForConditionalGeneration",
-        positions="compact",
-        media=(MistralImages(),),
-        note="images at their own resolution, squares of patches merged; no CLS token",
-    ),
-    "mistral_large4": Family(
-        score="attention received in the last layer, averaged over the patches that a token merges",
-        name="Mistral Large 4",
-        cls="MistralLarge4ForConditionalGeneration",
-        positions="compact",
-        media=(MistralImages(),),
-        note="as Mistral 3; its decoder caches latents, so methods inside it are refused",
-        since="5.22",
     ),
 }

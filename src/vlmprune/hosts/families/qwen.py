@@ -1,4 +1,4 @@
-"""Qwen2-VL to Qwen3-VL and classes made of it: any size, merged patches, positions in 3-D."""
+"""The Qwen-VL line: images of any size, merged patches, positions in 3-D."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts import outputs, packing
-from vlmprune.hosts.config import required
+from vlmprune.hosts import outputs
 from vlmprune.hosts.contract import broken
-from vlmprune.hosts.families.media import Encoder, Inputs, Medium, Scored, needs
+from vlmprune.hosts.families.media import (
+    Encoder,
+    Inputs,
+    Medium,
+    Scored,
+    needs,
+)
 from vlmprune.hosts.families.record import Family
 from vlmprune.hosts.parts import Parts
 from vlmprune.hosts.requests import IDS, MASK, TYPES
@@ -195,85 +200,6 @@ class QwenVideos(QwenImages):
         return {pixels: inputs[pixels][: int(sizes.prod(dim=1).sum())], grid: sizes}
 
 
-class _Windows(QwenImages):
-    """In Qwen2.5-VL's tower, most blocks of which see windows alone."""
-
-    parts = (
-        QwenImages.parts
-        | packing.WINDOWS
-        | Parts(
-            fields=(
-                "vision_config.fullatt_block_indexes",
-                "vision_config.window_size",
-                "vision_config.patch_size",
-            ),
-            functions={
-                "model.get_rope_index": (
-                    *QwenImages.parts.functions["model.get_rope_index"],
-                    "second_per_grid_ts",
-                ),
-            },
-        )
-    )
-
-    def check(self, model: Any) -> None:
-        """Refuse a tower without a block that sees a whole image."""
-        self.whole(model)
-
-    def whole(self, model: Any) -> list[int]:
-        """Numbers of the blocks in which a patch sees its whole image.
-
-        Raises:
-            VlmpruneError: all blocks see windows alone.
-        """
-        vision = model.config.vision_config
-        whole = required(vision, "fullatt_block_indexes")
-        found = [number for number in whole if number < vision.depth]
-        if not found:
-            raise VlmpruneError(
-                "every block of this model's vision tower sees windows alone "
-                "(fullatt_block_indexes names none), so no attention tells which parts of an "
-                "image matter."
-            )
-        return found
-
-    def order(self, model: Any, inputs: Inputs) -> Tensor:
-        """[n] int64; the place in the tower of each visual token's group.
-
-        The tower brings groups into the order of its windows, and its output back.
-        """
-        vision = model.config.vision_config
-        return packing.windows_of(
-            inputs[self.inputs[1]],
-            vision.spatial_merge_size,
-            required(vision, "window_size"),
-            vision.patch_size,
-        ).argsort()
-
-
-class WindowedImages(_Windows):
-    """Images in that tower."""
-
-
-class WindowedVideos(_Windows, QwenVideos):
-    """Videos in that tower."""
-
-
-_DEEP = Parts(fields=("vision_config.deepstack_visual_indexes",))
-
-
-class DeepImages(QwenImages):
-    """Images of Qwen3-VL, which hands features of earlier blocks to decoder layers."""
-
-    parts = QwenImages.parts | _DEEP
-
-
-class DeepVideos(QwenVideos):
-    """Videos of Qwen3-VL, likewise."""
-
-    parts = QwenVideos.parts | _DEEP
-
-
 def rope(
     model: Any, ids: Tensor, mask: Tensor, inputs: Sequence[Inputs], plain: bool
 ) -> Tensor | None:
@@ -322,7 +248,7 @@ def rope(
 MEDIA = (QwenImages(), QwenVideos())
 
 
-def _family(
+def family(
     name: str,
     cls: str,
     note: str,
@@ -330,48 +256,15 @@ def _family(
     where: str = "layer",
     fails: Mapping[str, str] = MappingProxyType({}),
 ) -> Family:
+    """A record of the line.
+
+    Args:
+        name: as users call it.
+        cls: the class of transformers.
+        note: what a user should know.
+        media: its modalities, images first.
+        where: which of the tower's layers is scored, after "the last".
+        fails: as `Family.fails`.
+    """
     score = f"attention received in the last {where}, averaged over the patches that a token merges"
     return Family(name, cls, "original", media, note, score, rope, fails=fails)
-
-
-_DEEP_MEDIA = (DeepImages(), DeepVideos())
-_AS_THIRD = "as Qwen3-VL, in all but its language model"
-
-
-FAMILIES: dict[str, Family] = {
-    "qwen2_vl": _family(
-        "Qwen2-VL",
-        "Qwen2VLForConditionalGeneration",
-        "images and videos; patches merged 2 x 2, positions in 3-D; each temporal patch of a "
-        "video is a frame",
-    ),
-    "qwen2_5_vl": _family(
-        "Qwen2.5-VL",
-        "Qwen2_5_VLForConditionalGeneration",
-        "as Qwen2-VL; windows put back in order",
-        (WindowedImages(), WindowedVideos()),
-        "full-attention layer",
-    ),
-    "qwen3_vl": _family(
-        "Qwen3-VL",
-        "Qwen3VLForConditionalGeneration",
-        "as Qwen2-VL; deepstack features pruned alike",
-        _DEEP_MEDIA,
-    ),
-    "qwen3_vl_moe": _family(
-        "Qwen3-VL-MoE", "Qwen3VLMoeForConditionalGeneration", _AS_THIRD, _DEEP_MEDIA
-    ),
-    "cosmos3_omni": _family(
-        "Cosmos3 Omni", "Cosmos3OmniForConditionalGeneration", _AS_THIRD, _DEEP_MEDIA
-    ),
-    "cohere_compass": _family(
-        "Cohere Compass",
-        "CohereCompassForConditionalGeneration",
-        f"{_AS_THIRD}; a sliding window counts the columns that are left",
-        _DEEP_MEDIA,
-        fails={
-            "==5.18.0": "its generate hands a video on together with what it made of it, which its "
-            "forward refuses"
-        },
-    ),
-}

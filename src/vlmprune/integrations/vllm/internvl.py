@@ -10,8 +10,8 @@ from torch import Tensor
 from vllm.model_executor.models import interns1
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from vlmprune.hosts.families.internvl import InternVLImages
 from vlmprune.hosts.families.media import Inputs
-from vlmprune.hosts.families.tiles import InternVLImages
 from vlmprune.integrations.vllm.host import Host, Served, ServedCrops
 from vlmprune.integrations.vllm.model import PrunedModel
 from vlmprune.integrations.vllm.processing import PrunedProcessor

@@ -11,9 +11,11 @@ from vllm.model_executor.models import llava, llava_next, llava_onevision
 from vllm.model_executor.models.vision import VisionEncoderInfo
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vlmprune.hosts.families.llava import LlavaImages, LlavaNextImages
+from vlmprune.hosts.families.frames import OneVisionVideos
+from vlmprune.hosts.families.llava import LlavaImages
+from vlmprune.hosts.families.llava_next import LlavaNextImages
+from vlmprune.hosts.families.llava_onevision import OneVisionImages
 from vlmprune.hosts.families.media import Inputs
-from vlmprune.hosts.families.video import OneVisionImages, OneVisionVideos
 from vlmprune.integrations.vllm import towers
 from vlmprune.integrations.vllm.host import Host, ServedCrops
 from vlmprune.integrations.vllm.model import PrunedModel

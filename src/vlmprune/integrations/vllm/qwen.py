@@ -13,14 +13,9 @@ from vllm.model_executor.models import qwen2_5_vl, qwen2_vl, qwen3_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vlmprune.hosts.families.media import Inputs
-from vlmprune.hosts.families.qwen import (
-    DeepImages,
-    DeepVideos,
-    QwenImages,
-    QwenVideos,
-    WindowedImages,
-    WindowedVideos,
-)
+from vlmprune.hosts.families.qwen import QwenImages, QwenVideos
+from vlmprune.hosts.families.qwen2_5_vl import WindowedImages, WindowedVideos
+from vlmprune.hosts.families.qwen3_vl import DeepImages, DeepVideos
 from vlmprune.integrations.vllm.host import Host, Served
 from vlmprune.integrations.vllm.model import PrunedModel
 from vlmprune.integrations.vllm.positions import OriginalPositions
