@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ from typer.testing import CliRunner
 
 from repository import ROOT
 from tiny import model, request
+from vlmprune import embedded
 from vlmprune.cli import app
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,17 +45,42 @@ def test_the_demo_prints_what_the_readme_shows(tmp_path: Path, monkeypatch: Any)
     assert len(telling(shown)) > 8
 
 
+def test_the_program_runs_as_it_stands(tmp_path: Path) -> None:
+    """Word for word: its model is the embedded one, in the hub's cache under that name."""
+    program = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+    name = re.search(r'^name = "(.*)"$', program, re.M)[1]
+    cached = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+    shutil.copytree(embedded.path(), cached / "snapshots" / "0", copy_function=os.symlink)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0")
+    shutil.copy(embedded.scenes() / "coffee.jpg", tmp_path / "photo.jpg")
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:vlmprune", "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+    assert done.returncode == 0, done.stderr
+    answer, report = done.stdout.strip().splitlines()
+    assert answer.endswith(".")
+    assert report.startswith("VisPruner(keep=64,") and "256 → 64 visual tokens" in report
+
+
 def test_the_snippets_run() -> None:
     built = model("llava_next")
     inputs = request(built, [1]).inputs
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 3
     space: dict[str, Any] = {"model": built, "inputs": inputs}
-    # The tiny model's crops have 16 tokens.
-    exec(blocks[0].replace("keep=64", "keep=6"), space)
-    assert space["out"].shape[1] > inputs["input_ids"].shape[1]
     exec(blocks[1], space)
+    # The tiny model's crops have 16 tokens.
     exec(blocks[2].replace("keep=64", "keep=6"), space)
+    assert space["out"].shape[1] > inputs["input_ids"].shape[1]
     assert len(space["vision"]) == 1
     with torch.no_grad():
         assert built(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]

@@ -60,7 +60,7 @@ def test_pictures_and_a_question(quick: None, tmp_path: Path) -> None:
     assert spec.parse(content["rows"][2]["spec"]).keep == 0.25  # type: ignore[attr-defined]
     full, _, pruned = content["rows"]
     assert (full["visual_tokens"], pruned["visual_tokens"]) == (256, 64)
-    assert full["prefill_ms"] is None and pruned["prefill_ratio"] > 0
+    assert full["first_token_ms"] is None and pruned["first_token_ratio"] > 0
     # Every picture is shown, and its answers agree as often as the table says.
     texts = [[one["text"] for one in shown["answers"]] for shown in content["shown"]]
     assert len(texts) == 2

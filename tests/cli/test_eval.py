@@ -51,11 +51,13 @@ def test_a_run_that_was_killed_goes_on(
     assert result.stderr == ""
     shown = result.stdout
     assert "embedded model on scenes, 6 questions" in shown and "vispruner:keep=64" in shown
-    for row in ("accuracy", "agreement", "  position (2)", "KV bytes", "LLM FLOPs"):
+    for row in ("accuracy", "agreement", "  position (2)", "visual KV", "LLM FLOPs"):
         assert f"\n{row}" in shown
     assert "too few pictures for intervals" in shown
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
-    assert table.startswith("<!-- vlmprune eval -->\n") and "| KV bytes | 100 % | 25.0 % |" in table
+    assert (
+        table.startswith("<!-- vlmprune eval -->\n") and "| visual KV | 100 % | 25.0 % |" in table
+    )
     assert "vlmprune eval --method vispruner:keep=64 --limit 6 --batch 4" in table
 
     stores = sorted(tmp_path.rglob("*.jsonl"))
@@ -157,7 +159,7 @@ def test_figures_of_two_evaluations() -> None:
     assert kinds["b"].difference is not None and kinds["b"].difference.value == 0
     lines = {line[0]: line[1:] for line in one.lines()}
     assert lines["F1 %"] == ("95.5", "90.0", "-5.5")
-    assert lines["KV bytes"] == ("100 %", "25.0 %", "-75.0 %")
+    assert lines["visual KV"] == ("100 %", "25.0 %", "-75.0 %")
     assert lines["with encoder"] == ("100 %", "75.0 %", "-25.0 %")
     assert lines["accuracy"][0] == "100.0 % (100.0 to 100.0)"
     assert "| p:keep=1\\|q |" in one.markdown("command")

@@ -43,15 +43,15 @@ def test_run_tells_tokens_and_bytes(ran):
     for side, tokens in (("full", 256), ("pruned", 64)):
         assert content[side]["visual_tokens"] == tokens
         assert content[side]["kv_bytes"] == token * tokens
-        assert min(content[side]["prefill_ms"], content[side]["total_ms"]) > 0
+        assert min(content[side]["first_token_ms"], content[side]["total_ms"]) > 0
         assert 0 < content[side]["new_tokens"] <= 64
     assert content["report"]["kv_bytes_after"] == token * 64
     assert len(content["report"]["kept"][0]) == 64
     assert (content["device"], content["dtype"], content["repeat"]) == ("cpu", "float32", 1)
     assert content["overlays"] == [str(target)] and maker(target) == "vlmprune run"
     assert content["question"] == QUESTION and content["images"] == [COFFEE]
-    speedup = content["full"]["prefill_ms"] / content["pruned"]["prefill_ms"]
-    assert content["prefill_speedup"] == pytest.approx(speedup)
+    speedup = content["full"]["first_token_ms"] / content["pruned"]["first_token_ms"]
+    assert content["first_token_speedup"] == pytest.approx(speedup)
     rates = [content[side]["decode_tokens_per_second"] for side in ("full", "pruned")]
     assert min(rates) > 0 and content["decode_speedup"] == pytest.approx(rates[1] / rates[0])
     assert content["decode_tokens"] == 32

@@ -115,7 +115,7 @@ def test_bytes_held_and_read_are_told(ask: Any) -> None:
 def test_the_table_tells_them(ask: Any) -> None:
     shown = ask("--method", "recall:watch=mass,store=host", form="")
     lines = {line.split("  ")[0]: line.split() for line in shown.splitlines() if "MiB" in line}
-    assert lines["KV cache"][-2:] == ["-92", "%"]
+    assert lines["visual KV"][-2:] == ["-92", "%"]
     assert lines["in host memory"][3:] == ["0.00", "MiB", "0.938", "MiB"]
     assert lines["read by a step"][-2:] == ["-86", "%"]
     assert "a step fetches 6.2 % from host memory" in shown and "% of these layers'" in shown

@@ -258,7 +258,7 @@ def _print(results: list[BenchResult], content: dict[str, Any]) -> None:
         lines.append("peak memory is not measured on a CPU without --memory")
     lines.append("visual KV, FLOPs: of the visual tokens")
     if any(_read_in_part(one) for result in results for one in result.methods):
-        lines.append("KV: on the device; read: by a decode step; both with the sketches")
+        lines.append("visual KV: on the device; read: by a decode step; both with the sketches")
     notes([*lines, *setting(content).split("; ")[:2]])
 
 
@@ -341,7 +341,7 @@ def _overview(result: BenchResult, gpu: bool) -> Table:
     titles += ["x\nfloor", "selec-\nting", "visual\nKV"]
     costs = ["visual_kv_bytes", "flops"]
     if any(map(_read_in_part, result.methods)):
-        titles.append("KV\nread")
+        titles.append("visual KV\nread")
         costs.insert(1, "visual_read_bytes")
     titles.append("FLOPs")
     table = figures_table("", titles)

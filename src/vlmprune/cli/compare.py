@@ -240,12 +240,11 @@ def _print(
             "loses where that leaves out 0"
         )
     if any(row.kv_read is not None for row in result.rows):
-        lines.append("KV: on the device, sketches included; KV read: by a decode step")
+        lines.append("visual KV: on the device, sketches included; read: by a decode step")
     lines += [
-        "visual tokens: averaged over layers; LLM FLOPs, KV: of the visual tokens; all FLOPs: with "
-        "the vision tower",
-        "prefill: time to the first token, all tokens = 1; medians of "
-        f"{counted(result.repeat, 'turn')}",
+        "visual tokens: averaged over layers; LLM FLOPs, visual KV: of the visual tokens; all "
+        "FLOPs: with the vision tower",
+        f"first token: time to it, all tokens = 1; medians of {counted(result.repeat, 'turn')}",
         f"{facts['device_name']}; {result.device}, {facts['threads']} thread(s), {result.dtype}",
         f"page: {targets['page']}; plot: {targets['plot']}; figures: {targets['figures']}",
         f"answers are kept in {answers}: asked again, only what is missing is answered",

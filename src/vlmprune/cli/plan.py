@@ -142,9 +142,9 @@ def plans_table(plans: Iterable[Plan], per_multiply_add: int) -> Table:
     KV caches are in MiB, which the published tables call MB. FLOPs have three digits.
     """
     plans = list(plans)
-    result = figures_table("model", ("tokens", "LLM", "vision", "total", "KV", "saved"))
+    result = figures_table("model", ("tokens", "LLM", "vision", "total", "visual KV", "saved"))
     result.caption = (
-        f"TFLOPs ({_convention(per_multiply_add)}) of one image's visual tokens; KV in MiB."
+        f"TFLOPs ({_convention(per_multiply_add)}) of one image's visual tokens; visual KV in MiB."
     )
     kept = {p.newline_tokens_after for p in plans if p.newline_tokens_after}
     if kept:
@@ -178,11 +178,11 @@ def pairs_table(
     found: Iterable[Pair], tflops: float, text_tokens: int, per_multiply_add: int
 ) -> Table:
     """The pairs as a Rich table."""
-    result = figures_table("language model", ("layers", "visual tokens", "TFLOPs", "KV"))
+    result = figures_table("language model", ("layers", "visual tokens", "TFLOPs", "KV cache"))
     result.caption = (
         f"Prefill of {text_tokens} text tokens and the most visual tokens within {tflops:.3g} "
         f"TFLOPs, {_convention(per_multiply_add)}, none where the text alone costs more; the "
-        "vision tower comes on top. KV in MiB."
+        "vision tower comes on top. KV cache in MiB, text included."
     )
     for pair in found:
         unknown = math.isnan(pair.parameters)

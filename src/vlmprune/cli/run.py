@@ -174,11 +174,12 @@ def _print_outcome(model: str, method: str, question: str, outcome: BothWays) ->
 
     row("answer", lambda m: m.answer, "same" if full.answer == pruned.answer else "differs")
     row("visual tokens", lambda m: str(m.visual_tokens), saved("visual_tokens"))
-    row("prefill", lambda m: f"{m.prefill_ms:.1f} ms", f"{outcome.prefill_speedup:.2f}x")
-    faster = outcome.decode_speedup
-    row("decode", _rate, "" if faster is None else f"{faster:.2f}x")
+    faster = f"{outcome.first_token_speedup:.2f}x"
+    row("first token", lambda m: f"{m.first_token_ms:.1f} ms", faster)
+    decode = outcome.decode_speedup
+    row("decode", _rate, "" if decode is None else f"{decode:.2f}x")
     row("total", lambda m: f"{m.total_ms:.1f} ms", f"{outcome.total_speedup:.2f}x")
-    row("KV cache", lambda m: f"{mib(m.kv_bytes)} MiB", saved("kv_bytes"))
+    row("visual KV", lambda m: f"{mib(m.kv_bytes)} MiB", saved("kv_bytes"))
     reading = report.reading
     if reading is not None:
         if reading.host_bytes:
@@ -195,12 +196,12 @@ def _print_outcome(model: str, method: str, question: str, outcome: BothWays) ->
     same = "the same as" if outcome.first_token_same else "not"
     score = f"{report.score}; " if report.score else ""
     lines = [
-        f"first token: {same} the unpruned model's",
+        f"the answer's first token: {same} the unpruned model's",
         f"{report.positions} positions; {score}selected in "
         f"{1000 * report.seconds_selecting:.1f} ms",
-        f"prefill: time to the first token, encoder included; {outcome.device}, {outcome.dtype}, "
+        f"first token: from the call to it, encoder included; {outcome.device}, {outcome.dtype}, "
         f"median of {outcome.repeat}",
-        "KV cache and FLOPs: of the visual tokens",
+        "visual KV, FLOPs: of the visual tokens",
     ]
     if outcome.decode_tokens:
         lines.insert(3, f"decode: over {outcome.decode_tokens} tokens either way")

@@ -32,7 +32,7 @@ class OneWay:
         answer: the new text.
         visual_tokens: how many the language model saw.
         new_tokens: length of the answer in tokens, the end token included.
-        prefill_ms: time to the first token, vision tower and selection included.
+        first_token_ms: time to the first token, vision tower and selection included.
         decode_tokens_per_second: speed after the first token, over the same number of tokens
             either way; None where it was not measured.
         total_ms: time of the whole call.
@@ -47,7 +47,7 @@ class OneWay:
     answer: str
     visual_tokens: int
     new_tokens: int
-    prefill_ms: float
+    first_token_ms: float
     decode_tokens_per_second: float | None
     total_ms: float
     kv_bytes: float
@@ -82,9 +82,9 @@ class BothWays:
     repeat: int
 
     @property
-    def prefill_speedup(self) -> float:
+    def first_token_speedup(self) -> float:
         """How many times faster the first token comes."""
-        return self.full.prefill_ms / self.pruned.prefill_ms
+        return self.full.first_token_ms / self.pruned.first_token_ms
 
     @property
     def decode_speedup(self) -> float | None:
@@ -107,7 +107,7 @@ class BothWays:
             "pruned": asdict(self.pruned),
             "first_token_same": self.first_token_same,
             "decode_tokens": self.decode_tokens,
-            "prefill_speedup": self.prefill_speedup,
+            "first_token_speedup": self.first_token_speedup,
             "decode_speedup": self.decode_speedup,
             "total_speedup": self.total_speedup,
             "report": self.report.as_dict(),
@@ -192,7 +192,7 @@ def answer_twice(
             answer=loaded.processor.decode(ids[pruned], skip_special_tokens=True).strip(),
             visual_tokens=tokens,
             new_tokens=len(ids[pruned]),
-            prefill_ms=statistics.median(times[pruned, 1]),
+            first_token_ms=statistics.median(times[pruned, 1]),
             decode_tokens_per_second=statistics.median(rates[pruned]) if rates[pruned] else None,
             total_ms=statistics.median(times[pruned, max_new_tokens]),
             kv_bytes=getattr(report, f"kv_bytes_{part}"),

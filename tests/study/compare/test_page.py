@@ -207,7 +207,7 @@ def test_the_table_has_the_figures() -> None:
     by_name = {cells[0]: cells[1:] for cells in read.rows if cells}
     assert by_name["method"][:-1] == [
         *("visual tokens", "accuracy %", "against random", "LLM TFLOPs", "all TFLOPs"),
-        *("KV MiB", "prefill ratio"),
+        *("visual KV MiB", "first token ratio"),
     ]
     assert by_name["all tokens"][:-1] == ["64", "90.0 (86-93)", "", "0.275", "2.00", "2.00", "1.00"]
     assert by_name["vispruner"][1] == "60.0 (56-63)"
@@ -224,14 +224,14 @@ def test_the_table_has_the_figures() -> None:
 
 def test_a_gpus_times_are_told_and_no_control_needs_no_column() -> None:
     one = result()
-    rows = [row("all tokens", None, "", 0.9, prefill_ms=12.34), row("a", 8, "a:keep=8", 0.5)]
+    rows = [row("all tokens", None, "", 0.9, first_token_ms=12.34), row("a", 8, "a:keep=8", 0.5)]
     plain = Comparison(**{**vars(one), "rows": rows, "shown": [], "skipped": []})
-    assert list(columns(plain)) == ["tokens", "score", "decoder", "flops", "kv", "prefill", "ms"]
+    assert list(columns(plain)) == ["tokens", "score", "decoder", "flops", "kv", "first", "ms"]
     (_, first), (title, second) = sections(plain)
     assert first[0].texts["ms"] == "12.3" and second[0].texts["ms"] == ""
     assert title == "keep 8"
     text = page.render(plain, b"", FACTS)
-    assert "Left out" not in text and "What is kept" not in text and "prefill ms" in text
+    assert "Left out" not in text and "What is kept" not in text and "first token ms" in text
 
 
 def test_an_agreement_is_not_called_right() -> None:
@@ -275,12 +275,12 @@ def test_a_strip_lights_up_word_by_word(hostile: str) -> None:
     assert alts == [f"what is read for “cat{hostile}”", "what is read for “…”"]
     said = "".join(read.text)
     assert f"cat{hostile}" in said and "<script" not in text
-    assert "KV 107 %, read by a step 14 %" in said and "KV 40 %" not in said
-    assert "the more KV heads read it" in said and "KV read: by a decode step" in said
+    assert "visual KV 107 %, read by a step 14 %" in said and "visual KV 40 %" not in said
+    assert "the more KV heads read it" in said and "visual KV read: by a decode step" in said
     heads = read.rows[0]
-    assert "KV read MiB" in heads
-    at = heads.index("KV read MiB")
+    assert "visual KV read, MiB" in heads
+    at = heads.index("visual KV read, MiB")
     # A method that reads all that it holds reads that.
     assert [one[at] for one in read.rows[1:] if len(one) == len(heads)] == ["2.00", "0.250", "2.00"]
     plain = page.render(result(), b"", FACTS)
-    assert "strip" not in plain.replace(".strip { flex-wrap", "") and "KV read" not in plain
+    assert "strip" not in plain.replace(".strip { flex-wrap", "") and "visual KV read" not in plain

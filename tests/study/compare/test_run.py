@@ -178,8 +178,8 @@ def test_figures_come_from_the_answers(methods: None) -> None:
     rows = compare._rows(full, pairs, times, absolute=False)
     assert [row.name for row in rows] == ["all tokens", "random", "vispruner", "plphp"]
     assert [row.score.value for row in rows] == [0.9, 0.5, 0.1, 0.8]
-    assert [row.prefill_ratio for row in rows] == [1.0, 0.25, 0.25, 0.25]
-    assert all(row.prefill_ms is None for row in rows)
+    assert [row.first_token_ratio for row in rows] == [1.0, 0.25, 0.25, 0.25]
+    assert all(row.first_token_ms is None for row in rows)
     assert [row.visual_tokens for row in rows] == [256, 64, 64, 128]
     assert [row.kv_bytes for row in rows] == [30 * row.visual_tokens for row in rows]
     assert [row.agreement for row in rows] == [1.0, 12 / 20, 4 / 20, 18 / 20]
@@ -188,7 +188,7 @@ def test_figures_come_from_the_answers(methods: None) -> None:
     assert rows[2].verdict == "loses" and rows[0].full and not rows[1].full
     # No control has the budget of the last, and none is compared with itself.
     assert rows[1].against is None and rows[3].against is None
-    assert compare._rows(full, pairs, times, absolute=True)[1].prefill_ms == 2.0
+    assert compare._rows(full, pairs, times, absolute=True)[1].first_token_ms == 2.0
 
 
 def test_few_pictures_have_no_interval(methods: None) -> None:
@@ -282,7 +282,7 @@ def test_a_comparison_for_real(
         )
         assert row.flops == pytest.approx(row.decoder_flops + encoder)
         assert row.kv_bytes == costs.kv_bytes(config, int(row.visual_tokens), 4)
-        assert row.prefill_ratio > 0
+        assert row.first_token_ratio > 0
     # The table's figures are those of `evaluate`.
     apart = evaluate.evaluate(loaded, VisPruner(32), task)
     assert result.rows[2].score.value == apart.accuracy
@@ -336,7 +336,7 @@ def test_what_steps_read_for_real(loaded: models.Loaded, task: Folder, one_timed
     assert (full.kv_read, whole.kv_read, whole.kv_bytes) == (None, None, full.kv_bytes)
     sketch = part.kv_bytes - full.kv_bytes
     assert part.kv_read == full.kv_bytes / 16 + sketch and sketch > 0
-    assert tables.columns(result)["read"] == "KV read\nMiB"
+    assert tables.columns(result)["read"] == "visual KV\nread, MiB"
     _, read, plain, slower = result.shown[0].answers
     assert read.kv_share == part.kv_bytes / full.kv_bytes > 1
     assert read.read_share == pytest.approx(part.kv_read / full.kv_bytes)

@@ -23,8 +23,8 @@ LEGEND = (
     "short prompt of as many visual tokens, the encoder's work included; then the time of a decode "
     "step as a multiple of that with a cache as short as the method's",
     "selecting: what choosing takes of the unpruned time to the first token",
-    "KV, FLOPs: of the visual tokens, by the published formulas; of a cache that is read in part "
-    "what lies on the device, sketches included, and what a decode step reads",
+    "visual KV, FLOPs: of the visual tokens, by the published formulas; of a cache that is read in "
+    "part what lies on the device, sketches included, and what a decode step reads",
 )
 
 
@@ -57,7 +57,7 @@ def setting(content: Content) -> str:
 def headings(content: Content) -> list[str]:
     """Of the table's columns."""
     names = ["", "visual tokens", "first token", "prefill", "decode", "total"]
-    names += ["x floor (first token, decode)", "selecting", "KV"]
+    names += ["x floor (first token, decode)", "selecting", "visual KV"]
     if any(run["all_tokens"]["peak_bytes"] is not None for run in content["runs"]):
         names.append("peak")
     return [*names, "FLOPs"]

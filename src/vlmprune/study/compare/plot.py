@@ -65,7 +65,7 @@ def dots_of(result: Comparison) -> list[Dot]:
 
 
 def _costs(row: Row) -> tuple[float, float, float]:
-    return row.flops, row.kv_bytes, row.prefill_ratio
+    return row.flops, row.kv_bytes, row.first_token_ratio
 
 
 def _known(result: Comparison) -> list[int]:
@@ -77,9 +77,9 @@ def _known(result: Comparison) -> list[int]:
 def axes_of(result: Comparison) -> tuple[str, ...]:
     """What the costs of the plot are, those that are known."""
     names = (
-        f"{unit_of(result)[0]}FLOPs of prefill (vision tower and visual tokens)",
-        "KV cache of visual tokens (MiB)",
-        f"prefill time on {result.device} (all tokens: 1)",
+        f"{unit_of(result)[0]}FLOPs of visual tokens (encoder and prefill)",
+        "visual KV (MiB)",
+        f"time to the first token on {result.device} (all tokens: 1)",
     )
     return tuple(names[at] for at in _known(result))
 

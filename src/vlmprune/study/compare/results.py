@@ -41,8 +41,8 @@ class Row:
         decoder_flops: of the language model's prefill on visual tokens.
         flops: the same and the vision tower's.
         kv_bytes: of the visual tokens' keys and values.
-        prefill_ratio: time to the first token, that of all tokens being 1.
-        prefill_ms: the same in milliseconds, on a GPU; None on a CPU, where only ratios tell.
+        first_token_ratio: time to the first token, that of all tokens being 1.
+        first_token_ms: the same in milliseconds, on a GPU; None on a CPU, where only ratios tell.
         kv_read: bytes for visual tokens that a decode step reads; None where that is `kv_bytes`.
     """
 
@@ -57,8 +57,8 @@ class Row:
     decoder_flops: float
     flops: float
     kv_bytes: float
-    prefill_ratio: float
-    prefill_ms: float | None = None
+    first_token_ratio: float
+    first_token_ms: float | None = None
     kv_read: float | None = None
 
     @property

@@ -324,7 +324,7 @@ def _row(
         decoder_flops=answers.total("decoder_flops") / count,
         flops=answers.total("flops") / count,
         kv_bytes=held / count,
-        prefill_ratio=times[name] / times[ALL_TOKENS],
-        prefill_ms=times[name] if absolute else None,
+        first_token_ratio=times[name] / times[ALL_TOKENS],
+        first_token_ms=times[name] if absolute else None,
         kv_read=None if read == held or math.isnan(read) else read / count,
     )

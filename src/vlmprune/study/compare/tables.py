@@ -29,6 +29,7 @@ class Line:
 def columns(result: Comparison) -> dict[str, str]:
     """Titles of the table's columns behind the name; a line break parts their lines."""
     unit, _ = unit_of(result)
+    read = any(row.kv_read is not None for row in result.rows)
     has_random = any(row.against is not None for row in result.rows)
     return {
         "tokens": "visual\ntokens",
@@ -36,10 +37,10 @@ def columns(result: Comparison) -> dict[str, str]:
         **({"against": "against\nrandom"} if has_random else {}),
         "decoder": f"LLM\n{unit}FLOPs",
         "flops": f"all\n{unit}FLOPs",
-        "kv": "KV\nMiB",
-        **({"read": "KV read\nMiB"} if any(row.kv_read is not None for row in result.rows) else {}),
-        "prefill": "prefill\nratio",
-        **({"ms": "prefill\nms"} if result.rows[0].prefill_ms is not None else {}),
+        "kv": "visual KV\nMiB",
+        **({"read": "visual KV\nread, MiB"} if read else {}),
+        "first": "first token\nratio",
+        **({"ms": "first token\nms"} if result.rows[0].first_token_ms is not None else {}),
     }
 
 
@@ -62,8 +63,8 @@ def _texts(row: Row, scale: float) -> dict[str, str]:
         "flops": digits(row.flops / scale),
         "kv": mib(row.kv_bytes),
         "read": mib(row.kv_bytes if row.kv_read is None else row.kv_read),
-        "prefill": f"{row.prefill_ratio:.2f}",
-        "ms": "" if row.prefill_ms is None else f"{row.prefill_ms:.1f}",
+        "first": f"{row.first_token_ratio:.2f}",
+        "ms": "" if row.first_token_ms is None else f"{row.first_token_ms:.1f}",
     }
 
 

@@ -21,7 +21,7 @@ COSTS = {
     "visual tokens": "visual_tokens",
     "LLM FLOPs": "decoder_flops",
     "with encoder": "flops",
-    "KV bytes": "kv_bytes",
+    "visual KV": "kv_bytes",
 }
 """Rows of the table by their title; each relative to what it was before pruning."""
 
@@ -133,7 +133,7 @@ class Assessed:
         """Rows of costs; what a decode step reads is told where it is not what is held."""
         read = self.answers.total("kv_read")
         held = self.answers.total("kv_bytes")
-        told = {} if read == held or math.isnan(read) else {"KV read by a step": "kv_read"}
+        told = {} if read == held or math.isnan(read) else {"visual KV, read by a step": "kv_read"}
         return COSTS | told
 
     def notes(self) -> list[str]:
@@ -152,7 +152,10 @@ class Assessed:
                 "in brackets 95 % intervals, bootstrapped over pictures; a difference, in points, "
                 "is no accident of the pictures where its interval leaves out 0"
             )
-        notes.append("costs: of the visual tokens in a prefill, relative to all tokens")
+        notes.append(
+            "costs: of the visual tokens, relative to all tokens; LLM FLOPs: of its prefill, with "
+            "encoder: the encoder's as well"
+        )
         return notes
 
     def as_dict(self) -> dict[str, Any]:
