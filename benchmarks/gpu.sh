@@ -83,6 +83,11 @@ step() {
 # PLPHP with dr=0 cuts every layer alike: with random weights its groups of layers mean nothing.
 CUT=plphp:r=0.4,dr=0
 
+# Paths that exist for a GPU alone; each is compared with what runs everywhere.
+if [ "${SMALL:-}" != 1 ]; then
+  step 90 tests.xml "$PYTHON" -m pytest -m cuda --junitxml "$RUNS/tests.xml"
+fi
+
 # LLaVA-NeXT: 5 crops of 576, so that 128, 64 and 32 a crop are 640, 320 and 160 of 2880.
 # shellcheck disable=SC2086
 step 180 llava-next.json "$PYTHON" -m vlmprune bench $NEXT $COMMON $BATCHES \

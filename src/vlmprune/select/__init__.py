@@ -2,7 +2,7 @@
 
 Here belongs what a method decides by, as functions of tensors and numbers that know no model, and
 what its settings may be.
-May import torch and `errors`, and nothing else of this package.
+May import torch, Triton where it is there, and `errors`, and nothing else of this package.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """Selection rules: scores and features in, ascending indices of kept visual tokens out.
 
 Pure tensor functions over a batch of crops, B; every crop of a batch has the same number of
-visual tokens, N. They import torch alone, never wait for the device (the number of steps
-depends on shapes only) and break ties by index, so that CPU and GPU agree.
+visual tokens, N. They import torch alone (on a GPU also `choice_triton`), never wait for the device
+(the number of steps depends on shapes only) and break ties by index, so that CPU and GPU agree.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,10 +80,14 @@ def vispruner(
             "expected [B, N, C] and [B, N]."
         )
     important = count_important(keep, important_ratio)
-    order = attention.sort(dim=1, descending=True, stable=True).indices
-    chosen, rest = order[:, :important], order[:, important:]
     if keep == N:
         return torch.arange(N, device=attention.device).repeat(B, 1)
+    kernels = _kernels(features)
+    if important < keep and kernels is not None:
+        unit = torch.nn.functional.normalize(features.float(), dim=-1)
+        return kernels.thin(attention, unit @ unit.transpose(1, 2), keep, important, ROUND)
+    order = attention.sort(dim=1, descending=True, stable=True).indices
+    chosen, rest = order[:, :important], order[:, important:]
     if important < keep:
         rest = _drop_duplicates(rest, features, keep - important)
         chosen = torch.cat((chosen, rest), dim=1)
@@ -112,6 +118,9 @@ def farthest_point(features: Tensor, keep: int) -> Tensor:
     """
     _check(features[..., 0], keep, least=1)
     unit = torch.nn.functional.normalize(features.float(), dim=-1)
+    kernels = _kernels(features)
+    if kernels is not None:
+        return kernels.spread(unit @ unit.transpose(1, 2), keep)
     newest = first_max(-_nearest(unit))
     # The distance to the nearest chosen token; chosen ones are ruled out for good.
     distance = torch.full(unit.shape[:2], torch.inf, device=unit.device)
@@ -157,6 +166,9 @@ def conditional_dpp(features: Tensor, relevance: Tensor, keep: int) -> Tensor:
     B, N = relevance.shape
     unit = torch.nn.functional.normalize(features.float(), dim=-1)
     weight = relevance.float()
+    kernels = _kernels(features, steps=keep * keep * N // 2)
+    if kernels is not None:
+        return kernels.explain(unit @ unit.transpose(1, 2), weight, keep)
     # What each token would add, and the part of each kernel row that is explained already.
     gain = weight * (unit * unit).sum(dim=-1) * weight
     rows = unit.new_zeros(B, keep, N)
@@ -285,6 +297,23 @@ def _nearest(unit: Tensor) -> Tensor:
         part[:, own - start, own] = -torch.inf
         found.append(part.amax(dim=2))
     return torch.cat(found, dim=1)
+
+
+def _kernels(features: Tensor, steps: int = 0) -> Any:
+    """`choice_triton` where it does the whole choice in one launch; None where it does not."""
+    if not features.is_cuda:
+        return None
+    kernels = _triton()
+    return kernels if kernels is not None and kernels.fits(features, steps) else None
+
+
+@lru_cache
+def _triton() -> Any:
+    try:
+        from vlmprune.select import choice_triton
+    except Exception:  # A triton that does not fit the machine fails in many ways.
+        return None
+    return choice_triton
 
 
 def _check(scores: Tensor, keep: int, least: int = 0) -> None:

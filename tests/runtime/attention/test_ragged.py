@@ -21,8 +21,6 @@ from repository import ROOT
 from vlmprune.runtime.attention import ragged, ragged_varlen
 from vlmprune.runtime.attention.ragged import Ragged
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-
 
 def masked_attention(case: Case) -> Tensor:
     """Torch's attention over the uncut cache, dropped tokens masked for each head."""
@@ -115,7 +113,7 @@ def test_varlen_equals_the_reference(case: Case, heads_first: bool) -> None:
     assert close(got, case.run("reference"))
 
 
-@needs_cuda
+@pytest.mark.cuda
 @settings(max_examples=50)
 @given(case=cases)
 def test_varlen_on_a_gpu(case: Case) -> None:
@@ -141,7 +139,7 @@ def test_triton_equals_the_reference_under_its_interpreter() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_triton_on_a_gpu() -> None:
     pytest.importorskip("triton")
     check_triton("cuda", [torch.float32, torch.float16, torch.bfloat16], 100)

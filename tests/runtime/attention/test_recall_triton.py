@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,38 +9,25 @@ import pytest
 import torch
 
 from recall_cases import check_triton, make
-from repository import ROOT
+from shell import in_a_process
 from vlmprune.runtime.attention import recall
 from vlmprune.runtime.attention.recalled import Store
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-
-
-def in_a_process(call: str, **environment: str) -> None:
-    """Run what a test's process cannot: it has loaded Triton, and chosen a GPU or none."""
-    paths = os.pathsep.join([str(ROOT / "tests"), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"import torch, recall_cases; {call}"],
-        env=os.environ | {"PYTHONPATH": paths} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_the_kernels_equal_plain_functions_under_tritons_interpreter() -> None:
     pytest.importorskip("triton")
     call = "recall_cases.check_triton('cpu', [torch.float32, torch.float16], 6)"
-    in_a_process(call, TRITON_INTERPRET="1")
+    in_a_process(f"import torch, recall_cases; {call}", TRITON_INTERPRET="1")
 
 
 def test_the_kernels_compile_for_gpus(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    in_a_process("recall_cases.check_compiled()", TRITON_CACHE_DIR=str(tmp_path))
+    in_a_process(
+        "import torch, recall_cases; recall_cases.check_compiled()", TRITON_CACHE_DIR=str(tmp_path)
+    )
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_the_kernels_on_a_gpu() -> None:
     pytest.importorskip("triton")
     check_triton("cuda", [torch.float32, torch.float16, torch.bfloat16], 100)
