@@ -59,7 +59,7 @@ def compare(
         Texts,
         typer.Option(
             metavar="SPECS",
-            help="Methods parted by commas, with settings where wanted, as in "
+            help="Methods separated by commas, with settings where wanted, as in "
             f"random,vispruner:important_ratio=0.75,plphp; by default {METHODS}.",
         ),
     ] = None,
@@ -67,16 +67,17 @@ def compare(
         Text,
         typer.Option(
             metavar="BUDGETS",
-            help="Budgets parted by commas, for each method whose spec leaves it open; numbers of "
-            f"visual tokens, or fractions; by default {KEEPS}.",
+            help="Budgets separated by commas, for each method whose spec leaves it open: numbers "
+            f"of visual tokens, or fractions; by default {KEEPS}.",
         ),
     ] = None,
     question: Question = None,
     task: Annotated[
         Text,
         typer.Option(
-            help="scenes (the embedded model's held-out set, the default), folder:PATH with "
-            "pictures and a questions.json, or a local copy of a standard set (see `eval`)."
+            help="scenes (the embedded model's held-out pictures, the default), clips (its "
+            "held-out clips), folder:PATH with pictures and a questions.json, or a local copy of a "
+            "standard set (see `eval`)."
         ),
     ] = None,
     limit: Limit = None,

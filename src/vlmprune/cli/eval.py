@@ -52,9 +52,9 @@ def evaluate(
     task: Annotated[
         str,
         typer.Option(
-            help="scenes (the embedded model's held-out set), folder:PATH with pictures and a "
-            "questions.json, or a local copy of a standard set: pope:PATH, gqa:PATH, "
-            "textvqa:PATH, scienceqa:PATH, mme:PATH, vqav2:PATH."
+            help="scenes (the embedded model's held-out pictures), clips (its held-out clips), "
+            "folder:PATH with pictures and a questions.json, or a local copy of a standard set: "
+            "pope:PATH, gqa:PATH, textvqa:PATH, scienceqa:PATH, mme:PATH, vqav2:PATH."
         ),
     ] = "scenes",
     limit: Limit = None,

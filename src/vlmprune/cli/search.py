@@ -42,8 +42,8 @@ def search(
     task: Annotated[
         str,
         typer.Option(
-            help="scenes, folder:PATH with pictures and a questions.json, or a local copy of a "
-            "standard set (see `eval`)."
+            help="scenes, clips, folder:PATH with pictures and a questions.json, or a local copy "
+            "of a standard set (see `eval`)."
         ),
     ] = "scenes",
     limit: Annotated[
@@ -53,8 +53,8 @@ def search(
     cost: Annotated[
         Text,
         typer.Option(
-            help="What to save: flops (of the language model, the default), kv, tokens, or read "
-            "(bytes by a decode step, the default of recall)."
+            help="What to save: flops (of prefill, the default), kv (visual KV), tokens (visual "
+            "tokens), or read (bytes that a decode step reads, the default of recall)."
         ),
     ] = None,
     group: Annotated[int, typer.Option(help="gsearch: decoder layers that share a rate.")] = 1,
