@@ -6,6 +6,7 @@
     python scripts/survey.py --json FILE            # what was found, for programs
     python scripts/survey.py --json FILE --resume   # those alone that FILE does not have yet
     python scripts/survey.py --json FILE --write    # the table of docs/models.md, too
+    python scripts/survey.py --proved               # that of what the tests prove alone
 
 VisPruner, PLPHP, Recall, FastV and RandomTokens are attached to each class in turn. What attaches
 must then be right: the answer of the class as it is, with what was pruned hidden in its masks (for
@@ -100,9 +101,13 @@ def main() -> bool:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there")
     parser.add_argument("--resume", action="store_true", help="go on with FILE")
     parser.add_argument("--write", action="store_true", help="write the table of docs/models.md")
+    parser.add_argument("--proved", action="store_true", help="write what the tests prove alone")
     parser.add_argument("--seconds", type=float, default=120, help="limit a class (120)")
     parser.add_argument("--memory", type=float, default=6, metavar="GIB", help="the same (6)")
     given = parser.parse_args()
+    if given.proved:
+        write(PAGE, "proved", table.proved())
+        return True
     every = classes() | decoders()
     usual = decoders() if given.decoders else classes()
     odd = sorted(set(given.only or ()) - set(every))

@@ -1,4 +1,7 @@
-"""The Qwen line's full models, told to overlook what pruning drops."""
+"""Full models with three positions a column, told to overlook what pruning drops.
+
+The Qwen line, and GLM-V, whose patches and positions are those of the Qwen line.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,22 @@ import torch
 from torch import Tensor
 
 import answers
+from shortened import is_recurrent, shortened
 from zoo import ZOO
 from zoo.base import WORDS
+from zoo_oracle import three_positions
 
-ALL = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", "cohere_compass"]
+ALL = [
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "cosmos3_omni",
+    "cohere_compass",
+    "qwen3_5",
+    "glm4v",
+    "glm_ocr",
+]
 # A fault of the installed release may keep one from being pruned.
 NAMES = [name for name in ALL if name in ZOO]
 MODELS = {name: ZOO[name].build() for name in NAMES}
@@ -25,7 +40,10 @@ def generate(built: Any, inputs: dict[str, Tensor], **more: Any) -> Any:
 
 
 def masked(built: Any, inputs: dict[str, Tensor], dropped: Tensor, **more: Any) -> Any:
-    """The full model, told to overlook the dropped columns."""
+    """The full model, told to overlook the dropped columns; recurrent ones are not given them."""
+    if is_recurrent(built):
+        three, more = positions_of(built, inputs)[1:], {"suppress_tokens": [*range(WORDS)], **more}
+        return shortened(built, inputs, dropped, three, **more)
     mask = inputs["attention_mask"] * ~dropped
     changed = {"attention_mask": mask, "position_ids": positions_of(built, inputs)}
     return generate(built, inputs | changed, **more)
@@ -33,9 +51,7 @@ def masked(built: Any, inputs: dict[str, Tensor], dropped: Tensor, **more: Any) 
 
 def positions_of(built: Any, inputs: dict[str, Tensor]) -> Tensor:
     """[4, B, L] of a full request."""
-    three, _ = built.model.get_rope_index(
-        **{k: v for k, v in inputs.items() if not k.startswith("pixel")}
-    )
+    three = three_positions(built, inputs)
     text = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     return torch.cat((text[None], three))
 

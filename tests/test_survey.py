@@ -198,6 +198,12 @@ def test_the_page_is_of_the_newest_release_that_is_allowed() -> None:
         assert text.count(f"<!-- {name} -->") == text.count(f"<!-- end {name} -->") == 1
 
 
+def test_the_page_shows_what_the_tests_prove() -> None:
+    text = survey.PAGE.read_text(encoding="utf-8")
+    (shown,) = re.findall(r"<!-- proved -->\n\n(.*?)\n<!-- end proved -->", text, flags=re.DOTALL)
+    assert shown == table.proved(), "python scripts/survey.py --proved writes it"
+
+
 def test_tables_are_written_between_their_marks(tmp_path: Any) -> None:
     page = tmp_path / "models.md"
     page.write_text("a\n<!-- survey -->\nof before\n<!-- end survey -->\nb\n", encoding="utf-8")

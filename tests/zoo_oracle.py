@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from answers import generate
+from shortened import is_recurrent, shortened
 from vlmprune.hosts.families import FAMILIES
 from zoo import ZOO, Request
 from zoo.base import IMAGE, VIDEO
@@ -57,15 +59,24 @@ def others(report: Any) -> list[Tensor]:
     return out
 
 
+def three_positions(built: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """[3, B, L] of a whole request, by the host's own rule."""
+    names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
+    grids = {n: inputs[n] for n in names if n in inputs}
+    three, _ = built.base_model.get_rope_index(
+        inputs["input_ids"], attention_mask=inputs["attention_mask"], **grids
+    )
+    return three
+
+
 def masked(built: Any, req: Request, dropped: Tensor, policy: str) -> Any:
-    """The full model, told to overlook the dropped columns."""
+    """The full model, told to overlook the dropped columns; recurrent ones are not given them."""
     given = req.inputs["attention_mask"]
     mask = given * ~dropped
     if FAMILIES[built.config.model_type].rope is not None:
-        base = built.base_model
-        names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
-        grids = {n: req.inputs[n] for n in names if n in req.inputs}
-        three, _ = base.get_rope_index(req.inputs["input_ids"], attention_mask=given, **grids)
+        three = three_positions(built, req.inputs)
+        if is_recurrent(built):
+            return shortened(built, req.inputs, dropped, three)
         text = (given.cumsum(1) - 1).clamp(min=0)
         positions = torch.cat((text[None], three))
     else:

@@ -131,6 +131,25 @@ def decoders(found: Found) -> str:
     return "\n".join(out) + "\n"
 
 
+def proved() -> str:
+    """What the tests prove of each model with a record, from the table that makes them."""
+    from vlmprune.hosts.families import PROVED
+    from vlmprune.hosts.families.proved import STAGES
+
+    head = ["model", "images", "videos", "both in one prompt", *(one for _, one in STAGES.values())]
+    out = [row([*head, "refused, for"]), "|---" * (len(head) + 1) + "|"]
+    for one in PROVED.values():
+        both = "" if len(one.media) == 1 else "yes" if one.together else "no"
+        cells = [
+            one.name,
+            *("yes" if kind in one.media else "" for kind in ("image", "video")),
+            both,
+        ]
+        cells += ["refused" if stage in one.refused else "yes" for stage in STAGES]
+        out.append(row([*cells, "; ".join(dict.fromkeys(one.refused.values()))]))
+    return "\n".join(out) + "\n"
+
+
 def inside(line: Mapping[str, Any]) -> str:
     """The language model of a class that has been given one."""
     return str(line["kind"]).partition(":")[2]

@@ -56,7 +56,7 @@ def _method(name: str, cls: type) -> dict[str, Any]:
 def models() -> dict[str, Any]:
     """The supported families, the vision towers behind them, and the embedded model or None."""
     from vlmprune import embedded
-    from vlmprune.hosts.families import FAMILIES, TOWERS
+    from vlmprune.hosts.families import FAMILIES, PROVED, TOWERS
 
     families = [
         {
@@ -66,7 +66,12 @@ def models() -> dict[str, Any]:
             "media": [medium.kind for medium in family.media],
             "score": family.score,
             "positions": family.positions,
-            "proved": proved([medium.kind for medium in family.media]),
+            "proved": "; ".join(
+                one.words if one.name == family.name else f"{one.name}: {one.words}"
+                for one in PROVED.values()
+                if one.record == kind
+            ),
+            "proofs": [_proof(one) for one in PROVED.values() if one.record == kind],
             "note": family.note,
             "refused": dict(family.fails),
         }
@@ -76,7 +81,18 @@ def models() -> dict[str, Any]:
         {"model_type": kind, "cls_token": cls, "score": _score(cls)} for kind, cls in TOWERS.items()
     ]
     own = _embedded(embedded.path()) if embedded.installed() else None
-    return {"families": families, "towers": towers, "embedded": own}
+    return {"families": families, "towers": towers, "embedded": own, "proved": proved()}
+
+
+def _proof(one: Any) -> dict[str, Any]:
+    """What is proved of a model, of which `proved` tells the rest."""
+    return {
+        "name": one.name,
+        "media": list(one.media),
+        "together": one.together,
+        "methods": list(one.stages),
+        "refused": dict(one.refused),
+    }
 
 
 def _embedded(folder: Path) -> dict[str, Any]:
@@ -100,14 +116,21 @@ def _embedded(folder: Path) -> dict[str, Any]:
     }
 
 
-def proved(media: list[str]) -> str:
-    """What tests/hosts/families/test_every_family.py proves of each record, with its media."""
-    videos = ", videos, both in one prompt" if "video" in media else ""
-    return (
-        f"equal to masking with SDPA and eager attention: padding, several images{videos}; cut "
-        "caches, where they can be cut, equal to per-head masking; keeping everything changes no "
-        "bit"
-    )
+def proved() -> dict[str, Any]:
+    """What the tests prove of each model with a record, and the kinds of methods that they try."""
+    from vlmprune.hosts.families.proved import ATTENTION, STAGES, STEPS
+
+    return {
+        "each": (
+            f"{STEPS} steps equal to masking, where layers are recurrent to a prompt without the "
+            f"dropped tokens, with {' and '.join(ATTENTION)} attention: one image, several, padded "
+            "batches with rows without any, videos likewise; a later turn; bfloat16 and float16; "
+            "keeping everything changes no bit"
+        ),
+        "attention": list(ATTENTION),
+        "steps": STEPS,
+        "methods": {stage: f"{where} ({one})" for stage, (where, one) in STAGES.items()},
+    }
 
 
 def _score(cls_token: bool) -> str:

@@ -1,6 +1,7 @@
 """Models of which nothing is known but their placeholders, under methods inside the language model.
 
-Hybrids and three positions a token among them; what cannot be followed is told at attach.
+Hybrids and three positions a token among them, whose records are put aside for that; what cannot be
+followed is told at attach.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from step_masks import exchanged, masking_steps, masks_of
 from stock import cache_of
 from unrecorded import got_ocr2
 from vlmprune import PLPHP, FastV, Recall, VisPruner, VlmpruneError
+from vlmprune.hosts import families
 from vlmprune.runtime.family import family_of
 from zoo.base import IMAGE, TEXT, VISION, VOCABULARY, WORDS, loud, pad
 
@@ -131,6 +133,12 @@ def request(name: str, model: Any, rows: list[int]) -> dict[str, Tensor]:
     given = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in given.items()}
     types = {"mm_token_type_ids": (ids == IMAGE).long()} if "image_grid_thw" in given else {}
     return {"input_ids": ids, "attention_mask": mask, **given, **types}
+
+
+@pytest.fixture(autouse=True)
+def _without_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = {kind: one for kind, one in families.FAMILIES.items() if kind not in CASES}
+    monkeypatch.setattr(families, "FAMILIES", left)
 
 
 every = pytest.mark.parametrize("name", CASES)

@@ -100,6 +100,8 @@ class Entry:
         aligned: further inputs with one value a column, from the ids.
         images_first: whether the processor puts all images before the text.
         decoder_attention: the decoder's only attention implementation, where it has but one.
+        one_placeholder: whether a video's frames have the placeholder of images, so that a request
+            holds images or videos. Where one is asked for both, they are all videos.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Entry:
     aligned: Callable[[Tensor], dict[str, Tensor]] = field(default=lambda ids: {})
     images_first: bool = False
     decoder_attention: str | None = None
+    one_placeholder: bool = False
 
     def build(self, attention: str = "sdpa", seed: int = 0) -> Any:
         """A model with scaled-up random weights."""
@@ -120,6 +123,10 @@ class Entry:
         )
         return model
 
+    def placeholder(self, modality: Modality) -> int:
+        """The id of a modality's placeholders."""
+        return IMAGE if modality == "image" or self.one_placeholder else VIDEO
+
     def request(
         self,
         model: Any,
@@ -130,6 +137,8 @@ class Entry:
     ) -> Request:
         """A batch whose row r holds the images and videos `rows[r]` among random text."""
         generator = torch.Generator().manual_seed(seed)
+        if self.one_placeholder and any("video" in row for row in rows):
+            rows = [["video"] * len(row) for row in rows]
         media = self.media(model, rows, generator)
         left = list(media.pieces)
 
@@ -150,7 +159,7 @@ class Entry:
         ids, mask = pad(prompts, side)
         modalities = [modality for row in rows for modality in row]
         lengths = [
-            sum(i == (IMAGE if modality == "image" else VIDEO) for i in piece)
+            sum(i == self.placeholder(modality) for i in piece)
             for piece, modality in zip(media.pieces, modalities, strict=True)
         ]
         inputs = media.inputs | {"input_ids": ids, "attention_mask": mask} | self.aligned(ids)

@@ -24,7 +24,6 @@ def models(as_json: AsJson = False) -> None:
 
 def models_table(found: dict[str, Any]) -> Table:
     """`models()` as one table of three parts."""
-    from vlmprune.catalog import proved
     from vlmprune.embedded import MISSING
 
     own = found["embedded"]
@@ -41,13 +40,15 @@ def models_table(found: dict[str, Any]) -> Table:
     for one in rows:
         table.add_row(one["name"], one["class"], one["positions"])
         refused = [f"transformers {at}, where {why}" for at, why in one.get("refused", {}).items()]
-        parts = {"score": one.get("score"), "note": one.get("note"), "not on": "; ".join(refused)}
+        parts = {name: one.get(name) for name in ("score", "note", "proved")}
+        parts["not on"] = "; ".join(refused)
         for part, words in parts.items():
             if words:
                 table.add_row(f"[dim not bold]  {part}[/]", f"[dim]{words}[/]")
     table.add_row()
-    table.add_row("proved on each", proved(["image"]))
-    table.add_row("", "[dim]videos too, and both in one prompt, where a family has them[/]")
+    table.add_row("proved on each", found["proved"]["each"])
+    for number, words in enumerate(found["proved"]["methods"].values()):
+        table.add_row("" if number else "kinds of methods", words)
     table.add_row(
         "any other", "[dim]…ForConditionalGeneration is checked when a pruner attaches[/]"
     )

@@ -29,14 +29,27 @@ _TOWERS: Mapping[str, Collection[str]] = {
     "qwen2_5_vl_vision": _WINDOWED,
     "qwen2_vl": ("embed_dim", "mlp_ratio"),
     "qwen2_vl_vision": ("embed_dim", "mlp_ratio"),
+    "glm4v_vision": ("out_hidden_size",),
+    "glm4v_moe_vision": ("out_hidden_size",),
     "dinov2": ("mlp_ratio", "use_swiglu_ffn"),
     "dinov2_with_registers": ("mlp_ratio", "use_swiglu_ffn", "num_register_tokens"),
 }
 
 # Towers that put no CLS token in front of their patches.
-_WITHOUT_CLS = ("siglip", "pixtral", "idefics3", "smolvlm", "qwen", "cohere_compass")
+_WITHOUT_CLS = (
+    "siglip",
+    "pixtral",
+    "idefics3",
+    "smolvlm",
+    "qwen",
+    "cohere_compass",
+    "glm4v",
+    "glm_ocr",
+)
 # Towers whose feed-forward has a gate, and so three matrices.
-_GATED = ("pixtral", "qwen2_5_vl")
+_GATED = ("pixtral", "qwen2_5_vl", "glm4v", "glm_ocr")
+# Of those, towers in which it is as wide as the language model, whatever the config says of it.
+_WIDE = ("glm4v",)
 
 
 @dataclass(frozen=True)
@@ -168,6 +181,8 @@ def feed_forward(config: Any) -> int:
     """Widths of all feed-forward matrices of a layer, added up."""
     tower = of_tower(config)
     inner = getattr(tower, "intermediate_size", None)
+    if model_type(tower).startswith(_WIDE):
+        inner = _field(tower, "out_hidden_size")
     if inner is None:
         ratio = _field(tower, "mlp_ratio")
         inner = width(tower) * ratio if ratio else required(tower, "intermediate_size")

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorPil,
 )
@@ -29,7 +30,7 @@ from vlmprune.pruner import Pruner
 from vlmprune.runtime.family import family_of
 from vlmprune.views import EncoderView, Selection
 from zoo import ZOO
-from zoo.base import IMAGE, START, VIDEO, WORDS
+from zoo.base import START, WORDS
 from zoo_oracle import dropped_columns
 
 GROUP = 4  # patches of a visual token
@@ -138,7 +139,7 @@ def test_rows_and_columns_are_those_of_thepositions_of(name: str, one: Any) -> N
     modality, grids = one
     medium, inputs = media_inputs(modality, grids)
     layouts = medium.layouts(built, inputs, torch.zeros(1, 0, dtype=torch.bool))
-    token, kind = (IMAGE, 1) if modality == "image" else (VIDEO, 2)
+    token, kind = ZOO[name].placeholder(modality), 1 + (modality == "video")
     for layout, (frames, height, width) in zip(layouts, grids, strict=True):
         each = [[token] * (height * width)] * frames
         if name.startswith("qwen2"):
@@ -171,7 +172,8 @@ def test_scores_are_the_attention_that_patches_receive(
         # Flash attention is given all images as one sequence, and where each ends.
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", _packed)
         visual.config._attn_implementation = "flash_attention_2"
-    number = 3 if name != "qwen2_vl" else 2
+    number = len(visual.blocks) - 1
+    given = visual.post_layernorm if name.startswith("glm") else visual.merger
     caught: list[dict[str, Any]] = []
     handles = [
         visual.patch_embed.register_forward_hook(
@@ -184,7 +186,7 @@ def test_scores_are_the_attention_that_patches_receive(
             lambda m, a, k: caught[-1].update(k, hidden=(a[0] if a else k["hidden_states"])),
             with_kwargs=True,
         ),
-        visual.merger.register_forward_pre_hook(lambda m, a: caught[-1].update(last=a[0].detach())),
+        given.register_forward_pre_hook(lambda m, a: caught[-1].update(last=a[0].detach())),
     ]
     pruner = Watching()
     # The contract's own run of the tower aside.
@@ -195,7 +197,7 @@ def test_scores_are_the_attention_that_patches_receive(
     assert f"full-attention block {number}" in handle.report.score
     expected: dict[str, list[Tensor]] = {"image": [], "video": []}
     features: dict[str, list[Tensor]] = {"image": [], "video": []}
-    for modality, seen in zip(("image", "video"), caught, strict=True):
+    for modality, seen in zip(sorted(set(req.modalities)), caught, strict=True):
         grid = req.inputs[f"{modality}_grid_thw"]
         lengths = [h * w for t, h, w in grid.tolist() for _ in range(t)]
         rows = _received(visual.blocks[number].attn, seen, lengths)
@@ -213,7 +215,8 @@ def test_scores_are_the_attention_that_patches_receive(
         merged = last.view(-1, GROUP, last.shape[1]).mean(dim=1)
         features[modality] = list(merged.split([n // GROUP for n in lengths]))
     view = pruner.seen[0]
-    order = ["image", *["video"] * int(req.inputs["video_grid_thw"][0, 0]), "image"]
+    frames = iter(req.inputs["video_grid_thw"][:, 0].tolist())
+    order = [kind for kind in req.modalities for _ in range(next(frames) if kind == "video" else 1)]
     assert len(order) == len(view.attention)
     for crop, modality in enumerate(order):
         score, cells = expected[modality].pop(0), features[modality].pop(0)
@@ -227,6 +230,8 @@ def _received(attn: Any, seen: dict[str, Any], lengths: list[int]) -> Tensor:
     hidden = seen["hidden"].detach()
     heads, dim = attn.num_heads, hidden.shape[1] // attn.num_heads
     query, key, _ = attn.qkv(hidden).view(len(hidden), 3, heads, dim).permute(1, 2, 0, 3)
+    if hasattr(attn, "q_norm"):
+        query, key = attn.q_norm(query), attn.k_norm(key)
     cos, sin = seen["position_embeddings"]
 
     def turned(x: Tensor) -> Tensor:
@@ -292,7 +297,8 @@ def test_a_budget_counts_frames(name: str) -> None:
     video, image = handle.report.layouts
     counts = video.crop[handle.report.kept[0]].bincount().tolist()
     assert counts == [3] * int(req.inputs["video_grid_thw"][0, 0])
-    assert len(handle.report.kept[1]) == 3 and image.crops == 1
+    assert len(handle.report.kept[1]) == 3 * image.crops
+    assert (image.crops == 1) == (req.modalities[1] == "image")
 
 
 @FAMILIES
@@ -309,13 +315,20 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(300, 200), (97, 241), (56, 56)])
-def test_boxes_lie_where_the_processor_finds_the_pixels(size: tuple[int, int]) -> None:
-    processor = Qwen2VLImageProcessorPil(resample=0, do_normalize=False, do_rescale=False)
+@pytest.mark.parametrize(
+    ("name", "processes"),
+    [("qwen2_vl", Qwen2VLImageProcessorPil), ("glm4v", Glm4vImageProcessorPil)],
+)
+def test_boxes_lie_where_the_processor_finds_the_pixels(
+    name: str, processes: Any, size: tuple[int, int]
+) -> None:
+    processor = processes(resample=0, do_normalize=False, do_rescale=False)
     blank = torch.zeros(size[1], size[0], 3, dtype=torch.uint8)
     grid = processor(Image.fromarray(blank.numpy()), return_tensors="pt")["image_grid_thw"]
     inputs = {"image_grid_thw": grid, "pixel_values": torch.zeros(int(grid.prod()), 1)}
-    layout = MEDIA[0].layouts(MODELS["qwen2_vl"], inputs, torch.zeros(1, 0) > 0)[0]
-    boxes = token_boxes(layout, size, processor, "qwen2_vl", patch_size=14)
+    media = family_of(MODELS[name]).media
+    layout = media[0].layouts(MODELS[name], inputs, torch.zeros(1, 0) > 0)[0]
+    boxes = token_boxes(layout, size, processor, name, patch_size=14)
     assert boxes.amax(dim=0)[2:].tolist() == list(size)
     for token in {0, len(boxes) // 3, len(boxes) - 1}:
         x0, y0, x1, y1 = boxes[token].round().int().tolist()
@@ -325,7 +338,7 @@ def test_boxes_lie_where_the_processor_finds_the_pixels(size: tuple[int, int]) -
         shares = pixels.view(len(boxes), -1).float().mean(dim=1) / 255
         assert shares[token] > 0.9 and shares.sum() - shares[token] < 0.3
     with pytest.raises(VlmpruneError, match="not known for a video"):
-        token_boxes(replace(layout, kind="video"), size, processor, "qwen2_vl")
+        token_boxes(replace(layout, kind="video"), size, processor, name)
 
 
 @FAMILIES

@@ -1,4 +1,4 @@
-"""The Qwen line called in every way: beams, later turns, by hand; each equals masking."""
+"""The Qwen line and GLM-V called in every way: beams, later turns, by hand; each equals masking."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from transformers import LogitsProcessor
 from answers import DIFFERENT, TOLERANCE, distance
 from masked import masking
 from qwen_oracle import FAMILIES, MODELS, forget_positions, generate, masked, positions_of
+from shortened import exchanging, is_recurrent, shorter
 from stock import CACHE, cache_of, repeats_rows
 from vlmprune import PLPHP, VisPruner, VlmpruneError
 from vlmprune.hosts.families.qwen import MEDIA
 from vlmprune.pruner import Pruner
 from vlmprune.views import EncoderView, Selection
 from zoo import ZOO, Request
-from zoo.base import IMAGE, VIDEO, VOCABULARY, WORDS
+from zoo.base import IMAGE, VOCABULARY, WORDS
 from zoo_oracle import columns_of, dropped_columns, others
 
 pytestmark = pytest.mark.oracle
@@ -30,13 +31,20 @@ _forget = pytest.fixture(autouse=True)(forget_positions)
 BEAMS = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True}
 
 
+def skip_unrepeated(name: str, req: Request) -> None:
+    """Leave out what the host's own `generate` cannot repeat."""
+    if ZOO[name].one_placeholder and "video" in req.modalities:
+        pytest.skip("its class counts a repeated row's videos by a placeholder that prompts lack")
+    if not repeats_rows(MODELS[name], req.inputs):
+        pytest.skip("this release mixes up the items of repeated rows, without a pruner")
+
+
 @FAMILIES
 @pytest.mark.parametrize("rows", [[["image", "image"], ["image"]], [["video", "image"], ["image"]]])
 def test_beams_equal_masking(name: str, rows: Any) -> None:
     built = MODELS[name]
     req = ZOO[name].request(built, rows)
-    if not repeats_rows(built, req.inputs):
-        pytest.skip("this release mixes up the items of repeated rows, without a pruner")
+    skip_unrepeated(name, req)
     with VisPruner(keep=0.4)(built) as handle:
         pruned = generate(built, req.inputs, **BEAMS)
     report = handle.report
@@ -50,7 +58,8 @@ def test_beams_equal_masking(name: str, rows: Any) -> None:
 @FAMILIES
 def test_several_samples_take_their_own_rows_items(name: str) -> None:
     built = MODELS[name]
-    req = ZOO[name].request(built, [["image", "video"], ["image"]])
+    kind: Any = "image" if ZOO[name].one_placeholder else "video"
+    req = ZOO[name].request(built, [["image", kind], ["image"]])
     options = {"do_sample": True, "num_return_sequences": 2, "temperature": 0.5}
     with VisPruner(keep=0.4)(built) as handle:
         torch.manual_seed(5)
@@ -61,7 +70,9 @@ def test_several_samples_take_their_own_rows_items(name: str) -> None:
     assert distance(pruned, expected) < TOLERANCE
 
 
-def _joined(first: Request, answer: Tensor, second: Request | None, more: Tensor) -> Request:
+def _joined(
+    name: str, first: Request, answer: Tensor, second: Request | None, more: Tensor
+) -> Request:
     """A whole conversation: a request, what was answered, and a request or mere words."""
     ids = second.inputs["input_ids"] if second else more
     tail = torch.cat((answer, ids), dim=1)
@@ -74,8 +85,7 @@ def _joined(first: Request, answer: Tensor, second: Request | None, more: Tensor
         inputs[key] = torch.cat((inputs[key], value)) if key in inputs else value
     inputs["input_ids"] = torch.cat((first.inputs["input_ids"], tail), dim=1)
     inputs["attention_mask"] = torch.cat((first.inputs["attention_mask"], mask), dim=1)
-    ids = inputs["input_ids"]
-    inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+    inputs |= ZOO[name].aligned(inputs["input_ids"])
     return Request(inputs, first.lengths, first.modalities, first.rows, first.pixels)
 
 
@@ -94,11 +104,13 @@ def test_second_turn_equals_masking(name: str, rows: Any, turn: str) -> None:
         kind = "video" if turn == "new video" else "image"
         second = ZOO[name].request(built, [[kind]], seed=9)
         second.inputs[MEDIA[kind == "video"].inputs[0]] += 0.5
+        if ZOO[name].one_placeholder and {*first.modalities} != {*second.modalities}:
+            pytest.skip("its class cannot be asked about images and videos at once: see test_glm4v")
     with VisPruner(keep=0.4)(built) as handle:
         before = generate(built, first.inputs)
         kept = dropped_columns(first, handle.report)
         answer = before.sequences[:, first.inputs["input_ids"].shape[1] :]
-        whole = _joined(first, answer, second, more)
+        whole = _joined(name, first, answer, second, more)
         given = {k: v for k, v in whole.inputs.items() if k not in MEDIA_NAMES}
         if turn == "all images again":
             given |= {k: v for k, v in whole.inputs.items() if k in MEDIA_NAMES}
@@ -121,7 +133,7 @@ def test_a_later_turn_on_a_cache_that_the_host_filled(name: str) -> None:
     second = ZOO[name].request(built, [["image"]], seed=9)
     before = generate(built, first.inputs)
     answer = before.sequences[:, first.inputs["input_ids"].shape[1] :]
-    whole = _joined(first, answer, second, answer)
+    whole = _joined(name, first, answer, second, answer)
     given = {k: v for k, v in whole.inputs.items() if k not in MEDIA_NAMES}
     given |= {k: v for k, v in second.inputs.items() if k in MEDIA_NAMES}
     with VisPruner(keep=0.4)(built) as handle:
@@ -154,14 +166,11 @@ def test_a_pruner_goes_on_and_the_host_alone_does_not(name: str, how: str) -> No
         answer = (
             first.sequences[:, req.inputs["input_ids"].shape[1] :] if how != "forward" else tail
         )
-        whole = _joined(req, answer, None, tail[:, :0])
+        whole = _joined(name, req, answer, None, tail[:, :0])
         dropped = dropped_columns(req, report)
         dropped = torch.nn.functional.pad(dropped, (0, answer.shape[1]))
-        mask = whole.inputs["attention_mask"] * ~dropped
-        positions = positions_of(built, whole.inputs)
-        changed = {"attention_mask": mask, "position_ids": positions}
-        expected = built(**(whole.inputs | changed)).logits[:, -1:]
-    assert (step - expected).abs().max() < TOLERANCE
+        expected = masked(built, whole.inputs, dropped, max_new_tokens=1).logits[0]
+    assert (step[:, -1] - expected).abs().max() < TOLERANCE
 
 
 @FAMILIES
@@ -218,10 +227,13 @@ def test_a_prompt_may_end_in_visual_tokens(name: str) -> None:
         plain = generate(built, req.inputs, use_cache=False)
     dropped = dropped_columns(req, handle.report)
     assert distance(pruned, plain) < TOLERANCE
+    if is_recurrent(built):
+        assert distance(pruned, masked(built, req.inputs, dropped)) < TOLERANCE
+        return
     # Its last column is dropped, so that the first new token is read off the one that stays; the
     # positions of the answer go on behind the full prompt's last column all the same.
     answer = pruned.sequences[:, end:]
-    whole = _joined(req, answer, None, answer[:, :0])
+    whole = _joined(name, req, answer, None, answer[:, :0])
     start = positions_of(built, req.inputs)
     steps = torch.arange(1, answer.shape[1] + 1) + start[..., -1:]
     mask = torch.nn.functional.pad(~dropped, (0, answer.shape[1]), value=True).long()
@@ -273,6 +285,9 @@ def test_chained_with_a_cut_cache_equals_masking(name: str) -> None:
                 mask[row, head, [columns[i] for i in rows[row].tolist()]] = True
         keep[layer.index] = mask
     dropped = dropped_columns(req, report)
+    if is_recurrent(built):
+        short = shorter(req.inputs, dropped)
+        keep = {index: short(mask.mT).mT for index, mask in keep.items()}
     with masking(built, keep):
         expected = masked(built, req.inputs, dropped)
     assert distance(pruned, expected) < TOLERANCE
@@ -294,8 +309,7 @@ class _FirstFrames(Pruner):
 def test_beams_go_well_where_nothing_of_a_frame_is_left(name: str) -> None:
     built = MODELS[name]
     req = ZOO[name].request(built, [["video", "image", "video"], ["video"]])
-    if not repeats_rows(built, req.inputs):
-        pytest.skip("this release mixes up the items of repeated rows, without a pruner")
+    skip_unrepeated(name, req)
     with _FirstFrames()(built) as handle:
         pruned = generate(built, req.inputs, **BEAMS)
     expected = masked(built, req.inputs, dropped_columns(req, handle.report), **BEAMS)
@@ -312,12 +326,20 @@ def test_a_plain_forward_equals_masking(name: str, side: str) -> None:
         pruned = built(**req.inputs, use_cache=False).logits
     dropped = dropped_columns(req, handle.report)
     mask = req.inputs["attention_mask"] * ~dropped
-    changed = {"attention_mask": mask, "position_ids": positions_of(built, req.inputs)}
+    three = positions_of(built, req.inputs)
     with torch.no_grad():
-        expected = built(**(req.inputs | changed)).logits
         full = built(**req.inputs).logits
-    for row in range(3):
-        stays = expected[row, mask[row] != 0]
+        if is_recurrent(built):
+            with exchanging(built, req.inputs, dropped, three[1:]) as text:
+                expected = [
+                    row[own != 0]
+                    for row, own in zip(built(**text).logits, text["attention_mask"], strict=True)
+                ]
+        else:
+            changed = {"attention_mask": mask, "position_ids": three}
+            whole = built(**(req.inputs | changed)).logits
+            expected = [row[own != 0] for row, own in zip(whole, mask, strict=True)]
+    for row, stays in enumerate(expected):
         real = int((mask[row] != 0).sum())
         own = pruned[row, -real:] if side == "left" else pruned[row, :real]
         assert (own - stays).abs().max() < TOLERANCE
@@ -329,12 +351,15 @@ def test_a_plain_forward_equals_masking(name: str, side: str) -> None:
 @FAMILIES
 def test_a_row_may_have_nothing_new_in_a_turn(name: str) -> None:
     built = MODELS[name]
+    if is_recurrent(built):
+        pytest.skip("padding between columns changes what a recurrence holds, without a pruner too")
     first = ZOO[name].request(built, [["image"], ["video"]])
-    second = ZOO[name].request(built, [["image"], []], text=[4, 0], seed=9)
+    kind: Any = "video" if ZOO[name].one_placeholder else "image"
+    second = ZOO[name].request(built, [[kind], []], text=[4, 0], seed=9)
     # What the second row says is padding.
     second.inputs["attention_mask"][1] = 0
     words = torch.randint(WORDS, VOCABULARY, (2, 3), generator=torch.Generator().manual_seed(2))
-    whole = _joined(first, words[:, :0], second, words)
+    whole = _joined(name, first, words[:, :0], second, words)
     ids = torch.cat((whole.inputs["input_ids"], words), dim=1)
     mask = torch.cat((whole.inputs["attention_mask"], torch.ones_like(words)), dim=1)
     dropped = []
@@ -349,7 +374,7 @@ def test_a_row_may_have_nothing_new_in_a_turn(name: str) -> None:
             logits = built(input_ids=words, attention_mask=mask, **{CACHE: cache}).logits
         gone = torch.cat((*dropped, torch.zeros_like(words, dtype=torch.bool)), dim=1)
         inputs = whole.inputs | {"input_ids": ids, "attention_mask": mask}
-        inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+        inputs |= ZOO[name].aligned(ids)
         changed = {"attention_mask": mask * ~gone, "position_ids": positions_of(built, inputs)}
         expected = built(**(inputs | changed)).logits[:, end:]
     assert (logits - expected).abs().max() < TOLERANCE
@@ -358,7 +383,8 @@ def test_a_row_may_have_nothing_new_in_a_turn(name: str) -> None:
 @FAMILIES
 def test_beams_of_stored_images(name: str) -> None:
     built = MODELS[name]
-    req = ZOO[name].request(built, [["video", "image", "video"], ["video"]])
+    kind: Any = "image" if ZOO[name].one_placeholder else "video"
+    req = ZOO[name].request(built, [[kind, "image", kind], [kind]])
     without = {k: v for k, v in req.inputs.items() if k not in MEDIA_NAMES}
     for pruner in (VisPruner(keep=0.4), VisPruner(keep=1, budget="clip")):
         with pruner(built) as handle:

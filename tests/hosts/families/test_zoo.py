@@ -71,8 +71,9 @@ def test_every_placeholder_gets_a_feature(family: str, attention: str) -> None:
     rows = rows_of(family, entry.modalities[-1])
     req = entry.request(model, rows)
     for modality in entry.modalities:
-        token = getattr(model.config, f"{modality}_token_id")
-        columns = int((req.inputs["input_ids"] == token).sum())
+        if modality not in req.modalities:
+            continue
+        columns = int((req.inputs["input_ids"] == entry.placeholder(modality)).sum())
         lengths = [
             n for n, kind in zip(req.lengths, req.modalities, strict=True) if kind == modality
         ]
@@ -173,6 +174,7 @@ _QWEN = (
     },
     {},
 )
+_GLM = ("glm4v.image_processing_pil_glm4v", "Glm4vImageProcessorPil", *_QWEN[2:])
 _GOT = (
     "got_ocr2.image_processing_pil_got_ocr2",
     "GotOcr2ImageProcessorPil",
@@ -222,6 +224,12 @@ PROCESSORS: dict[str, tuple[Any, ...]] = {
     "qwen3_vl": _QWEN,
     "qwen3_vl_moe": _QWEN,
     "cosmos3_omni": _QWEN,
+    "qwen3_5": _QWEN,
+    "qwen3_5_moe": _QWEN,
+    "glm4v": _GLM,
+    "glm4v_moe": _GLM,
+    "glm46v": ("glm46v.image_processing_pil_glm46v", "Glm46VImageProcessorPil", *_QWEN[2:]),
+    "glm_ocr": _GLM,
     "cohere_compass": (
         "cohere_compass.image_processing_pil_cohere_compass",
         "CohereCompassImageProcessorPil",

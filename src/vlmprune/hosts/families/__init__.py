@@ -17,6 +17,7 @@ from vlmprune.hosts import config, contract, parallel, parts, sizes
 from vlmprune.hosts.families import (
     aya_vision,
     gemma3,
+    glm4v,
     idefics3,
     internvl,
     llama4,
@@ -29,11 +30,13 @@ from vlmprune.hosts.families import (
     pixtral,
     qwen2_5_vl,
     qwen2_vl,
+    qwen3_5,
     qwen3_vl,
     video_llava,
 )
 from vlmprune.hosts.families.counted import counted
 from vlmprune.hosts.families.media import Medium
+from vlmprune.hosts.families.proved import Proved, table
 from vlmprune.hosts.families.record import Family
 from vlmprune.hosts.families.towers import TOWERS, Crops
 from vlmprune.hosts.requests import base_of
@@ -42,6 +45,7 @@ from vlmprune.views.settings import Positions
 __all__ = [
     "FAMILIES",
     "FILES",
+    "PROVED",
     "TOWERS",
     "Crops",
     "Family",
@@ -71,11 +75,15 @@ FILES = (
     qwen2_vl,
     qwen2_5_vl,
     qwen3_vl,
+    qwen3_5,
+    glm4v,
 )
 
 _records: dict[str, Family] = {
     kind: family for file in FILES for kind, family in file.FAMILIES.items()
 }
+# What the tests prove of each model with a record of the package's own.
+PROVED: Mapping[str, Proved] = MappingProxyType(table(_records))
 # By the type of model, or "type:tower" where a family has a record of its own for one of its
 # towers. Those that are registered come in.
 FAMILIES: Mapping[str, Family] = MappingProxyType(_records)

@@ -111,7 +111,9 @@ def planned(attachment: Attachment, asked: Asked) -> Plan:
     tail = known - start
     new_mask = mask[:, known:]
     answered = prefix.answered(ids, known)
-    each = [(ids == token) & ~answered for token in attachment.tokens]
+    each = _of_one_kind(
+        attachment, asked, [(ids == token) & ~answered for token in attachment.tokens]
+    )
     if bool((torch.stack(each).any(dim=0) & (new_mask == 0)).any()):
         raise VlmpruneError(
             "attention_mask hides image placeholders, whose features would then go to others; "
@@ -276,6 +278,34 @@ def _prefix(attachment: Attachment, asked: Asked, whole: bool) -> Prefix:
     zeros = torch.zeros(rows, dtype=torch.long, device=device)
     prompt = Prompt(_told(held, attachment.pad_id), real, as_three(positions.clamp(min=0), rope))
     return Prefix(held, prompt, following, (0,) * len(attachment.tokens), zeros)
+
+
+def _of_one_kind(attachment: Attachment, asked: Asked, each: list[Tensor]) -> list[Tensor]:
+    """For each modality its placeholders, of modalities that share one those of what is brought.
+
+    Args:
+        attachment: of the method to the model.
+        asked: the call.
+        each: for each modality [B, L] bool, the columns with its placeholder's id.
+
+    Raises:
+        VlmpruneError: the call brings several modalities that share one.
+    """
+    media, tokens, vision = attachment.family.media, attachment.tokens, asked.vision
+    if len(set(tokens)) == len(tokens):
+        return each
+    there = [
+        asked.call.brings(one.inputs[0]) if vision is None else vision.holds(one.kind)
+        for one in media
+    ]
+    kinds = [f"{one.kind}s" for one, brought in zip(media, there, strict=True) if brought]
+    if len(kinds) > 1:
+        raise VlmpruneError(
+            f"{type(attachment.model).__name__} has one placeholder for {' and '.join(kinds)}, so "
+            "that a call can bring either; ask about them in calls of their own, and in a later "
+            "turn pass the new ones alone."
+        )
+    return [columns & brought for columns, brought in zip(each, there, strict=True)]
 
 
 def _new_items(

@@ -101,6 +101,10 @@ class Vision:
     def __mul__(self, times: int) -> Vision:
         return replace(self, items=self.items * times)
 
+    def holds(self, kind: str) -> bool:
+        """Whether there is one of a kind ("image" or "video") among them."""
+        return any(item.kind == kind for item in self.items)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
