@@ -5,6 +5,7 @@ TORCH_INDEX ?=
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 VENV_VLLM ?= .venv-vllm
+VENV_PROCESSORS ?= .venv-processors
 # The lowest that pyproject.toml allows; a test holds that they agree.
 OLDEST_TORCH = 2.9.0
 OLDEST_TRANSFORMERS = 5.16.0
@@ -15,7 +16,7 @@ SETUP = pyproject.toml packages/vlmprune-embedded/pyproject.toml scripts/setup.s
 SCENE = packages/vlmprune-embedded/src/vlmprune_embedded/scenes/coffee.jpg
 QUESTION = what is in row three column one?
 KEEP = 96
-.PHONY: demo test test-oldest test-releases test-between test-newest move-bound test-wheels test-vllm lint bench train clean
+.PHONY: demo test test-oldest test-releases test-between test-newest move-bound test-wheels test-vllm test-processors lint bench train clean
 
 demo: $(VENV)/.demo
 	@$(VENV)/bin/vlmprune run $(SCENE) "$(QUESTION)" --keep $(KEEP) --save-overlay demo-output/kept.png
@@ -50,6 +51,10 @@ test-wheels:
 test-vllm: $(VENV_VLLM)/.vllm
 	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest tests/vllm
 
+# What the families' own processors make of pictures, with torchvision, which nothing else needs.
+test-processors: $(VENV_PROCESSORS)/.processors
+	OMP_NUM_THREADS=1 VLMPRUNE_TEST_TORCHVISION=1 $(VENV_PROCESSORS)/bin/python -m pytest -n auto tests/processors
+
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -65,7 +70,7 @@ train: $(VENV)/.train
 	@cd training/embedded && ../../$(VENV)/bin/python train.py --help
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(VENV_VLLM) .venv-releases demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(VENV_VLLM) $(VENV_PROCESSORS) .venv-releases demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.demo: $(SETUP)
 	@sh scripts/setup.sh $(VENV) ""
@@ -87,6 +92,10 @@ $(OLDEST)/.test: $(SETUP)
 	@# The interpreter of that torch's Triton, which tests alone use, fails on later NumPys.
 	@TORCH=$(OLDEST_TORCH) EXACT=1 sh scripts/setup.sh $(OLDEST) "[test]" \
 	  "transformers==$(OLDEST_TRANSFORMERS)" "numpy<2.4"
+	@touch $@
+
+$(VENV_PROCESSORS)/.processors: $(SETUP) scripts/setup-processors.sh
+	@sh scripts/setup-processors.sh $(VENV_PROCESSORS)
 	@touch $@
 
 $(VENV_VLLM)/.vllm: $(SETUP) scripts/setup-vllm.sh

@@ -290,6 +290,17 @@ def distance(left: list[Tensor], right: list[Tensor]) -> float:
     return worst / scale
 
 
+def borrowers(model: Any, lender: int) -> list[int]:
+    """The decoder layers that attend to a layer's keys and values, as the model's config says."""
+    text = model.config.get_text_config(decoder=True)
+    count = getattr(text, "num_kv_shared_layers", None) or 0
+    kinds = list(getattr(text, "layer_types", None) or [])
+    first = len(kinds) - count
+    if not count or lender >= first or kinds[lender] in kinds[lender + 1 : first]:
+        return []
+    return [layer for layer in range(first, len(kinds)) if kinds[layer] == kinds[lender]]
+
+
 def from_layers(keep: Mapping[int, Tensor], first_step: int) -> Seen:
     """The same masks in each step from one on."""
     return lambda step, layer: keep.get(layer) if step >= first_step else None

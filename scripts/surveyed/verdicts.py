@@ -208,7 +208,7 @@ def _answer(
                     own = of_rows[row].tolist()
                     own = others(own, len(columns)) if exchange else own
                     mask[row, head, [columns[i] for i in own]] = True
-            heads[layer.index] = mask
+            heads |= dict.fromkeys((layer.index, *references.borrowers(model, layer.index)), mask)
         return references.masked(model, asked, references.from_layers(heads, 1))
     if isinstance(pruner, Recall):
         steps = [

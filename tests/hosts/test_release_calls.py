@@ -19,6 +19,7 @@ from vlmprune.hosts import release
 from vlmprune.hosts.decoder import decoder_layers, recomputes
 from vlmprune.runtime.cache.ragged_layer import RaggedLayer
 from zoo import ZOO
+from zoo.mended import forwards
 
 pytestmark = pytest.mark.oracle
 
@@ -215,12 +216,16 @@ def test_encoder_outputs_of_videos_too(name: str) -> None:
     entry = ZOO[name]
     built = entry.build()
     req = entry.request(built, [["video", "image"]])
+    if not forwards(req.inputs):
+        pytest.skip("the host's own forward fails with videos")
     with torch.no_grad():
         plain = built(**req.inputs)
         with VisPruner(keep=0.5)(built):
             pruned = built(**req.inputs)
     for field in (f"{kind}_outputs" for kind in set(req.modalities)):
-        assert (field in plain) == (field in pruned) == (Version("5.24") <= HERE)
+        # Gemma 4 hands out what it made of images alone.
+        handed = field == "image_outputs" or not name.startswith("gemma4")
+        assert (field in plain) == (field in pruned) == (handed and Version("5.24") <= HERE)
         if field in plain:
             mine, theirs = pruned[field], plain[field]
             assert list(mine) == list(theirs)

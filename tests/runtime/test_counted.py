@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
     Gemma3nTextConfig,
+    Gemma4TextConfig,
     Glm4vConfig,
     Glm4vForConditionalGeneration,
     GptOssConfig,
@@ -289,6 +290,25 @@ REFUSED: dict[str, tuple[Callable[[], Any], Any, str]] = {
         ),
         Recall(),
         "some sharing keys and values",
+    ),
+    "tokens left out where keys are borrowed": (
+        lambda: Gemma4TextConfig(
+            **TEXT,
+            head_dim=8,
+            global_head_dim=8,
+            num_kv_shared_layers=1,
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+            hidden_size_per_layer_input=0,
+        ),
+        FastV(keep=0.4, layer=1),
+        "decoder layer 2 of .* attends to an earlier layer's keys and values",
+    ),
+    "inputs of each token": (
+        lambda: Gemma4TextConfig(
+            **TEXT, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY
+        ),
+        FastV(keep=0.4, layer=1),
+        "takes per_layer_input of each token",
     ),
 }
 

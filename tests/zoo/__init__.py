@@ -21,7 +21,7 @@ from packaging.specifiers import SpecifierSet
 from vlmprune.hosts.families import FAMILIES
 from zoo.base import Entry, Modality, Request
 
-__all__ = ["EVERY", "FILES", "WINDOWED", "ZOO", "Entry", "Modality", "Request"]
+__all__ = ["EVERY", "FILES", "UNATTENDED", "WINDOWED", "ZOO", "Entry", "Modality", "Request"]
 
 # By the file's name. A file of the zoo is a record's where it has a table of models.
 FILES = {
@@ -52,7 +52,10 @@ def _served(entry: Entry) -> bool:
     return not faulty or cls is not getattr(transformers, cls.__name__)
 
 
-ZOO: dict[str, Entry] = {name: entry for name, entry in EVERY.items() if _served(entry)}
+_SERVED = {name: entry for name, entry in EVERY.items() if _served(entry)}
+ZOO: dict[str, Entry] = {name: entry for name, entry in _SERVED.items() if entry.attends}
+# Those to whose images nothing attends before the language model.
+UNATTENDED: dict[str, Entry] = {n: entry for n, entry in _SERVED.items() if not entry.attends}
 # The families whose decoders look back no further than a window, with one shorter than requests. A
 # window counts columns. Pruning takes columns away, so it reaches further back than in a full
 # request whose dropped columns are masked: there, pruning does not equal masking.

@@ -102,6 +102,7 @@ class Entry:
         decoder_attention: the decoder's only attention implementation, where it has but one.
         one_placeholder: whether a video's frames have the placeholder of images, so that a request
             holds images or videos. Where one is asked for both, they are all videos.
+        attends: whether something attends in its vision tower.
     """
 
     name: str
@@ -112,11 +113,12 @@ class Entry:
     images_first: bool = False
     decoder_attention: str | None = None
     one_placeholder: bool = False
+    attends: bool = True
 
     def build(self, attention: str = "sdpa", seed: int = 0) -> Any:
         """A model with scaled-up random weights."""
         torch.manual_seed(seed)
-        model = unusual_scales(loud(self.make()))
+        model = unusual_scales(loud(self.make()), self.attends)
         decoder = self.decoder_attention or attention
         model.set_attn_implementation(
             {"": attention, "vision_config": attention, "text_config": decoder}
@@ -188,10 +190,14 @@ def loud(model: Any) -> Any:
 UNUSUAL = (0.6, 1.7)
 
 
-def unusual_scales(model: Any) -> Any:
+def unusual_scales(model: Any, attends: bool = True) -> Any:
     """Give attention scales that are not head_dim^-0.5, so that a misread one shows.
 
     Models that hand none to the attention function (Llama 4's tower) keep theirs.
+
+    Args:
+        model: it.
+        attends: whether something attends in its vision tower.
     """
     decoder = model.get_decoder()
     inside, changed = set(decoder.modules()), {True: 0, False: 0}
@@ -202,7 +208,8 @@ def unusual_scales(model: Any) -> Any:
             if isinstance(usual, float):
                 setattr(module, name, usual * UNUSUAL[number % len(UNUSUAL)])
                 changed[module in inside] += 1
-    assert all(changed.values()), f"no scale was found in {type(model).__name__}"
+    needed = (True, False) if attends else (True,)
+    assert all(changed[place] for place in needed), f"no scale was found in {type(model).__name__}"
     return model
 
 

@@ -7,9 +7,12 @@ the classes themselves fail there, and that attaching to them is refused.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
+from packaging.specifiers import SpecifierSet
 
 
 def runs(model: Any, **inputs: Any) -> bool:
@@ -22,6 +25,15 @@ def runs(model: Any, **inputs: Any) -> bool:
     except (AttributeError, RuntimeError, ValueError):
         return False
     return True
+
+
+def forwards(inputs: Mapping[str, Any]) -> bool:
+    """Whether a plain forward of the host takes a request that its `generate` takes.
+
+    Gemma 4's forward loses how many frames videos have in some releases, whose `generate` does not.
+    """
+    loses = SpecifierSet(">=5.19,<5.23").contains(transformers.__version__)
+    return not loses or "num_frames_per_video" not in inputs
 
 
 def with_image_outputs(cls: type) -> type:

@@ -24,6 +24,7 @@ _MISSING = object()
 # is off, KV heads are as many as heads, and a head is as wide as its share of the hidden size.
 _HEADS = ("num_key_value_heads", "head_dim")
 _KINDS = ("num_key_value_heads", "layer_types", "sliding_window")
+_SHARING = (*_KINDS, "head_dim", "num_kv_shared_layers")
 _TEXTS: Mapping[str, Collection[str]] = {
     "llama": _HEADS,
     "gemma": _HEADS,
@@ -43,6 +44,9 @@ _TEXTS: Mapping[str, Collection[str]] = {
     "cohere2": (*_KINDS, "head_dim"),
     "cohere_compass_text": (*_KINDS, "head_dim"),
     "gemma2": (*_KINDS, "head_dim", "attn_logit_softcapping"),
+    "gemma3n_text": _SHARING,
+    "gemma4_text": _SHARING,
+    "gemma4_unified_text": _SHARING,
     "gemma3_text": (*_KINDS, "head_dim", "attn_logit_softcapping"),
     "llama4_text": (
         *_HEADS,
@@ -109,7 +113,13 @@ def check_text(config: Any) -> None:
     """
     text = of_text(config)
     for name in _TEXTS.get(model_type(text), ()):
-        field_of(text, name, _TEXTS)
+        if not differs(text, name):
+            field_of(text, name, _TEXTS)
+
+
+def differs(config: Any, name: str) -> bool:
+    """Whether layers have values of their own, so that the config itself refuses to tell one."""
+    return each_layer(config) is not None and name in required(config, "per_layer_attributes")
 
 
 def _missing(config: Any, name: str) -> VlmpruneError:
@@ -142,7 +152,8 @@ def _is_stock(config: Any) -> bool:
     return any(cls.__module__.startswith("transformers.") for cls in type(config).__mro__)
 
 
-def _text_field(text: Any, name: str) -> Any:
+def text_field(text: Any, name: str) -> Any:
+    """A field that language models of some types have; None where it is not said."""
     return field_of(text, name, _TEXTS)
 
 
@@ -277,21 +288,21 @@ def layer_kinds(config: Any) -> list[str]:
         VlmpruneError: a field is not there which the type of language model is known to have.
     """
     text = of_text(config)
-    kinds = _text_field(text, "layer_types")
+    kinds = text_field(text, "layer_types")
     if kinds is not None:
         return list(kinds)
     for name, kind in (
         ("sliding_window", "sliding_attention"),
         ("attention_chunk_size", "chunked_attention"),
     ):
-        if _text_field(text, name) is not None:
+        if text_field(text, name) is not None:
             return [kind] * required(text, "num_hidden_layers")
     return ["full_attention"] * required(text, "num_hidden_layers")
 
 
 def listed_kinds(config: Any) -> frozenset[str]:
     """The kinds of layers that a config lists; empty where it lists none."""
-    return frozenset(_text_field(of_text(config), "layer_types") or ())
+    return frozenset(text_field(of_text(config), "layer_types") or ())
 
 
 def own_caches(config: Any) -> list[bool] | None:
@@ -303,7 +314,7 @@ def own_caches(config: Any) -> list[bool] | None:
     modes = getattr(text, "kv_sharing_modes", None)
     if modes is not None:
         return [mode != "reuse" for mode in modes]
-    shared = getattr(text, "num_kv_shared_layers", None)
+    shared = text_field(text, "num_kv_shared_layers")
     if not shared:
         return None
     depth = required(text, "num_hidden_layers")
@@ -327,7 +338,7 @@ def sharing_layers(config: Any) -> tuple[frozenset[int], frozenset[int]]:
     Gemma 3n and Gemma 4 let their last layers share what the last one before them has of each kind.
     """
     text = of_text(config)
-    count = getattr(text, "num_kv_shared_layers", None) or 0
+    count = text_field(text, "num_kv_shared_layers") or 0
     kinds = layer_kinds(config)
     first = len(kinds) - count
     lend = {kind: index for index, kind in enumerate(kinds[:first])}
@@ -355,13 +366,13 @@ def deepstack_layers(config: Any) -> int:
 
 def is_capped(config: Any) -> bool:
     """Whether the language model caps its attention scores (`attn_logit_softcapping`)."""
-    return _text_field(of_text(config), "attn_logit_softcapping") is not None
+    return text_field(of_text(config), "attn_logit_softcapping") is not None
 
 
 def tempered_from(config: Any) -> int | None:
     """The token from which on queries are scaled by their number; None where they are not."""
     text = of_text(config)
-    if not _text_field(text, "attn_temperature_tuning"):
+    if not text_field(text, "attn_temperature_tuning"):
         return None
     return int(required(text, "floor_scale"))
 
@@ -384,17 +395,3 @@ def longest_prompt(config: Any) -> int | None:
 def has_encoder(config: Any) -> bool:
     """Whether the language model has an encoder of its own."""
     return bool(getattr(config, "is_encoder_decoder", False))
-
-
-def kv_heads(config: Any) -> int:
-    """Heads of keys and values of a language model; as many as heads where it does not say."""
-    text = of_text(config)
-    return int(_text_field(text, "num_key_value_heads") or required(text, "num_attention_heads"))
-
-
-def head_dim(config: Any) -> int:
-    """Values of a head of a language model; its share of the hidden size where it does not say."""
-    text = of_text(config)
-    own = _text_field(text, "head_dim")
-    share = required(text, "hidden_size") // required(text, "num_attention_heads")
-    return int(own or share)

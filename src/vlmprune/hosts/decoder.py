@@ -30,8 +30,9 @@ _CACHING = "use_cache"
 # What the language model is called with: the embedded prompt.
 _EMBEDDED = "inputs_embeds"
 _AS_FIELDS = "return_dict"
-# What some layers take of each token beside its state, which nobody gathers.
-_OF_TOKENS = frozenset({"per_layer_input", "attention_scaling"})
+# What some layers take of each token beside its state, which nobody gathers; by the field of the
+# config that is 0 where a model has none of it, or "" where all have.
+_OF_TOKENS = {"per_layer_input": "hidden_size_per_layer_input", "attention_scaling": ""}
 # Those that have an entry a column, and that are gathered.
 _FOLLOWED = frozenset({_MASK, _ANGLES, _POSITIONS})
 
@@ -92,16 +93,27 @@ def rotary_modules(model: Any) -> list[nn.Module]:
     return [child for child in own if "rotary" in type(child).__name__.lower()]
 
 
-def full_attention_layers(model: Any) -> list[int]:
-    """The decoder layers with full attention, whose cache may be cut.
+def full_attention_layers(model: Any, lending: bool = True) -> list[int]:
+    """The decoder layers with full attention and a cache of their own, which may be cut.
 
-    A sliding window drops old columns by itself, linear attention has none, and layers that share
-    keys and values are left whole.
+    A sliding window drops old columns by itself, and linear attention has none.
+
+    Args:
+        model: the host.
+        lending: whether those count, too, whose keys and values later layers attend to.
     """
-    # One that others attend to as well has to stay whole, and those have no cache of their own.
     borrow, lend = config.sharing_layers(model.config)
+    left = borrow if lending else borrow | lend
     kinds = enumerate(config.layer_kinds(model.config))
-    return [i for i, kind in kinds if kind == FULL and i not in borrow | lend]
+    return [i for i, kind in kinds if kind == FULL and i not in left]
+
+
+def borrowing_layers(model: Any) -> dict[int, int]:
+    """By decoder layer with full attention that has no cache, the one whose keys it attends to."""
+    borrow, lend = config.sharing_layers(model.config)
+    kinds = config.layer_kinds(model.config)
+    own = [i for i in lend if kinds[i] == FULL]
+    return {i: own[0] for i in sorted(borrow) if own and kinds[i] == FULL}
 
 
 def turns_in_three(model: Any) -> bool:
@@ -157,7 +169,7 @@ def check_layers(model: Any) -> None:
     for cls in dict.fromkeys(type(layer) for layer in decoder_layers(model)):
         release.cache_name(cls)
         takes = _parameters(cls)
-        own = [name for name in takes if name in _OF_TOKENS]
+        own = [name for name in takes if name in _OF_TOKENS and _comes(model, name)]
         if own:
             raise VlmpruneError(
                 f"{cls.__name__} of transformers {release.version()} takes {own[0]} of each token, "
@@ -170,6 +182,13 @@ def check_layers(model: Any) -> None:
                 f"{' and no '.join(missing) or 'states'}, so it cannot be given those of the "
                 "tokens that go on; prune before the language model."
             )
+
+
+def _comes(model: Any, name: str) -> bool:
+    """Whether layers are given an argument of `_OF_TOKENS`; a call that brings it all the same is
+    refused."""
+    field = _OF_TOKENS[name]
+    return not field or config.stated(config.of_text(model.config), field) != 0
 
 
 # Not frozen: one is made of each call of a layer that is followed. Nobody changes one.

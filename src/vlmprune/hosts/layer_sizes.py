@@ -15,6 +15,7 @@ from typing import Any
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import config as configs
+from vlmprune.hosts import sizes
 
 UNKNOWN = math.nan
 """A figure that a config does not tell. It goes through sums and products and is printed in words;
@@ -234,9 +235,9 @@ def _attention(text: Any, kind: str, own: bool) -> tuple[float, float, float]:
     latent = _number(text, "kv_lora_rank")
     if latent is not None:
         return _latent_attention(text, width, heads, latent)
-    head = configs.head_dim(text)
+    head = sizes.head_dim(text)
     value = _number(text, "v_head_dim") or head
-    groups = configs.kv_heads(text)
+    groups = sizes.kv_heads(text)
     shared = bool(getattr(text, "attention_k_eq_v", False)) and kind in _FULL
     keys = width * groups * head
     values = 0 if shared else width * groups * value

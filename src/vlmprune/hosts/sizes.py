@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmprune.hosts.config import (
+    each_layer,
     field_of,
-    head_dim,
-    kv_heads,
     model_type,
     of_text,
     of_tower,
     required,
+    text_field,
 )
 
 # Fields that not every tower has, of the types that have them in all tested releases.
@@ -45,9 +45,10 @@ _WITHOUT_CLS = (
     "cohere_compass",
     "glm4v",
     "glm_ocr",
+    "gemma4",
 )
 # Towers whose feed-forward has a gate, and so three matrices.
-_GATED = ("pixtral", "qwen2_5_vl", "glm4v", "glm_ocr")
+_GATED = ("pixtral", "qwen2_5_vl", "glm4v", "glm_ocr", "gemma4")
 # Of those, towers in which it is as wide as the language model, whatever the config says of it.
 _WIDE = ("glm4v",)
 
@@ -107,6 +108,40 @@ def decoder_inner(config: Any) -> int:
 def query_heads(config: Any) -> int:
     """Query heads of a language model."""
     return int(required(of_text(config), "num_attention_heads"))
+
+
+def kv_heads(config: Any) -> int:
+    """Heads of keys and values of a language model, the most of any layer where they differ."""
+    return max(_kv_heads(one) for one in _layers(config))
+
+
+def head_dim(config: Any) -> int:
+    """Values of a head of a language model, the most of any layer where they differ."""
+    return max(_head_dim(one) for one in _layers(config))
+
+
+def kv_sizes(config: Any, layers: Collection[int]) -> set[tuple[int, int]]:
+    """(KV heads, values of a head) of some decoder layers, each pair once."""
+    each = _layers(config)
+    some = [each[number if len(each) > 1 else 0] for number in layers]
+    return {(_kv_heads(one), _head_dim(one)) for one in some}
+
+
+def _layers(config: Any) -> Sequence[Any]:
+    """The config of each decoder layer where they differ; else that of all."""
+    return each_layer(config) or [of_text(config)]
+
+
+def _kv_heads(layer: Any) -> int:
+    """As many as heads where a layer's config does not say."""
+    own = text_field(layer, "num_key_value_heads")
+    return int(own or required(layer, "num_attention_heads"))
+
+
+def _head_dim(layer: Any) -> int:
+    """A head's share of the hidden size where a layer's config does not say."""
+    share = required(layer, "hidden_size") // required(layer, "num_attention_heads")
+    return int(text_field(layer, "head_dim") or share)
 
 
 def _field(tower: Any, name: str) -> Any:

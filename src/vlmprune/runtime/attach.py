@@ -26,7 +26,7 @@ from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.cache.bound_cache import kind_of
 from vlmprune.runtime.cache.gapped_layer import GappedLayer
 from vlmprune.runtime.decoder import checks
-from vlmprune.runtime.encoder import acting
+from vlmprune.runtime.encoder import acting, reads
 from vlmprune.runtime.family import family_of
 
 
@@ -41,11 +41,12 @@ def attachment_of(method: Method, model: nn.Module) -> Attachment:
     model = families.unwrapped(model)
     family = family_of(model, method)
     release.check_class(model, family.fails)
+    reads.check(model, family, method)
     if contract.checks():
         _check_contract(model, family, method)
     acting.check(model, family, method)
     positions = families.resolve_positions(model, family, method.positions)
-    cuttable = decoder.full_attention_layers(model) if method.cuts else []
+    cuttable = decoder.full_attention_layers(model, _lends(method)) if method.cuts else []
     if method.cuts:
         _check_decoder(model, method, cuttable)
     asks, skips = checks.missing(model, family, method)
@@ -87,11 +88,21 @@ def _check_contract(model: Any, family: Family, method: Method) -> None:
         caches.check_layers(caches.GrowingLayer, GappedLayer)
     if method.cuts:
         caches.check_layers(caches.GrowingLayer, kind_of(method))
-        for index in decoder.full_attention_layers(model):
+        own = decoder.full_attention_layers(model, _lends(method))
+        for index in (*own, *decoder.borrowing_layers(model)):
             layer = decoder.decoder_layers(model)[index]
             attention.check_tappable(layer, "prune before the language model")
     if method.drops or method.routes or method.cuts:
         caches.check_made(model)
+
+
+def _lends(method: Method) -> bool:
+    """Whether a layer that a method acts on may be one that later layers attend to.
+
+    What is cut after prefill is gone for all of them alike; what one reads at a step, or attends to
+    while a prompt is read, was chosen by its own queries.
+    """
+    return not method.recalls and method.probes is None
 
 
 def _check_decoder(model: Any, method: Method, cuttable: Sequence[int]) -> None:

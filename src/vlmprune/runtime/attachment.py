@@ -87,10 +87,17 @@ class Attachment:
 
     @cached_property
     def attentions(self) -> Mapping[int, nn.Module]:
-        """The attention modules of the decoder layers with full attention, by layer."""
+        """The attention modules of the decoder layers with a full cache of their own, by layer."""
         layers = decoder.decoder_layers(self.model)
         full = decoder.full_attention_layers(self.model)
         return {index: attention.attention_of(layers[index]) for index in full}
+
+    @cached_property
+    def borrowing(self) -> Mapping[nn.Module, int]:
+        """Those of layers that attend to an earlier one's keys and values, with that one."""
+        layers = decoder.decoder_layers(self.model)
+        some = decoder.borrowing_layers(self.model).items()
+        return {attention.attention_of(layers[index]): lender for index, lender in some}
 
     @property
     def architecture(self) -> str:

@@ -21,42 +21,61 @@ from vlmprune import PLPHP, DivPrune, FastV, Recall, VisPruner, VlmpruneError
 from vlmprune.hosts.families import FAMILIES, PROVED
 from vlmprune.hosts.families.proved import ATTENTION, STAGES, STEPS, Stage
 from vlmprune.runtime.family import family_of
-from zoo import EVERY, ZOO
+from zoo import EVERY, UNATTENDED
+from zoo.mended import forwards
 from zoo_oracle import KNOWN, columns_of, dropped_columns, masked, others
 
 pytestmark = pytest.mark.oracle
 
+ALL = {**KNOWN, **UNATTENDED}
+
+
+def choosing(name: str, **settings: Any) -> Any:
+    """A method that chooses before the language model, by attention where something attends."""
+    return (DivPrune if name in UNATTENDED else VisPruner)(**settings)
+
 
 def batches(name: str) -> dict[str, list[list[Any]]]:
     """One image, several, a padded batch with a row without any; the same with videos."""
-    without = ["image"] if KNOWN[name].images_first else []
+    without = ["image"] if ALL[name].images_first else []
     return {
         batch: [[*row] or without for row in rows] for batch, rows in PROVED[name].batches.items()
     }
 
 
+def borrowers(built: Any, lender: int) -> list[int]:
+    """The decoder layers that attend to a layer's keys and values, as the host's config says."""
+    text = built.config.get_text_config()
+    kinds, count = text.layer_types or [], getattr(text, "num_kv_shared_layers", None) or 0
+    first = len(kinds) - count
+    if not count or lender >= first or kinds[lender] in kinds[lender + 1 : first]:
+        return []
+    return [layer for layer in range(first, len(kinds)) if kinds[layer] == kinds[lender]]
+
+
 def test_every_record_is_proved() -> None:
     proved = set()
-    for entry in KNOWN.values():
+    for entry in ALL.values():
         proved.add(next(k for k, f in FAMILIES.items() if f is family_of(entry.make())))
-    refused = {type(entry.make()).__name__ for name, entry in EVERY.items() if name not in ZOO}
+    refused = {type(entry.make()).__name__ for name, entry in EVERY.items() if name not in ALL}
     there = {name for name, family in FAMILIES.items() if hasattr(transformers, family.cls)}
     assert proved == {name for name in there if FAMILIES[name].cls not in refused}
 
 
 def test_what_is_shown_as_proved_is_what_the_tests_have() -> None:
-    assert KNOWN.keys() <= PROVED.keys()
-    for name in PROVED.keys() - KNOWN.keys():
+    assert ALL.keys() <= PROVED.keys()
+    for name in PROVED.keys() - ALL.keys():
         # A fault of the installed release keeps it out, or the release has no such class.
         assert name in EVERY or not hasattr(transformers, FAMILIES[PROVED[name].record].cls)
-    for name, entry in KNOWN.items():
+    for name, entry in ALL.items():
         assert PROVED[name].media == entry.modalities
+        assert entry.attends == ("attention" in PROVED[name].stages)
         assert PROVED[name].together != entry.one_placeholder
 
 
 CASES = [
     (name, attention, batch)
-    for name in KNOWN
+    for name in ALL
     for attention, batch in product(ATTENTION, batches(name))
 ]
 
@@ -75,16 +94,16 @@ def cases(stage: Stage) -> list[tuple[str, str, str]]:
     return [case for case in CASES if stage in PROVED[case[0]].stages]
 
 
-@pytest.mark.parametrize(("name", "attention", "batch"), cases("attention"))
+@pytest.mark.parametrize(("name", "attention", "batch"), CASES)
 def test_generate_equals_masking(name: str, attention: str, batch: str) -> None:
-    entry = KNOWN[name]
+    entry = ALL[name]
     built = entry.build(attention)
     req = entry.request(built, batches(name)[batch])
     policies = ["original"]
     if FAMILIES[built.config.model_type].rope is None:
         policies.append("compact")
     for policy in policies:
-        with VisPruner(keep=0.4, positions=policy)(built) as handle:  # type: ignore[arg-type]
+        with choosing(name, keep=0.4, positions=policy)(built) as handle:  # type: ignore[arg-type]
             pruned = generate(built, req.inputs)
         report = handle.report
         assert report is not None
@@ -99,24 +118,25 @@ def test_generate_equals_masking(name: str, attention: str, batch: str) -> None:
 
 @pytest.mark.parametrize(("name", "attention", "batch"), CASES)
 def test_keeping_everything_changes_no_bit(name: str, attention: str, batch: str) -> None:
-    entry = KNOWN[name]
+    entry = ALL[name]
     built = entry.build(attention)
     req = entry.request(built, batches(name)[batch])
     plain = generate(built, req.inputs)
-    with torch.no_grad():
-        logits = built(**req.inputs).logits
-    with VisPruner(keep=1.0)(built), torch.no_grad():
+    with choosing(name, keep=1.0)(built):
         same = generate(built, req.inputs)
-        again = built(**req.inputs).logits
     assert all(torch.equal(a, b) for a, b in zip(plain.logits, same.logits, strict=True))
-    assert torch.equal(logits, again)
-    with VisPruner(keep=0.5)(built):
+    if forwards(req.inputs):
+        with torch.no_grad():
+            logits = built(**req.inputs).logits
+            with choosing(name, keep=1.0)(built):
+                assert torch.equal(logits, built(**req.inputs).logits)
+    with choosing(name, keep=0.5)(built):
         assert distance(plain, generate(built, req.inputs)) > 0
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", ALL)
 def test_what_is_not_proved_is_refused(name: str) -> None:
-    built = KNOWN[name].build()
+    built = ALL[name].build()
     for stage, method in METHODS.items():
         assert type(method).__name__ == STAGES[stage][1]
         if stage in PROVED[name].stages:
@@ -126,9 +146,9 @@ def test_what_is_not_proved_is_refused(name: str) -> None:
                 method.attach(built)
 
 
-@pytest.mark.parametrize("name", [n for n in KNOWN if "features" in PROVED[n].stages])
+@pytest.mark.parametrize("name", [n for n in ALL if "features" in PROVED[n].stages])
 def test_a_choice_by_features_equals_masking(name: str) -> None:
-    entry = KNOWN[name]
+    entry = ALL[name]
     built = entry.build()
     req = entry.request(built, batches(name)["padded batch"])
     with METHODS["features"](built) as handle:
@@ -144,7 +164,7 @@ def test_a_choice_by_features_equals_masking(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "attention", "batch"), cases("cut"))
 def test_a_cut_cache_equals_masking(name: str, attention: str, batch: str) -> None:
-    entry = KNOWN[name]
+    entry = ALL[name]
     built = entry.build(attention)
     req = entry.request(built, batches(name)[batch])
     with PLPHP(alpha=0.8, beta=0.6, per_head="adaptive")(built) as handle:
@@ -164,6 +184,7 @@ def test_a_cut_cache_equals_masking(name: str, attention: str, batch: str) -> No
                 mask[row, head, columns] = False
                 mask[row, head, [columns[i] for i in rows[row].tolist()]] = True
         keep[layer.index] = mask
+        keep |= dict.fromkeys(borrowers(built, layer.index), mask)
     with masking(built, keep):
         expected = generate(built, req.inputs)
     assert torch.equal(pruned.logits[0], expected.logits[0])
@@ -175,7 +196,7 @@ def test_a_cut_cache_equals_masking(name: str, attention: str, batch: str) -> No
 def test_a_cache_read_in_part_equals_masking_step_by_step(
     name: str, attention: str, batch: str
 ) -> None:
-    entry = KNOWN[name]
+    entry = ALL[name]
     built = entry.build(attention)
     req = entry.request(built, batches(name)[batch])
     with Recall(read=0.2, floor=0, rest="none", watch="tokens")(built) as handle:
@@ -200,19 +221,19 @@ def test_three_positions_cannot_be_renumbered(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", list(KNOWN))
+@pytest.mark.parametrize("name", list(ALL))
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
     """As near to masking as the type's rounding allows; exact where everything is kept."""
-    entry = KNOWN[name]
+    entry = ALL[name]
     built = entry.build(entry.decoder_attention or "sdpa").to(dtype)
     req = entry.request(built, batches(name)["padded batch"])
     floats = {k: v.to(dtype) for k, v in req.inputs.items() if v.is_floating_point()}
     req.inputs |= floats
     plain = generate(built, req.inputs, max_new_tokens=2)
-    with VisPruner(keep=1.0)(built):
+    with choosing(name, keep=1.0)(built):
         same = generate(built, req.inputs, max_new_tokens=2)
     assert all(torch.equal(a, b) for a, b in zip(plain.logits, same.logits, strict=True))
-    with VisPruner(keep=0.4, positions="original")(built) as handle:
+    with choosing(name, keep=0.4, positions="original")(built) as handle:
         # Rounding may turn a near-tie between two tokens; the first step is free of that.
         pruned = generate(built, req.inputs, max_new_tokens=1).logits[0].float()
     report = handle.report

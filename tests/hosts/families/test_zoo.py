@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from vlmprune.runtime.family import family_of
-from zoo import WINDOWED, ZOO, Modality, Request, crops, pixtral, qwen, tiles
+from zoo import WINDOWED, ZOO, Modality, Request, crops, pixtral, placed, qwen, tiles
 
 STEPS = 3
 
@@ -124,7 +124,9 @@ def test_decoders_share_keys_among_heads(family: str) -> None:
     if getattr(config, "kv_lora_rank", None):
         # All heads share one latent.
         return
-    assert config.num_key_value_heads < config.num_attention_heads
+    # Where each layer has a number of its own, the config as a whole tells none.
+    each = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+    assert all(one.num_key_value_heads < one.num_attention_heads for one in each)
 
 
 @pytest.mark.parametrize("family", ZOO)
@@ -201,6 +203,19 @@ def _pixtral(step: int) -> tuple[Any, ...]:
     )
 
 
+_PLACED = (
+    "gemma4.image_processing_pil_gemma4",
+    "Gemma4ImageProcessorPil",
+    [(rows * placed.PATCH, columns * placed.PATCH) for rows, columns in placed.IMAGES],
+    {
+        "patch_size": placed.PATCH,
+        "pooling_kernel_size": placed.SIDE,
+        "max_soft_tokens": placed.FEWEST,
+        # To as many patches as fit, which are many.
+        "do_resize": False,
+    },
+    {},
+)
 PROCESSORS: dict[str, tuple[Any, ...]] = {
     "llava_next": (
         "llava_next.image_processing_pil_llava_next",
@@ -237,6 +252,8 @@ PROCESSORS: dict[str, tuple[Any, ...]] = {
     ),
     "internvl": _GOT,
     "aya_vision": _GOT,
+    "gemma4": _PLACED,
+    "gemma4_small": _PLACED,
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
 }
@@ -251,7 +268,8 @@ def test_processors_make_the_same_inputs(family: str) -> None:
         per_row = made["pixel_attention_mask"].amax(dim=(2, 3)).sum(dim=1)
         assert torch.equal(per_row, expected.pop("tiles"))
         made["pixel_values"] = made["pixel_values"][2]  # the row with the most tiles
-    expected.pop("num_patches", None)  # which goes no further than the processor
+    for name in ("num_patches", "num_soft_tokens_per_image"):
+        expected.pop(name, None)  # which go no further than the processor
     for name, value in expected.items():
         value = torch.as_tensor(value)
         assert made[name].shape == value.shape

@@ -81,7 +81,8 @@ def test_a_packed_sample_is_pruned_as_alone(family: str, policy: Any, attention:
 
 
 @pytest.mark.parametrize(
-    ("family", "attention"), [("gemma3", "sdpa"), ("paligemma", "sdpa"), ("paligemma2", "eager")]
+    ("family", "attention"),
+    [("gemma3", "sdpa"), ("gemma4", "sdpa"), ("paligemma", "sdpa"), ("paligemma2", "eager")],
 )
 @torch.no_grad()
 def test_samples_that_the_host_itself_mixes_are_refused(family: str, attention: str) -> None:

@@ -2,8 +2,8 @@
 
 A file a family, of at most 150 lines, and with it those that differ from it by a line; what several
 share stands in files without records (`media`, `towers`, `features`, `frames`, `tiles`, `squares`,
-`qwen`), what is found out of classes without a record in `generic` and `counted`. May import the
-rest of `hosts`, `views` and `errors`; Transformers not at all.
+`placed`, `placed_frames`, `qwen`), what is found out of classes without a record in `generic` and
+`counted`. May import the rest of `hosts`, `views` and `errors`; Transformers not at all.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from vlmprune.hosts import config, contract, parallel, parts, sizes
 from vlmprune.hosts.families import (
     aya_vision,
     gemma3,
+    gemma3n,
+    gemma4,
+    gemma4_unified,
     glm4v,
     idefics3,
     internvl,
@@ -67,6 +70,9 @@ FILES = (
     pixtral,
     mistral3,
     gemma3,
+    gemma3n,
+    gemma4,
+    gemma4_unified,
     paligemma,
     internvl,
     idefics3,

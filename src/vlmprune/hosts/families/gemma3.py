@@ -9,7 +9,7 @@ from torch import Tensor
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts.families.media import Inputs, blocks
 from vlmprune.hosts.families.record import Family
-from vlmprune.hosts.families.squares import WINDOWS, Squares
+from vlmprune.hosts.families.squares import BY_POSITION, WINDOWS, Squares
 from vlmprune.hosts.parts import Parts
 from vlmprune.views import layout
 
@@ -57,8 +57,6 @@ FAMILIES: dict[str, Family] = {
         positions="compact",
         media=(Gemma3Images(),),
         note=f"no CLS token; scores averaged as its patches are; {WINDOWS}",
-        mixes={
-            ">=5.23": "its sliding windows look an image up by position, as if it were in the first"
-        },
+        mixes=BY_POSITION,
     ),
 }

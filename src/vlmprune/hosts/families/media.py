@@ -87,6 +87,9 @@ class Medium:
         parts: what else of the host is relied on here, and must be there at attach.
         unlocal: why a visual token is not made of its own cell alone, so that it cannot be proved
             which cell that is; empty where it is.
+        unattended: why nothing attends in the host's tower, as it goes on after the host's name, so
+            that no attention can score visual tokens; empty where something does. `encoder` has one
+            module then, which makes the features.
         entering: whether the encoder's visual tokens enter the language model as they are; if not,
             it cannot be proved that they stand in their places.
     """
@@ -106,6 +109,7 @@ class Medium:
     activation_field: ClassVar[str] = ""
     parts: ClassVar[Parts] = Parts()
     unlocal: ClassVar[str] = ""
+    unattended: ClassVar[str] = ""
     entering: ClassVar[bool] = True
 
     @property

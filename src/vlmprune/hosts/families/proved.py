@@ -41,11 +41,13 @@ VIDEO_BATCHES: Mapping[str, Sequence[Sequence[str]]] = {
 VARIANTS: Mapping[str, Mapping[str, str]] = {
     "llava:pixtral": {"pixtral": "Pixtral"},
     "paligemma": {"paligemma": "PaliGemma", "paligemma2": "PaliGemma 2"},
+    "gemma4": {"gemma4": "Gemma 4", "gemma4_small": "Gemma 4 (E2B, E4B)"},
 }
 _RECURRENT: Mapping[Stage, str] = {
     "rows": "linear attention, whose state every token passes through"
 }
 _CAPPED: Mapping[Stage, str] = {"cut": "attention is capped", "read": "attention is capped"}
+_BY_TOKEN: Mapping[Stage, str] = {"rows": "takes per_layer_input of each token"}
 # What is refused at attach, and words of the sentence that says so.
 REFUSED: Mapping[str, Mapping[Stage, str]] = {
     "paligemma2": _CAPPED,
@@ -54,6 +56,9 @@ REFUSED: Mapping[str, Mapping[Stage, str]] = {
         "read": "caches a latent",
         "rows": "indexed attention, which cannot be followed",
     },
+    "gemma4_small": _BY_TOKEN,
+    "gemma3n": {"attention": "a convolutional vision tower, in which nothing attends", **_BY_TOKEN},
+    "gemma4_unified": {"attention": "has no vision encoder"},
     "qwen3_5": _RECURRENT,
     "qwen3_5_moe": _RECURRENT,
 }

@@ -12,6 +12,10 @@ from vlmprune.hosts.families.towers import Crops
 from vlmprune.views import layout
 from vlmprune.views.layout import Layout
 
+# Releases that look the block of an image's tokens up by position (`Family.mixes`).
+BY_POSITION = {
+    ">=5.23": "its sliding windows look an image up by position, as if it were in the first"
+}
 WINDOWS = (
     "a sliding window counts the columns that are left, so where a request is longer than it, "
     "pruning equals moving the dropped columns into the padding, not masking them"

@@ -6,6 +6,7 @@ and as the attention call with those keys comes, the layer attends by itself.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -61,6 +62,8 @@ class Binding:
         cutter: of the prompt that it brings; None while decoding.
         waiting: what the layer returned that runs, until its attention is called.
         attended: the keys of the last layer that was attended to.
+        borrowing: by attention module that attends to an earlier layer's keys, that layer.
+        lent: what those layers returned in this forward.
         reading: notes what steps read; None where nothing is read in part.
     """
 
@@ -69,6 +72,8 @@ class Binding:
         self.cutter: Cutter | None = None
         self.waiting: Shown | None = None
         self.attended: Tensor | None = None
+        self.borrowing: Mapping[Any, int] = {}
+        self.lent: dict[int, Shown] = {}
         self.reading: Reading | None = None
         # The attention module of a decoder layer, for error sentences.
         self.attention: Any = None
@@ -88,6 +93,8 @@ class Binding:
 
     def around(self, call: AttentionCall, proceed: Proceed) -> Any:
         """Attend to the layer whose keys came, then cut it if the prompt is complete."""
+        if call.module in self.borrowing:
+            return self._borrowed(call, proceed)
         shown, cutter = self.waiting, self.cutter
         # Other keys are not a layer's of ours, or the host made something else of them.
         if shown is None or call.key is not shown.keys:
@@ -97,21 +104,44 @@ class Binding:
                 )
             return proceed(call)
         self.waiting, self.attended = None, shown.keys
-        if call.value is not shown.values:
-            if call.value.shape != shown.values.shape:
-                raise contract.broken(call.module, "it attends to a part of its values at a time")
-            call = replace(call, value=shown.values)
-        if call.uneven is not None:
-            raise VlmpruneError(
-                f"attention with {call.uneven} cannot be used with a cut cache; prune before the "
-                "language model instead."
-            )
+        if shown.layer.index in self.borrowing.values():
+            self.lent[shown.layer.index] = shown
+        call = _fitting(shown, call)
         if cutter is not None:
             shown.layer.sharing = call.sharing
         result = shown.layer.attended(shown, call, proceed, cutter)
         if cutter is not None and cutter.due(shown.layer.get_seq_length()):
             cutter.cut(shown, call)
         return result
+
+    def _borrowed(self, call: AttentionCall, proceed: Proceed) -> Any:
+        """Attend to what an earlier layer held while it attended; a plain one as ever."""
+        shown = self.lent.get(self.borrowing[call.module])
+        if shown is None:
+            return proceed(call)
+        if call.key is not shown.keys and contract.checks():
+            raise contract.broken(
+                call.module, f"it attends to other keys than the cache of layer {shown.layer.index}"
+            )
+        return shown.layer.attended(shown, _fitting(shown, call), proceed, None)
+
+
+def _fitting(shown: Shown, call: AttentionCall) -> AttentionCall:
+    """A call on what a layer showed.
+
+    Raises:
+        VlmpruneError: it cannot be answered for a layer of ours.
+    """
+    if call.value is not shown.values:
+        if call.value.shape != shown.values.shape:
+            raise contract.broken(call.module, "it attends to a part of its values at a time")
+        call = replace(call, value=shown.values)
+    if call.uneven is not None:
+        raise VlmpruneError(
+            f"attention with {call.uneven} cannot be used with a cut cache; prune before the "
+            "language model instead."
+        )
+    return call
 
 
 def prove_step(call: AttentionCall, keys: Tensor, values: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -57,7 +58,10 @@ def binding_of(cache: Any) -> Binding | None:
 
 @contextmanager
 def attending(
-    cache: Any, attentions: Mapping[int, nn.Module], cutter: Cutter | None
+    cache: Any,
+    attentions: Mapping[int, nn.Module],
+    cutter: Cutter | None,
+    borrowing: Mapping[nn.Module, int] = MappingProxyType({}),
 ) -> Iterator[None]:
     """Let a forward inside the block attend to the cache's layers of ours, and cut them.
 
@@ -65,6 +69,7 @@ def attending(
         cache: any cache, or None.
         attentions: the attention modules of the decoder layers with full attention, by layer.
         cutter: decides the cut of the prompt that the forward brings; None for none.
+        borrowing: by attention module that attends to an earlier layer's keys, that layer.
 
     Raises:
         ContractError: a layer did not attend through Transformers' registry.
@@ -73,8 +78,9 @@ def attending(
     if binding is None:
         yield
         return
-    modules = [*attentions.values()]
+    modules = [*attentions.values(), *borrowing]
     binding.open, binding.cutter, binding.attention = True, cutter, modules[0]
+    binding.borrowing = borrowing
     try:
         with intercepting(binding, *modules):
             yield
@@ -82,3 +88,4 @@ def attending(
     finally:
         binding.open, binding.cutter, binding.waiting, binding.attention = False, None, None, None
         binding.attended = None
+        binding.borrowing, binding.lent = {}, {}

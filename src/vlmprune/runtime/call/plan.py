@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts import caches, config, deltas, requests
+from vlmprune.hosts import caches, deltas, requests, sizes
 from vlmprune.hosts.requests import ALIGNED, LABELS, ModelCall
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.cache.ragged_layer import RaggedLayer
@@ -179,8 +179,12 @@ def planned(attachment: Attachment, asked: Asked) -> Plan:
 
 def _check_prompt(attachment: Attachment, plan: Plan) -> None:
     """Let the method look at the size of the cache that it is to cut, before any work."""
-    sizes = attachment.model.config
-    heads, head_dim = config.kv_heads(sizes), config.head_dim(sizes)
+    for heads, values in sizes.kv_sizes(attachment.model.config, attachment.cuttable):
+        _check_sizes(attachment, plan, heads, 2 * values * attachment.model.dtype.itemsize)
+
+
+def _check_sizes(attachment: Attachment, plan: Plan, heads: int, token_bytes: int) -> None:
+    """The same of layers with so many KV heads, and bytes of a token's key and value in one."""
     items = plan.geometry.rows(plan.batch)
     stays = torch.cat((plan.already.mask, plan.new.mask), dim=1) != 0
     stays[:, stays.shape[1] - plan.visual.shape[1] :] &= ~plan.visual
@@ -192,7 +196,6 @@ def _check_prompt(attachment: Attachment, plan: Plan) -> None:
             held.append(layer.sharing.summed(row_lengths(layer.prefix).to(tail.device)) + tail)
     most = torch.stack(held[1:] or held).amax(dim=0)
     worst = int((most + torch.tensor(items, device=most.device) * heads).argmax())
-    token_bytes = 2 * head_dim * attachment.model.dtype.itemsize
     attachment.method.check_prompt(int(most[worst]), items[worst], heads, token_bytes)
 
 

@@ -71,7 +71,7 @@ def _cutting(attachment: Attachment, state: Active, cache: Any) -> Iterator[None
     if binding_of(cache) is None:
         yield
     else:
-        with attending(cache, attachment.attentions, cut):
+        with attending(cache, attachment.attentions, cut, attachment.borrowing):
             yield
     # A forward with its prompt in parts is done when the last has come.
     if cut is not None and (cache is None or cut.due(caches.length_of(cache))):

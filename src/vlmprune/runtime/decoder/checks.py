@@ -57,7 +57,14 @@ def missing(
             )
     # Layers that the config does not know are told while the prompt runs.
     kinds = dict(enumerate(config.layer_kinds(model.config)))
+    borrow, _ = config.sharing_layers(model.config)
     for index in lacking(asks, skips, depth):
+        if index in borrow:
+            raise VlmpruneError(
+                f"decoder layer {index} of {name} attends to an earlier layer's keys and values, "
+                f"which may be of other tokens than reach it, so {method!r} cannot leave tokens "
+                "out of it; prune before the language model."
+            )
         kind = kinds.get(index, decoder.FULL)
         if kind not in decoder.ATTENDING:
             why = (

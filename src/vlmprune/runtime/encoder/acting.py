@@ -131,6 +131,8 @@ def flops(
 
 def _unfit(model: Any, medium: Medium, method: Method) -> str | None:
     """Why a method cannot act inside a medium's tower, whatever is asked of it."""
+    if medium.unattended:
+        return f"{type(model).__name__} {medium.unattended}"
     if not isinstance(medium, Crops):
         return f"{type(model).__name__} encodes images at their own resolution"
     if method.acts == "merging":

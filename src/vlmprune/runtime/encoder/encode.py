@@ -30,7 +30,7 @@ from vlmprune.runtime.encoder import proof, semantic_tokens
 from vlmprune.runtime.encoder.acting import acting
 from vlmprune.runtime.encoder.merging import per_cell
 from vlmprune.runtime.encoder.proof import Encoding
-from vlmprune.runtime.encoder.reads import also, check_calls
+from vlmprune.runtime.encoder.reads import also, blank, check_calls
 from vlmprune.runtime.geometry import Geometry, wide
 from vlmprune.runtime.hooks import Hooks
 from vlmprune.runtime.scope import outside
@@ -260,18 +260,19 @@ def _run(
 
     `looked` has the layers whose attention is proved; empty for those that are read.
     """
-    scored = medium.scored(model, inputs)
+    scored = None if medium.unattended else medium.scored(model, inputs)
     head = medium.pooling_head(model) if score == "pooling" else None
     if score == "pooling" and head is None:
         raise VlmpruneError(
             f"the vision tower of {type(model).__name__} has no pooling head whose attention could "
             "score tokens; use score='auto'."
         )
-    tap = Tap(scored.rows)
+    tap = Tap("received" if scored is None else scored.rows)
+    score_layer = None if scored is None or head is not None else scored.layer
     features: list[Tensor] = []
     call = encoder_call(method, inputs, medium.inputs, medium.host_only)
     tower, acts = medium.encoder(model, inputs), inside is not None and inside.acts
-    looked = looked or _looked(tower, scored.layer if head is None else None, reads, inside)
+    looked = looked or _looked(tower, score_layer, reads, inside)
     proves = proof.due(model, medium, tower, looked, layouts)
     if proves and acts:
         # Of the tower as it is, in which no tokens merge.
@@ -280,15 +281,18 @@ def _run(
     with Hooks() as hooks:
         hooks.enter_context(outside())
         run = hooks.enter_context(acting(model, medium, inputs, inside))
-        hooks.enter_context(tapped(scored.layer, tap) if head is None else pooling(head, tap))
+        if head is not None:
+            hooks.enter_context(pooling(head, tap))
+        elif score_layer is not None:
+            hooks.enter_context(tapped(score_layer, tap))
         taps: dict[str | int, Tap] = {}
         states: dict[int, list[Tensor]] = {}
         if reads.layers or reads.states or any(n is not None for n in reads.single):
             for number in reads.states:
                 states[number] = hooks.enter_context(passing(tower.layers[number]))
             for number in reads.layers:
-                same = head is None and tower.layers[number] is scored.layer
-                taps[number] = tap if same and scored.rows == tower.rows else Tap(tower.rows)
+                same = tower.layers[number] is score_layer and tap.rows == tower.rows
+                taps[number] = tap if same else Tap(tower.rows)
                 if taps[number] is not tap:
                     hooks.enter_context(tapped(tower.layers[number], taps[number]))
             if reads.patches is not None:
@@ -312,11 +316,13 @@ def _run(
 
         hooks.before(medium.projector(model), keep)
         output = call.run()
-    _check_seen(model, tap, taps, features, bool(states))
-    words = scored.words if head is None else "attention of the tower's pooling head"
+    _check_seen(model, tap, taps, features, bool(states) or scored is None)
+    words = "" if scored is None else scored.words
+    words = words if head is None else "attention of the tower's pooling head"
+    attention = tap.rows_seen or blank(next(iter(states.values()), features))
     rows = {name: one.rows_seen for name, one in taps.items()}
     output = medium.completed(model, output)
-    if proves and tap.rows_seen:
+    if proves and (tap.rows_seen or scored is None):
         again = Encoding(
             model,
             medium,
@@ -324,7 +330,7 @@ def _run(
             left,
             inputs,
             layouts,
-            tap.rows_seen,
+            attention,
             features,
             output,
             call.run,
@@ -336,7 +342,7 @@ def _run(
     return TowerReads(
         output,
         run.words(words),
-        run.per_patch(scored.layer if head is None else None, tap.rows_seen or _none(states)),
+        run.per_patch(score_layer, attention),
         features,
         {layer: rows[layer] for layer in reads.layers},
         rows.get("patches", []),
@@ -380,12 +386,6 @@ def _check_seen(
         raise contract.broken(
             model, "its projector ran without the features of its vision encoder being seen"
         )
-
-
-def _none(states: Mapping[int, list[Tensor]]) -> list[Tensor]:
-    """No attention, for encoder states that were kept from an earlier pass (`training.states`)."""
-    calls = next(iter(states.values()), [])
-    return [one.new_zeros(one.shape[:2], dtype=torch.float32) for one in calls]
 
 
 def _tall(values: Tensor, length: int) -> Tensor:

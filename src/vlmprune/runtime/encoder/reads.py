@@ -5,11 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts.families.media import Encoder, Medium
+from vlmprune.hosts.families.record import Family
+from vlmprune.method import Method
 from vlmprune.views import Reads
+
+# Layers of a tower of which a method is asked what it would read of one.
+_USUAL = 24
+
+
+def check(model: nn.Module, family: Family, method: Method) -> None:
+    """Refuse, at attach, a method that looks at attention which no tower of a family has.
+
+    Raises:
+        VlmpruneError: it does.
+    """
+    why = next((one.unattended for one in family.media if one.unattended), "")
+    if not why or not method.shortens:
+        return
+    if not method.attends and not _looks(method.reads(_USUAL, _USUAL - 2)):
+        return
+    raise VlmpruneError(
+        f"{type(model).__name__} {why}, and {method!r} chooses by what a vision encoder's layers "
+        "do; use a method that chooses by the visual tokens themselves, such as DivPrune, or one "
+        "that acts inside the language model, such as FastV."
+    )
+
+
+def _looks(reads: Reads) -> bool:
+    """Whether something is read of an encoder's layers."""
+    single = any(layer is not None for layer in reads.single)
+    return bool(reads.layers or reads.states) or single or reads.semantic is not None
 
 
 def wanted(
@@ -69,6 +99,11 @@ def also(reads: Reads) -> list[str]:
     if reads.semantic is not None:
         found.append(f"{len(reads.semantic)} semantic tokens beside the patches")
     return found + ["projected features"] * reads.projected
+
+
+def blank(calls: Sequence[Tensor]) -> list[Tensor]:
+    """No attention to tokens [..., C], where nothing attends, or states were kept of before."""
+    return [one.new_zeros(one.shape[:-1], dtype=torch.float32) for one in calls]
 
 
 def _check_reads(reads: Reads, encoder: Encoder, cls: str, who: str) -> None:

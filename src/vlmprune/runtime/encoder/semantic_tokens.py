@@ -35,6 +35,8 @@ from vlmprune.views.layout import Layout
 def unfit(model: Any, medium: Medium) -> str | None:
     """Why tokens of a method's own cannot go through a medium's tower; None where they can."""
     name = type(model).__name__
+    if medium.unattended:
+        return f"{name} {medium.unattended}"
     if not isinstance(medium, Crops):
         return f"{name} encodes images at their own resolution"
     odd = towers.unknown_layers(medium.encoder(model, {}).layers)

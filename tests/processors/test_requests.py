@@ -1,0 +1,141 @@
+"""Requests that the families' own processors make are pruned as those of the zoo: as masking.
+
+`make test-processors` runs all of it, with torchvision; without, what PIL serves alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from answers import DIFFERENT, TOLERANCE, distance, generate
+from family_processors import MADE, inputs_of, processor_of, question, served
+from vlmprune import VisPruner
+from zoo import ZOO, Request
+from zoo_oracle import dropped_columns, masked, others
+
+pytestmark = [
+    pytest.mark.oracle,
+    # PaliGemma's processor makes labels of tensors as NumPy takes them no longer.
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
+
+SIZES = [(100, 70), (64, 130), (90, 90)]  # (height, width)
+FRAMES, RATE = 9, 3
+BATCHES: dict[str, list[list[str]]] = {
+    "one image": [["image"]],
+    "several images": [["image", "image", "image"]],
+    "padded batch": [["image", "image"], ["image"]],
+    "one video": [["video"]],
+    "mixed": [["video", "image"], ["image"]],
+}
+
+CASES = [
+    pytest.param(
+        family,
+        backend,
+        batch,
+        marks=pytest.mark.skipif(not served(family, backend), reason="needs torchvision"),
+    )
+    for family, made in MADE.items()
+    for backend in ("pil", "torchvision")
+    for batch, rows in BATCHES.items()
+    if family in ZOO
+    and (backend == "torchvision" or made.pil)
+    and (made.video_mark or "video" not in str(rows))
+]
+
+
+def pictures(count: int) -> list[Image.Image]:
+    noise = np.random.default_rng(0)
+    sizes = [SIZES[i % len(SIZES)] for i in range(count)]
+    return [Image.fromarray(noise.integers(0, 256, (*s, 3), dtype=np.uint8)) for s in sizes]
+
+
+def films(count: int) -> list[np.ndarray]:
+    """Of one size, as some processors stack them; all but a few frames are left out."""
+    noise = np.random.default_rng(1)
+    return [noise.integers(0, 256, (FRAMES, 60, 80, 3), dtype=np.uint8) for _ in range(count)]
+
+
+def request(family: str, backend: Any, rows: list[list[str]]) -> Request:
+    """A batch as the processor makes it: pictures and films by row, with a question each."""
+    kinds = [kind for row in rows for kind in row]
+    images, videos = pictures(kinds.count("image")), films(kinds.count("video"))
+    left = iter(images)
+    given: dict[str, Any] = {}
+    if images:
+        given["images"] = [[next(left) for kind in row if kind == "image"] for row in rows]
+        given["images"] = [row for row in given["images"] if row]
+    if videos:
+        told = {"fps": RATE, "total_num_frames": FRAMES, "duration": FRAMES / RATE}
+        given |= {"videos": videos, "video_metadata": [dict(told) for _ in videos]}
+    text = [question(family, row, number) for number, row in enumerate(rows)]
+    processor = processor_of(family, backend)
+    made = processor(text=text, **given, padding=True, return_tensors="pt")
+    return Request(inputs_of(processor, made), [], [], [], [])
+
+
+@pytest.mark.parametrize(("family", "backend", "batch"), CASES)
+def test_a_processed_request_equals_masking(family: str, backend: str, batch: str) -> None:
+    entry = ZOO[family]
+    built = entry.build()
+    req = request(family, backend, BATCHES[batch])
+    plain = generate(built, req.inputs)
+    with VisPruner(keep=1.0)(built):
+        same = generate(built, req.inputs)
+    assert all(torch.equal(a, b) for a, b in zip(plain.logits, same.logits, strict=True))
+    with VisPruner(keep=0.4)(built) as handle:
+        pruned = generate(built, req.inputs)
+    report = handle.report
+    assert report is not None
+    # Where nothing says what an image is cut into, each tile is told as one.
+    kinds = [kind for row in BATCHES[batch] for kind in row]
+    assert {layout.kind for layout in report.layouts} == set(kinds)
+    assert len(report.layouts) >= len(kinds)
+    policy = report.positions.split()[0]
+    expected = masked(built, req, dropped_columns(req, report), policy)
+    assert torch.equal(pruned.sequences, expected.sequences)
+    assert distance(pruned, expected) < TOLERANCE
+    control = masked(built, req, dropped_columns(req, report, others(report)), policy)
+    assert distance(pruned, control) > DIFFERENT
+
+
+TEMPLATE = (
+    "{% for message in messages %}w0 {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ IMAGE }} {% elif part['type'] == 'video' %}{{ VIDEO }} "
+    "{% else %}{{ part['text'] }} {% endif %}{% endfor %}w1 {% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "backend"), dict.fromkeys(tuple(one.values[:2]) for one in CASES)
+)
+def test_the_chat_template_makes_a_request_too(family: str, backend: str) -> None:
+    if not served(family, backend):
+        pytest.skip("needs torchvision")
+    made = MADE[family]
+    built, processor = ZOO[family].build(), processor_of(family, backend)  # type: ignore[arg-type]
+    processor.chat_template = TEMPLATE.replace("{{ IMAGE }}", made.mark).replace(
+        "{{ VIDEO }}", made.video_mark
+    )
+    content = [{"type": "image", "image": one} for one in pictures(2)]
+    message = {"role": "user", "content": [*content, {"type": "text", "text": "w5 w6"}]}
+    given = processor.apply_chat_template(
+        [message], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    inputs = inputs_of(processor, given)
+    req = Request(inputs, [], [], [], [])
+    with VisPruner(keep=0.4)(built) as handle:
+        pruned = generate(built, inputs)
+    report = handle.report
+    assert report is not None and len(report.layouts) >= 2
+    policy = report.positions.split()[0]
+    expected = masked(built, req, dropped_columns(req, report), policy)
+    assert distance(pruned, expected) < TOLERANCE
+    control = masked(built, req, dropped_columns(req, report, others(report)), policy)
+    assert distance(pruned, control) > DIFFERENT
