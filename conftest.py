@@ -73,6 +73,16 @@ def own_records() -> Iterator[None]:
     families._records.update(before)
 
 
+@pytest.fixture
+def without_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of `counted_cases` are such of which only placeholders are known."""
+    from counted_cases import CASES
+    from vlmprune.hosts import families
+
+    left = {kind: one for kind, one in families.FAMILIES.items() if kind not in CASES}
+    monkeypatch.setattr(families, "FAMILIES", left)
+
+
 class _Deprecations(logging.Handler):
     """Collects what transformers' own logger says about deprecated use."""
 

@@ -28,9 +28,10 @@ def masking(built: Any, keep: dict[int, Tensor]) -> Iterator[None]:
     name = built.config.get_text_config()._attn_implementation
     decoder = built.get_decoder()
     layers = {
-        layer.self_attn: i
+        getattr(layer, "self_attn", None) or layer.mixer: i
         for i, layer in enumerate(getattr(decoder, "model", decoder).layers)
-        if hasattr(layer, "self_attn")
+        # Nemotron's layers have one part each, under one name.
+        if hasattr(layer, "self_attn") or hasattr(layer, "mixer")
     }
     before = ALL_ATTENTION_FUNCTIONS._local_mapping.get(name)
     plain = ALL_ATTENTION_FUNCTIONS.get(name)

@@ -13,7 +13,7 @@ FAULTS = ("wrong", "traceback", "late")
 PATHS = {
     "record": "by its record",
     "generic": "by the self-check",
-    "decoder": "inside the language model alone",
+    "decoder": "by its placeholders alone",
     "refused": "refused",
     "": "not tried",
 }
@@ -84,8 +84,8 @@ def counts(found: Found) -> str:
     return (
         f"{len(found)} classes; {every['apart']} of them were not tried (no images, an encoder of "
         f"their own, no placeholder, not built).\nOf the other {tried}: {every['record']} served "
-        f"by a record, {every['generic']} by the self-check, {every['decoder']} inside the "
-        f"language model alone, {every['refused']} refused, {every['faulty']} faulty.\n"
+        f"by a record, {every['generic']} by the self-check, {every['decoder']} by their "
+        f"placeholders alone, {every['refused']} refused, {every['faulty']} faulty.\n"
         f"PLPHP and Recall are right on {inside_right}{share}.\nOf all attachments "
         f"{said['right']} are right, {said['refused']} refused, {said['wrong']} wrong, "
         f"{said['traceback']} end in a traceback, {said['late']} are refused only when called; "

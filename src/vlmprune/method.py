@@ -89,6 +89,8 @@ class Method:
     training: ClassVar[str] = "none"
     # Of methods that choose before the language model: whether by the family's own score.
     attends: ClassVar[bool] = True
+    # Of those: whether they need to know no more than how many visual tokens there are.
+    blind: ClassVar[bool] = False
     # Whether kept tokens may be made of several (`Selection.merge`).
     merges: ClassVar[bool] = False
     # Settings whose default is another than up to version 0.2, with that one.

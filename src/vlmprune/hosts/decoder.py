@@ -33,6 +33,9 @@ _AS_FIELDS = "return_dict"
 # What some layers take of each token beside its state, which nobody gathers; by the field of the
 # config that is 0 where a model has none of it, or "" where all have.
 _OF_TOKENS = {"per_layer_input": "hidden_size_per_layer_input", "attention_scaling": ""}
+# Attention that cannot be followed, and why. What is not here is told by the first call.
+_TWICE = {"DiffLlamaAttention": "attends twice to the keys that its cache returns"}
+_CHANGED = {"JetMoeAttention": "repeats the keys that its cache returns before it attends to them"}
 # Those that have an entry a column, and that are gathered.
 _FOLLOWED = frozenset({_MASK, _ANGLES, _POSITIONS})
 
@@ -135,6 +138,28 @@ def check_counted(model: Any) -> None:
             "so it attends several times a layer, which is not followed; prune before the language "
             "model."
         )
+
+
+def check_attended(model: Any, index: int, cut: bool) -> None:
+    """Refuse a decoder layer that does something to what its cache returns before it attends.
+
+    Args:
+        model: the host.
+        index: number of the layer.
+        cut: whether its cache is to be cut, or read in part; else its attention is only read.
+
+    Raises:
+        VlmpruneError: it does.
+    """
+    for module in decoder_layers(model)[index].modules():
+        for cls in type(module).__mro__:
+            twice = _TWICE.get(cls.__name__)
+            found = twice or (_CHANGED.get(cls.__name__) if cut else None)
+            if found is not None:
+                raise VlmpruneError(
+                    f"the decoder layers of {type(model).__name__} have {cls.__name__}, which "
+                    f"{found}, and that is not followed; prune before the language model."
+                )
 
 
 def adds_between(model: Any) -> str | None:

@@ -21,13 +21,18 @@ def deltas_of(model: Any) -> Tensor | None:
     Raises:
         VlmpruneError: it remembers nothing of the kind.
     """
-    if not hasattr(model.base_model, _DELTAS):
+    if not remembers(model):
         raise VlmpruneError(
             f"{type(model.base_model).__name__} of transformers {release.version()} has no "
             f"{_DELTAS}, by which positions go on after a prompt; install "
             f"transformers{release.TESTED}."
         )
     return getattr(model.base_model, _DELTAS)
+
+
+def remembers(model: Any) -> bool:
+    """Whether the host is one that remembers it."""
+    return hasattr(model.base_model, _DELTAS)
 
 
 def set_deltas(model: Any, ahead: Tensor) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from vlmprune.hosts import release
 # The methods by which `generate` makes its lists.
 PROCESSORS, CRITERIA = "_get_logits_processor", "_get_stopping_criteria"
 _CONFIG, _LENGTH, _ENCODED = "generation_config", "input_ids_seq_length", "encoder_input_ids"
+_POSITIONS, _MASK = "position_ids", "attention_mask"
 _OWN_CRITERIA, _STOP = "stopping_criteria", "stop_strings"
 
 
@@ -94,6 +95,22 @@ def check_made(model: Any) -> None:
                 f"stops otherwise than by {name}, so it would see a shortened prompt; install "
                 f"transformers{release.TESTED}, or tell vlmprune's developers."
             )
+
+
+def drops_positions(model: Any) -> bool:
+    """Whether `generate` lets go of the positions that it is given, and the model counts columns.
+
+    It is asked what it makes of two columns, which takes no forward. What cannot be told so is told
+    by the first call.
+    """
+    ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
+    given = {_POSITIONS: torch.arange(2, device=model.device)[None], _MASK: torch.ones_like(ids)}
+    try:
+        made = model.prepare_inputs_for_generation(ids, **given, use_cache=True)
+    # A class may want more to be there, each in its own way.
+    except Exception:
+        return False
+    return isinstance(made, Mapping) and made.get(_POSITIONS) is None
 
 
 def _lengthened(config: Any, removed: int) -> Any:

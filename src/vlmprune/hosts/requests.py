@@ -339,6 +339,14 @@ class PlainSettings(Settings):
         return self.call.caches if name == _CACHING else self.call.given.get(name)
 
 
+def unknown_of(call: ModelCall) -> list[str]:
+    """Names of tensors, alone or in lists, that nothing here knows: what images may come as."""
+    own = {IDS, _PROMPT, MASK, _POSITIONS, _EMBEDS, *ALIGNED}
+    lists = {name: one for name, one in call.given.items() if isinstance(one, list) and one}
+    first = {**call.given, **{name: one[0] for name, one in lists.items()}}
+    return [n for n, one in first.items() if n not in own and isinstance(one, Tensor)]
+
+
 def base_of(model: Any) -> Any:
     """The model below the language-model head, which encodes images."""
     return model.base_model

@@ -42,6 +42,7 @@ class RandomTokens(Budgeted):
     paper: ClassVar[str] = "control"
     text_agnostic: ClassVar[bool] = True
     attends: ClassVar[bool] = False
+    blind: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,7 +45,7 @@ def attachment_of(method: Method, model: nn.Module) -> Attachment:
     if contract.checks():
         _check_contract(model, family, method)
     acting.check(model, family, method)
-    positions = families.resolve_positions(model, family, method.positions)
+    positions = checks.entering_positions(model, family, method)
     cuttable = decoder.full_attention_layers(model, _lends(method)) if method.cuts else []
     if method.cuts:
         _check_decoder(model, method, cuttable)
@@ -130,6 +130,7 @@ def _check_decoder(model: Any, method: Method, cuttable: Sequence[int]) -> None:
         )
     layers = decoder.decoder_layers(model)
     for index in cuttable:
+        decoder.check_attended(model, index, cut=True)
         if index >= len(layers) or attention.attentions_in(layers[index]) > 1:
             raise VlmpruneError(
                 f"the decoder layers of {type(model).__name__} attend several times each, whose "

@@ -68,6 +68,11 @@ class Attachment:
     block: bool = False
     among: tuple[Any, ...] = ()
 
+    @property
+    def as_it_comes(self) -> bool:
+        """Whether a request goes to the host as it came, for placeholders alone are known."""
+        return self.family.counted and not self.method.shortens
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.method!r} on {type(self.model).__name__})"
 

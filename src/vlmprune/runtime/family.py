@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts import families
+from vlmprune.hosts import entrance, families
 from vlmprune.hosts.families import Family
 from vlmprune.method import Method
 from vlmprune.runtime.encoder.trial import tried
@@ -16,8 +16,8 @@ def family_of(model: Any, method: Method | None = None) -> Family:
 
     Args:
         model: the host.
-        method: what is to act on it. One that acts inside the language model alone needs no more
-            than the placeholders, where neither is to be had.
+        method: what is to act on it. One that acts inside the language model alone, or looks at
+            nothing, needs no more than the placeholders, where neither is to be had.
 
     Raises:
         VlmpruneError: the model cannot be followed; one sentence says why.
@@ -25,7 +25,7 @@ def family_of(model: Any, method: Method | None = None) -> Family:
     try:
         return families.record_of(model) or tried(model)
     except VlmpruneError as error:
-        if method is None or method.shortens or method.acts:
+        if method is None or method.acts or (method.shortens and not method.blind):
             raise
         found = families.counted(model)
         if isinstance(found, str):
@@ -33,4 +33,6 @@ def family_of(model: Any, method: Method | None = None) -> Family:
                 f"vlmprune cannot follow {type(model).__name__}, not even inside its language "
                 f"model: {found}; `vlmprune models` lists those that it supports."
             ) from error
+        if method.shortens:
+            entrance.check(model, repr(method))
         return found

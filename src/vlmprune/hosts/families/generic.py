@@ -19,7 +19,9 @@ from vlmprune.views.layout import Layout
 from vlmprune.views.settings import TapRows
 
 SUFFIX = "ForConditionalGeneration"
-_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+# Layers of a language model that are right with fewer columns: a recurrence never meets those that
+# were left out before it.
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", *config.RECURRENT}
 
 Cls = Literal["first", "last", ""]
 

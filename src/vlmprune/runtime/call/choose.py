@@ -13,11 +13,13 @@ from torch import Tensor
 from vlmprune.hosts import config, outputs
 from vlmprune.report import Report, make
 from vlmprune.runtime.attachment import Attachment
+from vlmprune.runtime.call import entrance
 from vlmprune.runtime.call.plan import Plan
 from vlmprune.runtime.call.refusals import check_newlines
 from vlmprune.runtime.encoder import acting, merging, question_state, relevance, semantic_tokens
 from vlmprune.runtime.encoder.encode import Encoded, encoded_again
 from vlmprune.runtime.encoder.encode import encode as encode_items
+from vlmprune.runtime.encoder.entered import Entered
 from vlmprune.runtime.encoder.pruned import Pruned
 from vlmprune.runtime.encoder.reads import wanted
 from vlmprune.runtime.geometry import Geometry
@@ -40,6 +42,8 @@ class Choice:
         score: where the attention scores came from.
         patches: what the encoder saw of it, where it was encoded before; None to be counted.
         seconds: time that choosing took.
+        entered: what enters the language model of the whole request, where placeholders alone are
+            known; None elsewhere.
     """
 
     kept: list[Tensor] = field(default_factory=list)
@@ -49,6 +53,7 @@ class Choice:
     score: str = ""
     patches: list[int] | None = None
     seconds: float = 0.0
+    entered: Entered | None = None
 
 
 def encode(attachment: Attachment, plan: Plan) -> Encoded | None:
@@ -68,6 +73,8 @@ def encode(attachment: Attachment, plan: Plan) -> Encoded | None:
     attachment.method.check_request(geometry.candidates, geometry.images, videos)
     if not attachment.method.shortens:
         return None
+    if attachment.family.counted:
+        return entrance.seen(attachment, plan)
     return _seen(attachment, plan)
 
 
@@ -106,6 +113,7 @@ def choose(attachment: Attachment, plan: Plan, encoded: Encoded | None) -> Choic
         members,
         encoded.score,
         seconds=taken.seconds,
+        entered=encoded.entered,
     )
 
 
@@ -157,6 +165,9 @@ def _pruned(
 ) -> dict[str, Pruned]:
     """The encoder outputs that are left of what was chosen among."""
     media, geometry = attachment.family.media, plan.geometry
+    if encoded.entered is not None:
+        # The host encodes by itself.
+        return {}
     order = _order(attachment, geometry, selection, kept)
     tokens = _tokens(attachment, geometry, encoded, selection)
     pruned = {}

@@ -14,7 +14,7 @@ from vlmprune.hosts import caches, deltas, requests, sizes
 from vlmprune.hosts.requests import ALIGNED, LABELS, ModelCall
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.cache.ragged_layer import RaggedLayer
-from vlmprune.runtime.call.refusals import check_flash, check_positions
+from vlmprune.runtime.call.refusals import check_flash, check_placed, check_positions
 from vlmprune.runtime.call.remembered import prefix_of
 from vlmprune.runtime.call.shorten import Prefix, Prompt, join, latest
 from vlmprune.runtime.decoder.cache_cut import row_lengths
@@ -106,6 +106,8 @@ def planned(attachment: Attachment, asked: Asked) -> Plan:
     Raises:
         VlmpruneError: the call does not go with its cache, or with its images.
     """
+    if attachment.family.counted and not attachment.as_it_comes:
+        check_placed(attachment, asked.call)
     prefix, seen, mask, ids = _continued(attachment, asked)
     known, start = seen.shape[1], prefix.full_ids.shape[1]
     tail = known - start

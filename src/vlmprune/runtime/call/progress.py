@@ -148,8 +148,16 @@ def _check_handed(attachment: Attachment, progress: Progress, call: ModelCall, f
     batch = expected.shape[-2]
     expected = expected.repeat_interleave(max(1, rows // batch), dim=expected.ndim - 2).cpu()
     if given is None:
-        # The host counts by itself, the columns of its cache included.
-        found = torch.arange(width) + start + attachment.family.first
+        # The host counts by itself, the columns of its cache included, and padding before a row.
+        # That moves all of the row, and where nothing is cached only how far columns are from each
+        # other matters.
+        found = (torch.arange(width) + start + attachment.family.first).expand(expected.shape)
+        if first and not start:
+            last = _real(call, start).long().cumsum(dim=1).argmax(dim=1)
+            progress.ahead = (found - expected).gather(
+                -1, last.expand(expected.shape[:-1])[..., None]
+            )
+        found = found - progress.ahead
     else:
         found = given[..., -width:].cpu()
     # Of four positions a column the first only tells packed samples apart.
@@ -186,6 +194,8 @@ def _check_turned(attachment: Attachment, call: ModelCall, positions: Tensor, st
         return
     given, positions = given[..., -ids.shape[1] :].cpu(), positions.cpu()
     given, positions = (one[-3:] if one.ndim == 3 else one for one in (given, positions))
+    # Of indexed attention it makes angles for all columns that there are, each time anew.
+    positions = positions[..., max(0, positions.shape[-1] - given.shape[-1]) :]
     same = given.shape[-1] == positions.shape[-1]
     if not same or not bool(((given == positions) | ~_real(call, start)).all()):
         raise broken(attachment.model, "its decoder turns by other positions than it is given")

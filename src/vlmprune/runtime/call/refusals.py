@@ -80,6 +80,15 @@ def check_positions(attachment: Attachment, given: Tensor) -> None:
         )
 
 
+def check_placed(attachment: Attachment, call: ModelCall) -> None:
+    """Refuse positions for a model of which placeholders alone are known, packed samples' too."""
+    if call.positions is not None:
+        raise VlmpruneError(
+            f"position_ids of {type(attachment.model).__name__}, which is in no record, cannot be "
+            "shortened; leave them out."
+        )
+
+
 def check_unpacked(call: ModelCall) -> None:
     """Refuse what says where packed samples lie, in a call that holds none."""
     for name in call.packing:

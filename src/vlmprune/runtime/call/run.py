@@ -25,13 +25,14 @@ from torch import Tensor
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import caches, contract, decoder, generation, outputs, parallel, release
-from vlmprune.hosts.deltas import deltas_kept, set_deltas
+from vlmprune.hosts.deltas import deltas_kept, remembers, set_deltas
 from vlmprune.hosts.generation import ShownPrompt, WholePrompt
 from vlmprune.hosts.requests import (
     ModelCall,
     PlainSettings,
     Settings,
     model_call,
+    unknown_of,
 )
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.call.choose import choose, encode, report_of
@@ -105,10 +106,12 @@ def _generated(
         left = left[:, short.plan.cached :]
     state.whole = WholePrompt(asked.ids, left.shape[1], partial(_apart, attachment))
     call = asked.call
-    if not attachment.family.counted:
-        call = call.without(n for medium in attachment.family.media for n in medium.inputs)
+    if not attachment.as_it_comes:
+        call = _without_items(attachment, call)
         call = call.with_prompt(left).also(short.pixels | limits | short.prompt.aligned)
-        call = call.with_(mask=short.prompt.mask, positions=handed(short.prompt))
+        call = call.with_(mask=short.prompt.mask)
+        if not attachment.family.counted:
+            call = call.with_(positions=handed(short.prompt))
     if call.streamer is not None:
         call = call.with_(streamer=ShownPrompt(call.streamer, state.whole))
     with (
@@ -180,14 +183,12 @@ def _forward(
 
     new, state, pruned = slice(short.plan.cached, None), short.state, short.state.pruned
     shorter = call
-    if not attachment.family.counted:
-        shorter = call.without(n for medium in attachment.family.media for n in medium.inputs)
+    if not attachment.as_it_comes:
+        shorter = _without_items(attachment, call)
         shorter = shorter.also(short.pixels).also(short.prompt.aligned)
-        shorter = shorter.with_(
-            ids=short.prompt.ids[:, new],
-            mask=short.prompt.mask,
-            positions=handed(short.prompt, new) + attachment.family.first,
-        )
+        shorter = shorter.with_(ids=short.prompt.ids[:, new], mask=short.prompt.mask)
+        if not attachment.family.counted:
+            shorter = shorter.with_(positions=handed(short.prompt, new) + attachment.family.first)
     # The host may return what it remembers.
     _leave_deltas(attachment, short)
     state.rows, columns = short.prompt.ids.shape[0], short.columns
@@ -302,6 +303,13 @@ def _brings_items(attachment: Attachment, call: ModelCall) -> bool:
     return any(call.brings(medium.inputs[0]) for medium in attachment.family.media)
 
 
+def _without_items(attachment: Attachment, call: ModelCall) -> ModelCall:
+    """A call without what holds images and videos, which the host does not see again."""
+    if attachment.family.counted:
+        return call.without(unknown_of(call))
+    return call.without(n for medium in attachment.family.media for n in medium.inputs)
+
+
 def _searched(setting: Settings) -> str:
     """Why the cache of a `generate` cannot be continued; empty where it can."""
     return "it comes from a beam search" * (setting.beams > 1)
@@ -314,7 +322,10 @@ def _leave_deltas(attachment: Attachment, short: ShortRequest) -> None:
     the number of its columns, of which there are fewer now.
     """
     plan = short.plan
-    if attachment.family.rope and plan.asked.call.positions is None and not plan.texts:
+    entrance = short.state.entrance
+    entered = entrance is not None and entrance.positions is not None
+    three = attachment.family.rope or (entered and remembers(attachment.model))
+    if three and plan.asked.call.positions is None and not plan.texts:
         filled = short.prefix
         ahead = filled.next_position - (filled.prompt.mask != 0).sum(dim=1)
         set_deltas(attachment.model, ahead[:, None])

@@ -12,6 +12,7 @@ from vlmprune.hosts.requests import ALIGNED
 from vlmprune.report import Report
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.call.choose import Choice
+from vlmprune.runtime.call.entrance import entrance_of
 from vlmprune.runtime.call.plan import Plan
 from vlmprune.runtime.call.shorten import (
     Prefix,
@@ -69,6 +70,9 @@ def short_request(
     spans = [item.span for item in plan.geometry.items]
     dropped = dropped_columns(plan.new.ids, spans, choice.kept)
     short, following = shorten(plan.new, dropped, attachment.positions, attachment.pad_id)
+    entrance = entrance_of(attachment, plan, choice.entered, dropped, short)
+    if entrance is not None and entrance.following is not None:
+        following = entrance.following.amax(dim=0).to(following)
     # A row that brings padding alone stays where it was.
     following = torch.where((plan.new.mask != 0).any(dim=1), following, plan.after)
     prompt = join(plan.already, short)
@@ -94,6 +98,7 @@ def short_request(
         whole=prefix.whole and not bool(dropped.any()),
     )
     state = _state(attachment, plan, choice, report, prompt, short, following, bool(dropped.any()))
+    state.entrance = entrance
     pixels = _pixels(attachment, plan, choice)
     columns = stands_for(plan.new, dropped)
     return ShortRequest(plan, choice, prompt, short, pixels, filled, state, columns)
@@ -197,6 +202,8 @@ def columns_of(
 def _pixels(attachment: Attachment, plan: Plan, choice: Choice) -> dict[str, Any]:
     """The inputs that hold new items, as the host is given them."""
     geometry, out = plan.geometry, dict[str, Any]()
+    if attachment.family.counted:
+        return out
     for number, (medium, brought) in enumerate(
         zip(attachment.family.media, plan.brought, strict=True)
     ):

@@ -33,6 +33,7 @@ class Progress:
         cache: the cache that the prompt fills; None before it is known, and without one.
         length: columns that it has seen.
         begun: whether the prompt was run.
+        ahead: [B, 1] how far a host that counts by itself is ahead of what is due, by padding.
     """
 
     positions: Tensor | None = None
@@ -43,6 +44,7 @@ class Progress:
     cache: Any = None
     length: int = 0
     begun: bool = False
+    ahead: Tensor | int = 0
 
     def is_own(self, call: ModelCall) -> bool:
         """Whether a forward is one of the call's, and not one that somebody makes meanwhile.
@@ -101,6 +103,8 @@ class Active(Scope):
         report: of the call so far; the attachment's may be another thread's by now.
         progress: how far it has come at the host.
         whole: the prompt as the user gave it, for what `generate` shows it to.
+        entrance: what the language model is to begin with, where placeholders alone are known
+            (`entrance.Entrance`); None where the host makes it.
     """
 
     pruned: dict[str, Pruned]
@@ -117,6 +121,7 @@ class Active(Scope):
     report: Report | None = None
     progress: Progress = field(default_factory=Progress)
     whole: WholePrompt | None = None
+    entrance: Any = None
 
     def passes(self, shadow: Any) -> bool:
         """Whether it is the host's own call: of a method below one of the same name."""

@@ -13,6 +13,7 @@ from vlmprune.hosts.requests import ModelCall
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.cache.bound_cache import adopt, attending, binding_of, kind_of
 from vlmprune.runtime.call import progress
+from vlmprune.runtime.call.entrance import entering
 from vlmprune.runtime.call.state import Active
 from vlmprune.runtime.decoder.row_pass import leaving_out
 
@@ -46,6 +47,7 @@ def in_decoder(attachment: Attachment, state: Active, call: ModelCall) -> Iterat
         missing = None
     with (
         progress.following(attachment, state, call),
+        entering(attachment, state.entrance, call),
         leaving_out(attachment.model, missing, cache, call.states_wanted),
         _cutting(attachment, state, cache),
     ):

@@ -6,12 +6,53 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts import config, decoder, families
+from vlmprune.hosts import config, decoder, families, generation, release
 from vlmprune.hosts.attention import attention_of, sinks_of
 from vlmprune.hosts.families import Family
 from vlmprune.method import Method
 from vlmprune.runtime.decoder.missing_rows import lacking
 from vlmprune.views import Ask
+
+
+def entering_positions(
+    model: Any, family: Family, method: Method
+) -> Literal["compact", "original"]:
+    """The position policy of what is kept before the language model: asked for, else the release's.
+
+    Raises:
+        VlmpruneError: another one is asked for than that of the model's positions.
+    """
+    if not family.counted or not method.shortens:
+        found = families.resolve_positions(model, family, method.positions)
+        if found == "compact" or family.rope is not None or not method.shortens:
+            return found
+        if not generation.drops_positions(model):
+            return found
+        if "original" in (method.positions, families.advised_positions(model)):
+            raise VlmpruneError(
+                f"the generate of {type(model).__name__} in transformers {release.version()} drops "
+                "the position_ids that it is given, so gaps in them cannot be kept; use "
+                "positions='compact'."
+            )
+        return "compact"
+    if decoder.turns_in_three(model):
+        return _in_three(model, method)
+    if method.positions == "original":
+        raise VlmpruneError(
+            f"{type(model).__name__} is in no record, and whether it goes on behind gaps in its "
+            "positions is not known; use positions='compact' or 'auto'."
+        )
+    return "compact"
+
+
+def _in_three(model: Any, method: Method) -> Literal["original"]:
+    """The policy of a model with three positions a visual token, which no other fits."""
+    if method.positions == "compact":
+        raise VlmpruneError(
+            f"{type(model).__name__} gives a visual token three positions, which renumbering would "
+            "destroy; use positions='original' or 'auto'."
+        )
+    return "original"
 
 
 def resolve_positions(model: Any, family: Family, method: Method) -> Literal["compact", "original"]:
@@ -20,12 +61,7 @@ def resolve_positions(model: Any, family: Family, method: Method) -> Literal["co
     if method.routes or family.rope is not None:
         return "original"
     if family.counted and decoder.turns_in_three(model):
-        if method.positions == "compact":
-            raise VlmpruneError(
-                f"{type(model).__name__} gives a visual token three positions, which renumbering "
-                "would destroy; use positions='original' or 'auto'."
-            )
-        return "original"
+        return _in_three(model, method)
     if method.positions != "auto":
         return method.positions
     return families.advised_positions(model) or method.dropper.released
@@ -91,8 +127,10 @@ def missing(
         for index, ask in asks.items():
             read = []
             if ask.attention == "own":
+                decoder.check_attended(model, index, cut=False)
                 read.append(attention_of(layers[index]))
             if ask.attention == "previous" or ask.keys:
+                decoder.check_attended(model, index - 1, cut=False)
                 read.append(attention_of(layers[index - 1]))
             if ask.attention and any(map(sinks_of, read)):
                 raise VlmpruneError(

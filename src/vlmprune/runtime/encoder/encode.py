@@ -49,6 +49,8 @@ class Encoded:
         score: where the attention came from, in words.
         cells: [crops, N, C] features before the projector, with gradients.
         acts: for each modality what the method did while its tower ran; None for nothing.
+        entered: what enters the language model of the whole request, where placeholders alone are
+            known (`entered.Entered`); None elsewhere.
     """
 
     outputs: dict[int, Any]
@@ -56,6 +58,7 @@ class Encoded:
     score: str
     cells: Tensor
     acts: Sequence[Inside | None] = ()
+    entered: Any = None
 
 
 @dataclass

@@ -346,6 +346,11 @@ def check(attachment: Attachment, vision: Vision | None = None) -> None:
             f"{attachment.method!r} chooses nothing before the language model, so there is nothing "
             "to store; chain it after a method that does."
         )
+    if attachment.family.counted:
+        raise VlmpruneError(
+            f"{type(attachment.model).__name__} is in no record, so what its encoder makes cannot "
+            "be stored; pass pixel_values."
+        )
     for stage in stages:
         if not stage.text_agnostic:
             raise VlmpruneError(
