@@ -279,3 +279,8 @@ def test_a_method_and_its_name(name: str) -> None:
 )
 def test_a_name_and_its_value(text: str, pair: tuple[str, str] | None) -> None:
     assert spec.pair(text) == pair
+
+
+def test_what_is_no_pruner_has_no_spec() -> None:
+    with pytest.raises(VlmpruneError, match=r"^str is no pruner, so it has no spec"):
+        spec.dump("vispruner:keep=64")  # type: ignore[arg-type]

@@ -182,6 +182,25 @@ def test_input_size_may_differ_from_the_config() -> None:
     assert costs.patch_count(dinov2) == 37**2
 
 
+@pytest.mark.parametrize("patches", [9, 16, 64])
+def test_a_tower_with_windows_by_hand(patches: int) -> None:
+    """One of four layers sees all patches, the others windows of 4 x 4 of them."""
+    tower = SimpleNamespace(
+        model_type="qwen2_5_vl",
+        hidden_size=32,
+        intermediate_size=48,
+        depth=4,
+        patch_size=14,
+        window_size=56,
+        fullatt_block_indexes=[1, 7],
+    )
+    linear = 4 * (4 * patches * 32 * 32 + 3 * patches * 32 * 48)
+    seen = patches + 3 * min(patches, 16)
+    expected = 2 * (linear + 2 * patches * seen * 32)
+    assert costs.encoder_flops(tower, patches=patches) == expected
+    assert costs.encoder_flops(tower, 3, patches=patches) == 3 * expected
+
+
 def test_towers_with_other_prefixes_and_feed_forwards() -> None:
     siglip = SimpleNamespace(**{**vars(CLIP_336), "model_type": "siglip_vision_model"})
     n, d, m = 576, 1024, 4096

@@ -40,6 +40,10 @@ def test_answers_end_at_the_first_stop() -> None:
     assert cut("\n yes.\n\nno", ["\n\n", "."]) == "yes"
     assert cut(" yes. ", None) == "yes."
     assert cut("a;b", ";") == "a"
+    assert cut("a;b;c", ";") == "a"
+    assert cut("a, b. c, d. e", [".", ","]) == cut("a, b. c, d. e", [",", "."]) == "a"
+    # One that is not there ends nothing, nor does an empty one.
+    assert cut("a;b", ["|", ""]) == "a;b"
 
 
 def test_pictures_in_memory_are_seen_as_files_are(tmp_path: Path) -> None:

@@ -259,6 +259,8 @@ def test_places_where_no_file_can_be(tmp_path: Path) -> None:
                 Output(tmp_path / name, MARK, force).check()
     with pytest.raises(VlmpruneError, match="is a file; give another path"):
         check_folder(tmp_path / "file" / "a")
+    with pytest.raises(VlmpruneError, match=r"the folder of '.*a' does not exist; make it first"):
+        check_target(tmp_path / "new" / "a")
     Output(tmp_path / "new" / "folder" / "a", MARK).check()
     assert len(list(tmp_path.iterdir())) == 2
     Output(tmp_path / "new" / "folder" / "a", MARK).write("text")
@@ -282,3 +284,11 @@ def test_a_file_that_comes_meanwhile_stays(tmp_path: Path) -> None:
     with pytest.raises(VlmpruneError, match="is there already"):
         output.write("figures")
     assert output.path.read_text() == "my notes"
+
+
+def test_a_picture_that_its_format_cannot_hold_is_one_sentence(tmp_path: Path) -> None:
+    """JPEG ends at 65535 pixels a side, which Pillow tells only as it writes."""
+    wide = Output(tmp_path / "kept.jpg", MARK)
+    with pytest.raises(VlmpruneError, match=r"kept\.jpg' cannot be drawn .*; use .* kept\.png\.$"):
+        wide.write_picture(Image.new("L", (65536, 1)))
+    assert not list(tmp_path.iterdir())

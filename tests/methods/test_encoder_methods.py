@@ -408,6 +408,10 @@ def test_numpy_integers_are_no_fractions_of_rows(choose: Any) -> None:
         (lambda: AveragePooling(keep=8, where="after"), "where='after' is not known"),
         (lambda: UniformGrid(keep=8, budget="row"), "budget='row' is not known"),
         (lambda: UniformGrid(keep=8).select(replace(view_of(), grids=())), "grids .* not known"),
+        (
+            lambda: FoPru(keep=8, choose="row").select(replace(view_of(), grids=())),
+            "choose='row' needs the grids of crops; use choose='rank'",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(make: Any, message: str) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from sieve import Sieve
+from tiny import model, request
 from vlmprune import (
     PLPHP,
+    CDPruner,
     DivPrune,
     Downsample,
     FastV,
@@ -116,3 +118,16 @@ def test_copies_know_their_slots() -> None:
     chain = VisPruner(8) | PLPHP(window=3)
     again = copy.deepcopy(chain)
     assert again == chain and again.window == 3 and again.slots.cache == PLPHP(window=3)
+
+
+def test_stages_that_want_two_things_of_a_view_are_refused() -> None:
+    """What a view has but once: here the relevance to two texts."""
+    chain = CDPruner(keep=8, question="bare") | CDPruner(keep=4, question="prompt")
+    said = r"each want the relevance to another text \(bare, prompt\); give all the same"
+    built = model()
+    with pytest.raises(VlmpruneError, match=said), chain(built):
+        built.generate(**request(built, [1]).inputs, max_new_tokens=1)
+    same = CDPruner(keep=8) | CDPruner(keep=4)
+    with same(built) as handle:
+        built.generate(**request(built, [1]).inputs, max_new_tokens=1)
+    assert handle.report is not None and handle.report.visual_tokens_after == 4

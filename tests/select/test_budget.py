@@ -70,3 +70,9 @@ def test_other_libraries_integers_count_tokens() -> None:
     assert plain_keep(0.5) == 0.5 and type(plain_keep(np.float32(0.5))) is np.float32
     with pytest.raises(VlmpruneError, match="keep=0 leaves no"):
         plain_keep(np.int64(0))
+
+
+@pytest.mark.parametrize("available", [0, -1])
+def test_of_nothing_nothing_can_be_kept(available: int) -> None:
+    with pytest.raises(VlmpruneError, match=f"this crop has {available} visual tokens, so none"):
+        resolve_keep(1, available, "crop")

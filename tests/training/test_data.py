@@ -202,9 +202,13 @@ def test_samples_depend_on_the_seed_and_their_number_alone(tmp_path: Path) -> No
     assert [again[i] for i in reversed(range(len(again)))] == order[::-1]
     other = Draws(some, 4 * len(some), 2, seed=4)
     assert [other[i] for i in range(len(other))] != order
+    orders = []
     for epoch in range(4):
         part = order[epoch * len(some) : (epoch + 1) * len(some)]
-        assert sorted(one.entry.number for one in part) == list(range(len(some)))
+        orders.append([one.entry.number for one in part])
+        assert sorted(orders[-1]) == list(range(len(some)))
+    # Each pass has an order of its own.
+    assert len(set(map(tuple, orders))) == 4
     assert all(len(set(one.turns)) == 2 for one in order)
     assert len({one.turns for one in order}) > 1
     assert Draws(some, 1, 0, 0)[0].turns == (0, 1, 2, 3)

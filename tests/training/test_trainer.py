@@ -16,7 +16,7 @@ from vlmprune.learned import MoD, QueCC, VisToG
 
 from repository import ROOT
 from training_data import SIDE, entries, run
-from vlmprune import embedded
+from vlmprune import ToMe, VisionZip, embedded
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import contract
 from vlmprune.io.models import Loaded
@@ -251,6 +251,14 @@ def test_kept_states_stand_for_the_encoder(loaded: Loaded, tmp_path: Path) -> No
     )
     with pytest.raises(VlmpruneError, match="is of other pictures, layers or weights"):
         States(tmp_path / "cache", loaded.model, pruner, rows, some[:2]).fill()
+    # A method that reads more of the encoder than states needs it in each step.
+    for other in (VisToG.fresh(loaded.model, tokens=4), ToMe(keep=8), VisionZip(keep=8)):
+        with pytest.raises(VlmpruneError, match="needs the vision encoder itself in every step"):
+            States(tmp_path / "other", loaded.model, other, rows, some)
+    (index,) = (tmp_path / "cache").glob("*.json")
+    index.write_text(index.read_text().rstrip().removesuffix("}"))
+    with pytest.raises(VlmpruneError, match="cannot be read as JSON; give another folder, or del"):
+        States(tmp_path / "cache", loaded.model, pruner, rows, some).fill()
 
 
 def test_a_lora_is_trained_saved_and_taken_off(loaded: Loaded, tmp_path: Path) -> None:
@@ -281,6 +289,31 @@ def test_a_lora_is_trained_saved_and_taken_off(loaded: Loaded, tmp_path: Path) -
             without = whole(**batch)["loss"]
     assert float(loss) == pytest.approx(float(trained), abs=1e-5)
     assert abs(float(without) - float(loss)) > 1e-5
+
+
+@pytest.mark.parametrize("moves", ["module", "lora"])
+def test_module_and_lora_have_rates_of_their_own(
+    moves: str, loaded: Loaded, tmp_path: Path
+) -> None:
+    """What has rate 0 stays as it began, and the other does not."""
+    wanted = Wanted("quecc", {"window": 2, "hidden": 16}, lora=2, side=SIDE, held_out=0)
+    rates = {"rate": 1e-2 * (moves == "module"), "lora_rate": 1e-2 * (moves == "lora")}
+    settings = TrainingSettings(
+        steps=2, batch=1, turns=1, warm_up=0, every=2, save_every=2, **rates
+    )
+    made = build(
+        loaded, check(wanted), wanted, entries(tmp_path), None, None, settings, tmp_path / "run", {}
+    )
+    parts = {"module": made.learner.trained(), "lora": made.learner.lora()}
+    before = {
+        part: {n: one.detach().clone() for n, one in of.items()} for part, of in parts.items()
+    }
+    made.train()
+    finish(made, torch.float32, {})
+    for part, of in parts.items():
+        assert before[part]
+        moved = any(not torch.equal(one, before[part][name]) for name, one in of.items())
+        assert moved == (part == moves)
 
 
 def test_the_page_on_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,3 +251,16 @@ def test_narrow_only_rules_out(view: EncoderView, seed: int) -> None:
     assert narrowed.images == view.images
     twice = narrowed.narrow(torch.ones_like(kept))
     assert torch.equal(twice.candidates, narrowed.candidates)
+
+
+def test_a_packing_that_moves_patches_is_refused() -> None:
+    """A token that says it comes from beyond the plane of the crops."""
+    whole = Layout(torch.tensor([*range(4), 4, 5, 8, 9, -1, 6, 7, 10, 11, -1]), 3, (2, 2))
+    rest = torch.tensor([[0.0, 0.0], [0.0, 1.0], [NO_PATCH] * 2])
+    packed = torch.cat((torch.zeros(4, 2), rest))
+    found = layout.read_places(packed, whole)
+    assert found.labels.tolist()[4:] == [4, 5, NO_PATCH]
+    for place in ([0.0, 4.0], [2.0, 0.0], [-2.0, 0.0]):
+        packed[5] = torch.tensor(place)
+        with pytest.raises(ValueError, match="moves patches, so its tokens cannot be followed"):
+            layout.read_places(packed, whole)

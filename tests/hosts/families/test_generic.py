@@ -125,9 +125,56 @@ def t5() -> Any:
     )
 
 
+def without_size() -> Any:
+    built = cohere2_vision()
+    built.config.vision_config.image_size = SIDE + 1
+    return built
+
+
+def without_layers() -> Any:
+    built = cohere2_vision()
+    built.config.vision_config.num_hidden_layers = 17
+    return built
+
+
+class FlatForConditionalGeneration(Cohere2VisionForConditionalGeneration):
+    """Its tokens lie in one row, whatever image they are of."""
+
+
+class DoubleForConditionalGeneration(Cohere2VisionForConditionalGeneration):
+    """It wants the size of each image, too."""
+
+
+def flat() -> Any:
+    built = FlatForConditionalGeneration(cohere2_vision().config)
+    own = built.model.get_image_features
+
+    def features(pixel_values: Tensor, **more: Any) -> Any:
+        output = own(pixel_values, **more)
+        output.pooler_output = torch.cat(list(output.pooler_output)).flatten(0, -2)
+        return output
+
+    built.model.get_image_features = features
+    return built
+
+
+def double() -> Any:
+    built = DoubleForConditionalGeneration(cohere2_vision().config)
+
+    def features(pixel_values: Tensor, image_sizes: Tensor) -> Any:
+        raise AssertionError("no sizes came")
+
+    built.model.get_image_features = features
+    return built
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [
+        (without_size, "its vision config gives no image size in whole patches"),
+        (without_layers, "its vision tower is no list of layers"),
+        (flat, "its get_image_features does not return [images, tokens, width]"),
+        (double, "its get_image_features does not take one plain image (TypeError)"),
         (got_ocr2, "its image features do not come from one list of layers"),
         (mixed, "its visual tokens are not each made of one square of patches"),
         (swapped, "its class is no …ForConditionalGeneration"),

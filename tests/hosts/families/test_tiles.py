@@ -207,6 +207,22 @@ def test_truncated_placeholders_are_told(name: str) -> None:
         generate(built, req.inputs | short)
 
 
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("idefics3", r"are not \[rows, tiles, channels, height, width\]"),
+        ("internvl", r"are not \[images, channels, height, width\]"),
+    ],
+)
+def test_pixels_of_another_shape_are_told(name: str, form: str) -> None:
+    built = ZOO[name].build()
+    inputs = ZOO[name].request(built, [["image"]]).inputs
+    flat = inputs["pixel_values"].flatten(0, 1)
+    with VisPruner(keep=2)(built), pytest.raises(VlmpruneError, match=form) as told:
+        generate(built, inputs | {"pixel_values": flat})
+    assert f"pixel_values of shape {tuple(flat.shape)}" in str(told.value)
+
+
 def test_an_image_of_internvl_is_all_its_tiles() -> None:
     entry = ZOO["internvl"]
     built = entry.build()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from learned_host import fresh, host, logits
@@ -299,3 +300,15 @@ def test_weights_are_parameters_of_a_module() -> None:
     module = fresh(host()).module
     assert isinstance(module, nn.Module) and not module.training
     assert all(weight.requires_grad for weight in module.parameters())
+
+
+def test_weights_that_cannot_be_written_are_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(VlmpruneError, match=r"cannot be written .*; give another folder"):
+        fresh(host()).save_pretrained(tmp_path / "new")
+    assert not [path for path in (tmp_path / "new").iterdir() if path.suffix == ".safetensors"]

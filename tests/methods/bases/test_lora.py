@@ -28,8 +28,8 @@ def tuned(seed: int = 3, **more: Any) -> tuple[Any, Any]:
     """A host, and PEFT's wrapping of it with a LoRA that does something."""
     peft = pytest.importorskip("peft")
     built = model()
-    layers = r".*language_model.*\.(q_proj|v_proj|down_proj)"
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=layers, **more)
+    layers = {"target_modules": r".*language_model.*\.(q_proj|v_proj|down_proj)"}
+    config = peft.LoraConfig(r=4, lora_alpha=8, **(layers | more))
     wrapped = peft.get_peft_model(built, config)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in wrapped.named_parameters():
@@ -91,6 +91,9 @@ def test_a_lora_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     wrapped.peft_config["default"].bias = "all"
     with pytest.raises(VlmpruneError, match="bias='all', which a hook cannot do"):
         Lora.of_peft(wrapped)
+    _, words = tuned(target_modules=["embed_tokens"])
+    with pytest.raises(VlmpruneError, match=r"lora_embedding_A.*is no A or B of a linear layer"):
+        Lora.of_peft(words)
     pruner.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"lora": None}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tiny import IMAGE, model, request
-from vlmprune import VisPruner, VlmpruneError
+from vlmprune import PLPHP, Pruner, Recall, VisPruner, VlmpruneError
+from vlmprune.methods import FastV
 
 pytestmark = pytest.mark.oracle
 
@@ -49,6 +50,52 @@ def test_refusals_come_before_any_work(words: str, monkeypatch: pytest.MonkeyPat
         with pytest.raises(VlmpruneError, match=words) as caught:
             built.generate(**(req.inputs | REFUSED[words]), max_new_tokens=2)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pruner", [PLPHP(r=0.5), Recall(read=0.5), FastV(keep=4)])
+def test_flex_attention_is_refused_inside_the_language_model(
+    pruner: Pruner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its masks cannot be read; before any work, and not with another attention."""
+    built = model()
+    req = request(built, [1])
+    with pruner(built):
+        built.generate(**req.inputs, max_new_tokens=2)
+        built.config.get_text_config()._attn_implementation = "flex_attention"
+        monkeypatch.setattr(
+            built.model.vision_tower, "forward", lambda *_, **__: pytest.fail("the encoder ran")
+        )
+        with pytest.raises(VlmpruneError, match="does not work with flex_attention; load"):
+            built.generate(**req.inputs, max_new_tokens=2)
+
+
+def test_positions_of_three_axes_are_refused_where_a_model_has_one() -> None:
+    built = model()
+    req = request(built, [1])
+    positions = torch.arange(req.inputs["input_ids"].shape[1]).expand(3, 1, -1)
+    with VisPruner(keep=4)(built), pytest.raises(VlmpruneError, match="have 3 dimensions, but a"):
+        built(**req.inputs, position_ids=positions)
+
+
+@pytest.mark.parametrize("kind", ["flash_attention_2", "flash_attention_3"])
+def test_gaps_are_refused_where_flash_attention_takes_them_for_borders(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = model()
+    one, two = (request(built, images).inputs for images in ([1], [1, 1]))
+    said = f"leaves gaps that {kind} takes for packed sequences at batch 1; load"
+    with VisPruner(keep=4, positions="original")(built):
+        # The name alone is looked at: a CPU has no such attention.
+        text = built.config.get_text_config()
+        monkeypatch.setattr(text, "_attn_implementation", kind)
+        with pytest.raises(VlmpruneError, match=said):
+            built.generate(**one, max_new_tokens=1)
+        with pytest.raises(VlmpruneError, match=said):
+            built(**one)
+        monkeypatch.undo()
+        # Not with another attention, nor in a batch.
+        built.generate(**one, max_new_tokens=1)
+        built.generate(**two, max_new_tokens=1)
 
 
 @pytest.mark.parametrize("budget", ["crop", "image"])

@@ -220,3 +220,28 @@ def test_second_turn_refuses_another_prompt_and_beam_caches() -> None:
                 **{CACHE: cache_of(beams)},
                 **options,
             )
+
+
+@torch.no_grad()
+def test_a_turn_that_does_not_go_with_its_cache_is_refused() -> None:
+    """Of other rows, or with a mask that counts the columns that were pruned as gone."""
+    built = model()
+    req = request(built, [1])
+    with VisPruner(keep=4)(built):
+        cache = cache_of(built(**req.inputs, use_cache=True))
+        ids = req.inputs["input_ids"]
+        length, held = ids.shape[1], cache.get_seq_length()
+        assert held < length
+        said = f"has {held + 2} columns where {length + 2} are due: {length} of the cache"
+        with pytest.raises(VlmpruneError, match=f"attention_mask {said}.* and 2 new ones"):
+            built(
+                ids[:, :2],
+                attention_mask=torch.ones(1, held + 2, dtype=torch.long),
+                **{CACHE: cache},
+            )
+        with pytest.raises(VlmpruneError, match="ids have 3 rows but the cache was filled with 1"):
+            built(
+                ids[:, :2].expand(3, -1),
+                attention_mask=torch.ones(3, length + 2, dtype=torch.long),
+                **{CACHE: cache},
+            )

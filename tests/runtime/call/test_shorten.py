@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmprune import VlmpruneError
-from vlmprune.runtime.call.shorten import Prompt, dropped_columns, shorten
+from vlmprune.runtime.call.shorten import Prompt, dropped_columns, latest, shorten
 from vlmprune.runtime.geometry import spans
 
 PAD, IMAGE = 0, 9
@@ -71,6 +71,25 @@ def test_dropping_nothing_changes_nothing(batch: list[Row], side: str, how: str)
     assert torch.equal(short.ids, prompt.ids)
     assert torch.equal(short.mask, prompt.mask)
     assert torch.equal(short.positions, prompt.positions)
+
+
+@pytest.mark.parametrize("wide", [0, 1, 2])
+def test_the_next_position_follows_the_largest_of_three(wide: int) -> None:
+    """A picture at the end reaches furthest along its longer side, and not in time."""
+    ids, mask = torch.ones(2, 7, dtype=torch.long), torch.ones(2, 7, dtype=torch.long)
+    mask[1, 0] = 0
+    positions = torch.zeros(3, 2, 7, dtype=torch.long)
+    # A word, and a picture of 1 x 6 from position 1 on; in the second row behind padding.
+    positions[:, 0, 1:] = positions[:, 1, 2:] = 1
+    positions[wide, 0, 1:], positions[wide, 1, 2:] = torch.arange(1, 7), torch.arange(1, 6)
+    prompt = Prompt(ids, mask, positions)
+    nothing = torch.zeros(2, 7, dtype=torch.bool)
+    assert latest(prompt).tolist() == [6, 5]
+    assert shorten(prompt, nothing, "original", PAD)[1].tolist() == [7, 6]
+    some = nothing.clone()
+    # What was furthest may go: the host counts on from where it was.
+    some[:, -2:] = True
+    assert shorten(prompt, some, "original", PAD)[1].tolist() == [7, 6]
 
 
 @given(st.lists(st.lists(st.integers(1, 4), max_size=3), min_size=1, max_size=3), st.data())

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from answers import distance, generate
 from stock import CACHE, cache_of
@@ -145,3 +147,16 @@ def test_refusals(tmp_path: Path) -> None:
     path.write_bytes(b"no")
     with pytest.raises(VlmpruneError, match="cannot be read as a stored vision"):
         Vision.load(path)
+
+
+def test_a_file_of_another_kind_holds_no_vision(tmp_path: Path) -> None:
+    """Nor does one that an earlier version wrote."""
+    built = model()
+    with VisPruner(keep=6)(built) as handle:
+        handle.encode(**request(built, [1]).inputs).save(tmp_path / "seen.safetensors")
+    with safe_open(str(tmp_path / "seen.safetensors"), framework="pt") as file:
+        tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    for other in ({}, about | {"format": "vlmprune vision 0"}):
+        save_file(tensors, tmp_path / "other.safetensors", other)
+        with pytest.raises(VlmpruneError, match="holds no stored vision of this version; encode"):
+            Vision.load(tmp_path / "other.safetensors")

@@ -49,6 +49,21 @@ def test_finds_the_cheapest_setting(tmp_path: Path) -> None:
     assert found.best.cost == by_hand
 
 
+def test_a_loss_is_a_share_of_what_the_model_can(tmp_path: Path) -> None:
+    """Of a model that is right in 40 of 100, 20 points are half, which is all that may be lost."""
+
+    def measure(pruner: Any) -> Measured:
+        return Measured(0.4, 1.0) if pruner is None else Measured(0.4 * pruner.keep, pruner.keep)
+
+    space = space_of(FIELDS, ["important_ratio"], ["keep=0.1,0.3,0.5,0.7"])
+    found = search(tmp_path, measure, max_loss=0.5, trials=12).over(build(), space)
+    assert {one.settings["keep"] for one in found.tried} == {0.1, 0.3, 0.5, 0.7}
+    for one in found.tried:
+        assert one.loss == pytest.approx(1 - one.settings["keep"])
+        assert one.allowed == (one.settings["keep"] >= 0.5)
+    assert found.best is not None and found.best.settings["keep"] == 0.5
+
+
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     space = space_of(FIELDS, [], [])
     (tmp_path / "whole").mkdir()
@@ -57,17 +72,18 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
 
     def killed(pruner: Any) -> Measured:
         asked.append(pruner)
-        if len(asked) in (7, 14):
+        # The first kill is of a trial whose settings were given, not proposed.
+        if len(asked) in (3, 8, 15):
             raise KeyboardInterrupt
         return rated(pruner)
 
-    for _ in range(2):
+    for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             search(tmp_path, killed, trials=16).over(build(), space)
     resumed = search(tmp_path, killed, trials=16).over(build(), space)
     assert [one.settings for one in resumed.tried] == [one.settings for one in whole.tried]
-    # Nothing that was measured is measured again: 1 without pruning, 16 trials, 2 kills.
-    assert len(asked) == 1 + 16 + 2
+    # Nothing that was measured is measured again: 1 without pruning, 16 trials, 3 kills.
+    assert len(asked) == 1 + 16 + 3
     before = len(asked)
     search(tmp_path, killed, trials=16).over(build(), space)
     assert len(asked) == before
@@ -112,6 +128,11 @@ def test_another_file_is_no_journal(tmp_path: Path) -> None:
     with pytest.raises(VlmpruneError, match="not of `vlmprune search`"):
         search(tmp_path)
     assert (tmp_path / "journal").read_text() == "a letter\n"
+    # One that begins as a search's does, and goes on as none.
+    torn = json.dumps({"op_code": 0, "worker_id": "w", "study_name": "unpruned"}) + "\n"
+    (tmp_path / "journal").write_text(torn)
+    with pytest.raises(VlmpruneError, match="cannot be read or written as the journal of a search"):
+        search(tmp_path)
 
 
 def test_a_model_that_knows_nothing_has_nothing_to_lose(tmp_path: Path) -> None:

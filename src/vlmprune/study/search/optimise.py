@@ -144,12 +144,9 @@ class Search:
         return self._found()
 
     def _over(self, build: Callable[[dict[str, Any]], Pruner], space: Space) -> None:
-        study = self._study("settings")
-        if not study.trials:
-            for settings in _begin(space):
-                study.enqueue_trial(settings)
+        study, first = self._study("settings"), list(_begin(space))
         while (number := _done(study)) < self.trials:
-            trial = self._ask(study, number, space)
+            trial = self._ask(study, number, space, first)
             try:
                 pruner = build(dict(trial.params))
             except VlmpruneError as error:
@@ -193,11 +190,9 @@ class Search:
             room = self.max_loss * (stage + 1) / len(starts)
             study = self._study(f"layer {start}")
             space: Space = {"rate": Range(least, rates[start - 1], log=True)}
-            if not study.trials:
-                study.enqueue_trial({"rate": rates[start - 1]})
-                study.enqueue_trial({"rate": max(least, rates[start - 1] / 2)})
+            first = [{"rate": rates[start - 1]}, {"rate": max(least, rates[start - 1] / 2)}]
             while (number := _done(study)) < share and rates[start - 1] > least:
-                trial = self._ask(study, number, space)
+                trial = self._ask(study, number, space, first)
                 tried = rates[:start] + [round(trial.params["rate"], 4)] * (layers - start)
                 self._tell(study, trial, build(tried), {"rates": tried}, room)
                 self.say(before + _done(study))
@@ -269,14 +264,22 @@ class Search:
                 # It was killed: its place is proposed again.
                 if trial.state.name == "RUNNING":
                     study.tell(trial.number, state=_state("FAIL"))
-                    if "fixed_params" in trial.system_attrs:
-                        study.enqueue_trial(trial.system_attrs["fixed_params"])
             self._studies[name] = study
         return self._studies[name]
 
-    def _ask(self, study: Study, number: int, space: Space) -> Any:
-        """A proposal that depends on the trials so far alone, interrupted or not."""
+    def _ask(self, study: Study, number: int, space: Space, first: list[dict[str, Any]]) -> Any:
+        """A proposal that depends on the trials so far alone, interrupted or not.
+
+        Args:
+            study, number: the trials, and how many of them are done.
+            space: what is varied.
+            first: settings that the first trials are given.
+        """
         import optuna
+
+        # One at a time, so that those of a trial that was killed come again, and in their place.
+        if number < len(first) and not any(one.state.name == "WAITING" for one in study.trials):
+            study.enqueue_trial(first[number])
 
         # Later releases are told of each trial's excess by itself.
         old: dict[str, Any] = {}

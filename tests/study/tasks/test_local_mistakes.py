@@ -1,0 +1,59 @@
+"""Copies of the standard sets that are not as they are published."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlmprune import VlmpruneError
+from vlmprune.study.tasks import find_task
+
+
+def refused(task: str, said: str) -> None:
+    with pytest.raises(VlmpruneError, match=said) as told:
+        find_task(task).samples()
+    assert "\n" not in str(told.value) and str(told.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"Is it 1?\tYes\nIs it 2? Perhaps.\n", r"line 2 of .*9\.txt is no question, tab, and Yes"),
+        (b"\tYes\n", r"line 1 of .*9\.txt is no question, tab, and Yes or No"),
+        (b"Is it 1?\tMaybe\n", r"line 1 of .*9\.txt is no question, tab, and Yes or No"),
+        (b"\xff", r"9\.txt cannot be read .*; download it again"),
+    ],
+)
+def test_mme(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "count").mkdir()
+    (tmp_path / "count" / "9.txt").write_bytes(content)
+    refused(f"mme:{tmp_path}", said)
+
+
+ASKED = {"question": "Which is colder?", "choices": ["ice", "steam"], "answer": 0, "image": "a.png"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"answer": -1}, "no choice -1 among the 2 of question 4"),
+        ({"answer": 2}, "no choice 2 among the 2 of question 4"),
+        ({"choices": ["x"] * 6}, "no choice 0 among the 6 of question 4"),
+        ({"choices": None}, "has an entry without a usable 'choices'"),
+        ({"answer": True}, "has an entry without a usable 'answer'"),
+        ({"question": ["x"]}, "has an entry without a usable 'question'"),
+    ],
+)
+def test_scienceqa(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    (tmp_path / "problems.json").write_text(json.dumps({"4": ASKED | changes}))
+    (tmp_path / "pid_splits.json").write_text(json.dumps({"test": ["4"]}))
+    refused(f"scienceqa:{tmp_path}", said)
+
+
+def test_a_copy_without_questions(tmp_path: Path) -> None:
+    for split in ("random", "popular", "adversarial"):
+        (tmp_path / f"coco_pope_{split}.json").write_text("\n")
+    refused(f"pope:{tmp_path}", "holds no questions; pope:PATH takes a folder with coco_pope")
