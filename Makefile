@@ -6,6 +6,7 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 VENV_VLLM ?= .venv-vllm
 VENV_PROCESSORS ?= .venv-processors
+VENV_SERVE ?= .venv-serve
 # The lowest that pyproject.toml allows; a test holds that they agree.
 OLDEST_TORCH = 2.9.0
 OLDEST_TRANSFORMERS = 5.16.0
@@ -13,15 +14,12 @@ export PYTHON TORCH TORCH_INDEX
 # What an environment is made of; where one of these is newer, it is made anew.
 SETUP = pyproject.toml packages/vlmprune-embedded/pyproject.toml scripts/setup.sh
 
-SCENE = packages/vlmprune-embedded/src/vlmprune_embedded/scenes/coffee.jpg
-QUESTION = what is in row three column one?
-KEEP = 96
-.PHONY: demo test test-oldest test-releases test-between test-newest move-bound test-wheels test-vllm test-processors lint bench train clean
+# `make demo QUICK=1` times a small shape: 20 seconds in place of 90.
+QUICK ?=
+.PHONY: demo test test-oldest test-releases test-between test-newest move-bound test-wheels test-vllm test-processors test-serve lint bench train clean
 
 demo: $(VENV)/.demo
-	@$(VENV)/bin/vlmprune run $(SCENE) "$(QUESTION)" --keep $(KEEP) --save-overlay demo-output/kept.png
-	@echo
-	@$(VENV)/bin/vlmprune plan llava-next-7b --keep 29
+	@$(VENV)/bin/python scripts/first_run.py $(if $(QUICK),--quick) --save-overlay demo-output/kept.png
 
 # One process a core, each with one thread.
 test: $(VENV)/.test
@@ -54,6 +52,9 @@ test-vllm: $(VENV_VLLM)/.vllm
 # What the families' own processors make of pictures, with torchvision, which nothing else needs.
 test-processors: $(VENV_PROCESSORS)/.processors
 	OMP_NUM_THREADS=1 VLMPRUNE_TEST_TORCHVISION=1 $(VENV_PROCESSORS)/bin/python -m pytest -n auto tests/processors
+# The examples: `transformers serve` with a pruner, and a chat, in Chromium where there is one.
+test-serve: $(VENV_SERVE)/.serve
+	OMP_NUM_THREADS=1 $(VENV_SERVE)/bin/python -m pytest -rs examples/tests
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -70,7 +71,7 @@ train: $(VENV)/.train
 	@cd training/embedded && ../../$(VENV)/bin/python train.py --help
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(VENV_VLLM) $(VENV_PROCESSORS) .venv-releases demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(VENV_VLLM) $(VENV_PROCESSORS) $(VENV_SERVE) .venv-releases demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.demo: $(SETUP)
 	@sh scripts/setup.sh $(VENV) ""
@@ -96,6 +97,10 @@ $(OLDEST)/.test: $(SETUP)
 
 $(VENV_PROCESSORS)/.processors: $(SETUP) scripts/setup-processors.sh
 	@sh scripts/setup-processors.sh $(VENV_PROCESSORS)
+	@touch $@
+
+$(VENV_SERVE)/.serve: $(SETUP)
+	@sh scripts/setup.sh $(VENV_SERVE) "[test]" fastapi uvicorn openai gradio
 	@touch $@
 
 $(VENV_VLLM)/.vllm: $(SETUP) scripts/setup-vllm.sh

@@ -85,12 +85,12 @@ class Browser:
                 found: dict[str, Any] = got["result"]
                 return found
 
-    def open(self, page: Path) -> None:
-        """Show a file, and wait until it is loaded and drawn."""
+    def open(self, page: Path | str) -> None:
+        """Show a file, or what stands at an address; wait until it is loaded and drawn."""
         self.complaints.clear()
         self.requests.clear()
         self._events.clear()
-        self.ask("Page.navigate", url=page.as_uri())
+        self.ask("Page.navigate", url=page.as_uri() if isinstance(page, Path) else page)
         while "Page.loadEventFired" not in self._events:
             self._next()
         # Asks for a whole frame, with what is drawn lazily, whether scripts may run or not.

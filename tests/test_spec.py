@@ -90,7 +90,10 @@ def test_reads(text: str, expected: Pruner) -> None:
         ("plphp:", "no settings follow the colon of 'plphp:'"),
         ("vispruner", "method 'vispruner' needs keep; write vispruner:keep="),
         ("vispruner:important_ratio=1", "method 'vispruner' needs keep"),
-        ("vispruner:keep=4,kep=5", "no setting 'kep'; it has keep, important_ratio, pos"),
+        (
+            "vispruner:keep=4,kep=5",
+            "no setting 'kep' (did you mean 'keep'?); it has keep, important_ratio, pos",
+        ),
         ("vispruner:from=x.json", "method 'vispruner' has no setting 'from'"),
         ("plphp:rr=1", "coverage, from=FILE"),
         ("any:a=1,made=4", "has no setting 'made'; it has a, b, c, from=FILE"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,10 @@ from vlmprune.errors import VlmpruneError, reason
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What the system says where there is no room, or none for so large a file."""
 
+# What the system says where nothing is, nor could be, under a name.
+_ABSENT = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
+)
 _ROOM = "make room there, or give another path"
 _LEAVE = "give a path that you may write to"
 _WAYS_OUT = {
@@ -28,6 +33,58 @@ _WAYS_OUT = {
     errno.EPERM: _LEAVE,
     errno.EROFS: _LEAVE,
 }
+
+
+def path_of(text: str | Path) -> Path:
+    """The path that somebody gives, with `~` and `~name` spelt out.
+
+    Raises:
+        VlmpruneError: no such user is known.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise VlmpruneError(
+            f"{str(text)!r} begins with the home folder of a user who is not known here; write "
+            "the path out."
+        ) from error
+
+
+def status(path: str | Path) -> os.stat_result | None:
+    """What the system says of a path; None where nothing is, nor could be, under that name.
+
+    Raises:
+        VlmpruneError: it may not be looked at.
+    """
+    try:
+        return Path(path).stat()
+    # No name holds a null character.
+    except ValueError:
+        return None
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return None
+        raise unreadable(path, error) from error
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a path is an ordinary file's; raises as `status`."""
+    found = status(path)
+    return found is not None and stat.S_ISREG(found.st_mode)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a path is a folder's; raises as `status`."""
+    found = status(path)
+    return found is not None and stat.S_ISDIR(found.st_mode)
+
+
+def unreadable(path: str | Path, error: OSError) -> VlmpruneError:
+    """The sentence where a path cannot be read: path, cause and the way out."""
+    return VlmpruneError(
+        f"{str(path)!r} cannot be read ({error.strerror or reason(error)}); give a path that you "
+        "may read."
+    )
 
 
 def refused(path: str | Path, error: OSError) -> VlmpruneError:
@@ -99,6 +156,7 @@ def write(path: str | Path, content: bytes | str) -> None:
     Raises:
         VlmpruneError: the disk refuses.
     """
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    # File names may hold bytes that are no text; they are written as escapes, as JSON has them.
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     with replacing(path) as made, made.open("wb") as file:
         file.write(data)

@@ -2,9 +2,10 @@
 
 One or more methods by the names of `METHODS`, left to right as `|` chains them; `+` does the same
 and needs no quotes in a shell. Settings follow a colon and are parted by commas. A value is an
-integer, a number, `true`, `false`, `none`, or else text; text that could be read as something else,
-or that holds one of `, | + "`, stands in double quotes and is written as in JSON. `from=FILE` takes
-a method's settings from a file, where the method can read one; settings beside it override it.
+integer, a number, a share as `25%`, `true`, `false`, `none`, or else text; text that could be read
+as something else, or that holds one of `, | + "`, stands in double quotes and is written as in
+JSON. `from=FILE` takes a method's settings from a file, where the method can read one; settings
+beside it override it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import reduce
 from numbers import Integral, Real
 from operator import or_
-from pathlib import Path
 from typing import Any
 
-from vlmprune.errors import VlmpruneError
+from vlmprune.errors import VlmpruneError, meant
+from vlmprune.files import path_of
 from vlmprune.method import Method
 from vlmprune.methods import METHODS
 from vlmprune.pruner import Pruner
@@ -101,7 +102,7 @@ class Stage:
             made: Pruner = self.cls(**self.settings)
             return made
         try:
-            return self.cls.from_file(Path(self.file).expanduser(), **self.settings)
+            return self.cls.from_file(path_of(self.file), **self.settings)
         except OSError as error:
             raise VlmpruneError(
                 f"{FROM}={self.file} cannot be read ({error.strerror}); give a file that "
@@ -192,7 +193,8 @@ def class_of(name: str) -> type[Pruner]:
         VlmpruneError: there is none.
     """
     if name not in METHODS:
-        raise VlmpruneError(f"method {name!r} is unknown; use one of {', '.join(METHODS)}.")
+        near = meant(name, METHODS)
+        raise VlmpruneError(f"method {name!r} is unknown{near}; use one of {', '.join(METHODS)}.")
     return METHODS[name]
 
 
@@ -263,13 +265,13 @@ def _stage(part: str, text: str) -> Stage:
 
 
 def _add(stage: Stage, setting: str) -> None:
-    named = pair(setting)
-    if named is None:
+    parts = pair(setting)
+    if parts is None:
         raise VlmpruneError(
             f"setting {setting.strip()!r} of {stage.name} is not of the form name=value, as in "
             f"{_EXAMPLE}."
         )
-    name, value = named
+    name, value = parts
     if name in stage.settings or (name == FROM and stage.file is not None):
         raise VlmpruneError(f"setting {name!r} of {stage.name} is given twice; give it once.")
     can_read = reads_files(stage.cls)
@@ -279,16 +281,19 @@ def _add(stage: Stage, setting: str) -> None:
         return
     if name not in stage.names:
         has = ", ".join(stage.names + [f"{FROM}=FILE"] * can_read)
-        raise VlmpruneError(f"method {stage.name!r} has no setting {name!r}; it has {has}.")
+        near = meant(name, [*stage.names, *[FROM] * can_read])
+        raise VlmpruneError(f"method {stage.name!r} has no setting {name!r}{near}; it has {has}.")
     stage.settings[name] = _unquote(value, stage) if value.startswith('"') else value_of(value)
 
 
 def value_of(text: str) -> Any:
-    """A value as a spec writes it, without quotes."""
+    """A value as a spec writes it, without quotes; `25%` is 0.25."""
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     if _INTEGER.fullmatch(text):
         return int(text)
+    if text.endswith("%") and _NUMBER.fullmatch(text[:-1]):
+        return float(text[:-1]) / 100
     return float(text) if _NUMBER.fullmatch(text) else text
 
 

@@ -11,9 +11,12 @@ import torch
 from PIL import Image
 
 from commandline import COFFEE, QUESTION, call, config_of_embedded
-from vlmprune import PLPHP, VisPruner, costs, embedded, spec
+from vlmprune import PLPHP, VisPruner, VlmpruneError, costs, embedded, spec
+from vlmprune.cli import run
 from vlmprune.io import models
 from vlmprune.io.outputs import maker
+from vlmprune.study import one_question
+from zoo import ZOO
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +159,60 @@ def test_a_spec_and_its_shorthands(short, words, expected):
     content = short("--decode-tokens", 0, *words)
     assert content["report"]["method"] == repr(expected)
     assert spec.parse(content["method"]) == expected
+
+
+@pytest.mark.parametrize("words", [("--keep", "25%"), ("--method", "vispruner:keep=25%")])
+def test_a_share_in_per_cent(short, words):
+    assert short(*words)["method"] == short("--keep", 0.25)["method"] == "vispruner:keep=0.25"
+
+
+def test_a_long_question(short):
+    question = QUESTION + " " + "x" * 260
+    assert short(question=question)["question"] == question
+
+
+def test_a_model_whose_tokens_cannot_be_placed_answers(loaded, monkeypatch, tmp_path):
+    """It is said before the answer, and nothing is drawn."""
+    why = "where visual tokens lie is not known for Such yet"
+
+    def unknown(family):
+        raise VlmpruneError(f"{why}.")
+
+    events = []
+    answer = one_question.answer_twice
+
+    def answered(*args):
+        events.append("answer")
+        return answer(*args)
+
+    monkeypatch.setattr(models, "load", lambda *_: models.Loaded(*loaded))
+    monkeypatch.setattr(one_question, "answer_twice", answered)
+    asked = ("run", COFFEE, QUESTION, "--repeat", 1, "--max-new-tokens", 2, "--device", "cpu")
+    drawn = ("--method", "recall", "--save-overlay", tmp_path / "o.png")
+    drawn += ("--save-recall", tmp_path / "o.gif")
+    echo = run.typer.echo
+    monkeypatch.setattr(run.typer, "echo", lambda *a, **k: (events.append("said"), echo(*a, **k)))
+    for place, order in (("check_family", ["said", "answer"]), ("places_of", ["answer", "said"])):
+        with monkeypatch.context() as changed:
+            changed.setattr(one_question, place, lambda *_: unknown(""))
+            result = call(*asked, *drawn, "--json")
+        assert result.exit_code == 0
+        assert result.stderr == f"vlmprune: nothing is drawn ({why}); the answer comes without.\n"
+        content = json.loads(result.stdout)
+        assert content["pruned"]["answer"] and content["not_drawn"] == why
+        assert content["overlays"] == content["films"] == []
+        assert events[:2] == order
+        events.clear()
+    assert not list(tmp_path.iterdir())
+    result = call(*asked, *drawn, "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["not_drawn"] is None and len(list(tmp_path.iterdir())) == 2
+
+
+def test_which_models_cannot_be_drawn_on(loaded):
+    assert one_question.undrawn(models.Loaded(*loaded)) == ""
+    built = ZOO["idefics3"].build()
+    assert "Idefics3" in one_question.undrawn(models.Loaded(built, None))
 
 
 def test_a_cut_cache_and_its_table(short):

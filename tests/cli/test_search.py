@@ -11,6 +11,7 @@ import pytest
 from commandline import call, sentence
 from vlmprune import Recall, VisPruner, spec
 from vlmprune.io.outputs import maker
+from vlmprune.study import stats
 from vlmprune.study.tasks import find_task
 from vlmprune.study.tasks.part import Part
 
@@ -36,8 +37,8 @@ def test_a_setting_is_found_checked_and_used(tmp_path: Path) -> None:
     assert content["best"] == min(allowed, key=lambda one: (one["cost"], one["loss"]))
     assert 0 < content["best"]["cost"] < 1 and len(content["tried"]) == 3
     assert content["checked"]["samples"] == 8
-    low, high = content["checked"]["difference"][1:]
-    assert low <= content["checked"]["difference"][0] <= high
+    # Eight questions are about too few pictures for an interval.
+    assert content["checked"]["difference"][1:] == [None, None]
 
     # Asked again it has nothing to do; with more trials it goes on.
     before = out.with_suffix(".journal").read_text()
@@ -45,6 +46,20 @@ def test_a_setting_is_found_checked_and_used(tmp_path: Path) -> None:
     assert out.with_suffix(".journal").read_text().startswith(before)
     said = sentence("search", "vispruner", *SMALL, "--out", out)
     assert "holds a search with another" in said and "--restart" in said
+
+
+def test_an_interval_is_told_of_enough_pictures_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("search", "random", "--trials", 1, "--max-loss", "99%", "--over", "keep=0.5,0.6")
+    for groups, told in ((stats.GROUPS, False), (1, True)):
+        monkeypatch.setattr(stats, "GROUPS", groups)
+        result = call(*asked, "--limit", 4, "--out", tmp_path / f"{groups}.json")
+        assert result.exit_code == 0, result.output
+        lines = result.stdout.splitlines()
+        (said,) = [one for one in lines if "questions about other pictures" in one]
+        assert said.endswith(")" if told else "; too few pictures for an interval")
+        assert (" to " in said) == told
 
 
 def test_what_steps_read_is_searched(tmp_path: Path) -> None:

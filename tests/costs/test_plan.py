@@ -13,10 +13,11 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextCo
 
 from vlmprune import costs
 from vlmprune.cli.plan import plans_table
-from vlmprune.costs.architectures import KNOWN
+from vlmprune.costs.architectures import SHAPES
 from vlmprune.costs.plan import Plan, plan
 from vlmprune.costs.units import MIB
 from vlmprune.errors import VlmpruneError
+from vlmprune.study.bench import shapes
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,29 @@ def test_known_architectures_agree_with_the_config_classes(tmp_path: Path) -> No
     assert from_file.total_tflops_after == plan("llava-1.5-7b", 64).total_tflops_after
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_that_is_timed_is_planned(name: str) -> None:
+    """What is counted is what the class with random weights is given, and what it costs."""
+    config = shapes.config_of(name)
+    made = plan(name, 0.25, newlines="drop")
+    assert made.visual_tokens_before == shapes.tokens_per_image(config)
+    crops = shapes.crops_of(config)
+    assert (made.crops, made.tokens_per_crop) == (crops, shapes.tokens_per_crop(config))
+    assert made.visual_tokens_after == crops * made.tokens_per_crop // 4
+    assert made.llm_tflops_after * 1e12 == costs.prefill_flops(config, made.visual_tokens_after)
+    assert made.kv_bytes_before == costs.kv_bytes(config, made.visual_tokens_before)
+    patches = made.tokens_per_crop * (4 if "qwen" in name else 1)
+    assert made.encoder_tflops * 1e12 == costs.encoder_flops(config, crops, patches=patches)
+
+
+def test_a_model_of_any_size_takes_the_pictures() -> None:
+    made = plan("qwen2.5-vl-7b", size=(448, 616))
+    assert (made.visual_tokens_before, made.size) == (16 * 22, (448, 616))
+    assert plan("qwen2.5-vl-7b", size=(1, 1)).visual_tokens_before == 1
+    assert "keep=353" in refused("qwen2.5-vl-7b", 353, size=(448, 616))
+    assert "crops=2" in refused("qwen2.5-vl-7b", crops=2)
+
+
 TOWER: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -178,12 +202,13 @@ def test_refusals(tmp_path: Path) -> None:
     for model in ("llava-2-7b", str(tmp_path / "nowhere"), str(tmp_path)):
         sentence = refused(model)
         assert repr(model) in sentence
-        assert all(name in sentence for name in KNOWN)
+        assert all(name in sentence for name in SHAPES)
     assert "keep=577" in refused("llava-next-7b", 577)
     assert "2880" in refused("llava-next-7b", 2881, "image")
     assert "keep=0 " in refused("llava-next-7b", 0)
     assert "budget='video'" in refused("llava-next-7b", 1, "video")
     assert "crops=0" in refused("llava-next-7b", 1, crops=0)
+    assert "too many" in refused("llava-next-7b", 1, crops=10**20)
     assert "newlines='no'" in refused("llava-next-7b", 1, newlines="no")
     assert "size=(0, 5)" in refused("llava-next-7b", 1, size=(0, 5))
     assert "crops=3" in refused("llava-next-7b", 1, size=(5, 5), crops=3)

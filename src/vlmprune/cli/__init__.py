@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from vlmprune.cli import bench, calibrate, compare, methods, models, plan, run, search, train
 from vlmprune.cli import eval as evaluate
-from vlmprune.cli.app import app, main
+from vlmprune.cli.app import Command, app, main
 
 for command in (
     run.run,
@@ -23,6 +23,6 @@ for command in (
     models.models,
 ):
     # The name `eval` is one of Python's own.
-    app.command("eval" if command is evaluate.evaluate else None)(command)
+    app.command("eval" if command is evaluate.evaluate else None, cls=Command)(command)
 
 __all__ = ["app", "main"]

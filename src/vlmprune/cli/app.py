@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
+from vlmprune.cli.printing import encodable
 from vlmprune.errors import VlmpruneError
-from vlmprune.files import FULL, refused
+from vlmprune.files import FULL, refused, unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +27,16 @@ CLOSED, INTERRUPTED = 141, 130
 _STDOUT = "standard output"
 
 
+def _on_one_line(text: str) -> str:
+    """A sentence whose words of the user's hold no line break, and nothing that acts on terminals.
+
+    Bytes that are no text stay, for the stream to print.
+    """
+    return "".join(
+        one if one.isprintable() or "\udc80" <= one <= "\udcff" else repr(one)[1:-1] for one in text
+    )
+
+
 @contextmanager
 def _mistakes() -> Iterator[None]:
     """Turn a user's mistake into one sentence and exit code 2, and Ctrl-C into code 130.
@@ -34,20 +46,25 @@ def _mistakes() -> Iterator[None]:
     try:
         yield
     except VlmpruneError as error:
-        typer.echo(f"vlmprune: {error}", err=True)
+        typer.echo(f"vlmprune: {_on_one_line(str(error))}", err=True)
         raise typer.Exit(2) from None
     except _UsageError as error:
-        message = error.format_message().rstrip(".")
+        message = _on_one_line(error.format_message()).rstrip(".")
         where = error.ctx.command_path if error.ctx else "vlmprune"
-        typer.echo(f"vlmprune: {message}; see `{where} --help`.", err=True)
+        see = "; see" if not message.endswith("?") else " See"
+        typer.echo(f"vlmprune: {message}{see} `{where} --help`.", err=True)
         raise typer.Exit(2) from None
     except BrokenPipeError:
         raise typer.Exit(CLOSED) from None
     except OSError as error:
-        if error.errno not in FULL:
-            raise
         # Files of ours say so themselves, so that one without a name is where results are printed.
-        typer.echo(f"vlmprune: {refused(error.filename or _STDOUT, error)}", err=True)
+        if error.errno in FULL:
+            told = refused(error.filename or _STDOUT, error)
+        elif error.filename is not None:
+            told = unreadable(error.filename, error)
+        else:
+            raise
+        typer.echo(f"vlmprune: {told}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
@@ -55,6 +72,11 @@ def _mistakes() -> Iterator[None]:
 
 def main() -> None:
     """Run the command line, and write out what is still to be printed."""
+    for name in ("stdout", "stderr"):
+        # Python has none where the shell closed it (`>&-`).
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        encodable(getattr(sys, name))
     try:
         app()
     except KeyboardInterrupt:
@@ -78,8 +100,27 @@ def _printed() -> int:
     return 0
 
 
+def _unflagged(params: list[Any]) -> list[Any]:
+    """The parameters, of which switches tell no type in the help, for they take no value."""
+    for one in params:
+        if one.param_type_name == "option" and one.is_flag and one.metavar is None:
+            one.metavar = ""
+    return params
+
+
+class Command(TyperCommand):
+    """A command whose help tells types of what takes a value alone."""
+
+    def get_params(self, *args: Any, **kwargs: Any) -> Any:
+        """The parameters, as a help page and a parser want them."""
+        return _unflagged(super().get_params(*args, **kwargs))
+
+
 class _Group(TyperGroup):
     """Commands whose mistakes are told in one sentence."""
+
+    def get_params(self, *args: Any, **kwargs: Any) -> Any:
+        return _unflagged(super().get_params(*args, **kwargs))
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _mistakes():

@@ -11,13 +11,13 @@ from vlmprune.cli.options import AsJson, Batch, Device, Dtype, Force, Model, Que
 from vlmprune.cli.printing import console, notes, print_json, progress, ruled_table
 from vlmprune.costs.units import percent
 from vlmprune.errors import VlmpruneError
+from vlmprune.files import is_file, is_folder, path_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 # Asked where no question is given.
 QUESTIONS = ("What is in the picture?", "Describe the picture.")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def calibrate(
@@ -71,8 +71,8 @@ def calibrate(
             probe = PLPHP(window=window)
             options.at_least_one(batch=batch)
             check_quantiles(beta_quantile, alpha_quantile)
-            target = Path(out).expanduser()
-            picture = target.with_suffix(".png") if plot is None else Path(plot).expanduser()
+            target = path_of(out)
+            picture = target.with_suffix(".png") if plot is None else path_of(plot)
             result, drawing = (outputs.Output(path, MARK, force) for path in (target, picture))
             place = options.choose_device(device)
             kind = options.choose_dtype(dtype, place)
@@ -117,6 +117,8 @@ def _files(given: list[str], model: str | None) -> list[str]:
     Raises:
         VlmpruneError: none are given and the model has none, or a folder has none.
     """
+    from vlmprune.io.pictures import SUFFIXES
+
     if not given:
         if model is not None:
             raise VlmpruneError(
@@ -128,14 +130,14 @@ def _files(given: list[str], model: str | None) -> list[str]:
     files: list[str] = []
     for name in given:
         folder = Path(name)
-        if not folder.is_dir():
+        if not is_folder(folder):
             files.append(name)
             continue
         found = sorted(str(f) for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
         if not found:
             raise VlmpruneError(f"folder {name!r} holds no pictures; give one that does.")
         files += found
-    missing = [file for file in files if not Path(file).is_file()]
+    missing = [file for file in files if not is_file(file)]
     if missing:
         raise VlmpruneError(
             f"image {missing[0]!r} does not exist; give the path of a picture or of a folder."

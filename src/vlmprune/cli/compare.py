@@ -30,6 +30,7 @@ from vlmprune.cli.printing import (
     typed,
 )
 from vlmprune.errors import VlmpruneError
+from vlmprune.files import path_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -155,7 +156,7 @@ def compare(
             source = sources.find_model(model)
             for way in found:
                 options.check_budget(source, way.pruner)
-            folder = Path(out).expanduser()
+            folder = path_of(out)
             files = {
                 name: Output(folder / f"compare.{ending}", MARK, force)
                 for name, ending in (("page", "html"), ("plot", "png"), ("figures", "json"))

@@ -26,11 +26,8 @@ from vlmprune.cli.printing import bar, console, notes, print_json, ruled_table, 
 from vlmprune.errors import VlmpruneError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from rich.table import Table
 
-    from vlmprune.spec import Stage
     from vlmprune.study.evals.tables import Assessed
 
 # Where answers are kept where nobody says.
@@ -102,7 +99,7 @@ def evaluate(
             }
             stages = spec.read(method)
             pruner = options.make_pruner(method, settings)
-            _check_pictures(stages)
+            options.check_pictures(stages)
             options.at_least_one(batch=batch, limit=limit)
             chosen = tasks.find_task(task)
             samples = chosen.samples(limit)
@@ -175,14 +172,6 @@ def evaluate(
         print_json(result.as_dict() | {"files": kept})
     else:
         _print(result, kept)
-
-
-def _check_pictures(stages: Sequence[Stage]) -> None:
-    for stage in stages:
-        if stage.for_videos:
-            raise VlmpruneError(
-                f"{stage.name} needs videos, and tasks have pictures; choose another --method."
-            )
 
 
 def _print(result: Assessed, kept: dict[str, str]) -> None:

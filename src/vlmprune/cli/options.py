@@ -28,7 +28,7 @@ Dtype = Annotated[
 Keep = Annotated[
     Text,
     typer.Option(
-        help="Visual tokens to keep, or a fraction such as 0.25; 64 where a method must know."
+        help="Visual tokens to keep, or a share, as 0.25 or 25%; 64 where a method must know."
     ),
 ]
 Limit = Annotated[

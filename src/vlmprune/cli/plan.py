@@ -9,7 +9,7 @@ import typer
 
 from vlmprune.cli.options import AsJson, Budget, Newlines, Number, Text, keep_of
 from vlmprune.cli.printing import console, figures_table, print_json
-from vlmprune.costs.units import UNKNOWN_WORD, digits, mib, percent
+from vlmprune.costs.units import TERA, UNKNOWN_WORD, digits, flops_unit, mib, percent
 from vlmprune.errors import VlmpruneError
 
 if TYPE_CHECKING:
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 def plan(
     model: Annotated[
-        Text, typer.Argument(help="An architecture, or a folder with a config.json.")
+        Text,
+        typer.Argument(
+            help="An architecture, as llava-1.5-7b, qwen2.5-vl-7b or small, or a folder with a "
+            "config.json."
+        ),
     ] = None,
     keep: Annotated[
         Text, typer.Option(help="Visual tokens to keep, or a fraction; by default all.")
@@ -36,7 +40,8 @@ def plan(
         Text,
         typer.Option(
             metavar="HEIGHTxWIDTH",
-            help="Size of the image in pixels; by default one that fills its crops.",
+            help="Size of the image in pixels; by default one that fills its crops, or has 1,024 "
+            "visual tokens where any size goes.",
         ),
     ] = None,
     newlines: Newlines = None,
@@ -71,12 +76,12 @@ def plan(
         others = (keep, budget, crops, size, newlines)
         _equal_compute(model, others, compute_budget, text_tokens, each, as_json)
         return
-    from vlmprune.costs.architectures import KNOWN
+    from vlmprune.costs.architectures import SHAPES
     from vlmprune.costs.plan import plan as planned
 
     if model is None:
         raise VlmpruneError(
-            f"plan needs an architecture: one of {', '.join(KNOWN)}, or a folder with a "
+            f"plan needs an architecture: one of {', '.join(SHAPES)}, or a folder with a "
             "config.json; or --compute-budget, to list several."
         )
     if text_tokens is not None:
@@ -139,12 +144,20 @@ def _equal_compute(
 def plans_table(plans: Iterable[Plan], per_multiply_add: int) -> Table:
     """The plans as a Rich table, one row each, "full → pruned" in a cell.
 
-    KV caches are in MiB, which the published tables call MB. FLOPs have three digits.
+    KV caches are in MiB, which the published tables call MB. FLOPs have three digits, and the
+    prefix that suits the largest of them.
     """
     plans = list(plans)
+    known = [one for p in plans if not math.isnan(one := p.total_tflops_before)]
+    prefix, unit = flops_unit(TERA * max(known, default=1.0))
+
+    def flops(tflops: float) -> str:
+        return digits(tflops * TERA / unit)
+
     result = figures_table("model", ("tokens", "LLM", "vision", "total", "visual KV", "saved"))
     result.caption = (
-        f"TFLOPs ({_convention(per_multiply_add)}) of one image's visual tokens; visual KV in MiB."
+        f"{prefix}FLOPs ({_convention(per_multiply_add)}) of one image's visual tokens; "
+        "visual KV in MiB."
     )
     kept = {p.newline_tokens_after for p in plans if p.newline_tokens_after}
     if kept:
@@ -157,9 +170,9 @@ def plans_table(plans: Iterable[Plan], per_multiply_add: int) -> Table:
         result.add_row(
             p.model,
             _change(str(p.visual_tokens_before), str(p.visual_tokens_after), pruned),
-            _change(digits(p.llm_tflops_before), digits(p.llm_tflops_after), pruned),
-            digits(p.encoder_tflops),
-            _change(digits(p.total_tflops_before), digits(p.total_tflops_after), pruned),
+            _change(flops(p.llm_tflops_before), flops(p.llm_tflops_after), pruned),
+            flops(p.encoder_tflops),
+            _change(flops(p.total_tflops_before), flops(p.total_tflops_after), pruned),
             _change(mib(p.kv_bytes_before), mib(p.kv_bytes_after), pruned),
             percent(p.flops_saving) if pruned and not math.isnan(p.flops_saving) else "",
         )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import shlex
+import sys
+import unicodedata
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
@@ -16,6 +20,28 @@ if TYPE_CHECKING:
 
     from rich.console import Console
     from rich.table import Table
+
+
+# What stands in tables and sentences, for terminals that lack it; each one character wide, so that
+# columns stay where they are.
+_PLAIN = str.maketrans("→–—…×±≤≥−“”‘’│─", ">--~x+<>-\"\"''|-")  # noqa: RUF001
+_ERRORS = "vlmprune.plain"
+
+
+def _in_plain(error: UnicodeError) -> tuple[str, int]:
+    """What to print of characters that a terminal's encoding lacks."""
+    assert isinstance(error, UnicodeEncodeError)
+    part = error.object[error.start : error.end]
+    plain = unicodedata.normalize("NFKD", part.translate(_PLAIN))
+    return plain.encode("ascii", "backslashreplace").decode("ascii"), error.end
+
+
+def encodable(stream: TextIO) -> None:
+    """Let a stream print everything, though its encoding may lack some characters."""
+    # What stands in for a terminal, as in notebooks, need not have an encoding to set.
+    if isinstance(stream, io.TextIOWrapper):
+        codecs.register_error(_ERRORS, _in_plain)
+        stream.reconfigure(errors=_ERRORS)
 
 
 def console(to_stderr: bool = False) -> Console:
@@ -70,7 +96,9 @@ def bar() -> Iterator[Callable[[str, int, int], None]]:
 
 def print_json(content: dict[str, Any]) -> None:
     """One JSON object on stdout; null for what is unknown."""
-    typer.echo(json.dumps(ready(content), indent=2, ensure_ascii=False))
+    # What a terminal cannot show comes in JSON's own escapes, which lose nothing.
+    whole = codecs.lookup(sys.stdout.encoding or "ascii").name.startswith("utf")
+    typer.echo(json.dumps(ready(content), indent=2, ensure_ascii=not whole))
 
 
 def notes(lines: Iterable[str]) -> None:

@@ -21,7 +21,8 @@ from vlmprune.cli.options import (
 )
 from vlmprune.cli.printing import bare_table, console, notes, print_json, progress
 from vlmprune.costs.units import change, flops, mib, percent
-from vlmprune.errors import VlmpruneError
+from vlmprune.errors import VlmpruneError, reason
+from vlmprune.files import is_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +35,17 @@ def run(
     images: Annotated[
         list[str], typer.Argument(metavar="IMAGE", help="One or more pictures.", show_default=False)
     ],
-    question: Annotated[str, typer.Argument(help="What to ask about them.", show_default=False)],
+    question: Annotated[
+        str,
+        typer.Argument(
+            metavar="QUESTION",
+            help="What to ask about them.",
+            show_default=False,
+            # Before a missing picture is told of, which it is where a picture stands in its place.
+            is_eager=True,
+            callback=lambda text: _check_question(text),
+        ),
+    ],
     model: Model = None,
     method: Annotated[
         str,
@@ -76,7 +87,6 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Answer a question about pictures, with and without pruning."""
-    _check_question(question)
     with progress("Starting…") as say:
         from vlmprune import spec
         from vlmprune.draw.recall import ENDINGS
@@ -85,6 +95,7 @@ def run(
         from vlmprune.study import one_question, word_by_word
 
         with models.quiet():
+            options.check_pictures(spec.read(method))
             pruner = options.make_pruner(
                 method,
                 {
@@ -119,27 +130,38 @@ def run(
             say(f"Loading {source.label}…")
             loaded = models.load(source, place, kind)
             inputs = models.prepare(loaded, pictures, question)
-            if targets or films:
-                one_question.check_drawn(loaded)
+            undrawn = one_question.undrawn(loaded) if targets or films else ""
+            if undrawn:
+                _tell_undrawn(undrawn)
+                targets, films = [], []
             outcome = one_question.answer_twice(
                 loaded, pruner, inputs, max_new_tokens, repeat, decode_tokens, say
             )
-            if targets:
-                say("Drawing…")
-                drawn = one_question.draw(loaded, inputs, pictures, outcome.report)
-                for file, picture in zip(files, drawn, strict=True):
-                    file.write_picture(picture)
-            if films:
-                say("Following the answer word by word…")
-                # In a call of its own, since noting what is read takes time.
-                followed = word_by_word.follow(loaded, pruner, inputs, pictures, max_new_tokens)
+            drawn, followed = [], None
+            try:
+                if targets:
+                    say("Drawing…")
+                    drawn = one_question.draw(loaded, inputs, pictures, outcome.report)
+                if films:
+                    say("Following the answer word by word…")
+                    # In a call of its own, since noting what is read takes time.
+                    followed = word_by_word.follow(loaded, pruner, inputs, pictures, max_new_tokens)
+            except VlmpruneError as error:
+                # The answer is there, and is what was asked for first.
+                undrawn = reason(error)
+                _tell_undrawn(undrawn)
+                targets, films, drawn, followed = [], [], [], None
+            for file, picture in zip(files, drawn, strict=False):
+                file.write_picture(picture)
+            if followed is not None:
                 for number, (file, picture) in enumerate(zip(film_files, pictures, strict=True)):
                     frames, durations = followed.pictures(number, picture, file.path.suffix.lower())
                     file.write_picture(frames[0], frames[1:], durations)
     if as_json:
         about: dict[str, Any] = {"model": source.name, "method": spec.dump(pruner)}
         about |= {"images": images, "question": question}
-        made = {"overlays": list(map(str, targets)), "films": list(map(str, films))}
+        made: dict[str, Any] = {"overlays": list(map(str, targets))}
+        made |= {"films": list(map(str, films)), "not_drawn": undrawn or None}
         print_json(about | outcome.as_dict() | made)
         return
     names = " + ".join(stage.name for stage in spec.read(method))
@@ -150,13 +172,33 @@ def run(
         console().print(f"what each step reads drawn in {path}", markup=False, soft_wrap=True)
 
 
-def _check_question(question: str) -> None:
+def _tell_undrawn(why: str) -> None:
+    """Say that there is an answer and nothing to see."""
+    typer.echo(f"vlmprune: nothing is drawn ({why}); the answer comes without.", err=True)
+
+
+def _check_question(question: str) -> str:
+    """Refuse what is no question: nothing, a file, or a word such as photo.jpg."""
     from pathlib import Path
 
-    if not question.strip() or Path(question).is_file():
+    from vlmprune.io.pictures import SUFFIXES
+
+    try:
+        known = is_file(question)
+    # What may not be looked at is nothing to look for: a question may be any text.
+    except VlmpruneError:
+        known = False
+    one_word = len(question.split()) == 1
+    if known or not question.strip() or (one_word and Path(question).suffix.lower() in SUFFIXES):
         raise VlmpruneError(
             'the question is missing; give it last, as in: vlmprune run photo.jpg "What is this?"'
         )
+    if not question.isprintable() and any("\ud800" <= one <= "\udfff" for one in question):
+        raise VlmpruneError(
+            f"the question {question!r} holds bytes that are no text in this terminal's encoding; "
+            "write it in that."
+        )
+    return question
 
 
 def _print_outcome(model: str, method: str, question: str, outcome: BothWays) -> None:

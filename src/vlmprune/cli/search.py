@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,6 +9,7 @@ import typer
 from vlmprune.cli.options import AsJson, Batch, Device, Dtype, Force, Model, Number, Text, Texts
 from vlmprune.cli.printing import console, figures_table, notes, print_json, progress
 from vlmprune.costs.units import percent
+from vlmprune.files import path_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -87,7 +87,7 @@ def search(
         with models.quiet():
             libraries.module("optuna", "search")
             options.at_least_one(batch=batch, limit=limit)
-            target = Path(out).expanduser()
+            target = path_of(out)
             asked = ask(
                 method,
                 over or [],
@@ -148,6 +148,7 @@ def _print(outcome: Outcome, asked: Asked) -> None:
             f"{percent(outcome.checked.accuracy or 0, '.1f')} against "
             f"{percent(outcome.full.accuracy or 0, '.1f')} without pruning, a difference in points "
             f"of {in_points(difference)}"
+            f"{'' if difference.ends else '; too few pictures for an interval'}"
         )
     lines.append(f"kept in {asked.out}, drawn in {asked.picture}, trials in {asked.journal}")
     notes(lines)

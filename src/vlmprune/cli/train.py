@@ -11,6 +11,7 @@ from vlmprune.cli.options import AsJson, Device, Dtype, Force, Limit, Model, Num
 from vlmprune.cli.printing import bar, console, print_json, typed
 from vlmprune.costs.units import percent
 from vlmprune.errors import VlmpruneError
+from vlmprune.files import path_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -144,7 +145,7 @@ def train(
             stage,
             lora,
             side,
-            None if cache is None else Path(cache).expanduser(),
+            None if cache is None else path_of(cache),
             held_out,
         )
         cls = start.check(wanted)
@@ -158,7 +159,7 @@ def train(
             place = options.choose_device(device)
             kind = options.choose_dtype(dtype, place)
             source = sources.find_model(model)
-            folder = Path(out).expanduser()
+            folder = path_of(out)
             own = [] if source.folder is None else source.folder.iterdir()
             index = None if wanted.cache is None else check_cache(wanted.cache, force)
             claim([*files(folder, force), index], [data, *own])

@@ -5,8 +5,10 @@ Sizes are those of the models' own config files, under the names of a Transforme
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class QwenTower:
     patch_size: int = 14
     spatial_merge_size: int = 2
     window_size: int = 112
+    model_type: ClassVar[str] = "qwen2_5_vl"
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ KNOWN = {
     "llava-next-7b": Architecture("llava_next", DECODERS["vicuna-7b"]),
     "llava-next-13b": Architecture("llava_next", DECODERS["vicuna-13b"]),
 }
-"""Those whose costs are worked out by name."""
+"""Those of the published tables."""
 
 QWEN = Architecture(
     "qwen2_5_vl", DECODERS["qwen2.5-7b"], QwenTower(1280, 3420, 32, 16, (7, 15, 23, 31))
@@ -113,5 +116,21 @@ SMALL = {
 }
 """Made up, to be run on a CPU."""
 
-SHAPES = KNOWN | {"qwen2.5-vl-7b": QWEN} | SMALL
-"""All whose classes can be made with random weights."""
+ANY_SIZE_TOKENS = 1024
+"""Visual tokens of a picture of a model that takes any size, where nobody says how many."""
+
+HALF = Architecture(
+    "llava",
+    DECODERS["qwen2.5-0.5b"],
+    ClipTower(hidden_size=768, intermediate_size=3072, num_hidden_layers=6),
+)
+"""Made up: half a billion weights, of which the tower has as small a share as LLaVA-1.5-7B's."""
+
+SHAPES = KNOWN | {"qwen2.5-vl-7b": QWEN, "llava-0.5b": HALF} | SMALL
+"""All whose costs are worked out by name, and whose classes can be made with random weights."""
+
+
+def grid_of(visual_tokens: int) -> tuple[int, int]:
+    """Rows and columns of the squarest picture that has at least so many visual tokens."""
+    rows = max(1, math.isqrt(visual_tokens))
+    return rows, -(-visual_tokens // rows)

@@ -18,7 +18,7 @@ from vlmprune import costs
 from vlmprune.costs.architectures import DECODERS
 from vlmprune.costs.plan import architecture
 from vlmprune.costs.units import TERA, ready
-from vlmprune.errors import VlmpruneError
+from vlmprune.errors import VlmpruneError, meant
 from vlmprune.hosts import layer_sizes
 
 
@@ -101,7 +101,7 @@ def pairs(
         tflops: the budget: prefill of the decoder layers, visual and text tokens together. The
             vision tower is paid whatever the language model is, and not counted.
         text_tokens: tokens of the prompt that are not visual; 0 where they are cached.
-        models: names of `DECODERS` or of `KNOWN`, or local folders with a `config.json`; by
+        models: names of `DECODERS` or of `SHAPES`, or local folders with a `config.json`; by
             default all of `DECODERS`.
         kv_value_bytes: bytes of one cached number.
         per_multiply_add: as `costs.prefill_flops` takes it.
@@ -166,5 +166,6 @@ def _decoder(name: str) -> Any:
         return architecture(name)
     except VlmpruneError as error:
         raise VlmpruneError(
-            f"{str(error).rstrip('.')}; of language models alone {', '.join(DECODERS)} are known."
+            f"{str(error).rstrip('.')}; of language models alone {', '.join(DECODERS)} are known"
+            f"{meant(name, DECODERS)}."
         ) from error

@@ -9,15 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune import costs
-from vlmprune.costs.architectures import CROPS, KNOWN, Architecture
+from vlmprune.costs.architectures import (
+    ANY_SIZE_TOKENS,
+    CROPS,
+    SHAPES,
+    Architecture,
+    QwenTower,
+    grid_of,
+)
 from vlmprune.costs.units import TERA, ready
-from vlmprune.errors import VlmpruneError, reason
+from vlmprune.errors import VlmpruneError, meant, reason
+from vlmprune.files import is_file, is_folder, path_of
 from vlmprune.hosts.config import required
 from vlmprune.select.budget import Budget, Newlines, kept_of, resolve_keep
 from vlmprune.select.settings import check_choice
 
 # `image_seq_length` that the LLaVA config classes have when nobody sets it.
 _DEFAULT_SEQUENCE = 576
+# Each is counted by itself; no model cuts an image into as many.
+_MOST_CROPS = 10_000
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,7 @@ def plan(
     tables count no newlines: newlines="drop" gives what they have, pruned or not.
 
     Args:
-        model: one of `KNOWN`, or a local directory with a `config.json` (or that file).
+        model: one of `SHAPES`, or a local directory with a `config.json` (or that file).
         keep: visual tokens to keep, per crop or per image as `budget` says: an int is a number, a
             float a fraction in (0, 1], None keeps all.
         budget: "crop" gives each crop the same number, "image" shares one number among them.
@@ -113,7 +123,8 @@ def plan(
         bytes_per_value: 2 for a float16 or bfloat16 cache.
         newlines: "keep" or "drop", as the methods' setting. What there is before has all of them.
         size: (height, width) of the image in pixels, in place of `crops`; its tokens are then
-            counted by the host's own packing.
+            counted by the host's own packing; of Qwen2.5-VL's, each 28 pixels a side are one, and
+            the processor's limits are left out. Without it such a model's image has 1,024.
         per_multiply_add: FLOPs that a multiply and an add count as: 2 in the tables of VisPruner,
             FasterVLM and CDPruner, 1 in those of SparseVLM, PyramidDrop and CATP.
 
@@ -127,6 +138,8 @@ def plan(
         raise VlmpruneError(f'budget={budget!r} is unknown; use "crop" or "image".')
     if crops is not None and crops < 1:
         raise VlmpruneError(f"crops={crops} is too few; use 1 or more.")
+    if crops is not None and crops > _MOST_CROPS:
+        raise VlmpruneError(f"crops={crops} is too many; use {_MOST_CROPS} or fewer.")
     check_choice("newlines", newlines, Newlines)
     if size is not None and (crops is not None or min(size) < 1):
         raise VlmpruneError(
@@ -134,7 +147,7 @@ def plan(
             "height and width in pixels of at least 1."
         )
     try:
-        config, per_crop, patches = _architecture(model)
+        config, per_crop, patches = _architecture(model, size)
         own, ends = _tokens(config, per_crop, patches, crops, size)
         count, before = len(own), sum(own) + ends
         left = ends if newlines == "keep" else 0
@@ -188,6 +201,13 @@ def _tokens(
         crops: number of crops; None for the usual one.
         size: of the image; None for one that fills its crops.
     """
+    if config.model_type not in CROPS:
+        if crops not in (None, 1):
+            raise VlmpruneError(
+                f"crops={crops}: the model takes pictures of any size, each as one; leave it out, "
+                "or give the size."
+            )
+        return [per_crop], 0
     usual = CROPS[config.model_type]
     if not usual.grid:
         return [per_crop] * (usual.count if crops is None else crops), 0
@@ -212,32 +232,41 @@ def architecture(model: str) -> Any:
     Raises:
         VlmpruneError: neither.
     """
-    if model in KNOWN:
-        return KNOWN[model]
-    path = Path(model).expanduser()
+    if model in SHAPES:
+        return SHAPES[model]
+    path = path_of(model)
     folder = path.parent if path.name == "config.json" else path
-    if not (folder / "config.json").is_file():
-        trouble = "has no config.json" if folder.is_dir() else "is neither known nor a local path"
+    if not is_file(folder / "config.json"):
+        trouble = "has no config.json"
+        if not is_folder(folder):
+            trouble = f"is neither known nor a local path{meant(model, SHAPES)}"
         raise VlmpruneError(
-            f"model {model!r} {trouble}; use one of {', '.join(KNOWN)}, "
+            f"model {model!r} {trouble}; use one of {', '.join(SHAPES)}, "
             "or a local directory with a config.json."
         )
     return _local_config(folder)
 
 
-def _architecture(model: str) -> tuple[Any, int, int]:
-    """The config, its visual tokens per crop and its patches per crop."""
+def _architecture(model: str, size: tuple[int, int] | None) -> tuple[Any, int, int]:
+    """The config, its visual tokens per crop and its patches per crop; of an image of `size`."""
     config = architecture(model)
-    if model in KNOWN:
+    if isinstance(config, Architecture) and isinstance(config.vision_config, QwenTower):
+        merged = config.vision_config.spatial_merge_size
+        side = merged * config.vision_config.patch_size
+        rows, columns = grid_of(ANY_SIZE_TOKENS)
+        if size is not None:
+            rows, columns = (max(1, round(pixels / side)) for pixels in size)
+        return config, rows * columns, rows * columns * merged**2
+    if model in SHAPES:
         patches = costs.patch_count(config)
         return config, patches, patches
-    path = Path(model).expanduser()
+    path = path_of(model)
     folder = path.parent if path.name == "config.json" else path
     if config.model_type not in CROPS:
         raise VlmpruneError(
             f"{folder / 'config.json'} is of type {config.model_type!r}, whose visual tokens "
             f"cannot be counted yet; use a config of type {', '.join(CROPS)}, or one of "
-            f"{', '.join(KNOWN)}."
+            f"{', '.join(SHAPES)}."
         )
     # "full" hands the CLS token on to the decoder as one more visual token; ViP-LLaVA, whose config
     # has no such field, never does.
@@ -257,7 +286,7 @@ def _local_config(folder: Path) -> Any:
     except Exception as error:
         raise VlmpruneError(
             f"{folder / 'config.json'} cannot be read by Transformers ({reason(error)}); use a "
-            f"valid config, or one of {', '.join(KNOWN)}."
+            f"valid config, or one of {', '.join(SHAPES)}."
         ) from error
 
 

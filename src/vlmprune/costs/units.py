@@ -27,10 +27,11 @@ def digits(value: float) -> str:
 
 
 def number(text: str) -> int | float | None:
-    """What a text says, whole or not; None where it is no number."""
-    for kind in (int, float):
+    """What a text says, whole or not, or as a share of 100 as "25%"; None where it is no number."""
+    body = text.strip()
+    for kind in (float,) if body.endswith("%") else (int, float):
         try:
-            return kind(text)
+            return float(body[:-1]) / 100 if body.endswith("%") else kind(body)
         except ValueError:
             continue
     return None

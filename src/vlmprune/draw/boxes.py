@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmprune.errors import VlmpruneError
+from vlmprune.errors import VlmpruneError, meant
 from vlmprune.hosts.families import FAMILIES
 from vlmprune.hosts.families.media import Medium
 from vlmprune.io import processors
@@ -114,7 +114,8 @@ def _medium(family: str) -> Medium:
             if found is None:
                 raise VlmpruneError(f"where visual tokens lie is not known for {record.name} yet.")
             return found
-    raise VlmpruneError(f"family {family!r} is not known; use one of {', '.join(FAMILIES)}.")
+    near = meant(family, FAMILIES)
+    raise VlmpruneError(f"family {family!r} is not known{near}; use one of {', '.join(FAMILIES)}.")
 
 
 def _views(steps: Steps, size: Size, medium: Medium, crops: int) -> list[_View]:

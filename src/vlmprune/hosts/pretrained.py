@@ -43,6 +43,22 @@ def config_of(source: str | Path, local: bool) -> Any:
     return load(CONFIG, source, local_files_only=local, trust_remote_code=False)
 
 
+def reachable(seconds: float = 5.0) -> bool:
+    """Whether the Hub answers at all, asked once: its own loaders ask many times over.
+
+    Args:
+        seconds: to wait for an answer.
+    """
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=seconds)
+    # Name servers, proxies, certificates and the offline mode fail in many ways.
+    except Exception:
+        return False
+    return True
+
+
 def model_of(config: Any, **options: Any) -> Any:
     """A vision-language model of a config, with fresh weights.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmprune import spec
-from vlmprune.errors import VlmpruneError
+from vlmprune.errors import VlmpruneError, meant
 from vlmprune.pruner import Pruner
 
 NAMES = ("pretrained", "method", "device", "dtype", "batch_size", "max_new_tokens")
@@ -94,8 +94,8 @@ def _pruner(method: str, settings: Mapping[str, Any]) -> Pruner | None:
     if not method or method.lower() == "none":
         for name in settings:
             raise VlmpruneError(
-                f"argument {name!r} is none of {', '.join(NAMES)}, and without method= there is "
-                "nothing else that it could set; leave it out."
+                f"argument {name!r}{meant(name, NAMES)} is none of {', '.join(NAMES)}, and without "
+                "method= there is nothing else that it could set; leave it out."
             )
         return None
     stages = spec.read(method)
@@ -103,9 +103,10 @@ def _pruner(method: str, settings: Mapping[str, Any]) -> Pruner | None:
         taken = spec.fill(stages, name, spec.value_of(value) if isinstance(value, str) else value)
         if taken is None:
             has = "; ".join(f"{stage.name} has {', '.join(stage.names)}" for stage in stages)
+            near = meant(name, [*NAMES, *(one for stage in stages for one in stage.names)])
             raise VlmpruneError(
-                f"argument {name!r} is none of {', '.join(NAMES)}, and no setting of the method "
-                f"({has})."
+                f"argument {name!r}{near} is none of {', '.join(NAMES)}, and no setting of the "
+                f"method ({has})."
             )
         if not taken:
             raise VlmpruneError(

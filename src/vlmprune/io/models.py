@@ -34,7 +34,7 @@ def load(source: Source, device: torch.device, dtype: Any) -> Loaded:
     Raises:
         VlmpruneError: something of it is missing; the sentence says what.
     """
-    local = {"local_files_only": source.folder is not None, "trust_remote_code": False}
+    local = {"local_files_only": source.local, "trust_remote_code": False}
     try:
         processor = pretrained.load("AutoProcessor", source.name, **local)
     except ImportError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from vlmprune import spec
 from vlmprune.costs import plan
 from vlmprune.costs.architectures import CROPS
-from vlmprune.errors import VlmpruneError
+from vlmprune.errors import VlmpruneError, meant
 from vlmprune.io.sources import Source
 from vlmprune.pruner import Pruner
 from vlmprune.select.budget import Budget
@@ -89,7 +89,7 @@ def one_of(what: str, value: str, choices: Collection[str]) -> str:
     """
     if value not in choices:
         known = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
-        raise VlmpruneError(f"{what} {value!r} is unknown; use {known}.")
+        raise VlmpruneError(f"{what} {value!r} is unknown{meant(value, choices)}; use {known}.")
     return value
 
 
@@ -115,6 +115,21 @@ def check_decode(tokens: int) -> None:
             f"--decode-tokens {tokens} leaves no step after the first token; use 2 or more, or 0 "
             "to skip it."
         )
+
+
+def check_pictures(stages: Sequence[spec.Stage]) -> None:
+    """Refuse methods that work on videos alone, where there are pictures.
+
+    They would pass pictures whole, and seem to lose nothing.
+
+    Raises:
+        VlmpruneError: one of them does.
+    """
+    for stage in stages:
+        if stage.for_videos:
+            raise VlmpruneError(
+                f"{stage.name} needs videos, and these are pictures; choose another --method."
+            )
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -22,7 +22,7 @@ from PIL import Image
 
 from vlmprune.costs.units import MIB, ready
 from vlmprune.errors import VlmpruneError, reason
-from vlmprune.files import write, writing
+from vlmprune.files import path_of, write, writing
 
 # Bytes at a text's beginning in which the mark is looked for.
 _HEAD = 4096
@@ -112,7 +112,9 @@ class Output:
         Raises:
             VlmpruneError: it is one of these.
         """
-        if not self.path.parent.is_dir():
+        with writing(self.path):
+            there = self.path.parent.is_dir()
+        if not there:
             check_folder(self.path.parent)
             return
         check_target(self.path)
@@ -284,7 +286,7 @@ def named(target: str, option: str, *endings: str) -> Path:
     Raises:
         VlmpruneError: it ends otherwise.
     """
-    path = Path(target).expanduser()
+    path = path_of(target)
     if path.suffix.lower() not in endings:
         raise VlmpruneError(
             f"{option} {target!r} does not end in {endings[0]}; use a name such as out{endings[0]}."
@@ -298,7 +300,7 @@ def overlay_names(target: str, images: Sequence[str]) -> list[Path]:
     Raises:
         VlmpruneError: the suffix is no picture's.
     """
-    path = Path(target).expanduser()
+    path = path_of(target)
     Image.init()
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise VlmpruneError(

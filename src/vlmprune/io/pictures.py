@@ -24,6 +24,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vlmprune.errors import VlmpruneError, reason
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""By which a name is taken for a picture's."""
+
 Floats = NDArray[np.floating[Any]]
 
 # Which warnings are shown is the whole process's to say, so one picture at a time says it.

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune import embedded
-from vlmprune.costs.architectures import KNOWN
+from vlmprune.costs.architectures import SHAPES
 from vlmprune.errors import VlmpruneError, reason
+from vlmprune.files import is_file, path_of, status
 from vlmprune.hosts import config as fields
 from vlmprune.hosts.families import FAMILIES, TOWERS, generic, towers
 
@@ -23,12 +24,19 @@ class Source:
         folder: the local folder; None for a model of the Hub.
         model_type: of its config.
         label: as people call it.
+        cached: whether the local cache alone is to be asked, for the Hub does not answer.
     """
 
     name: str
     folder: Path | None
     model_type: str
     label: str
+    cached: bool = False
+
+    @property
+    def local(self) -> bool:
+        """Whether no network may be asked."""
+        return self.cached or self.folder is not None
 
 
 def find_model(model: str | None) -> Source:
@@ -40,10 +48,10 @@ def find_model(model: str | None) -> Source:
     if model is None:
         folder = embedded.path()
         return Source(str(folder), folder, _supported(_local_config(folder)), "embedded model")
-    folder = Path(model).expanduser()
-    if folder.exists():
+    folder = path_of(model)
+    if status(folder) is not None:
         return Source(str(folder), folder, _supported(_local_config(folder)), model)
-    if model in KNOWN:
+    if model in SHAPES:
         raise VlmpruneError(
             f"model {model!r} is an architecture for `vlmprune plan` and `bench --shape`, without "
             "weights; give a model folder or an id of the Hub."
@@ -53,12 +61,13 @@ def find_model(model: str | None) -> Source:
             f"model path {model!r} does not exist; give a model folder, an id of the Hub such as "
             "owner/name, or no --model for the embedded model."
         )
-    return Source(model, None, _supported(_hub_config(model)), model)
+    config, cached = _hub_config(model)
+    return Source(model, None, _supported(config), model, cached)
 
 
 def _local_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    if not path.is_file():
+    if not is_file(path):
         raise VlmpruneError(
             f"model path {str(folder)!r} has no config.json; give a folder as save_pretrained "
             "writes it."
@@ -70,13 +79,20 @@ def _local_config(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _hub_config(name: str) -> dict[str, Any]:
+def _hub_config(name: str) -> tuple[dict[str, Any], bool]:
+    """A model's config, and whether it is of the local cache, for the Hub does not answer."""
     from vlmprune.hosts import pretrained
 
+    cached = not pretrained.reachable()
     try:
-        return pretrained.config_of(name, local=False).to_dict()
+        return pretrained.config_of(name, local=cached).to_dict(), cached
     # Network, cache and config fail in many ways, none of which the user could treat apart.
     except Exception as error:
+        if cached:
+            raise VlmpruneError(
+                f"model {name!r} is no local path and not in the local cache, and the Hub does not "
+                "answer; give a folder, or try again with a network."
+            ) from error
         raise VlmpruneError(
             f"model {name!r} is no local path, and could not be had from the local cache or the "
             f"Hub ({reason(error)})."

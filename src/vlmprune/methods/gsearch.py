@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vlmprune.errors import VlmpruneError
+from vlmprune.errors import VlmpruneError, meant
 from vlmprune.pruner import Pruner
 from vlmprune.select import row_rules, schedule
 from vlmprune.select.settings import check_choice
@@ -85,8 +85,9 @@ class GSearch(Pruner):
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(changes) - set(known))
         if unknown:
+            near = meant(unknown[0], known)
             raise VlmpruneError(
-                f"GSearch has no setting {unknown[0]!r}; it has {', '.join(known)}."
+                f"GSearch has no setting {unknown[0]!r}{near}; it has {', '.join(known)}."
             )
         rates, architecture = schedule.read(path)
         return cls(**({"rates": rates, "calibrated_on": architecture} | changes))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from vlmprune.errors import VlmpruneError
+from vlmprune.errors import VlmpruneError, meant
 from vlmprune.pruner import Pruner
 from vlmprune.select import retention
 from vlmprune.select.settings import check_choice, check_whole, is_share
@@ -129,7 +129,10 @@ class PLPHP(Pruner):
         known = {field.name for field in fields(cls)}
         unknown = sorted({*found, *changes} - known)
         if unknown:
-            raise VlmpruneError(f"PLPHP has no setting {unknown[0]!r}; it has {', '.join(known)}.")
+            near = meant(unknown[0], known)
+            raise VlmpruneError(
+                f"PLPHP has no setting {unknown[0]!r}{near}; it has {', '.join(known)}."
+            )
         before, now = (settings.get("window", cls.window) for settings in (found, found | changes))
         if before != now and not {"alpha", "beta"} <= changes.keys():
             raise VlmpruneError(

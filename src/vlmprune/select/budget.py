@@ -5,7 +5,7 @@ from __future__ import annotations
 from numbers import Integral, Real
 from typing import Literal
 
-from vlmprune.errors import VlmpruneError
+from vlmprune.errors import VlmpruneError, meant
 
 # What a budget counts for: each crop, or all crops of an image together. Of a video the frames are
 # the crops; "frame" and "clip" say the same of it, and are refused where there is none.
@@ -33,8 +33,8 @@ def check_budget(budget: str, videos: bool = True) -> None:
     """
     if budget not in BUDGETS:
         raise VlmpruneError(
-            f"budget={budget!r} is not known; use 'crop' or 'image', or for videos 'frame' or "
-            "'clip'."
+            f"budget={budget!r} is not known{meant(budget, BUDGETS)}; use 'crop' or 'image', or "
+            "for videos 'frame' or 'clip'."
         )
     if budget in ("frame", "clip") and not videos:
         instead = "crop" if budget == "frame" else "image"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from vlmprune.errors import VlmpruneError
+from vlmprune.errors import VlmpruneError, meant
 
 
 def is_number(value: Any) -> bool:
@@ -86,4 +86,7 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
     known = get_args(choices)
     if value not in known:
         *others, last = map(repr, known)
-        raise VlmpruneError(f"{name}={value!r} is not known; use {', '.join(others)} or {last}.")
+        near = meant(value, map(str, known))
+        raise VlmpruneError(
+            f"{name}={value!r} is not known{near}; use {', '.join(others)} or {last}."
+        )

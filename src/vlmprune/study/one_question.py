@@ -14,6 +14,7 @@ from PIL import Image
 from vlmprune.costs.units import ready
 from vlmprune.draw import overlay
 from vlmprune.draw.boxes import check_family, token_boxes
+from vlmprune.errors import VlmpruneError, reason
 from vlmprune.hosts import processed
 from vlmprune.hosts import sizes as tower_sizes
 from vlmprune.io.models import Loaded, attached, enough_memory
@@ -215,13 +216,13 @@ def answer_twice(
     )
 
 
-def check_drawn(loaded: Loaded) -> None:
-    """Refuse a model whose visual tokens cannot be placed on a picture, before any answer.
-
-    Raises:
-        VlmpruneError: it is one.
-    """
-    check_family(family_of(loaded.model).name)
+def undrawn(loaded: Loaded) -> str:
+    """Why the model's visual tokens cannot be placed on a picture; "" where they can."""
+    try:
+        check_family(family_of(loaded.model).name)
+    except VlmpruneError as error:
+        return reason(error)
+    return ""
 
 
 def draw(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.files import is_file, path_of
 from vlmprune.io.listed import entries
 
 IMAGE = "<image>"
@@ -64,8 +65,8 @@ def read(path: str | Path, pictures: str | Path | None = None) -> list[Entry]:
         VlmpruneError: the file cannot be read, an entry of it is malformed, a picture is not
             there, or no entry has a picture.
     """
-    path = Path(path).expanduser()
-    folder = path.parent if pictures is None else Path(pictures).expanduser()
+    path = path_of(path)
+    folder = path.parent if pictures is None else path_of(pictures)
     listed = entries(path, "conversations", FORM)
     seen: set[Path] = set()
     found = [_entry(path, folder, number, one, seen) for number, one in enumerate(listed)]
@@ -88,7 +89,7 @@ def _entry(path: Path, folder: Path, number: int, one: Any, seen: set[Path]) -> 
         )
     images = tuple(folder / name for name in names)
     for image in images:
-        if image not in seen and not image.is_file():
+        if image not in seen and not is_file(image):
             raise VlmpruneError(
                 f"{where} names {str(image)!r}, which does not exist; give pictures relative to "
                 "the file, or name their folder by --images."

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
-from vlmprune.errors import VlmpruneError
+from vlmprune.errors import VlmpruneError, meant
 from vlmprune.hosts.config import longest_prompt
 from vlmprune.io import libraries
 from vlmprune.io.models import Loaded
@@ -63,7 +63,9 @@ def check(wanted: Wanted) -> type[Learned]:
     cls = METHODS.get(wanted.method)
     trainable = [name for name, one in METHODS.items() if _learns(one)]
     if cls is None or not _learns(cls):
-        kind = "is unknown" if cls is None else "needs no training"
+        kind = "needs no training"
+        if cls is None:
+            kind = f"is unknown{meant(wanted.method, trainable)}"
         raise VlmpruneError(
             f"method {wanted.method!r} {kind}; methods that are trained: {', '.join(trainable)}."
         )

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune import embedded
-from vlmprune.errors import VlmpruneError, reason
-from vlmprune.files import replacing, write, writing
+from vlmprune.errors import VlmpruneError, meant, reason
+from vlmprune.files import is_file, path_of, replacing, write, writing
 from vlmprune.hosts import families, sizes
 from vlmprune.method import Attached
 from vlmprune.methods.bases.lora import PREFIX, Lora
@@ -148,9 +148,8 @@ class Learned(Pruner):
         model = families.unwrapped(model)
         known = list(inspect.signature(cls.fitted).parameters)[1:]
         for name in hyper.keys() - set(known):
-            raise VlmpruneError(
-                f"{name}={hyper[name]!r} is no setting of {cls.method}; it has {', '.join(known)}."
-            )
+            what = f"{name}={hyper[name]!r} is no setting of {cls.method}{meant(name, known)}"
+            raise VlmpruneError(f"{what}; it has {', '.join(known)}.")
         settings = cls.fitted(model, **hyper)
         module = cls.build(settings)
         cls.start(module, model)
@@ -319,17 +318,17 @@ def find(weights: Any, method: str) -> Path:
             f"weights={weights!r} of {method} names no weights; give a folder as `vlmprune train "
             f"{method}` writes it ({has})."
         )
-    own = Path(weights).expanduser()
-    if (own / CONFIG).is_file():
+    own = path_of(weights)
+    if is_file(own / CONFIG):
         return own
     # Where the embedded model is not installed, asking for one of its folders says so.
     if embedded.installed() or weights.startswith(NAMED):
-        named = embedded.learned() / weights
-        if (named / CONFIG).is_file():
-            return named
+        brought = embedded.learned() / weights
+        if is_file(brought / CONFIG):
+            return brought
     raise VlmpruneError(
-        f"weights={weights!r} of {method} is no folder with a {CONFIG}; give one as `vlmprune "
-        f"train {method}` writes it, or a name ({has})."
+        f"weights={weights!r} of {method} is no folder with a {CONFIG}{meant(weights, names)}; "
+        f"give one as `vlmprune train {method}` writes it, or a name ({has})."
     )
 
 
@@ -353,7 +352,7 @@ def _config(folder: Path) -> dict[str, Any]:
     for name, kind in (("method", str), ("settings", dict), ("architecture", str)):
         if not isinstance(config.get(name), kind):
             raise VlmpruneError(f"{path} does not say {name}; write it anew by save_pretrained.")
-    if not (folder / WEIGHTS).is_file():
+    if not is_file(folder / WEIGHTS):
         raise VlmpruneError(
             f"{str(folder)!r} has no {WEIGHTS}, the only kind of weights that is read; write it "
             "anew by save_pretrained."

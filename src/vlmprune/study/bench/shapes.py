@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from vlmprune import costs
-from vlmprune.costs.architectures import CROPS, SHAPES, SMALL, Crops, QwenTower
+from vlmprune.costs.architectures import (
+    ANY_SIZE_TOKENS,
+    CROPS,
+    SHAPES,
+    SMALL,
+    Crops,
+    QwenTower,
+    grid_of,
+)
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import sizes
 from vlmprune.hosts.made_up import (
@@ -33,8 +41,6 @@ from vlmprune.io.options import one_of
 
 NAMES = tuple(SHAPES)
 GIB = 2**30
-# Visual tokens of a picture of a model that takes any size, where nobody says how many.
-_ANY_SIZE = 1024
 
 
 def config_of(name: str, layers: int | None = None, tower_layers: int | None = None) -> Any:
@@ -72,13 +78,7 @@ def _fewer(name: str, option: str, layers: int | None, least: int, most: int) ->
     return layers
 
 
-def grid_of(visual_tokens: int) -> tuple[int, int]:
-    """Rows and columns of the squarest picture that has at least so many visual tokens."""
-    rows = max(1, math.isqrt(visual_tokens))
-    return rows, -(-visual_tokens // rows)
-
-
-def tokens_per_image(config: Any, visual_tokens: int = _ANY_SIZE) -> int:
+def tokens_per_image(config: Any, visual_tokens: int = ANY_SIZE_TOKENS) -> int:
     """Visual tokens of one image; of an any-resolution model at its largest, newlines included.
 
     Args:
@@ -92,7 +92,7 @@ def tokens_per_image(config: Any, visual_tokens: int = _ANY_SIZE) -> int:
     return crop + fine**2 + fine
 
 
-def tokens_per_crop(config: Any, visual_tokens: int = _ANY_SIZE) -> int:
+def tokens_per_crop(config: Any, visual_tokens: int = ANY_SIZE_TOKENS) -> int:
     """Visual tokens of one crop, newlines apart."""
     if any_size(config):
         return tokens_per_image(config, visual_tokens)
@@ -174,7 +174,7 @@ def prompt(
     images: int,
     text_tokens: int,
     seed: int = 1,
-    visual_tokens: int = _ANY_SIZE,
+    visual_tokens: int = ANY_SIZE_TOKENS,
 ) -> dict[str, Tensor]:
     """A made-up request for a model of a shape, as `hosts.made_up.request` makes it.
 

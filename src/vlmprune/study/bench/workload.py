@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlmprune import embedded
+from vlmprune import embedded, spec
 from vlmprune.errors import VlmpruneError
 from vlmprune.io import options, sources
 from vlmprune.io.models import enough_memory, load, prepare_batch
@@ -183,11 +183,12 @@ def parse_methods(specs: list[str]) -> dict[str, Pruner]:
     """The pruners by their specs.
 
     Raises:
-        VlmpruneError: a spec is wrong or given twice.
+        VlmpruneError: a spec is wrong, given twice, or of a method for videos.
     """
     pruners: dict[str, Pruner] = {}
     for text in specs:
         if text in pruners:
             raise VlmpruneError(f"--method {text} is given twice; give it once.")
+        options.check_pictures(spec.read(text))
         pruners[text] = options.make_pruner(text, {})
     return pruners

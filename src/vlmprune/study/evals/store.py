@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.files import writing
+from vlmprune.files import path_of, writing
 from vlmprune.io.outputs import Output
 from vlmprune.method import defaults_then
 from vlmprune.pruner import Pruner
@@ -38,7 +38,7 @@ class Store:
     def __init__(
         self, path: str | Path, evaluation: Evaluation, pruner: Pruner | None = None
     ) -> None:
-        self.path = Path(path).expanduser()
+        self.path = path_of(path)
         self.stages = () if pruner is None else pruner.links
         self.head: dict[str, object] = {"format": FORMAT, "version": __version__}
         self.head |= {name: getattr(evaluation, name) for name in _NAMES}

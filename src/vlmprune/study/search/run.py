@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import families
 from vlmprune.hosts.decoder import decoder_layers
 from vlmprune.io.models import Loaded
-from vlmprune.io.options import one_of
+from vlmprune.io.options import check_pictures, one_of
 from vlmprune.method import Method
 from vlmprune.pruner import Pruner
 from vlmprune.runtime.encoder.visions import Vision
@@ -25,7 +25,7 @@ from vlmprune.study.evals.results import Evaluation
 from vlmprune.study.evals.run import evaluate, model_name
 from vlmprune.study.search import optimise
 from vlmprune.study.search.spaces import Space, space_of
-from vlmprune.study.stats import Mean
+from vlmprune.study.stats import Mean, interval_of
 from vlmprune.study.tasks import Task
 from vlmprune.study.tasks.part import Part
 from vlmprune.version import __version__
@@ -105,10 +105,17 @@ class Outcome:
 
     @property
     def difference(self) -> Mean | None:
-        """How much better (below 0: worse) the choice is than the unpruned model there."""
+        """How much better (below 0: worse) the choice is than the unpruned model there.
+
+        Without the ends of its interval where there are too few pictures to tell.
+        """
         if self.checked is None or self.full is None:
             return None
-        return self.checked.minus(self.full)
+        found = self.checked.minus(self.full)
+        if found is None:
+            return None
+        told = interval_of(found, [one.group for one in self.checked.scored])
+        return replace(found, low=told.low, high=told.high)
 
 
 def ask(
@@ -132,6 +139,7 @@ def ask(
         raise VlmpruneError(
             f"{method!r} chains several methods; search one at a time, and chain what comes of it."
         )
+    check_pictures(stages)
     stage = stages[0]
     in_part = stage.cls.recall is not Method.recall
     cost = cost or ("read" if in_part else "flops")

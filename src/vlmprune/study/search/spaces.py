@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.errors import VlmpruneError
+from vlmprune.costs.units import number
+from vlmprune.errors import VlmpruneError, meant
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -91,8 +92,9 @@ def space_of(fields: Sequence[str], fixed: Sequence[str], given: Sequence[str]) 
     asked = dict(_read(text) for text in given)
     for name in asked:
         if name not in fields:
+            near = meant(name, fields)
             raise VlmpruneError(
-                f"--over {name}=… names no setting of the method; it has {', '.join(fields)}."
+                f"--over {name}=… names no setting of the method{near}; it has {', '.join(fields)}."
             )
         if name in fixed:
             raise VlmpruneError(f"{name} is both given and to be varied; leave one of them out.")
@@ -131,12 +133,8 @@ def share(text: str) -> float:
     Raises:
         VlmpruneError: it is neither, or outside 0 to 100 %.
     """
-    body, percent = text.strip(), text.strip().endswith("%")
-    try:
-        value = float(body.removesuffix("%")) / (100 if percent else 1)
-    except ValueError:
-        value = float("nan")
-    if not 0 <= value < 1:
+    value = number(text)
+    if value is None or not 0 <= value < 1:
         raise VlmpruneError(
             f"--max-loss {text} is no share from 0 up to 100 %; write --max-loss 1%, the same as "
             "0.01."

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmprune.errors import VlmpruneError
+from vlmprune.errors import VlmpruneError, meant
+from vlmprune.files import is_folder, path_of, status
 from vlmprune.study.tasks.base import Sample, Task
 from vlmprune.study.tasks.clips import Clips
 from vlmprune.study.tasks.folder import Folder
@@ -48,15 +49,15 @@ def find_task(text: str) -> Task:
         return Folder(Path(rest))
     if name in COPIES and rest:
         task = COPIES[name](Path(rest))
-        if not task.given.exists():
+        if status(task.given) is None:
             raise VlmpruneError(
                 f"{rest!r} does not exist; {name}:PATH takes a folder with {task.names}."
             )
         return task
-    if text and Path(text).expanduser().is_dir():
+    if text and is_folder(path_of(text)):
         return Folder(Path(text))
     raise VlmpruneError(
-        f"task {text!r} is unknown; use scenes or clips, or folder:PATH for a folder of pictures "
-        f"with a questions.json, or {', '.join(COPIES)} likewise for a local copy of a standard "
-        "set."
+        f"task {text!r} is unknown{meant(name, TASKS)}; use scenes or clips, or folder:PATH for a "
+        f"folder of pictures with a questions.json, or {', '.join(COPIES)} likewise for a local "
+        "copy of a standard set."
     )

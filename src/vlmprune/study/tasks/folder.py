@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.files import is_file, path_of
 from vlmprune.io.listed import entries
 from vlmprune.study.tasks.base import Sample, Task, first
 from vlmprune.study.tasks.scorers import same_words
@@ -41,7 +42,7 @@ class Folder(Task):
 
     def samples(self, limit: int | None = None) -> list[Sample]:
         """The questions, in the file's order but those about the same pictures together."""
-        path = Path(self.folder).expanduser() / QUESTIONS
+        path = path_of(self.folder) / QUESTIONS
         found: dict[tuple[Path, ...], list[Sample]] = {}
         for number, one in enumerate(entries(path, "questions", _FORM)):
             sample = _sample(path, number, one)
@@ -75,7 +76,7 @@ def _sample(path: Path, number: int, one: Any) -> Sample:
     assert images and answers is not None
     files = tuple(path.parent / name for name in images)
     for file in files:
-        if not file.is_file():
+        if not is_file(file):
             raise VlmpruneError(
                 f"entry {number + 1} of {path} names {str(file)!r}, which does not exist; give "
                 "pictures relative to the questions file."

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.files import is_file, path_of
 from vlmprune.runtime.encoder.bare_question import WORD_OR_PHRASE as WORD_OR_PHRASE
 from vlmprune.study.tasks.base import Sample, Task
 
@@ -57,12 +58,12 @@ class Local(Task):
     @property
     def given(self) -> Path:
         """The path as the system takes it."""
-        return Path(self.path).expanduser()
+        return path_of(self.path)
 
     @property
     def folder(self) -> Path:
         """What pictures are looked for below."""
-        return self.given.parent if self.given.is_file() else self.given
+        return self.given.parent if is_file(self.given) else self.given
 
     def found(self) -> Sequence[Path]:
         """The files with questions and answers.
@@ -122,11 +123,11 @@ class Local(Task):
         Raises:
             VlmpruneError: there is none of them.
         """
-        if self.given.is_file():
+        if is_file(self.given):
             return self.given
         for name in names:
             path = self.folder / name
-            if path.is_file():
+            if is_file(path):
                 return path
         raise self.missing()
 
@@ -140,7 +141,7 @@ class Local(Task):
     def _picture(self, one: Listed) -> Path:
         for name in one.files:
             path = self.folder / name
-            if path.is_file():
+            if is_file(path):
                 return path
         raise VlmpruneError(
             f"question {one.id} of {self.label} is about {Path(one.files[0]).name}, which is not "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.files import is_folder
 from vlmprune.study.tasks.answered import Answered
 from vlmprune.study.tasks.base import Sample
 from vlmprune.study.tasks.local import WORD_OR_PHRASE, Listed, Local
@@ -52,7 +53,7 @@ class Mme(Local):
             for category in (*PERCEPTION, *COGNITION):
                 folder = self.given / root / category
                 inner = folder / "questions_answers_YN"
-                paths += sorted((inner if inner.is_dir() else folder).glob("*.txt"))
+                paths += sorted((inner if is_folder(inner) else folder).glob("*.txt"))
             if paths:
                 return paths
         raise self.missing()

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import ClassVar
 
+from vlmprune.files import is_file
 from vlmprune.study.tasks.answered import Answered
 from vlmprune.study.tasks.base import Sample
 from vlmprune.study.tasks.local import WORD_OR_PHRASE, Listed, Local, below, field, read_lines
@@ -40,11 +41,11 @@ class Pope(Local):
 
     def found(self) -> list[Path]:
         """The files of the splits that there are."""
-        if self.given.is_file():
+        if is_file(self.given):
             return [self.given]
         for place in (".", "coco"):
             paths = [self.folder / place / f"coco_pope_{split}.json" for split in SPLITS]
-            there = [path for path in paths if path.is_file()]
+            there = [path for path in paths if is_file(path)]
             if there:
                 return there
         raise self.missing()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.files import is_file
 from vlmprune.runtime.encoder.bare_question import OPTION_LETTER as SUFFIX
 from vlmprune.study.tasks.base import Sample
 from vlmprune.study.tasks.local import Listed, Local, below, field, read_json
@@ -41,7 +42,7 @@ class ScienceQa(Local):
     def found(self) -> list[Path]:
         """Problems and splits."""
         paths = [self.folder / name for name in ("problems.json", "pid_splits.json")]
-        if not all(path.is_file() for path in paths):
+        if not all(is_file(path) for path in paths):
             raise self.missing()
         return paths
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.files import is_file
 from vlmprune.study.tasks.base import Sample
 from vlmprune.study.tasks.local import WORD_OR_PHRASE, Listed, Local, below, field, read_json
 from vlmprune.study.tasks.vqa_words import textvqa_words, vqa_accuracy
@@ -43,7 +44,7 @@ class Vqav2(Local):
         questions = self.pick(_FILE)
         name = questions.name.replace("OpenEnded_", "").replace("questions", "annotations")
         annotations = questions.with_name(name)
-        if annotations.is_file() and name != questions.name:
+        if is_file(annotations) and name != questions.name:
             return [questions, annotations]
         if "test" in questions.name:
             return [questions]
