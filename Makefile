@@ -14,12 +14,15 @@ export PYTHON TORCH TORCH_INDEX
 # What an environment is made of; where one of these is newer, it is made anew.
 SETUP = pyproject.toml packages/vlmprune-embedded/pyproject.toml scripts/setup.sh
 
-# `make demo QUICK=1` times a small shape: 20 seconds in place of 90.
-QUICK ?=
+SCENE = packages/vlmprune-embedded/src/vlmprune_embedded/scenes/coffee.jpg
+QUESTION = what is in row three column one?
+KEEP = 96
 .PHONY: demo test test-oldest test-releases test-between test-newest move-bound test-wheels test-vllm test-processors test-serve lint bench train clean
 
 demo: $(VENV)/.demo
-	@$(VENV)/bin/python scripts/first_run.py $(if $(QUICK),--quick) --save-overlay demo-output/kept.png
+	@$(VENV)/bin/vlmprune run $(SCENE) "$(QUESTION)" --keep $(KEEP) --save-overlay demo-output/kept.png
+	@echo
+	@$(VENV)/bin/vlmprune plan llava-next-7b --keep 29
 
 # One process a core, each with one thread.
 test: $(VENV)/.test

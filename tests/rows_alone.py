@@ -58,9 +58,13 @@ def shortened(
         if positions is not None:
             own = positions[:, row]
             ahead = own[:, -1:] + 1 + torch.arange(len(answer))
-            placed = torch.cat((own[:, stays], ahead), dim=1)[:, None]
+            placed = torch.cat((own[:, stays], ahead), dim=1)
+            placed = placed if len(placed) == 1 else placed[:, None]
         decoder = model.base_model.language_model
-        out = decoder(inputs_embeds=states[None], position_ids=placed, use_cache=False)
+        # Without a mask, gaps in the positions would be read as packed samples.
+        seen = torch.ones(1, len(states), dtype=torch.long)
+        given = {"attention_mask": seen, "position_ids": placed, "use_cache": False}
+        out = decoder(inputs_embeds=states[None], **given)
         rows.append(model.lm_head(out.last_hidden_state)[0, int(stays.sum()) - 1 :])
     return list(torch.stack(rows).unbind(1))
 

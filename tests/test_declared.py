@@ -23,7 +23,7 @@ OTHERS = {
     "lmms_eval": "integrations/lmms_eval",
     "tqdm": "integrations/lmms_eval",
     "vlmprune_embedded": "embedded.py",
-    "triton": "runtime/attention/",
+    "triton": ("runtime/attention/", "select/choice_"),
 }
 
 

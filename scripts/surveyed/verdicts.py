@@ -115,7 +115,8 @@ def without_images(cls: str) -> str:
 
 def path_of(model: Any, found: dict[str, Finding]) -> str:
     """On which way the library serves a class."""
-    if found["VisPruner"].verdict != "refused":
+    # To the images of some nothing attends, and what needs no attention serves them all the same.
+    if any(found[name].verdict != "refused" for name in ("VisPruner", "RandomTokens")):
         return "record" if families.record_of(model) is not None else "generic"
     attached = [name for name, one in found.items() if one.verdict != "refused"]
     return "decoder" if attached else "refused"
@@ -197,7 +198,7 @@ def _answer(
         return out
 
     if isinstance(pruner, PLPHP):
-        heads = {}
+        heads: dict[int, Tensor] = {}
         for layer in report.layers:
             by_row: dict[int, list[int]] = {}
             for row, columns in items:

@@ -5,7 +5,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from commandline import call, sentence
@@ -66,6 +66,8 @@ def test_text_tokens_cost_a_large_model_its_visual_ones():
     text=st.integers(0, 200),
     name=st.sampled_from([*DECODERS, "llava-next-7b"]),
 )
+@example(tokens=0, text=50, name="vicuna-7b")
+@example(tokens=1, text=0, name="vicuna-7b")
 def test_what_a_model_spends_buys_the_same_tokens(tokens, text, name):
     if tokens + text == 0:
         return

@@ -287,11 +287,12 @@ def test_a_record_may_say_that_a_class_has_a_fault() -> None:
 
 @pytest.mark.oracle
 def test_the_demo_answers_alike_with_and_without() -> None:
-    program = (ROOT / "scripts" / "first_run.py").read_text(encoding="utf-8")
-    scene, question, keep = re.search(r'^SCENE, .* = "(.*)", "(.*)", (.*)$', program, re.M).groups()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    scene, question, keep = (
+        re.search(rf"^{name} = (.*)$", makefile, re.M)[1] for name in ("SCENE", "QUESTION", "KEEP")
+    )
     built, processor = embedded.load()
-    picture = Image.open(embedded.scenes() / scene)
-    inputs = prepare(Loaded(built, processor), [picture], question)
+    inputs = prepare(Loaded(built, processor), [Image.open(ROOT / scene)], question)
 
     def answer() -> str:
         ids = built.generate(**inputs, max_new_tokens=16, do_sample=False)

@@ -265,5 +265,6 @@ def test_repeated_rows_have_their_own_images(name: str) -> None:
         inputs = entry.request(built, [[kind, kind], [kind]]).inputs
         with VisPruner(keep=0.5)(built):
             assert repeated_alike(built, inputs)
-        if Version("5.20") <= HERE and name != "llama4":
+        # GLM-V's class repeats each image by itself, and looks for videos where there are none.
+        if Version("5.20") <= HERE and name != "llama4" and not entry.one_placeholder:
             assert repeats_rows(built, inputs)

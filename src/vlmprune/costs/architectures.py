@@ -119,14 +119,7 @@ SMALL = {
 ANY_SIZE_TOKENS = 1024
 """Visual tokens of a picture of a model that takes any size, where nobody says how many."""
 
-HALF = Architecture(
-    "llava",
-    DECODERS["qwen2.5-0.5b"],
-    ClipTower(hidden_size=768, intermediate_size=3072, num_hidden_layers=6),
-)
-"""Made up: half a billion weights, of which the tower has as small a share as LLaVA-1.5-7B's."""
-
-SHAPES = KNOWN | {"qwen2.5-vl-7b": QWEN, "llava-0.5b": HALF} | SMALL
+SHAPES = KNOWN | {"qwen2.5-vl-7b": QWEN} | SMALL
 """All whose costs are worked out by name, and whose classes can be made with random weights."""
 
 

@@ -21,6 +21,9 @@ GrowingLayer = DynamicLayer
 WindowLayer = DynamicSlidingWindowLayer
 
 _UPDATE = "update"
+# By which a single step gets at states that it then changes in place, with no other call; earlier
+# releases take them from the layer when they have asked whether there are any.
+_IN_PLACE = ("get_conv_state", "get_recurrent_state", "has_previous_state")
 # The methods by which a cache loses columns, or takes, leaves out or repeats samples.
 CROP, RESET, REPEAT = "crop", "reset", "batch_repeat_interleave"
 SELECT = ("reorder_cache", "batch_select_indices")
@@ -138,7 +141,8 @@ def stored_keys(cache: Any, index: int) -> Any:
 
 def growing(cls: type) -> list[str]:
     """Names of the methods by which layers add to a cache of a class: keys, or other states."""
-    return [name for name in dir(cls) if name.startswith(_UPDATE) and callable(getattr(cls, name))]
+    named = [name for name in dir(cls) if name.startswith(_UPDATE) or name in _IN_PLACE]
+    return [name for name in named if callable(getattr(cls, name))]
 
 
 def check_layers(replaced: type, ours: type) -> None:
