@@ -138,16 +138,16 @@ def entering(attachment: Attachment, entrance: Entrance | None, call: ModelCall)
         yield
         return
     model, start = attachment.model, caches.length_of(call.cache)
-    first, reached = start == entrance.before, False
+    first, columns = start == entrance.before, 0
     due = attachment.ledger.due("entrance", first) and entrance.positions is not None
 
     def enter(module: Any, args: Any, kwargs: Any) -> Any:
-        nonlocal reached
-        own, reached = EntranceCall(kwargs), True
+        nonlocal columns
+        own = EntranceCall(kwargs)
         given = own.embedded
         if given is None:
             raise broken(model, "its language model is not given an embedded prompt")
-        rows, width = given.shape[:2]
+        rows, columns = given.shape[:2]
         times = max(1, rows // len(entrance.real))
         if entrance.whole is not None and first:
             missing = entrance.whole.more_than(own)
@@ -156,15 +156,16 @@ def entering(attachment: Attachment, entrance: Entrance | None, call: ModelCall)
         if entrance.embedded is not None:
             own = own.with_embedded(_put(entrance, given, start - entrance.before, times))
         if entrance.positions is not None:
-            own = own.with_positions(entrance.placed(own.positions, width, start, times))
+            own = own.with_positions(entrance.placed(own.positions, columns, start, times))
         return args, dict(own.given)
 
     def turned(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         if entrance.positions is None:
             return
-        found = decoder.RotaryCall(module, args, kwargs, output).positions
-        width = found.shape[-1]
-        wanted = entrance.placed(None, width, start, max(1, found.shape[-2] // len(entrance.real)))
+        # Of indexed attention it makes angles for all columns that there are, each time anew.
+        found = decoder.RotaryCall(module, args, kwargs, output).positions[..., -columns:]
+        times = max(1, found.shape[-2] // len(entrance.real))
+        wanted = entrance.placed(None, columns, start, times)
         if not torch.equal(found[-len(wanted) :], wanted.to(found)):
             raise broken(model, "its decoder turns by other positions than it is given")
 
@@ -174,7 +175,7 @@ def entering(attachment: Attachment, entrance: Entrance | None, call: ModelCall)
             for module in decoder.rotary_modules(model):
                 hooks.after(module, turned)
         yield
-    if not reached:
+    if not columns:
         raise broken(model, "its language model is not called where its layers are")
     if due:
         attachment.ledger.prove("entrance", first)
