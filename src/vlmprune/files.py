@@ -7,12 +7,14 @@ write is decided in `io.outputs`.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from vlmprune.errors import VlmpruneError, reason
 
@@ -77,6 +79,18 @@ def is_folder(path: str | Path) -> bool:
     """Whether a path is a folder's; raises as `status`."""
     found = status(path)
     return found is not None and stat.S_ISDIR(found.st_mode)
+
+
+def parsed(text: str) -> Any:
+    """What a text of JSON holds.
+
+    Raises:
+        ValueError: it is no JSON, or nested deeper than Python follows.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def unreadable(path: str | Path, error: OSError) -> VlmpruneError:

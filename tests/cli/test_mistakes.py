@@ -65,6 +65,7 @@ def no_loading(monkeypatch):
         (("run", COFFEE, QUESTION, "--max-new-tokens", "0"), "--max-new-tokens 0 is too few"),
         (("run", COFFEE, QUESTION, "--dtype", "int8"), "dtype 'int8' is unknown"),
         (("run", COFFEE, QUESTION, "--device", "abacus"), "device 'abacus' is not available"),
+        (("run", COFFEE, QUESTION, "--device", "hpu"), "device 'hpu' is not available"),
         (("run", COFFEE, QUESTION, "--model", "./none"), "model path './none' does not exist"),
         (("run", COFFEE, QUESTION, "--model", "llava-1.5-7b"), "for `vlmprune plan`"),
         (("run", COFFEE, QUESTION, "--save-overlay", "o.txt"), "no suffix of a picture"),
@@ -102,6 +103,8 @@ def no_loading(monkeypatch):
         ),
         (("run", COFFEE, QUESTION, "--model", "small"), "for `vlmprune plan`"),
         (("plan", "qwen2.5-vl-7b", "--crops", "2"), "takes pictures of any size"),
+        (("search", "random", "--out", "/"), "--out '/' is a folder"),
+        (("calibrate", "--out", "."), "--out '.' is a folder"),
         (("plan", "nothing"), "neither known nor a local path"),
         (("plan", "llava-1.5-7b", "--keep", "577"), "more than the 576 visual tokens"),
         (("plan", "llava-1.5-7b", "--budget", "odd"), "budget='odd' is unknown"),
@@ -128,6 +131,36 @@ def test_model_folders_that_will_not_do(no_loading, tmp_path):
     tower = {"model_type": "llava", "vision_config": {"model_type": "vit"}}
     (tmp_path / "config.json").write_text(json.dumps(tower))
     assert "vision tower 'vit'" in sentence(*asked)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"model_type": ["llava"]}', '{"vision_config": 3}', '{"architectures": 3}']
+)
+def test_configs_of_another_form(no_loading, tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    said = sentence("run", COFFEE, QUESTION, "--model", tmp_path)
+    assert "config cannot be read" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", COFFEE, QUESTION, "--method", "plphp:from=deep/config.json"),
+        ("run", COFFEE, QUESTION, "--method", "gsearch:from=deep/config.json"),
+        ("run", COFFEE, QUESTION, "--method", "quecc:weights=deep"),
+        ("run", COFFEE, QUESTION, "--model", "deep"),
+        ("eval", "--task", "folder:deep"),
+        ("eval", "--task", "pope:deep/config.json"),
+        ("train", "quecc", "--data", "deep/config.json", "--out", "r"),
+    ],
+    ids=lambda words: " ".join(words[-2:]),
+)
+def test_json_that_is_nested_too_deep(no_loading, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep").mkdir()
+    for name in ("config.json", "questions.json"):
+        (tmp_path / "deep" / name).write_text("[" * 100_000)
+    assert "deep" in sentence(*words)
 
 
 def test_model_folders_that_lack_files(tmp_path):

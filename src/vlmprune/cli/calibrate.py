@@ -71,7 +71,7 @@ def calibrate(
             probe = PLPHP(window=window)
             options.at_least_one(batch=batch)
             check_quantiles(beta_quantile, alpha_quantile)
-            target = path_of(out)
+            target = outputs.file_of(out, "--out")
             picture = target.with_suffix(".png") if plot is None else path_of(plot)
             result, drawing = (outputs.Output(path, MARK, force) for path in (target, picture))
             place = options.choose_device(device)

@@ -9,7 +9,6 @@ import typer
 from vlmprune.cli.options import AsJson, Batch, Device, Dtype, Force, Model, Number, Text, Texts
 from vlmprune.cli.printing import console, figures_table, notes, print_json, progress
 from vlmprune.costs.units import percent
-from vlmprune.files import path_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,7 +76,7 @@ def search(
     """
     with progress("Starting…") as say:
         from vlmprune.io import libraries, models, options, sources
-        from vlmprune.io.outputs import Output, claim
+        from vlmprune.io.outputs import Output, claim, file_of
         from vlmprune.study import tasks
         from vlmprune.study.search import spaces
         from vlmprune.study.search.optimise import MARK, Journal
@@ -87,7 +86,7 @@ def search(
         with models.quiet():
             libraries.module("optuna", "search")
             options.at_least_one(batch=batch, limit=limit)
-            target = path_of(out)
+            target = file_of(out, "--out")
             asked = ask(
                 method,
                 over or [],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from vlmprune.costs.architectures import (
 )
 from vlmprune.costs.units import TERA, ready
 from vlmprune.errors import VlmpruneError, meant, reason
-from vlmprune.files import is_file, is_folder, path_of
+from vlmprune.files import is_file, is_folder, parsed, path_of
 from vlmprune.hosts.config import required
 from vlmprune.select.budget import Budget, Newlines, kept_of, resolve_keep
 from vlmprune.select.settings import check_choice
@@ -311,7 +310,7 @@ def _local_patches(folder: Path, config: Any, cls_token: int) -> int:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parsed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

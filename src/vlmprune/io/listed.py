@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.files import parsed
 
 
 def entries(path: Path, what: str, form: str) -> list[Any]:
@@ -21,7 +21,7 @@ def entries(path: Path, what: str, form: str) -> list[Any]:
         VlmpruneError: the file cannot be read, or holds no such list.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise VlmpruneError(
             f"{str(path)!r} cannot be read ({error.strerror}); write it as {form}."

@@ -143,8 +143,8 @@ def choose_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    # An absent backend fails as RuntimeError, AssertionError or NotImplementedError.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    # An absent backend fails as RuntimeError, AssertionError, NotImplementedError or ImportError.
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise VlmpruneError(f"device {name!r} is not available here; use --device cpu.") from error
     return device
 

@@ -294,6 +294,18 @@ def named(target: str, option: str, *endings: str) -> Path:
     return path
 
 
+def file_of(target: str, option: str) -> Path:
+    """The path of a file that an option gives, with a name of its own.
+
+    Raises:
+        VlmpruneError: it has none, as `/` and `.` have not.
+    """
+    path = path_of(target)
+    if not path.name:
+        raise VlmpruneError(f"{option} {target!r} is a folder; give the name of a file in it.")
+    return path
+
+
 def overlay_names(target: str, images: Sequence[str]) -> list[Path]:
     """Where the pictures go: `target`, or `target`-1, -2, … for several images.
 
@@ -336,6 +348,7 @@ __all__ = [
     "check_folder",
     "check_target",
     "claim",
+    "file_of",
     "json_text",
     "make_folder",
     "maker",

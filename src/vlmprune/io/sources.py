@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from vlmprune import embedded
 from vlmprune.costs.architectures import SHAPES
 from vlmprune.errors import VlmpruneError, reason
-from vlmprune.files import is_file, path_of, status
+from vlmprune.files import is_file, parsed, path_of, status
 from vlmprune.hosts import config as fields
 from vlmprune.hosts.families import FAMILIES, TOWERS, generic, towers
 
@@ -73,7 +72,7 @@ def _local_config(folder: Path) -> dict[str, Any]:
             "writes it."
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise VlmpruneError(f"{path} cannot be read as JSON ({reason(error)}).") from error
     return content if isinstance(content, dict) else {}
@@ -100,7 +99,15 @@ def _hub_config(name: str) -> tuple[dict[str, Any], bool]:
 
 
 def _supported(config: dict[str, Any]) -> str:
-    kind, tower, classes = fields.described(config)
+    try:
+        kind, tower, classes = fields.described(config)
+        hash((kind, tower))
+    # Lists where words are to be, words where objects are.
+    except (AttributeError, TypeError) as error:
+        raise VlmpruneError(
+            f"the model's config cannot be read ({reason(error)}); give one as save_pretrained "
+            "writes it."
+        ) from error
     if kind not in FAMILIES and any(name.endswith(generic.SUFFIX) for name in classes):
         # Whether its layout can be followed is seen when the pruner attaches.
         return str(kind)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -10,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from vlmprune.errors import VlmpruneError, meant
+from vlmprune.files import parsed
 from vlmprune.pruner import Pruner
 from vlmprune.select import retention
 from vlmprune.select.settings import check_choice, check_whole, is_share
@@ -118,7 +118,7 @@ class PLPHP(Pruner):
                 window.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = parsed(Path(path).read_text(encoding="utf-8"))
             found = dict(content["plphp"])
         except OSError as error:
             raise VlmpruneError(f"{str(path)!r} cannot be read ({error.strerror}).") from error

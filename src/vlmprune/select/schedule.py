@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.files import parsed
 from vlmprune.select.settings import is_share
 
 FORMAT = "vlmprune schedule 1"
@@ -87,7 +87,7 @@ def read(path: str | Path) -> tuple[tuple[float, ...], str]:
         VlmpruneError: the file cannot be read, or holds no schedule.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parsed(Path(path).read_text(encoding="utf-8"))
         if content["format"] != FORMAT or not isinstance(content["rates"], list):
             raise ValueError
         rates, architecture = content["rates"], str(content["architecture"])

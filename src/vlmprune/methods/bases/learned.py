@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vlmprune import embedded
 from vlmprune.errors import VlmpruneError, meant, reason
-from vlmprune.files import is_file, path_of, replacing, write, writing
+from vlmprune.files import is_file, parsed, path_of, replacing, write, writing
 from vlmprune.hosts import families, sizes
 from vlmprune.method import Attached
 from vlmprune.methods.bases.lora import PREFIX, Lora
@@ -296,7 +296,7 @@ def shipped(method: str = "") -> list[str]:
     """
     found = []
     for path in sorted(embedded.learned().glob(f"*/{CONFIG}")) if embedded.installed() else ():
-        if not method or json.loads(path.read_text(encoding="utf-8")).get("method") == method:
+        if not method or parsed(path.read_text(encoding="utf-8")).get("method") == method:
             found.append(path.parent.name)
     return found
 
@@ -340,7 +340,7 @@ def _config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise VlmpruneError(f"{path} cannot be read as JSON ({error}); train it anew.") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:

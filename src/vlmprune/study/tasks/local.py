@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.files import is_file, path_of
+from vlmprune.files import is_file, parsed, path_of
 from vlmprune.runtime.encoder.bare_question import WORD_OR_PHRASE as WORD_OR_PHRASE
 from vlmprune.study.tasks.base import Sample, Task
 
@@ -161,7 +160,7 @@ def read_json(path: Path) -> Any:
         VlmpruneError: it cannot be read.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
 
@@ -175,7 +174,7 @@ def read_lines(path: Path) -> Iterator[Any]:
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
             if line.strip():
-                yield json.loads(line)
+                yield parsed(line)
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
 
