@@ -5,6 +5,7 @@ TORCH_INDEX ?=
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 VENV_VLLM ?= .venv-vllm
+VENV_TRL ?= .venv-trl
 VENV_PROCESSORS ?= .venv-processors
 VENV_SERVE ?= .venv-serve
 # The lowest that pyproject.toml allows; a test holds that they agree.
@@ -17,7 +18,7 @@ SETUP = pyproject.toml packages/vlmprune-embedded/pyproject.toml scripts/setup.s
 SCENE = packages/vlmprune-embedded/src/vlmprune_embedded/scenes/coffee.jpg
 QUESTION = what is in row three column one?
 KEEP = 96
-.PHONY: demo test test-oldest test-releases test-between test-newest move-bound test-wheels test-vllm test-processors test-serve lint bench train clean
+.PHONY: demo test test-oldest test-releases test-between test-newest move-bound test-wheels test-vllm test-processors test-serve test-train lint bench train clean
 
 demo: $(VENV)/.demo
 	@$(VENV)/bin/vlmprune run $(SCENE) "$(QUESTION)" --keep $(KEEP) --save-overlay demo-output/kept.png
@@ -52,6 +53,10 @@ test-wheels:
 test-vllm: $(VENV_VLLM)/.vllm
 	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest tests/vllm
 
+# The page on training with pruned tokens, with TRL.
+test-train: $(VENV_TRL)/.trl
+	OMP_NUM_THREADS=1 $(VENV_TRL)/bin/python -m pytest tests/trainers
+
 # What the families' own processors make of pictures, with torchvision, which nothing else needs.
 test-processors: $(VENV_PROCESSORS)/.processors
 	OMP_NUM_THREADS=1 VLMPRUNE_TEST_TORCHVISION=1 $(VENV_PROCESSORS)/bin/python -m pytest -n auto tests/processors
@@ -74,7 +79,7 @@ train: $(VENV)/.train
 	@cd training/embedded && ../../$(VENV)/bin/python train.py --help
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(VENV_VLLM) $(VENV_PROCESSORS) $(VENV_SERVE) .venv-releases demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(VENV_VLLM) $(VENV_PROCESSORS) $(VENV_SERVE) $(VENV_TRL) .venv-releases demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.demo: $(SETUP)
 	@sh scripts/setup.sh $(VENV) ""
@@ -96,6 +101,10 @@ $(OLDEST)/.test: $(SETUP)
 	@# The interpreter of that torch's Triton, which tests alone use, fails on later NumPys.
 	@TORCH=$(OLDEST_TORCH) EXACT=1 sh scripts/setup.sh $(OLDEST) "[test]" \
 	  "transformers==$(OLDEST_TRANSFORMERS)" "numpy<2.4"
+	@touch $@
+
+$(VENV_TRL)/.trl: $(SETUP)
+	@sh scripts/setup.sh $(VENV_TRL) "[test]" "trl>=1.16,<2" "datasets>=4"
 	@touch $@
 
 $(VENV_PROCESSORS)/.processors: $(SETUP) scripts/setup-processors.sh

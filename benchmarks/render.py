@@ -28,6 +28,7 @@ import recall
 import recall_page
 import selection
 import serve_page
+import training
 from accuracy_tables import Table
 from page_parts import DOCS, RESULTS, replaced
 from program import command
@@ -142,11 +143,18 @@ def recall_parts(folder: Path) -> dict[str, str]:
     return made | ({"recall traffic": "\n\n".join(map(recall.markdown, timed))} if timed else {})
 
 
+def training_page(folder: Path) -> dict[str, str]:
+    """The part of docs/training-with-pruning.md whose file is there."""
+    found = read(folder).get("training")
+    return {} if found is None else {"training": training.lines(found)}
+
+
 PAGES: dict[str, Callable[[Path], dict[str, str]]] = {
     "benchmarks.md": lambda folder: {"gpu": gpu(read(folder / "gpu"))},
     "plphp.md": plphp_page,
     "recall.md": recall_parts,
     "results.md": results_page,
+    "training-with-pruning.md": training_page,
     "serving.md": lambda folder: serve_page.parts(read(folder)),
 }
 """By page what stands between its markers, out of a folder of results."""

@@ -71,16 +71,19 @@ def three_positions(built: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def masked(built: Any, req: Request, dropped: Tensor, policy: str) -> Any:
     """The full model, told to overlook the dropped columns; recurrent ones are not given them."""
+    if FAMILIES[built.config.model_type].rope is not None and is_recurrent(built):
+        return shortened(built, req.inputs, dropped, three_positions(built, req.inputs))
+    return generate(built, overlooking(built, req, dropped, policy))
+
+
+def overlooking(built: Any, req: Request, dropped: Tensor, policy: str) -> dict[str, Any]:
+    """The request as the full model takes it, told to overlook the dropped columns."""
     given = req.inputs["attention_mask"]
     mask = given * ~dropped
     if FAMILIES[built.config.model_type].rope is not None:
-        three = three_positions(built, req.inputs)
-        if is_recurrent(built):
-            return shortened(built, req.inputs, dropped, three)
         text = (given.cumsum(1) - 1).clamp(min=0)
-        positions = torch.cat((text[None], three))
+        positions = torch.cat((text[None], three_positions(built, req.inputs)))
     else:
         counted = given.bool() if policy == "original" else mask.bool()
         positions = (counted.long().cumsum(1) - 1).clamp(min=0)
-    changed = {"attention_mask": mask, "position_ids": positions}
-    return generate(built, req.inputs | changed)
+    return req.inputs | {"attention_mask": mask, "position_ids": positions}

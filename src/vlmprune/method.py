@@ -212,6 +212,25 @@ class Method:
         """
         raise NotImplementedError
 
+    def exceeds(self, available: int) -> bool:
+        """Whether an int budget counts more tokens than a unit of it has, which then keeps all."""
+        return False
+
+    def below_keep(self, candidates: Tensor, images: tuple[int, ...]) -> dict[str, int]:
+        """How many units of the budget have fewer tokens than it counts; by their name.
+
+        Args:
+            candidates: [crops, N] bool, as in `EncoderView`.
+            images: image of each crop.
+
+        Returns:
+            None of them as an empty dict.
+        """
+        nothing = torch.empty(0)
+        counts = EncoderView(nothing, nothing, candidates, images).counts(self.unit)
+        below = sum(self.exceeds(n) for n in counts)
+        return {self.unit: below} if below else {}
+
     def check(self, counts: list[int]) -> None:
         """Refuse settings that do not fit, before anything is encoded.
 

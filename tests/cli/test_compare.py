@@ -113,7 +113,6 @@ def test_a_task_of_the_package(quick: None, tmp_path: Path) -> None:
         (("--keep", "0.5,0.5"), "--keep 0.5,0.5 holds 0.5 twice"),
         (("--keep", "0.5,0"), "keep=0 leaves no visual tokens"),
         (("--keep", "1.5"), "outside (0, 1]"),
-        (("--keep", "257"), "more than the 256 visual tokens"),
         ((COFFEE,), "a question about the pictures is missing"),
         ((COFFEE, "--question", " "), "a question about the pictures is missing"),
         ((COFFEE, "--question", QUESTION, "--task", "scenes"), "pictures and --task exclude"),

@@ -211,7 +211,6 @@ def test_answers_are_kept_apart_by_what_they_depend_on(
         (("--method", "vispruner:keep=4", "--keep", "4"), "keep is given twice"),
         (("--method", "plphp", "--keep", "4"), "no setting of plphp"),
         (("--keep", "many"), "--keep many is not a number"),
-        (("--keep", "257"), "more than the 256 visual tokens"),
         (("--task", "magic"), "task 'magic' is unknown; use scenes"),
         (("--task", "pope:none"), "'none' does not exist; pope:PATH takes a folder with coco_pope"),
         (("--task", "gqa:."), "'.' holds no copy of gqa; gqa:PATH takes a folder with testdev"),

@@ -137,7 +137,7 @@ def test_a_model_of_any_size_takes_the_pictures() -> None:
     made = plan("qwen2.5-vl-7b", size=(448, 616))
     assert (made.visual_tokens_before, made.size) == (16 * 22, (448, 616))
     assert plan("qwen2.5-vl-7b", size=(1, 1)).visual_tokens_before == 1
-    assert "keep=353" in refused("qwen2.5-vl-7b", 353, size=(448, 616))
+    assert plan("qwen2.5-vl-7b", 353, size=(448, 616)).crops_below_keep == 1
     assert "crops=2" in refused("qwen2.5-vl-7b", crops=2)
 
 
@@ -203,8 +203,6 @@ def test_refusals(tmp_path: Path) -> None:
         sentence = refused(model)
         assert repr(model) in sentence
         assert all(name in sentence for name in SHAPES)
-    assert "keep=577" in refused("llava-next-7b", 577)
-    assert "2880" in refused("llava-next-7b", 2881, "image")
     assert "keep=0 " in refused("llava-next-7b", 0)
     assert "budget='video'" in refused("llava-next-7b", 1, "video")
     assert "crops=0" in refused("llava-next-7b", 1, crops=0)
@@ -212,9 +210,6 @@ def test_refusals(tmp_path: Path) -> None:
     assert "newlines='no'" in refused("llava-next-7b", 1, newlines="no")
     assert "size=(0, 5)" in refused("llava-next-7b", 1, size=(0, 5))
     assert "crops=3" in refused("llava-next-7b", 1, size=(5, 5), crops=3)
-    # Of a picture whose largest crop has so many, the others keep all they have.
-    assert plan("llava-next-7b", 576, size=(480, 640), newlines="drop").visual_tokens_after == 2304
-    assert "keep=577" in refused("llava-next-7b", 577, size=(480, 640))
     assert "bytes_per_value=0" in refused("llava-next-7b", 1, bytes_per_value=0)
 
 
@@ -250,3 +245,16 @@ def test_json_and_table() -> None:
         "48 of the tokens are newlines",
     ):
         assert cell in text
+
+
+def test_crops_with_fewer_than_keep_keep_all() -> None:
+    for keep, below in ((576, 4), (577, 5), (9999, 5)):
+        made = plan("llava-next-7b", keep, size=(480, 640), newlines="drop")
+        assert made.visual_tokens_after == 2304 and made.crops_below_keep == below
+        assert made.as_dict()["crops_below_keep"] == below
+    for keep, below in ((2880, 0), (2881, 5)):
+        made = plan("llava-next-7b", keep, "image", newlines="drop")
+        assert made.visual_tokens_after == 2880 and made.crops_below_keep == below
+    assert (
+        plan("llava-next-7b", 0.5).crops_below_keep == plan("llava-next-7b").crops_below_keep == 0
+    )

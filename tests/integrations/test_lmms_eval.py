@@ -102,7 +102,8 @@ def plugin() -> Iterator[Any]:
         for name, module in stand_in().items():
             patch.setitem(sys.modules, name, module)
         manifest = lmms_eval.manifest()
-        assert (manifest.model_id, manifest.simple_class_path) == ("vlmprune", None)
+        assert manifest.model_id == "vlmprune"
+        assert manifest.simple_class_path == f"{manifest.chat_class_path}Simple"
         home, _, name = manifest.chat_class_path.rpartition(".")
         assert home == CLASS
         yield getattr(importlib.import_module(home), name)
@@ -165,6 +166,59 @@ def test_it_answers_what_the_model_answers_by_hand(plugin: Any) -> None:
     assert found[0] != found[1]
 
 
+def simple(doc: int, target: Any) -> Any:
+    """A request of a model that is given a text and its pictures."""
+    args = (DOCS[doc]["question"], target, lambda one: one["images"], doc, "scenes", "test")
+    return SimpleNamespace(args=args)
+
+
+def test_likelihoods_are_those_of_the_masked_model(plugin: Any) -> None:
+    """Of each choice a token's mean loss, by the full model that overlooks what was dropped."""
+    model, processor = embedded.load()
+    own = importlib.import_module(CLASS).VlmpruneSimple(method="vispruner", keep=32, device="cpu")
+    own.task_dict["scenes"] = {"test": DOCS}
+    asked = [(0, " yes"), (0, " no"), (1, lambda doc: " there is a cup."), (2, " yes"), (3, " two")]
+    found = own.loglikelihood([simple(*one) for one in asked])
+    assert plugin.is_simple is False and own.is_simple is True
+    wrong = []
+    for (number, target), (loss, greedy) in zip(asked, found, strict=True):
+        doc = DOCS[number]
+        answer = target(doc) if callable(target) else target
+        text = "USER: " + "<image>\n" * len(doc["images"]) + doc["question"] + " ASSISTANT:"
+        inputs = processor(text=text + answer, images=doc["images"] or None, return_tensors="pt")
+        ids = inputs["input_ids"]
+        with torch.inference_mode(), VisPruner(keep=32)(model) as handle:
+            model.generate(**inputs, max_new_tokens=1)
+        dropped = torch.zeros_like(ids, dtype=torch.bool)
+        (places,) = (ids[0] == model.config.image_token_id).nonzero(as_tuple=True)
+        dropped[0, places] = True
+        for n, kept in enumerate(handle.report.kept if len(places) else ()):
+            dropped[0, places[256 * n : 256 * n + 256][kept]] = False
+        assert handle.positions == "original"
+        seen = {
+            "attention_mask": (~dropped).long(),
+            "position_ids": torch.arange(ids.shape[1])[None],
+        }
+        count = len(processor.tokenizer(answer, add_special_tokens=False)["input_ids"])
+        with torch.inference_mode():
+            logits = model(**(inputs | seen)).logits[0, -count - 1 : -1]
+            whole = model(**inputs).logits[0, -count - 1 : -1]
+        wanted = ids[0, -count:]
+        due, bare = (
+            float(-one.log_softmax(-1).gather(1, wanted[:, None]).mean()) for one in (logits, whole)
+        )
+        assert abs(loss - due) < 1e-5
+        assert greedy == bool((logits.argmax(-1) == wanted).all())
+        wrong.append(abs(bare - due))
+    # Control: the unpruned model's are others, but without pictures.
+    assert min(wrong[:2]) > 1e-4 and wrong[3] < 1e-6
+    # In this form it answers as in the other.
+    (plain,) = own.generate_until([simple(0, GREEDY)])
+    chat = plugin(method="vispruner", keep=32, device="cpu")
+    chat.task_dict["scenes"] = {"test": DOCS}
+    assert chat.generate_until([request(0, GREEDY)]) == [plain]
+
+
 @pytest.fixture(scope="module")
 def small(plugin: Any) -> Any:
     own = plugin(method="vispruner", keep=16, device="cpu")
@@ -185,8 +239,8 @@ def test_until_cuts_the_answer(small: Any) -> None:
 
 
 def test_it_refuses_in_one_sentence(small: Any, plugin: Any) -> None:
-    with pytest.raises(VlmpruneError, match="no loglikelihood requests"):
-        small.loglikelihood([])
+    with pytest.raises(VlmpruneError, match="continuation '' adds no token"):
+        small.loglikelihood([SimpleNamespace(args=("what?", ""))])
     with pytest.raises(VlmpruneError, match="several rounds"):
         small.generate_until_multi_round([])
     small.task_dict["marked"] = {"test": [{"images": [picture(0)], "question": "<image> what?"}]}
@@ -196,8 +250,8 @@ def test_it_refuses_in_one_sentence(small: Any, plugin: Any) -> None:
         plugin.create_from_arg_string("batch_size=2", {"batch_size": "4"})
     with pytest.raises(VlmpruneError, match="argument 'max_batch_size' is none of"):
         plugin.create_from_arg_string("", {"batch_size": 1, "max_batch_size": 8})
-    with pytest.raises(VlmpruneError, match="keep=300"):
-        plugin(method="vispruner", keep=300)
+    with pytest.raises(VlmpruneError, match="keep=0 leaves no"):
+        plugin(method="vispruner", keep=0)
 
 
 def test_clean_gives_the_model_back(plugin: Any) -> None:

@@ -379,10 +379,6 @@ def test_wrong_settings_are_refused() -> None:
     for pruner in (SparseVLM(keep=0.5), PSigmoid(keep=0.5)):
         with pytest.raises(VlmpruneError, match="needs 2 decoder layers or more"):
             pruner.attach(built(depth=1))
-    req = request(one, [1])
-    for pruner in (DART(keep=65), SparseVLM(keep=65), PSigmoid(keep=65)):
-        with pruner(one), pytest.raises(VlmpruneError, match="keep=65 is more than the 64"):
-            generate(one, **req.inputs)
     # The architecture that it was found on is taken.
     GSearch(rates=RATES, calibrated_on=SparseVLM(keep=4).attach(one).architecture).attach(one)
 

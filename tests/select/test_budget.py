@@ -67,7 +67,7 @@ def test_nothing_to_keep() -> None:
 
 def test_other_libraries_integers_count_tokens() -> None:
     assert plain_keep(np.int64(4)) == 4 and type(plain_keep(np.int64(4))) is int
-    assert plain_keep(0.5) == 0.5 and type(plain_keep(np.float32(0.5))) is np.float32
+    assert plain_keep(0.5) == 0.5 and type(plain_keep(np.float32(0.5))) is float
     with pytest.raises(VlmpruneError, match="keep=0 leaves no"):
         plain_keep(np.int64(0))
 

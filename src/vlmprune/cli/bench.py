@@ -160,8 +160,6 @@ def bench(
                 )
             else:
                 source = sources.find_model(model)
-                for pruner in pruners.values():
-                    options.check_budget(source, pruner)
                 say(f"Loading {source.label}…")
                 works = workload.from_model(source, place, kind, batches, pictures)
             results: list[BenchResult] = []

@@ -154,8 +154,6 @@ def compare(
             place = options.choose_device(device)
             kind = options.choose_dtype(dtype, place)
             source = sources.find_model(model)
-            for way in found:
-                options.check_budget(source, way.pruner)
             folder = path_of(out)
             files = {
                 name: Output(folder / f"compare.{ending}", MARK, force)

@@ -122,7 +122,6 @@ def evaluate(
             place = options.choose_device(device)
             kind = options.choose_dtype(dtype, place)
             source = sources.find_model(model)
-            options.check_budget(source, pruner)
             tell(f"Loading {source.label}…", 0, 1)
             loaded = models.load(source, place, kind)
             if not stores:

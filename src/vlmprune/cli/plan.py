@@ -166,6 +166,12 @@ def plans_table(plans: Iterable[Plan], per_multiply_add: int) -> Table:
             f"\n{counts} of the tokens are newlines, which --newlines drop leaves out."
         )
     for p in plans:
+        if p.crops_below_keep:
+            result.caption += (
+                f"\n{p.crops_below_keep} of the {p.crops} crop(s) of {p.model} have fewer tokens "
+                f"than --keep {p.keep}, and keep all."
+            )
+    for p in plans:
         pruned = p.visual_tokens_after != p.visual_tokens_before
         result.add_row(
             p.model,

@@ -116,7 +116,6 @@ def run(
             place = options.choose_device(device)
             kind = options.choose_dtype(dtype, place)
             source = sources.find_model(model)
-            options.check_budget(source, pruner)
             targets = outputs.overlay_names(save_overlay, images) if save_overlay else []
             films = []
             if save_recall:
@@ -247,6 +246,8 @@ def _print_outcome(model: str, method: str, question: str, outcome: BothWays) ->
     ]
     if outcome.decode_tokens:
         lines.insert(3, f"decode: over {outcome.decode_tokens} tokens either way")
+    if report.below_words:
+        lines.append(report.below_words)
     rates = [rate for layer in report.cut for rate in layer.retention if rate is not None]
     if rates:
         lines.append(

@@ -20,7 +20,7 @@ from vlmprune.costs.units import TERA, ready
 from vlmprune.errors import VlmpruneError, meant, reason
 from vlmprune.files import is_file, is_folder, parsed, path_of
 from vlmprune.hosts.config import required
-from vlmprune.select.budget import Budget, Newlines, kept_of, resolve_keep
+from vlmprune.select.budget import Budget, Newlines, exceeds, kept_of
 from vlmprune.select.settings import check_choice
 
 # `image_seq_length` that the LLaVA config classes have when nobody sets it.
@@ -36,7 +36,9 @@ class Plan:
     Token counts are visual tokens of the whole image, newline tokens included; those alone are in
     `newline_tokens_*`, and `tokens_per_crop` is without them. FLOPs are in TFLOPs (1e12);
     `kv_bytes_*` are bytes of the visual tokens' keys and values over all layers. What the config
-    does not tell is `costs.UNKNOWN`, and None in `as_dict`; so are shares of it.
+    does not tell is `costs.UNKNOWN`, and None in `as_dict`; so are shares of it. Of
+    `crops_below_keep`, which have fewer tokens than an int `keep`, all are kept; where the budget
+    is the image's, those are all of its crops or none.
     """
 
     model: str
@@ -56,6 +58,7 @@ class Plan:
     newline_tokens_after: int = 0
     size: tuple[int, int] | None = None
     flops_per_multiply_add: int = costs.PER_MULTIPLY_ADD
+    crops_below_keep: int = 0
 
     @property
     def total_tflops_before(self) -> float:
@@ -150,13 +153,9 @@ def plan(
         own, ends = _tokens(config, per_crop, patches, crops, size)
         count, before = len(own), sum(own) + ends
         left = ends if newlines == "keep" else 0
-        if keep is None:
-            after = sum(own) + left
-        elif budget == "crop":
-            resolve_keep(keep, max(own), "crop")
-            after = sum(kept_of(keep, n) for n in own) + left
-        else:
-            after = resolve_keep(keep, sum(own), "image") + left
+        units = own if budget == "crop" else [sum(own)]
+        after = left + sum(n if keep is None else kept_of(keep, n) for n in units)
+        below = sum(exceeds(keep, n) for n in units) * (1 if budget == "crop" else count)
         whole, few = (
             costs.spent(config, [n], bytes_per_value, per_multiply_add) for n in (before, after)
         )
@@ -181,6 +180,7 @@ def plan(
             newline_tokens_after=left,
             size=size,
             flops_per_multiply_add=per_multiply_add,
+            crops_below_keep=below,
         )
     except VlmpruneError:
         raise

@@ -18,6 +18,8 @@ from vlmprune.hosts import release
 # the encoder's own states.
 _TOKENS, _DEEP, _LAST = "pooler_output", "deepstack_features", "last_hidden_state"
 _STATES, _ATTENTIONS = "hidden_states", "attentions"
+# Of a model with a head.
+_LOGITS = "logits"
 # The arguments that ask for these.
 _WANTED = ("output_hidden_states", "output_attentions")
 # Of what `generate` returns.
@@ -252,6 +254,40 @@ def at_columns(result: Any, columns: Tensor | None) -> Any:
     set_last(result, widened(last_of(result)))
     if states_of(result):
         set_states(result, widened(states_of(result)))
+    return result
+
+
+def logits_at(result: Any, columns: Tensor, silent: Tensor) -> Any:
+    """What a model with a head returned, its logits at other columns.
+
+    Args:
+        result: with the logits [B, S, V]; as a tuple, the first of its tensors with as many
+            dimensions.
+        columns: [B, L] which of its columns is to stand at each.
+        silent: [B, L] bool; where nothing is to stand, but -inf.
+
+    Raises:
+        VlmpruneError: it holds no logits.
+    """
+
+    def widened(logits: Tensor) -> Tensor:
+        places = columns[..., None].to(logits.device).expand(-1, -1, logits.shape[-1])
+        # In place, for one such tensor is large enough.
+        return logits.gather(1, places).masked_fill_(
+            silent[..., None].to(logits.device), -torch.inf
+        )
+
+    if isinstance(result, tuple):
+        at = next(i for i, one in enumerate(result) if isinstance(one, Tensor) and one.ndim == 3)
+        return (*result[:at], widened(result[at]), *result[at + 1 :])
+    if not hasattr(result, _LOGITS):
+        raise VlmpruneError(
+            f"logits='full' puts logits at your own columns, and the forward returned a "
+            f"{type(result).__name__}, which holds none; attach before a trainer puts a forward of "
+            "its own on the model."
+        )
+    if getattr(result, _LOGITS) is not None:
+        setattr(result, _LOGITS, widened(getattr(result, _LOGITS)))
     return result
 
 

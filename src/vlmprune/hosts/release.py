@@ -210,22 +210,39 @@ def recomputes(modules: Iterable[nn.Module]) -> bool:
 @cache
 def _recomputes_without_gradients() -> bool:
     """Whether layers that were told to recompute do so where no gradient is wanted; tried once."""
-    asked = []
+    with torch.no_grad():
+        return bool(_recomputed()[0])
+
+
+@cache
+def recomputes_hooks() -> bool:
+    """Whether what is recomputed holds the hooks of a layer, which may be gone then; tried once.
+
+    Releases before 5.23 recompute a layer's whole call, later ones its forward alone.
+    """
+    with torch.enable_grad():
+        calls, hooked = _recomputed()
+    return calls > 0 and not hooked
+
+
+def _recomputed() -> tuple[int, bool]:
+    """How often a layer that was told to recompute does, and whether its hooks ran before that."""
+    seen = list[str]()
 
     class Layer(GradientCheckpointingLayer):
         def forward(self, states: torch.Tensor) -> torch.Tensor:
             return states
 
     def recorded(forward: Callable[..., Any], *args: Any) -> Any:
-        asked.append(forward)
+        seen.append("recomputed")
         return forward(*args)
 
     layer: Any = Layer()
     layer.gradient_checkpointing = True
     layer._gradient_checkpointing_func = recorded
-    with torch.no_grad():
-        layer.train()(torch.zeros(1))
-    return bool(asked)
+    layer.register_forward_pre_hook(lambda *_: seen.append("hook"))
+    layer.train()(torch.zeros(1))
+    return seen.count("recomputed"), seen[:1] == ["hook"]
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -106,9 +106,10 @@ class ModelCall:
         return self.given.get(_STREAMER)
 
     @property
-    def picks_logits(self) -> bool:
-        """Whether logits of single columns are wanted."""
-        return isinstance(self.given.get(_LOGITS), Tensor)
+    def picks(self) -> int | Tensor | None:
+        """The columns whose logits are wanted: the last ones by number, or [n]; None for all."""
+        found: int | Tensor | None = self.given.get(_LOGITS)
+        return found if isinstance(found, Tensor) else found or None
 
     @property
     def caches(self) -> bool:
@@ -169,8 +170,9 @@ class ModelCall:
         return self.also(made)
 
     def with_(self, **changed: Any) -> ModelCall:
-        """The call with other arguments, by what they are: ids, mask, positions, streamer."""
+        """The call with other arguments, by what they are: ids, mask, positions and so on."""
         names = {"ids": IDS, "mask": MASK, "positions": _POSITIONS, "streamer": _STREAMER}
+        names["picks"] = _LOGITS
         return self.also({names[what]: one for what, one in changed.items()})
 
     def with_cache(self, cache: Any) -> ModelCall:

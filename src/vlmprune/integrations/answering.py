@@ -59,6 +59,21 @@ class Conversation:
     images: list[Image.Image] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely an answer is.
+
+    Attributes:
+        log_probability: natural logarithm of the probability of all its tokens.
+        tokens: their number.
+        greedy: whether each is the likeliest.
+    """
+
+    log_probability: float
+    tokens: int
+    greedy: bool
+
+
 def conversation(messages: Sequence[Mapping[str, Any]]) -> Conversation:
     """A conversation as harnesses give it.
 
@@ -140,12 +155,11 @@ class Answerer:
         source = sources.find_model(arguments.pretrained)
         device = options.choose_device(arguments.device)
         dtype = options.choose_dtype(arguments.dtype, device)
-        if arguments.pruner is not None:
-            options.check_budget(source, arguments.pruner)
         self.loaded: Loaded = load(source, device, dtype)
         self.handle: Handle | None = None
         if arguments.pruner is not None:
-            self.handle = arguments.pruner.attach(self.loaded.model)
+            # Log-likelihoods are read at the columns of the ids.
+            self.handle = arguments.pruner.attach(self.loaded.model, logits="full")
         self.device = device
         self.spent = Spent()
 
@@ -201,6 +215,37 @@ class Answerer:
             self.spent.kv_bytes += report.kv_bytes_after
             self.spent.kv_bytes_before += report.kv_bytes_before
         return list(processor.batch_decode(new, skip_special_tokens=True))
+
+    @torch.inference_mode()
+    def likelihood(self, one: Conversation, continuation: str) -> Likelihood:
+        """How likely the model finds an answer to a conversation, written behind its text.
+
+        Args:
+            one: the conversation.
+            continuation: the answer, with the space before it, if any.
+
+        Raises:
+            VlmpruneError: the answer adds no token.
+        """
+        text = self.text(one)
+        inputs = prepare_texts(self.loaded, [one.images], [text + continuation])
+        before = prepare_texts(self.loaded, [one.images], [text])["input_ids"][0]
+        ids = inputs["input_ids"][0]
+        # A token may reach over the end of the text; it is the answer's.
+        shared = min(len(ids), len(before))
+        start = int((ids[:shared] == before[:shared]).cumprod(dim=0).sum())
+        if start == len(ids):
+            raise VlmpruneError(
+                f"the continuation {continuation!r} adds no token to what comes before it, so it "
+                "has no likelihood; use a task whose choices are not empty."
+            )
+        with enough_memory(self.device):
+            logits = self.loaded.model(**inputs).logits[0, start - 1 : -1].float()
+        wanted = ids[start:]
+        scores = logits.log_softmax(-1).gather(1, wanted[:, None])
+        return Likelihood(
+            float(scores.sum()), len(wanted), bool((logits.argmax(-1) == wanted).all())
+        )
 
     def close(self) -> None:
         """Give the model back as it was."""

@@ -6,6 +6,7 @@ from typing import Any
 
 MODEL = "vlmprune"
 CLASS = "vlmprune.integrations.lmms_eval_model.Vlmprune"
+SIMPLE = "vlmprune.integrations.lmms_eval_model.VlmpruneSimple"
 
 
 def manifest() -> Any:
@@ -15,4 +16,4 @@ def manifest() -> Any:
     """
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(model_id=MODEL, chat_class_path=CLASS)
+    return ModelManifest(model_id=MODEL, simple_class_path=SIMPLE, chat_class_path=CLASS)

@@ -17,7 +17,14 @@ from tqdm import tqdm
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.integrations import arguments
-from vlmprune.integrations.answering import Answerer, Spent, conversation, cut, generation
+from vlmprune.integrations.answering import (
+    Answerer,
+    Conversation,
+    Spent,
+    conversation,
+    cut,
+    generation,
+)
 
 
 class Vlmprune(lmms):
@@ -96,11 +103,11 @@ class Vlmprune(lmms):
         self.answerer.spent = Spent()
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
-            groups.setdefault(repr(request.args[2]), []).append(number)
+            groups.setdefault(repr(self._settings(request)), []).append(number)
         answers = [""] * len(requests)
         with tqdm(total=len(requests), disable=self.rank != 0, desc="vlmprune") as bar:
             for numbers in groups.values():
-                settings = requests[numbers[0]].args[2] or {}
+                settings = self._settings(requests[numbers[0]]) or {}
                 chosen = generation(settings, limit)
                 for batch in self._batches(requests, numbers):
                     texts = self.answerer.answer([one for _, one in batch], chosen)
@@ -114,12 +121,20 @@ class Vlmprune(lmms):
         self._log()
         return answers
 
+    def _settings(self, request: Any) -> Any:
+        """The generation settings of a request."""
+        return request.args[2]
+
+    def _conversation(self, request: Any) -> Conversation:
+        """What a request asks."""
+        _, to_messages, _, doc_id, task, split = request.args
+        return conversation(to_messages(self.task_dict[task][split][doc_id]))
+
     def _batches(self, requests: Sequence[Any], numbers: list[int]) -> Any:
         """Requests with their numbers, a batch at a time; pictures are opened when needed."""
         waiting: dict[bool, list[Any]] = {True: [], False: []}
         for number in numbers:
-            _, to_messages, _, doc_id, task, split = requests[number].args
-            one = conversation(to_messages(self.task_dict[task][split][doc_id]))
+            one = self._conversation(requests[number])
             some = waiting[bool(one.images)]
             some.append((number, one))
             if len(some) == self.batch_size:
@@ -142,16 +157,32 @@ class Vlmprune(lmms):
             additional_metrics=more,
         )
 
-    def loglikelihood(self, requests: Sequence[Any]) -> NoReturn:
-        """Refused.
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """How likely the model finds continuations, in the order of the requests.
+
+        As its own models do, of each the mean loss of a token, of which lmms-eval takes the lowest
+        for the answer, and whether greedy decoding would write it.
 
         Raises:
-            VlmpruneError: always.
+            VlmpruneError: a request holds something that cannot be answered here.
         """
-        raise VlmpruneError(
-            "vlmprune answers no loglikelihood requests; use tasks whose output_type is "
-            "generate_until."
-        )
+        found = []
+        for request in tqdm(requests, disable=self.rank != 0, desc="vlmprune"):
+            one = self.answerer.likelihood(*self._continued(request))
+            found.append((-one.log_probability / one.tokens, one.greedy))
+        return found
+
+    def _continued(self, request: Any) -> tuple[Conversation, str]:
+        """What a request asks, and the answer that it gives."""
+        context, continuation, *rest = request.args
+        pictures: list[Any] = []
+        if rest:
+            to_visual, doc_id, task, split = rest
+            doc = self.task_dict[task][split][doc_id]
+            pictures = _pictures(to_visual, doc)
+            if callable(continuation):
+                continuation = continuation(doc)
+        return _turn(context, pictures), str(continuation)
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> NoReturn:
         """Refused.
@@ -169,3 +200,31 @@ class Vlmprune(lmms):
         self.answerer.close()
         del self.answerer.loaded
         super().clean()
+
+
+class VlmpruneSimple(Vlmprune):
+    """The same for `--force_simple`, under which lmms-eval gives a text and its pictures.
+
+    Tasks whose output_type is loglikelihood or multiple_choice run so alone.
+    """
+
+    is_simple = True
+
+    def _settings(self, request: Any) -> Any:
+        return request.args[1]
+
+    def _conversation(self, request: Any) -> Conversation:
+        context, _, to_visual, doc_id, task, split = request.args
+        return _turn(context, _pictures(to_visual, self.task_dict[task][split][doc_id]))
+
+
+def _turn(text: str, pictures: Sequence[Any]) -> Conversation:
+    """A conversation of one turn: the pictures, then the text."""
+    parts: list[dict[str, Any]] = [{"type": "image", "url": one} for one in pictures]
+    parts.append({"type": "text", "text": text})
+    return conversation([{"role": "user", "content": parts}])
+
+
+def _pictures(to_visual: Any, doc: Any) -> list[Any]:
+    """Pictures of a document; none of a task without."""
+    return list(to_visual(doc) or []) if callable(to_visual) else []

@@ -167,7 +167,7 @@ def attach(wrapper: Any, method: str) -> None:
             f"VLMEvalKit's {type(wrapper).__name__} holds no model of Transformers as `.model`, so "
             "there is nothing to prune; use a model that runs on Transformers here."
         )
-    wrapper.vlmprune = spec.parse(method).attach(model)
+    wrapper.vlmprune = spec.parse(method).attach(model, logits="full")
 
 
 def _places(arguments: Sequence[str]) -> list[int]:

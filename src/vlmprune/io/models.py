@@ -150,7 +150,7 @@ def attached(pruner: Pruner | None, model: Any) -> Iterator[Handle | None]:
     if pruner is None:
         yield None
         return
-    with pruner(model) as handle:
+    with pruner(model, logits="short") as handle:
         proved = _proved.setdefault(model, {})
         data = handle.attachment
         data.ledger = proved.setdefault(repr(pruner), data.ledger)

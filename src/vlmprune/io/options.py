@@ -8,10 +8,7 @@ from typing import Any
 import torch
 
 from vlmprune import spec
-from vlmprune.costs import plan
-from vlmprune.costs.architectures import CROPS
 from vlmprune.errors import VlmpruneError, meant
-from vlmprune.io.sources import Source
 from vlmprune.pruner import Pruner
 from vlmprune.select.budget import Budget
 
@@ -54,19 +51,6 @@ def make_pruner(method: str, settings: Mapping[str, Any]) -> Pruner:
         if "keep" in stage.missing:
             stage.settings["keep"] = KEEP
     return spec.build(stages)
-
-
-def check_budget(source: Source, pruner: Pruner) -> None:
-    """Refuse a `keep` above what a crop has, where that is known without the model.
-
-    Raises:
-        VlmpruneError: there are fewer visual tokens than `keep`.
-    """
-    keep, budget = budget_of(pruner)
-    if keep is None or source.folder is None or source.model_type not in CROPS:
-        return
-    if budget == "crop" or source.model_type == "llava":
-        plan.plan(str(source.folder), keep, budget)
 
 
 def budget_of(pruner: Pruner) -> tuple[int | float | None, Budget]:

@@ -10,7 +10,7 @@ import torch
 from vlmprune import select
 from vlmprune.methods.bases.budgeted import WithBudget
 from vlmprune.select import scoring
-from vlmprune.select.budget import Budget, resolve_keep
+from vlmprune.select.budget import Budget
 from vlmprune.views import EncoderView, Reads, Selection
 from vlmprune.views.settings import Positions
 
@@ -55,17 +55,6 @@ class EVS(WithBudget):
     paper: ClassVar[str] = "arXiv 2510.14624"
     text_agnostic: ClassVar[bool] = True
     attends: ClassVar[bool] = False
-
-    def check_request(
-        self, candidates: torch.Tensor, images: tuple[int, ...], videos: bool
-    ) -> None:
-        """Refuse a `keep` above the tokens of even the largest clip; images alone pass whole."""
-        if videos:
-            super().check_request(candidates, images, videos)
-
-    def check(self, counts: list[int]) -> None:
-        """Refuse a `keep` above the tokens of even the largest clip."""
-        resolve_keep(self.keep, max(counts), "clip")
 
     def reads(self, depth: int, feature: int) -> Reads:
         """The projected features."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, fields
+from functools import cached_property, wraps
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from vlmprune.pruner.choosing import reads_of, select_in_turn
 from vlmprune.pruner.handle import Handle
 from vlmprune.pruner.slots import Slots, resolve
 from vlmprune.report import Report
-from vlmprune.runtime.attachment import Latest
+from vlmprune.runtime.attachment import Latest, Logits
 from vlmprune.runtime.scope import reported
 from vlmprune.select.budget import check_budget
+from vlmprune.select.settings import plain
 from vlmprune.views import EncoderView, Inside, LayerView, Probes, Reads, Retention, Selection
 
 
@@ -32,31 +33,62 @@ class Pruner(Method):
         handle = pruner.attach(model); ...; handle.detach()
     """
 
-    def attach(self, model: nn.Module) -> Handle[Self]:
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls).get("__post_init__")
+        if own is None:
+            return
+
+        @wraps(own)
+        def checked(self: Pruner, *given: Any) -> None:
+            _make_plain(self)
+            own(self, *given)
+
+        type.__setattr__(cls, "__post_init__", checked)
+
+    def __post_init__(self) -> None:
+        _make_plain(self)
+
+    def attach(self, model: nn.Module, logits: Logits | None = None) -> Handle[Self]:
         """Prune every call of `model` until `detach`.
 
         If several pruners are attached to one model, the last one acts alone; to apply several
         together chain them with `|`.
 
+        Args:
+            model: the host.
+            logits: the columns at which a plain forward of the model gives logits. "full": the
+                [B, L, V] of `input_ids`, for whoever looks them up by its own columns (label
+                smoothing, metrics, log-likelihoods); -inf where a visual token was dropped, and
+                in the last column before one that is left what foretells that one. "short": the
+                [B, S, V] that are left, as without the argument, but without the warning.
+                `generate` pays for neither.
+
         Raises:
             VlmpruneError: the model is not supported.
         """
-        return self._attached(model)
+        return self._attached(model, logits)
 
-    def _attached(self, model: nn.Module, block: bool = False) -> Handle[Self]:
-        handle = Handle(self, model, block)
+    def _attached(
+        self, model: nn.Module, logits: Logits | None, block: bool = False
+    ) -> Handle[Self]:
+        handle = Handle(self, model, block, logits)
         # Not the handle: a pruner that lives on must not keep the model alive.
         object.__setattr__(self, "_last", handle.attachment.latest)
         return handle
 
     @contextmanager
-    def __call__(self, model: nn.Module) -> Iterator[Handle[Self]]:
+    def __call__(self, model: nn.Module, logits: Logits | None = None) -> Iterator[Handle[Self]]:
         """Prune the calls of `model` inside a `with` block.
 
         Several threads may each have a block of their own on one model. A thread that has none,
         as one that was started inside the block, goes by it as long as it is the only one.
+
+        Args:
+            model: the host.
+            logits: as `attach` takes it.
         """
-        handle = self._attached(model, block=True)
+        handle = self._attached(model, logits, block=True)
         try:
             yield handle
         finally:
@@ -186,6 +218,10 @@ class Chain(Pruner):
         for stage in later:
             check_budget(stage.unit, videos)
 
+    def below_keep(self, candidates: Tensor, images: tuple[int, ...]) -> dict[str, int]:
+        """Those of the first stage; the later ones see what it leaves."""
+        return self.links[0].below_keep(candidates, images)
+
     def reads(self, depth: int, feature: int) -> Reads:
         """All that any stage wants to see.
 
@@ -204,6 +240,15 @@ class Chain(Pruner):
 
     def __repr__(self) -> str:
         return " | ".join(map(repr, self.stages))
+
+
+def _make_plain(pruner: Pruner) -> None:
+    """Have Python's own numbers where settings came as another library's, before any check."""
+    for one in fields(pruner):  # type: ignore[arg-type]
+        given = getattr(pruner, one.name)
+        made = plain(given)
+        if made is not given:
+            object.__setattr__(pruner, one.name, made)
 
 
 def _agreed(what: str, asked: set[Any]) -> str:

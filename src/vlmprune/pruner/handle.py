@@ -13,8 +13,10 @@ from vlmprune.method import Method
 from vlmprune.report import Report
 from vlmprune.runtime import shadows
 from vlmprune.runtime.attach import attachment_of
+from vlmprune.runtime.attachment import Logits
 from vlmprune.runtime.call import run
 from vlmprune.runtime.encoder.visions import Vision
+from vlmprune.select.settings import check_choice
 
 M = TypeVar("M", bound=Method)
 
@@ -38,15 +40,21 @@ class Handle(Generic[M]):
         model: the host.
         family: the host's record.
         positions: the position policy of what is kept before the language model.
+        logits: the columns at which a plain forward gives logits; None where nobody said.
         architecture: the model's language model, in words.
         report: what the last call of this thread kept and saved, or, where it made none, the last
             of any; None before the first.
         attachment: all that is known of it, as what acts in the model's calls is given it.
     """
 
-    def __init__(self, pruner: M, model: nn.Module, block: bool = False) -> None:
+    def __init__(
+        self, pruner: M, model: nn.Module, block: bool = False, logits: Logits | None = None
+    ) -> None:
+        if logits is not None:
+            check_choice("logits", logits, Logits)
         self._pruner = pruner
         self.attachment = attachment_of(pruner, model)
+        self.attachment.logits = logits
         self._leave = pruner.joined(self.attachment)
         self.attachment.leave, self.attachment.block = self.detach, block
         functions = shadows.Functions(run.generate, run.forward, run.features, run.rules)
@@ -83,6 +91,11 @@ class Handle(Generic[M]):
     def positions(self) -> Literal["compact", "original"]:
         """The position policy in use."""
         return self.attachment.positions
+
+    @property
+    def logits(self) -> Logits | None:
+        """The columns at which a plain forward gives logits; None where nobody said."""
+        return self.attachment.logits
 
     @property
     def architecture(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -58,6 +58,8 @@ class Report:
         decoder_flops_after: of `flops_after` likewise.
         reading: what a cache that is read in part holds, and what its steps read; None for others.
         newline_tokens_before: how many of `visual_tokens_before` belong to no patch.
+        below_keep: by what the budget counts for ("crop", "image", "frame" or "clip"), how many had
+            fewer visual tokens than an int `keep`, and so kept all.
         kv_bytes_by_layer: of `kv_bytes_after` those of each decoder layer, before any cache was
             cut; empty where their number is unknown.
     """
@@ -82,6 +84,7 @@ class Report:
     decoder_flops_after: float = 0.0
     reading: Reading | None = field(repr=False, default=None)
     newline_tokens_before: int = 0
+    below_keep: Mapping[str, int] = field(repr=False, default_factory=dict)
     kv_bytes_by_layer: Sequence[float] = field(repr=False, default=())
 
     def as_dict(self) -> dict[str, Any]:
@@ -92,6 +95,7 @@ class Report:
             "decoder_flops_after kv_bytes_before kv_bytes_after seconds_selecting"
         )
         out: dict[str, Any] = {name: getattr(self, name) for name in names.split()}
+        out["below_keep"] = dict(self.below_keep)
         out["kept"] = [indices.tolist() for indices in self.kept]
         out["members"] = [into.tolist() for into in self.members]
         out["layers"] = [layer.as_dict() for layer in self.layers]
@@ -262,6 +266,7 @@ class Report:
             cut = f", {len(fewer)} of {len(rows)} layers on {fewer[0]} of them"
         if self.reading is not None:
             cut = f", {self.reading}"
+        cut += f", {self.below_words}" if self.below_keep else ""
         score = f", {self.score}" if self.score else ""
         videos = sum(one.kind == "video" for one in self.layouts)
         counts = {"image": len(self.kept) - videos, "video": videos}
@@ -272,6 +277,12 @@ class Report:
             f"{units.mib(self.kv_bytes_after)} MiB{cut}, {self.positions} positions{score}, "
             f"selected in {1000 * self.seconds_selecting:.1f} ms"
         )
+
+    @property
+    def below_words(self) -> str:
+        """What `below_keep` tells, in words; empty where there is nothing to tell."""
+        counts = " and ".join(f"{n} {unit}(s)" for unit, n in self.below_keep.items())
+        return f"{counts} with fewer than keep, which keep all" if counts else ""
 
     def _flops_words(self) -> str:
         """FLOPs before and after; those of the decoder where the vision tower's are unknown."""
@@ -314,6 +325,7 @@ def make(
     seconds: float,
     members: list[Tensor] | None = None,
     tower: float | None = None,
+    below_keep: Mapping[str, int] | None = None,
 ) -> Report:
     """Work out the figures of one call.
 
@@ -331,6 +343,7 @@ def make(
         seconds: time spent selecting.
         members: for each image where its visual tokens went; None where nothing is merged.
         tower: FLOPs of the vision tower where a method acted inside it; None for the usual ones.
+        below_keep: as in `Report`; None for none.
     """
     before = _by_row(rows, map(len, kept))
     after = _by_row(rows, (int(mask.sum()) for mask in kept))
@@ -359,6 +372,7 @@ def make(
         decoder_flops_before=whole.flops,
         decoder_flops_after=left.flops,
         newline_tokens_before=sum(one.newlines for one in layouts),
+        below_keep=below_keep or {},
         kv_bytes_by_layer=left.kv_bytes_by_layer,
     )
 

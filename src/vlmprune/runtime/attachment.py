@@ -16,6 +16,9 @@ from vlmprune.report import Report, make
 from vlmprune.runtime.scope import note_report, reported
 from vlmprune.views import Ask
 
+# At which columns a plain forward gives logits: at those that are left, or at the user's own.
+Logits = Literal["short", "full"]
+
 
 def _stay() -> None:
     """Gives nothing back."""
@@ -49,6 +52,9 @@ class Attachment:
         leave: gives the model back.
         block: whether it is of a `with` block, which is for the context that opened it.
         among: the attachments to the same model that its context had when it was made.
+        logits: the columns of a plain forward's logits; None where nobody said, which is "short"
+            with a warning.
+        told: whether that warning was given.
     """
 
     method: Method
@@ -67,6 +73,8 @@ class Attachment:
     leave: Callable[[], None] = _stay
     block: bool = False
     among: tuple[Any, ...] = ()
+    logits: Logits | None = None
+    told: bool = False
 
     @property
     def as_it_comes(self) -> bool:

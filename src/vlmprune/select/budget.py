@@ -71,13 +71,18 @@ def check_keep(keep: int | float, name: str = "keep", does: str = "leaves") -> N
 
 
 def plain_keep(keep: int | float) -> int | float:
-    """A `keep` of which Python's own int is all that counts tokens, so that a rule can ask for it.
+    """A `keep` as Python's own int or float, of which the int is all that counts tokens.
 
     Raises:
         VlmpruneError: as `check_keep`.
     """
     check_keep(keep)
-    return int(keep) if isinstance(keep, Integral) else keep
+    return int(keep) if isinstance(keep, Integral) else float(keep)
+
+
+def exceeds(keep: int | float | None, available: int) -> bool:
+    """Whether a `keep` counts more tokens than there are, all of which then stay."""
+    return isinstance(keep, Integral) and keep > available
 
 
 def resolve_keep(keep: int | float, available: int, what: str = "crop") -> int:
@@ -112,7 +117,7 @@ def resolve_keep(keep: int | float, available: int, what: str = "crop") -> int:
 
 
 def kept_of(keep: int | float, available: int) -> int:
-    """How many of so many tokens are kept, where a smaller crop than others keeps all it has.
+    """How many of so many tokens are kept; a crop with fewer than `keep` keeps all it has.
 
     Args:
         keep: as `resolve_keep` takes it.
@@ -121,6 +126,6 @@ def kept_of(keep: int | float, available: int) -> int:
     Raises:
         VlmpruneError: as `resolve_keep`, but for a `keep` above what there is.
     """
-    if isinstance(keep, Integral) and keep > available:
+    if exceeds(keep, available):
         return available
     return resolve_keep(keep, available)

@@ -1,26 +1,38 @@
 """What settings of methods may be, and the sentences that refuse others. Imports no tensor library.
 
-Numbers are Python's own (an int, a float, or a subclass of them), and never bool; a budget, which
-other libraries' integers may give as well, has its checks in `select.budget`.
+Numbers are Python's own or another library's (NumPy's integers and floats), and never bool, of
+either; `plain` makes Python's own of them, as every pruner does with its settings. A budget has its
+checks in `select.budget`.
 """
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any, get_args
 
 from vlmprune.errors import VlmpruneError, meant
 
 
+def plain(value: Any) -> Any:
+    """A setting with Python's own number for another library's, in tuples too; else as it is."""
+    if isinstance(value, tuple):
+        made = tuple(map(plain, value))
+        return made if any(a is not b for a, b in zip(made, value, strict=True)) else value
+    if not is_number(value) or type(value) in (int, float):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
 def is_number(value: Any) -> bool:
     """Whether a value is a number: NaN and infinity are, True is not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def is_whole(value: Any, least: int | None = None) -> bool:
     """Whether a value is a whole number, and no less than `least` where that is given."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         return False
-    return least is None or value >= least
+    return least is None or int(value) >= least
 
 
 def is_share(value: Any, zero: bool = True) -> bool:

@@ -98,22 +98,6 @@ def test_gaps_are_refused_where_flash_attention_takes_them_for_borders(
         built.generate(**two, max_new_tokens=1)
 
 
-@pytest.mark.parametrize("budget", ["crop", "image"])
-def test_too_large_a_budget_is_refused_before_encoding(
-    budget: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    built = model()
-    req = request(built, [1])
-    monkeypatch.setattr(
-        built.model.vision_tower, "forward", lambda *_, **__: pytest.fail("the encoder ran")
-    )
-    with (
-        VisPruner(keep=17, budget=budget)(built),
-        pytest.raises(VlmpruneError, match=r"keep=17 is more than the 16 visual tokens"),
-    ):
-        built.generate(**req.inputs, max_new_tokens=2)
-
-
 def test_ids_and_pixels_that_do_not_fit_are_refused() -> None:
     built = model()
     req = request(built, [2])

@@ -96,8 +96,8 @@ def test_all_ways_take_the_lead_in_turn() -> None:
 def test_the_model_is_given_back() -> None:
     built = tiny_work([1])
     before = set(vars(built.model))
-    with pytest.raises(VlmpruneError, match="more than the 16 visual tokens"):
-        bench.compare(built, {"too many": VisPruner(17)}, new_tokens=1, repeat=1)
+    with pytest.raises(VlmpruneError, match="budget='clip' is for videos"):
+        bench.compare(built, {"none": VisPruner(4, budget="clip")}, new_tokens=1, repeat=1)
     assert set(vars(built.model)) == before
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.pruner import Pruner
-from vlmprune.select.budget import Budget, Newlines, check_budget, kept_of, plain_keep, resolve_keep
+from vlmprune.select.budget import Budget, Newlines, check_budget, exceeds, kept_of, plain_keep
 from vlmprune.select.settings import check_choice
 from vlmprune.views import EncoderView
 from vlmprune.views.settings import Positions
@@ -46,10 +46,9 @@ class WithBudget(Pruner):
         check_choice("newlines", self.newlines, Newlines)
         check_budget(self.unit)
 
-    def check(self, counts: list[int]) -> None:
-        """Refuse a `keep` above the tokens of even the largest crop (or image)."""
-        if self.keep is not None:
-            resolve_keep(self.keep, max(counts), self.unit)
+    def exceeds(self, available: int) -> bool:
+        """Whether `keep` counts more tokens than there are."""
+        return exceeds(self.keep, available)
 
     def kept_of(self, available: int) -> int:
         """How many of so many tokens are kept; a smaller crop keeps all it has."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from vlmprune.errors import VlmpruneError
 from vlmprune.pruner import Pruner
 from vlmprune.select import row_rules
-from vlmprune.select.budget import Budget, plain_keep, resolve_keep
+from vlmprune.select.budget import Budget, exceeds, plain_keep
 from vlmprune.select.settings import check_choice
 from vlmprune.views.settings import Positions
 
@@ -40,9 +40,9 @@ class Layered(Pruner):
         object.__setattr__(self, "keep", plain_keep(self.keep))
         check_choice("positions", self.positions, Positions)
 
-    def check(self, counts: list[int]) -> None:
-        """Refuse a `keep` above the tokens of even the largest image."""
-        resolve_keep(self.keep, max(counts), "image")
+    def exceeds(self, available: int) -> bool:
+        """Whether `keep` counts more tokens than there are."""
+        return exceeds(self.keep, available)
 
     def kept_of(self, before: Tensor) -> Tensor:
         """[B, I] how many of each image `keep` stands for; a smaller image keeps all it has."""

@@ -25,7 +25,7 @@ from vlmprune.hosts import families, sizes
 from vlmprune.method import Attached
 from vlmprune.methods.bases.lora import PREFIX, Lora
 from vlmprune.pruner import Pruner
-from vlmprune.select.settings import check_choice
+from vlmprune.select.settings import check_choice, plain
 from vlmprune.version import __version__
 from vlmprune.views.settings import Positions
 
@@ -150,7 +150,7 @@ class Learned(Pruner):
         for name in hyper.keys() - set(known):
             what = f"{name}={hyper[name]!r} is no setting of {cls.method}{meant(name, known)}"
             raise VlmpruneError(f"{what}; it has {', '.join(known)}.")
-        settings = cls.fitted(model, **hyper)
+        settings = cls.fitted(model, **{name: plain(value) for name, value in hyper.items()})
         module = cls.build(settings)
         cls.start(module, model)
         made = object.__new__(cls)

@@ -147,6 +147,7 @@ def report_of(attachment: Attachment, plan: Plan, choice: Choice) -> Report:
         seconds=choice.seconds,
         members=choice.members,
         tower=tower,
+        below_keep=attachment.method.below_keep(geometry.candidates, geometry.images),
     )
 
 

@@ -141,6 +141,12 @@ class Packing:
             out.append(torch.cat(parts))
         return torch.stack(out)
 
+    def rows(self, values: Tensor) -> Tensor:
+        """[B, L] what [N, ..] of the samples apart, padded on the left, is in their rows."""
+        each = zip(self.flat, values, strict=True)
+        parts = self._rows([one[one.shape[0] - length :] for length, one in each])
+        return torch.stack([torch.cat(row) for row in parts])
+
     def _first_of_rows(self) -> list[int]:
         """Number of the first sample of each row."""
         counts = torch.tensor([0, *(len(row) for row in self.lengths)]).cumsum(dim=0)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import config, decoder
-from vlmprune.hosts.release import chunks_hold_images, version
+from vlmprune.hosts.release import chunks_hold_images, recomputes_hooks, version
 from vlmprune.hosts.requests import (
     ASSISTANT,
     ASSISTING,
@@ -147,10 +147,11 @@ def check_dropping(attachment: Attachment, call: ModelCall, setting: Settings) -
         raise VlmpruneError(
             f"{method} chooses from the whole prompt; leave out prefill_chunk_size."
         )
-    if decoder.recomputes(model):
+    if decoder.recomputes(model) and recomputes_hooks():
         raise VlmpruneError(
-            f"{method} cannot drop tokens from layers that run twice; turn gradient checkpointing "
-            "off."
+            f"{method} cannot drop tokens from layers that run twice, for transformers {version()} "
+            "runs them without what drops the tokens; turn gradient checkpointing off, or upgrade "
+            "transformers."
         )
     mask, ids, tempered = call.mask, call.ids, config.tempered_from(model.config)
     columns = max(t.shape[1] for t in (mask, ids) if t is not None) if ids is not None else 0
@@ -209,11 +210,12 @@ def check_flash(attachment: Attachment, ids: Tensor) -> None:
         )
 
 
-def check_picks(call: ModelCall) -> None:
-    """Refuse a plain forward that asks for the logits of single columns."""
-    if call.picks_logits:
+def check_picks(attachment: Attachment, call: ModelCall) -> None:
+    """Refuse a plain forward that asks for the logits of single columns, unless it has its own."""
+    if isinstance(call.picks, Tensor) and attachment.logits != "full":
         raise VlmpruneError(
-            "logits_to_keep as a tensor counts columns that pruning removes; pass an int."
+            "logits_to_keep as a tensor counts columns that pruning removes; pass an int, or "
+            "attach with logits='full'."
         )
 
 
@@ -229,5 +231,10 @@ def check_inside(attachment: Attachment, call: ModelCall, setting: Settings, cac
     method = attachment.method
     if method.cuts and (caching or method.probes is not None):
         check_cutting(attachment, call, setting)
+        if not caching and decoder.recomputes(attachment.model):
+            raise VlmpruneError(
+                f"{method!r} takes part in attention, which is computed twice here, and cuts a "
+                "cache, which is not there; turn gradient checkpointing off."
+            )
     if attachment.asks or attachment.skips:
         check_dropping(attachment, call, setting)

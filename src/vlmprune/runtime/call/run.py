@@ -36,7 +36,8 @@ from vlmprune.hosts.requests import (
 )
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.call.choose import choose, encode, report_of
-from vlmprune.runtime.call.packed import packing_of
+from vlmprune.runtime.call.full_logits import FullLogits, full_logits, tell_short
+from vlmprune.runtime.call.packed import Packing, packing_of
 from vlmprune.runtime.call.plan import Asked, planned
 from vlmprune.runtime.call.refusals import (
     check_common,
@@ -47,6 +48,7 @@ from vlmprune.runtime.call.refusals import (
 )
 from vlmprune.runtime.call.remembered import filling, prefix_of, remember
 from vlmprune.runtime.call.short_request import ShortRequest, handed, short_request
+from vlmprune.runtime.call.shorten import silent_columns
 from vlmprune.runtime.call.state import Active
 from vlmprune.runtime.call.step import in_decoder, step
 from vlmprune.runtime.encoder import visions
@@ -144,9 +146,10 @@ def _restored(attachment: Attachment, short: ShortRequest, result: Any, setting:
 def forward(attachment: Attachment, shadow: Shadow, *args: Any, **kwargs: Any) -> Any:
     """A plain forward with fewer visual tokens.
 
-    Of the model, logits are those of the shorter sequence. Of the one below its head, states stand
-    at the user's own columns, so that labels and masks fit; where a visual token was dropped,
-    there is the state of what stands before it, which foretells the same.
+    Of the model, logits are those of the shorter sequence, or at the user's own columns where the
+    attachment says so. Of the one below its head, states stand at the user's own columns, so that
+    labels and masks fit; where a visual token was dropped, there is the state of what stands before
+    it, which foretells the same.
     """
     state = active.get()
     with _kept_or_given_back(attachment):
@@ -168,7 +171,7 @@ def _forward(
     if not _concerns(attachment, call, vision):
         return call.run(shadow.original)
     check_common(call, call.ids)
-    check_picks(call)
+    check_picks(attachment, call)
     caching = call.caches and not decoder.recomputes(call.model)
     check_inside(attachment, call, PlainSettings(call), caching)
     brings = vision is not None or _brings_items(attachment, call)
@@ -195,6 +198,10 @@ def _forward(
     if packing is not None:
         columns = packing.columns(columns, short.new.mask)
         shorter = packing.together(attachment, shorter, state)
+    full = None
+    if columns is not None and not shadow.inner:
+        full = _at_own_columns(attachment, call, short, columns, shorter, packing)
+        shorter = shorter if full is None else full.asked(shorter)
     with (
         under(state),
         state.running(shadow),
@@ -211,7 +218,29 @@ def _forward(
     # Tokens without an image need no new record: the old one still says what was dropped.
     if state.items or prefix_of(after) is None:
         remember(after, short.prefix)
-    return outputs.at_columns(result, columns) if shadow.inner else result
+    if shadow.inner:
+        return outputs.at_columns(result, columns)
+    return result if full is None else full.put(result)
+
+
+def _at_own_columns(
+    attachment: Attachment,
+    call: ModelCall,
+    short: ShortRequest,
+    columns: Tensor,
+    shorter: ModelCall,
+    packing: Packing | None,
+) -> FullLogits | None:
+    """Where the logits that the user wants are among those of a shorter request, if at all."""
+    assert short.dropped is not None and shorter.ids is not None
+    length = shorter.ids.shape[1]
+    if attachment.logits != "full":
+        tell_short(attachment, call, columns, length)
+        return None
+    silent = silent_columns(short.plan.new, short.dropped)
+    if packing is not None:
+        silent = packing.rows(silent)
+    return full_logits(call, columns, silent, length)
 
 
 def encoded(attachment: Attachment, inputs: dict[str, Any]) -> Vision:

@@ -44,6 +44,7 @@ class ShortRequest:
         state: for the host's callbacks.
         columns: [B, L] which of the new columns stands for each that the user gave; None where
             they are the same.
+        dropped: [B, L] bool; of these, those that were taken out.
     """
 
     plan: Plan
@@ -54,6 +55,7 @@ class ShortRequest:
     prefix: Prefix
     state: Active
     columns: Tensor | None = None
+    dropped: Tensor | None = None
 
 
 def short_request(
@@ -101,7 +103,7 @@ def short_request(
     state.entrance = entrance
     pixels = _pixels(attachment, plan, choice)
     columns = stands_for(plan.new, dropped)
-    return ShortRequest(plan, choice, prompt, short, pixels, filled, state, columns)
+    return ShortRequest(plan, choice, prompt, short, pixels, filled, state, columns, dropped)
 
 
 def handed(prompt: Prompt, columns: slice = slice(None)) -> Tensor:

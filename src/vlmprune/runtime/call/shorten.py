@@ -184,6 +184,23 @@ def stands_for(prompt: Prompt, dropped: Tensor) -> Tensor | None:
     return number.clamp(min=0) + (0 if right else length - counts)
 
 
+def silent_columns(prompt: Prompt, dropped: Tensor) -> Tensor:
+    """Columns that foretell nothing: dropped ones that no kept one follows, or that follow none.
+
+    The last dropped column before one that is left foretells it, as the kept one before does.
+
+    Args:
+        prompt: [B, L] columns.
+        dropped: [B, L] bool, columns that `shorten` takes out.
+
+    Returns:
+        [B, L] bool.
+    """
+    kept = (prompt.mask != 0) & ~dropped
+    followed = nn.functional.pad(~dropped[:, 1:], (0, 1), value=True)
+    return dropped & ~(followed & (kept.cumsum(dim=1) > 0))
+
+
 def unshifted(values: Tensor) -> Tensor:
     """[B, L] labels of the columns, from those that each column predicts.
 

@@ -16,7 +16,6 @@ from vlmprune.io import options, sources
 from vlmprune.io.models import enough_memory, load, prepare_batch
 from vlmprune.io.pictures import open_image, open_images
 from vlmprune.pruner import Pruner
-from vlmprune.select.budget import resolve_keep
 from vlmprune.study.bench import shapes
 
 # What is asked about pictures that were given; the packaged scenes bring their own questions.
@@ -76,8 +75,8 @@ def from_shape(
         model is the same.
 
     Raises:
-        VlmpruneError: the shape is unknown or does not fit the memory, a `keep` is too high, or
-            real pictures were given; all of it before anything is made.
+        VlmpruneError: the shape is unknown or does not fit the memory, or real pictures were
+            given; all of it before anything is made.
     """
     config = shapes.config_of(name, layers, tower_layers)
     if not isinstance(images, int):
@@ -85,12 +84,6 @@ def from_shape(
     dtype = torch.bfloat16 if dtype == "auto" else dtype
     one = [shapes.tokens_per_image(config)] if not visual_tokens else list(visual_tokens)
     counts = [shapes.images_for(config, n) if visual_tokens else images for n in one]
-    for n in one:
-        for pruner in pruners.values():
-            keep, budget = options.budget_of(pruner)
-            if keep is not None:
-                crops = shapes.crops_of(config) if budget == "image" else 1
-                resolve_keep(keep, crops * shapes.tokens_per_crop(config, n), budget)
     rows = [
         count * shapes.tokens_per_image(config, n) for count, n in zip(counts, one, strict=True)
     ]
