@@ -53,7 +53,7 @@ def gemma3n() -> Any:
         "num_hidden_layers": len(KINDS),
         "layer_types": KINDS,
         "num_kv_shared_layers": 2,
-        "hidden_size_per_layer_input": 4,
+        "hidden_size_per_layer_input": 16,
         "vocab_size_per_layer_input": VOCABULARY,
         "laurel_rank": 4,
         "activation_sparsity_pattern": None,
@@ -82,8 +82,10 @@ def gemma3n() -> Any:
     )
     usual = modeling_gemma3n.AutoModel.from_config
 
-    def made(part: Any, **more: Any) -> Any:
-        return Convolutions(24) if part is config.vision_config else usual(part, **more)
+    # By place or, in early releases, by name.
+    def made(*parts: Any, **named: Any) -> Any:
+        part = parts[0] if parts else named["config"]
+        return Convolutions(24) if part is config.vision_config else usual(*parts, **named)
 
     with mock.patch.object(modeling_gemma3n.AutoModel, "from_config", made):
         return mild(Gemma3nForConditionalGeneration(config))

@@ -56,7 +56,7 @@ def _gemma4(kinds: list[str], window: int, **changes: Any) -> Any:
 
 def small(window: int = FAR) -> Any:
     """As E2B and E4B: inputs of each layer by token, last layers that share keys and values."""
-    per_layer = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 128}
+    per_layer = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 128}
     return _gemma4(KINDS, window, num_kv_shared_layers=2, use_double_wide_mlp=True, **per_layer)
 
 
