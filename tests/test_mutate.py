@@ -166,6 +166,17 @@ reason = "All that is measured are squares of 2."
     assert mutate(tree, SURVIVES, reason.replace('"around"', '"area"'))[0] == 1
 
 
+def test_tests_that_fail_by_themselves_notice_nothing(tree: Tree) -> None:
+    file = tree.root / "tests" / "test_sizes.py"
+    kept = tree.root.parent / "reach" / "tests.test_sizes.py.json.gz"
+    file.write_text("import nowhere\n" + TESTS)
+    found = json.loads(gzip.decompress(kept.read_bytes())) | {"digest": reach.told(file)}
+    kept.write_bytes(gzip.compress(json.dumps(found).encode()))
+    code, report = mutate(tree, {"a sum": NOTICED["a sum for a product"]})
+    assert code == 1 and report["counts"] == {"not run": 1, "all": 1}
+    assert "is not collected without it either" in report["faults"][0]["result"]["by"]
+
+
 def test_a_fault_stands_in_its_file_once(tree: Tree) -> None:
     for before, times in (("width", 5), ("depth", 0)):
         path = listed(tree.root.parent / "named.toml", {"a fault": (before, "x")})

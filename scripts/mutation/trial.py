@@ -16,6 +16,7 @@ from mutation.tree import Copy, Tree, forked, run_pytest
 AT_ONCE = 4
 """Files of tests that are collected at once; those that come first are then soon done."""
 SURVIVED, NOTICED, NOT_RUN = "survived", "noticed", "not run"
+COLLECTING = "collecting "
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class _Order:
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
-            self.out.write_text(json.dumps(f"collecting {report.nodeid}"), encoding="utf-8")
+            self.out.write_text(json.dumps(COLLECTING + report.nodeid), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,20 @@ def run(
     if ended.code == 0:
         return Result(SURVIVED, "", *about, spent)
     if ended.code in (1, 2) and out.exists():
-        return Result(NOTICED, json.loads(out.read_text(encoding="utf-8")), *about, spent)
+        by = json.loads(out.read_text(encoding="utf-8"))
+        file = by.removeprefix(COLLECTING)
+        if file != by and not _collects(tree, copy, file, grace, log):
+            return Result(NOT_RUN, f"{file} is not collected without it either", *about, spent)
+        return Result(NOTICED, by, *about, spent)
     # The exit codes of pytest's own trouble, and of ours.
     tail = log.read_text(encoding="utf-8", errors="replace")[-400:] if log.exists() else ""
     return Result(NOT_RUN, f"pytest ended with {ended.code}: {tail}", *about, spent)
+
+
+def _collects(tree: Tree, copy: Copy, file: str, grace: float, log: Path) -> bool:
+    """Whether a file of tests can be collected as long as nothing is wrong."""
+
+    def work() -> int:
+        return run_pytest(tree, copy.folder, ["--collect-only", file], [])
+
+    return forked(work, grace, log).code == 0

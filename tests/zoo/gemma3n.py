@@ -8,8 +8,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from transformers import Gemma3nConfig, Gemma3nForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.gemma3n import modeling_gemma3n
+from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModelOutput
 
 from zoo.base import (
     END,
@@ -39,9 +39,9 @@ class Convolutions(nn.Module):
         self.first = nn.Conv2d(3, width, STRIDE, STRIDE)
         self.second = nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+    def forward(self, pixel_values: Tensor, **_: Any) -> TimmWrapperModelOutput:
         made = self.second(self.first(pixel_values).tanh())
-        return BaseModelOutputWithPooling(last_hidden_state=made)
+        return TimmWrapperModelOutput(last_hidden_state=made)
 
 
 def gemma3n() -> Any:

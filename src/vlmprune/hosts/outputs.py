@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
@@ -113,7 +114,7 @@ def encoded(like: Any, cls: type, tokens: list[Tensor], deep: list[Any], whole: 
     if deep:
         layers = held.get(_DEEP) or [None] * len(deep)
         fields[_DEEP] = [_typed(one, layer) for one, layer in zip(layers, deep, strict=True)]
-    made: Any = cls() if like is None else type(like)()
+    made: Any = cls() if like is None else _empty(type(like))
     for name, value in fields.items():
         made[name] = value
     return made
@@ -178,6 +179,12 @@ def same_form(a: Any, b: Any) -> bool:
         both = isinstance(a, Tensor) and isinstance(b, Tensor)
         return both and a.shape[:-2] == b.shape[:-2]
     return type(a) is type(b) and len(a) == len(b) and all(map(same_form, a, b))
+
+
+def _empty(cls: Any) -> Any:
+    """An output of a class with nothing in it, of timm's towers too, whose states must be given."""
+    needed = [one for one in dataclasses.fields(cls) if one.default is dataclasses.MISSING]
+    return cls(**{one.name: None for one in needed})
 
 
 def with_shown(result: Any, instead: Sequence[tuple[Any, Any]]) -> Any:
