@@ -54,6 +54,8 @@ if [ "${SMALL:-}" = 1 ]; then
   BATCHES="--batch 1"
   DECODE="--device cpu --shape small --batch 1 --tokens 64 --repeat 2"
   SELECT="--device cpu --crops 1 --repeat 2 --tower-repeat 1"
+  COMPILED="--device cpu --shape small --layers 2 --tower-layers 2 --keep 8 --tokens 2 --repeat 1
+    --backend eager"
 else
   NEXT="--shape llava-next-7b"
   LLAVA="--shape llava-1.5-7b"
@@ -62,6 +64,7 @@ else
   BATCHES="--batch 1 --batch 4"
   DECODE="--device cuda --shape llava-1.5-7b --batch 1 --batch 16 --tokens 2880 --repeat 5"
   SELECT="--device cuda --crops 1 --crops 5"
+  COMPILED="--device cuda --shape llava-1.5-7b --repeat 5"
 fi
 RUNS=$RESULTS/gpu
 
@@ -111,6 +114,9 @@ step 60 selection.json "$PYTHON" benchmarks/selection.py $SELECT --json "$RUNS/s
 
 # shellcheck disable=SC2086
 step 90 decode.json "$PYTHON" benchmarks/decode.py $DECODE --json "$RUNS/decode.json"
+
+# shellcheck disable=SC2086
+step 60 compiled.json "$PYTHON" benchmarks/compiled.py $COMPILED --json "$RUNS/compiled.json"
 
 render
 echo "$(($(date +%s) - START)) seconds; figures in $RUNS, pages in $DOCS"

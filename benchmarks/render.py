@@ -19,8 +19,10 @@ from typing import Annotated, Any
 import typer
 
 import accuracy
+import compiled
 import decode
 import equal_compute
+import host_cost
 import kept_again
 import learned
 import plphp_coverage
@@ -42,6 +44,7 @@ NAMES = {
     "qwen2.5-vl": "Qwen2.5-VL-7B",
     "selection": "Selection and the tap",
     "decode": "Decoding over a cut cache",
+    "compiled": "A compiled step on a static cache",
 }
 """Headings of what `gpu.sh` measured, in order; other files come after these, by their names."""
 
@@ -61,7 +64,11 @@ def gpu(files: Mapping[str, Content]) -> str:
         "`sh benchmarks/gpu.sh`: random weights in the shapes of real models, so that what they "
         "answer means nothing; how long it takes is what the shape takes.",
     ]
-    makers = {"selection": selection.markdown, "decode": decode.markdown}
+    makers = {
+        "selection": selection.markdown,
+        "decode": decode.markdown,
+        "compiled": compiled.markdown,
+    }
     explained = False
     for name in order:
         if name in makers:
@@ -149,8 +156,15 @@ def training_page(folder: Path) -> dict[str, str]:
     return {} if found is None else {"training": training.lines(found)}
 
 
+def benchmarks_page(folder: Path) -> dict[str, str]:
+    """The parts of docs/benchmarks.md whose files are there."""
+    own = read(folder).get(host_cost.FILE.stem)
+    made = {} if own is None else {"host cost": host_cost.markdown(own)}
+    return made | {"gpu": gpu(read(folder / "gpu"))}
+
+
 PAGES: dict[str, Callable[[Path], dict[str, str]]] = {
-    "benchmarks.md": lambda folder: {"gpu": gpu(read(folder / "gpu"))},
+    "benchmarks.md": benchmarks_page,
     "plphp.md": plphp_page,
     "recall.md": recall_parts,
     "results.md": results_page,

@@ -77,14 +77,17 @@ def test_decode_checks_and_measures_peaks() -> None:
 
 
 def test_host_cost_compares_two_checkouts(tmp_path: Path) -> None:
-    words = ["--times", "1", "--tokens", "2", "--rounds", "1", "--before", str(ROOT)]
-    done = run(host_cost.main, *words, "--json", str(tmp_path / "out.json"))
+    words = ["--times", "1", "--tokens", "1", "--rounds", "1", "--layers", "2"]
+    out = tmp_path / "out.json"
+    done = run(host_cost.main, *words, "--before", str(ROOT), "--json", str(out))
     assert done.exit_code == 0, done.output
-    told = json.loads((tmp_path / "out.json").read_text())["relative_to_unpruned"]
-    assert told["now"].keys() == told["before"].keys() >= {"PLPHP first token", "FastV 2 tokens"}
-    assert all(shares[0] > 0 for found in told.values() for shares in found.values())
+    found = json.loads(out.read_text())["found"]
+    assert found["now"].keys() == found["before"].keys() >= {"MHA", "GQA", "64 pictures, all kept"}
+    counted = found["now"]["GQA, operations"]
+    assert counted["PLPHP"]["first token"][0] > counted["FastV"]["step"][0]
+    assert all(one["step"] > [0] for one in found["now"]["MHA"].values())
     heads = [cell.strip() for cell in done.output.splitlines()[2].split("|")]
-    assert heads[3:6] == ["/ unpruned", "/ unpruned, before", "now / before"]
+    assert heads[4:7] == ["time", "before", "now / before"]
 
 
 @pytest.mark.parametrize(

@@ -357,3 +357,26 @@ def test_the_first_token_never_changes_and_no_image_is_lost(r: float, seed: int)
         for head in layer.kept:
             assert {int(n) // 16 for n in head[0]} == {0}
             assert {int(n) // 16 for n in head[1]} == {0, 1}
+
+
+@pytest.mark.parametrize("rule", ["per_image", "shared"])
+def test_a_single_image_needs_less_work_and_keeps_the_same(rule: str) -> None:
+    torch.manual_seed(0)
+    # With ties, and one more head than two.
+    scores = torch.randint(0, 6, (2, 3, 24)) / 6
+    images, keep = torch.zeros(2, 24, dtype=torch.long), torch.tensor([[7], [1]])
+    choose = getattr(retention, rule)
+    kept = choose(scores, images, keep)
+    assert torch.equal(choose(scores, images, keep, alone=True), kept)
+    assert not torch.equal(choose(-scores, images, keep, alone=True), kept)
+
+
+def test_what_is_noted_for_later_layers_changes_nothing() -> None:
+    """Each layer has its own γ; thresholds and numbers are those of the prompt."""
+    notes = dict[str, Any]()
+    for gamma in ([0.3, 0.2, 0.05], [0.05, 0.3, 0.24]):
+        plain, noted = view(gamma, tokens=10), replace(view(gamma, tokens=10), notes=notes)
+        found, wanted = PLPHP().retain(0, noted), PLPHP().retain(0, plain)
+        assert found is not None and wanted is not None
+        assert torch.equal(found.kept, wanted.kept) and torch.equal(found.rate, wanted.rate)
+    assert notes

@@ -38,6 +38,7 @@ _FOREIGN = ("s_aux", "position_bias")
 # What a module keeps them in.
 _SINKS = ("sinks", "sink")
 _UNEVEN = (*_FOREIGN, _SOFTCAP, _WINDOW)
+_SDPA = "sdpa"
 
 
 # Not frozen: one is made of each call of each layer at each step, and freezing triples what that
@@ -133,6 +134,14 @@ class AttentionCall:
         """Whether the function takes masks of padding alone, being causal by itself."""
         return "flash" in self.function_name
 
+    def takes(self, mask: Tensor) -> bool:
+        """Whether the host's function takes a mask of the kind where it got none, or its own."""
+        given = self.mask
+        if given is None:
+            # SDPA alone is known to select by bools.
+            return self.masked and self.function_name == _SDPA
+        return not self.flash and given.ndim == mask.ndim and given.dtype == mask.dtype
+
     @property
     def ahead(self) -> int:
         """Keys before the first query's own."""
@@ -203,17 +212,8 @@ class AttentionCall:
 
     def with_mask(self, mask: Tensor | None) -> AttentionCall:
         """The call under another mask; written out, as it is made of each layer at each step."""
-        return AttentionCall(
-            self.module,
-            self.query,
-            self.key,
-            self.value,
-            mask,
-            self.others,
-            self.placed,
-            self.masked,
-            self.function,
-        )
+        given = self.module, self.query, self.key, self.value, mask
+        return AttentionCall(*given, self.others, self.placed, self.masked, self.function)
 
     def without_positions(self) -> AttentionCall:
         """The call for other rows, whose positions would look like packed sequences."""
@@ -227,6 +227,10 @@ class AttentionCall:
                 f"{type(self.module).__name__} of transformers {version()} gives its attention no "
                 "mask under a name that is known, so none can be put in its place; prune before "
                 "the language model."
+            )
+        if self.placed == len(_TENSORS):
+            return self.function(
+                self.module, self.query, self.key, self.value, self.mask, **self.others
             )
         tensors = [self.query, self.key, self.value]
         if self.masked or self.mask is not None:

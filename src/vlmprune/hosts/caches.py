@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import cache as once
 from typing import Any
 
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -27,6 +28,7 @@ _IN_PLACE = ("get_conv_state", "get_recurrent_state", "has_previous_state")
 # The methods by which a cache loses columns, or takes, leaves out or repeats samples.
 CROP, RESET, REPEAT = "crop", "reset", "batch_repeat_interleave"
 SELECT = ("reorder_cache", "batch_select_indices")
+_COMPILEABLE = "is_compileable"
 _LENGTH, _LAYERS, _REPLICATED = "get_seq_length", "layers", "layer_class_to_replicate"
 
 # Everything that the layers do which ours take the place of. What a later release adds could read
@@ -67,6 +69,16 @@ def length_of(cache: Any, index: int | None = None) -> int:
     if cache is None:
         return 0
     return int(cache.get_seq_length() if index is None else cache.get_seq_length(index))
+
+
+def compileable(cache: Any) -> bool:
+    """Whether `generate` compiles steps over a cache, as over a static one."""
+    return bool(layers_of(cache)) and bool(getattr(cache, _COMPILEABLE, False))
+
+
+def counts_on_device(cache: Any) -> bool:
+    """Whether a cache's length is a tensor, so that reading it waits for a device."""
+    return cache is not None and isinstance(cache.get_seq_length(), Tensor)
 
 
 def layers_of(cache: Any) -> Sequence[Any]:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.hosts import config, release
+from vlmprune.hosts import caches, config, release
 
 # The methods that are shadowed while a pruner is attached.
 GENERATE, FORWARD = "generate", "forward"
@@ -24,12 +24,6 @@ _CACHING, _LOGITS, _STATES = "use_cache", "logits_to_keep", "output_hidden_state
 _ATTENTIONS = "output_attentions"
 # The argument that is ours: images and videos that were encoded before.
 _VISION = "vision"
-# Marks of `torch.compile` on a method, and on a module.
-_COMPILED, _COMPILED_CLASS, _COMPILED_CALL = (
-    "_torchdynamo_orig_callable",
-    "OptimizedModule",
-    "_compiled_call_impl",
-)
 
 # Inputs that have one entry a column, and what a column of padding holds in them.
 LABELS = "labels"
@@ -292,6 +286,14 @@ class Settings:
         return None if kind in (None, "dynamic", "dynamic_full", "offloaded") else str(kind)
 
     @property
+    def compiles(self) -> bool:
+        """Whether `generate` is to compile its steps: of a cache that allows it, but on a GPU."""
+        where = self.call.model.device.type != "cpu" or self["compile_config"] is not None
+        cache = self.call.cache
+        kind = cache is not None and caches.compileable(cache)
+        return where and (kind or self.cache_kind is not None)
+
+    @property
     def attentions(self) -> bool:
         """Whether attention weights are to be returned."""
         return bool(self[_ATTENTIONS]) or config.returns_attentions(self.call.model.config)
@@ -382,18 +384,3 @@ def check_model(model: Any, pixels: Iterable[str], positions: bool = True) -> No
             f"vlmprune hands it; install transformers{release.TESTED}, or tell vlmprune's "
             "developers."
         )
-
-
-def is_compiled(model: nn.Module, forward: Callable[..., Any]) -> bool:
-    """Whether a model, or a module of it, was given to `torch.compile`.
-
-    Args:
-        model: the host.
-        forward: its forward as it was before a pruner was attached.
-    """
-    return hasattr(forward, _COMPILED) or any(
-        hasattr(vars(module).get(FORWARD), _COMPILED)
-        or type(module).__name__ == _COMPILED_CLASS
-        or getattr(module, _COMPILED_CALL, None) is not None
-        for module in model.modules()
-    )

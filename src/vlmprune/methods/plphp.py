@@ -19,6 +19,23 @@ from vlmprune.views import LayerView, Retention
 PerHead = Literal["equal", "adaptive"]
 
 
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """What layers keep that are vision-indifferent, ordinary and vision-attentive.
+
+    Attributes:
+        thresholds: [2] float32 beta and alpha.
+        rates: [3] float32 retention rates.
+        keep: [3, B, I] int64; how many tokens of each image.
+        rows: [B] int64 numbers of the samples.
+    """
+
+    thresholds: torch.Tensor
+    rates: torch.Tensor
+    keep: torch.Tensor
+    rows: torch.Tensor
+
+
 @dataclass(frozen=True)
 class PLPHP(Pruner):
     """Cut the visual tokens out of the KV cache after prefill, per layer and per KV head.
@@ -155,18 +172,31 @@ class PLPHP(Pruner):
         if layer < self.first_pruned_layer:
             return None
         gamma = view.attention.sum(dim=2).mean(dim=1)
-        # The three rates are worked out once, in Python's precision, whatever the device has.
-        rates = gamma.new_tensor([self.r - self.dr, self.r, self.r + self.dr], dtype=torch.float32)
-        level = (gamma >= self.beta).long() + (gamma >= self.alpha).long()
-        rate = rates[level]
-        counts = view.counts
-        # Rounding half up, with room for float32's error in rates such as 0.1.
-        keep = (rate[:, None] * counts + 0.5 + 1e-4).floor().long().clamp(min=1).minimum(counts)
+        levels = view.notes.get("levels")
+        if levels is None:
+            levels = view.notes["levels"] = self._levels(gamma, view.counts)
+        # How many of the two thresholds γ reaches.
+        level = torch.bucketize(gamma, levels.thresholds, right=True)
+        rate, keep = levels.rates[level], levels.keep[level, levels.rows]
         if self.max_layer_bytes is not None:
             room = (self.max_layer_bytes // view.token_bytes - view.others) // view.kv_heads
             keep = retention.within(keep, room)
         scores = view.attention.unflatten(1, (view.kv_heads, -1)).mean(dim=2)
         if self.coverage > 0:
-            scores = retention.covering(scores, view.images, counts, keep, self.coverage, layer)
+            share = self.coverage
+            scores = retention.covering(scores, view.images, view.counts, keep, share, layer)
         choose = retention.shared if self.per_head == "adaptive" else retention.per_image
-        return Retention(choose(scores, view.images, keep), gamma, rate)
+        return Retention(choose(scores, view.images, keep, alone=view.one_image), gamma, rate)
+
+    def _levels(self, gamma: torch.Tensor, counts: torch.Tensor) -> Levels:
+        """What each level keeps, the same in all layers of a prompt."""
+        # The three rates are worked out once, in Python's precision, whatever the device has.
+        rates = gamma.new_tensor([self.r - self.dr, self.r, self.r + self.dr], dtype=torch.float32)
+        # Rounding half up, with room for float32's error in rates such as 0.1.
+        keep = (rates[:, None, None] * counts + 0.5 + 1e-4).floor().long()
+        return Levels(
+            gamma.new_tensor([self.beta, self.alpha], dtype=torch.float32),
+            rates,
+            keep.clamp(min=1).minimum(counts),
+            torch.arange(len(counts), device=gamma.device),
+        )

@@ -346,7 +346,11 @@ def make(
         below_keep: as in `Report`; None for none.
     """
     before = _by_row(rows, map(len, kept))
-    after = _by_row(rows, (int(mask.sum()) for mask in kept))
+    kept = _on_host(kept)
+    numbers = [mask.nonzero()[:, 0] for mask in kept]
+    after = _by_row(rows, map(len, numbers))
+    # Images of a request often share a layout.
+    newlines = {id(one): one.newlines for one in {id(one): one for one in layouts}.values()}
     encoder = costs.UNKNOWN if layouts else 0.0
     if patches is not None:
         encoder = sum(
@@ -357,10 +361,10 @@ def make(
         method=method,
         positions=positions,
         score=score,
-        kept=[k.nonzero()[:, 0].cpu() for k in kept],
+        kept=numbers,
         visual_tokens_before=sum(before),
         visual_tokens_after=sum(after),
-        newline_tokens=_of_no_patch(layouts, kept),
+        newline_tokens=_of_no_patch(layouts, kept) if any(newlines.values()) else 0,
         flops_before=encoder + whole.flops,
         flops_after=(encoder if tower is None else tower) + left.flops,
         kv_bytes_before=whole.kv_bytes,
@@ -371,16 +375,23 @@ def make(
         members=members or [],
         decoder_flops_before=whole.flops,
         decoder_flops_after=left.flops,
-        newline_tokens_before=sum(one.newlines for one in layouts),
+        newline_tokens_before=sum(newlines[id(one)] for one in layouts),
         below_keep=below_keep or {},
         kv_bytes_by_layer=left.kv_bytes_by_layer,
     )
 
 
+def _on_host(kept: list[Tensor]) -> list[Tensor]:
+    """For each image its [n] bool on the CPU, fetched all at once."""
+    if len({one.device for one in kept}) != 1:
+        return [one.cpu() for one in kept]
+    return list(torch.cat(kept).cpu().split([len(one) for one in kept]))
+
+
 def _of_no_patch(layouts: Sequence[Layout], kept: Sequence[Tensor]) -> int:
     """How many of the kept visual tokens, for each image a [n] bool, belong to no patch."""
     pairs = zip(layouts, kept, strict=True)
-    return sum(int((mask & (one.labels < 0).to(mask.device)).sum()) for one, mask in pairs)
+    return sum(int((mask & (one.labels.cpu() < 0)).sum()) for one, mask in pairs)
 
 
 def _by_row(rows: list[int], counts: Iterable[int]) -> list[int]:

@@ -22,15 +22,17 @@ class Span:
     Attributes:
         row: row of the batch.
         columns: [n] int64 columns, ascending.
+        first: the first of them; 0 where there is none.
     """
 
     row: int
     columns: Tensor
+    first: int = 0
 
     @property
     def order(self) -> tuple[int, int]:
         """Sorts spans as the prompt has them."""
-        return self.row, int(self.columns[0]) if len(self.columns) else 0
+        return self.row, self.first
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,11 @@ class Geometry:
     @property
     def candidates(self) -> Tensor:
         """[crops, cells] bool over all items; False where a crop has fewer cells."""
-        return torch.cat([wide(one.candidates(), self.cells) for one in self.layouts])
+        # Images of a request often share a layout.
+        found = {id(one): one for one in self.layouts}
+        cells = self.cells
+        made = {key: wide(one.candidates(), cells) for key, one in found.items()}
+        return torch.cat([made[id(one)] for one in self.layouts])
 
     @property
     def images(self) -> tuple[int, ...]:
@@ -220,15 +226,19 @@ def spans(visual: Tensor, lengths: list[int], kind: str) -> list[Span]:
             f"{sum(lengths)} visual tokens; pass ids and pixels from one call of the model's own "
             "processor, untruncated."
         )
-    out = []
-    for row, part in zip(rows.split(lengths), columns.split(lengths), strict=True):
-        own = row.unique().tolist()
+    out, start = [], 0
+    # All at once, for each reading waits for a device.
+    known, places = torch.stack((rows, columns)).tolist()
+    for part in columns.split(lengths):
+        end = start + len(part)
+        own, first = {*known[start:end]}, places[start] if end > start else 0
+        start = end
         if len(own) > 1:
             raise VlmpruneError(
                 f"the {kind} placeholders of a prompt do not match its {kind}s; pass ids and "
                 "pixels from one call of the model's own processor, untruncated."
             )
-        out.append(Span(own[0] if own else 0, part))
+        out.append(Span(own.pop() if own else 0, part, first))
     return out
 
 
@@ -262,5 +272,6 @@ def geometry_of(
 
 
 def wide(values: Tensor, length: int) -> Tensor:
-    """Padded with zeros along the last dimension."""
-    return nn.functional.pad(values, (0, length - values.shape[-1]))
+    """Padded with zeros along the last dimension, as they are where they are wide enough."""
+    missing = length - values.shape[-1]
+    return nn.functional.pad(values, (0, missing)) if missing else values

@@ -3,49 +3,58 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Timed(Protocol):
-    """What adds up the time that its choices take.
-
-    Attributes:
-        seconds: so far.
-    """
-
-    seconds: float
-
-
-@dataclass
 class Seconds:
-    """Holds a time.
+    """Adds up the time that blocks take (`Timer`)."""
 
-    Attributes:
-        seconds: so far.
-    """
+    def __init__(self) -> None:
+        self._known = 0.0
+        # Of a GPU, when each block began and ended. Its clock is read when somebody asks, for that
+        # waits until it is there.
+        self._between: list[tuple[Any, Any]] = []
 
-    seconds: float = 0.0
+    def add(self, seconds: float) -> None:
+        """Add a time that is known."""
+        self._known += seconds
+
+    def add_between(self, begin: Any, end: Any) -> None:
+        """Add the time between two events of a GPU."""
+        self._between.append((begin, end))
+
+    @property
+    def total(self) -> float:
+        """Seconds so far; waits for a GPU."""
+        while self._between:
+            begin, end = self._between.pop()
+            end.synchronize()
+            self._known += begin.elapsed_time(end) / 1000
+        return self._known
 
 
 class Timer:
-    """Adds the time that a block takes on a tensor's device to a record's seconds."""
+    """Adds the time that a block takes on a tensor's device; does not wait for it."""
 
-    def __init__(self, record: Timed, like: Tensor) -> None:
-        self.record, self.like = record, like
+    def __init__(self, spent: Seconds, like: Tensor) -> None:
+        self.spent, self.like = spent, like
+        self.begin: Any = None
 
     def __enter__(self) -> None:
-        _wait(self.like)
-        self.begin = time.perf_counter()
+        self.begin = _event(self.like) if self.like.is_cuda else time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        _wait(self.like)
-        self.record.seconds += time.perf_counter() - self.begin
+        if self.like.is_cuda:
+            self.spent.add_between(self.begin, _event(self.like))
+        else:
+            self.spent.add(time.perf_counter() - self.begin)
 
 
-def _wait(like: Tensor) -> None:
-    if like.is_cuda:
-        torch.cuda.synchronize(like.device)
+def _event(like: Tensor) -> Any:
+    """An event of now, on the stream that works on a tensor's device."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(like.device))
+    return event

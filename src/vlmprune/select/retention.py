@@ -18,7 +18,7 @@ PARTS = 2**16
 AHEAD = 40503
 
 
-def per_image(scores: Tensor, images: Tensor, keep: Tensor) -> Tensor:
+def per_image(scores: Tensor, images: Tensor, keep: Tensor, *, alone: bool = False) -> Tensor:
     """The best tokens of each image in each head, the same number in all heads.
 
     Source: arXiv 2502.14504, section 3 (images do not compete with each other).
@@ -27,15 +27,21 @@ def per_image(scores: Tensor, images: Tensor, keep: Tensor) -> Tensor:
         scores: [B, H, V].
         images: [B, V] int64; image of each token, -1 for none.
         keep: [B, I] int64; how many of each image.
+        alone: whether every sample is known to have a single image, of V tokens, which saves most
+            of the work.
 
     Returns:
         [B, H, V] bool. Ties go to the lower index.
     """
+    if alone:
+        return _first(scores, keep[:, None])
     budget = _at(keep, images)
     return _rank(scores, images[:, None].expand_as(scores)) < budget[:, None]
 
 
-def shared(scores: Tensor, images: Tensor, keep: Tensor, floor: float = FLOOR) -> Tensor:
+def shared(
+    scores: Tensor, images: Tensor, keep: Tensor, floor: float = FLOOR, *, alone: bool = False
+) -> Tensor:
     """The best tokens of each image over all heads: one budget for the layer, unequal heads.
 
     Every head is sure of its own best: the fraction `floor` of an equal split, at least one
@@ -48,13 +54,17 @@ def shared(scores: Tensor, images: Tensor, keep: Tensor, floor: float = FLOOR) -
         images: [B, V] int64; image of each token, -1 for none.
         keep: [B, I] int64; how many of each image in an equal split: the budget is `keep` · H.
         floor: 0 to 1.
+        alone: as in `per_image`.
 
     Returns:
         [B, H, V] bool.
     """
     batch, heads, _ = scores.shape
-    everywhere = images[:, None].expand_as(scores)
     least = (keep * floor).floor().long().clamp(min=1).minimum(keep)
+    if alone:
+        raised = scores.masked_fill(_first(scores, least[:, None]), torch.inf).flatten(1)
+        return _first(raised, keep * heads).view(batch, heads, -1)
+    everywhere = images[:, None].expand_as(scores)
     sure = _rank(scores, everywhere) < _at(least, images)[:, None]
     # Scores are attention, so nothing that is not sure outranks what is.
     raised = torch.where(sure, torch.inf, scores).flatten(1)
@@ -146,6 +156,13 @@ def important(sums: Tensor, seen: Tensor, share: float) -> Tensor:
     rank = torch.empty_like(order).scatter(1, order, columns)
     last = torch.where(real, columns, -1).amax(dim=1, keepdim=True)
     return ((rank < fewest) | (columns == last)) & real
+
+
+def _first(scores: Tensor, keep: Tensor) -> Tensor:
+    """The best `keep` [..., 1] of [..., V], as bool; ties go to the lower index."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    better = torch.arange(scores.shape[-1], device=scores.device) < keep
+    return torch.empty_like(scores, dtype=torch.bool).scatter_(-1, order, better.expand_as(order))
 
 
 def _at(values: Tensor, images: Tensor) -> Tensor:

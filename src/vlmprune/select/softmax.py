@@ -28,14 +28,23 @@ def scores(rows: Tensor, keys: Tensor, scale: float, softcap: float | None = Non
     """
     batch, heads, columns, width = keys.shape
     # The queries of a KV head's group are rows of one product, so that no key is repeated.
-    grouped = rows.reshape(batch, heads, -1, width).float()
+    grouped = _single(rows.reshape(batch, heads, -1, width))
     part = max(256, _AT_ONCE // max(1, batch * heads * width))
     with unrounded(rows):
-        parts = [grouped @ some.float().transpose(2, 3) for some in keys.split(part, dim=2)]
-    found = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)) * scale
+        if columns <= part:
+            found = grouped @ _single(keys).transpose(2, 3)
+        else:
+            parts = [grouped @ _single(some).transpose(2, 3) for some in keys.split(part, dim=2)]
+            found = torch.cat(parts, dim=-1)
+    found = found * scale
     if softcap is not None:
         found = (found / softcap).tanh() * softcap
     return found.view(*rows.shape[:3], columns)
+
+
+def _single(states: Tensor) -> Tensor:
+    """In float32; without a step where they are."""
+    return states if states.dtype == torch.float32 else states.float()
 
 
 def softmax(found: Tensor, seen: Tensor | None = None, beside: Tensor | None = None) -> Tensor:

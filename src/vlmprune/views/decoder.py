@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -154,6 +154,10 @@ class LayerView:
             padding. None where the method has no probes.
         seen: [B, S] int64; how many probe rows see each column; 0 at padding alone.
         places: [B, V] int64; column of each visual token.
+        one_image: whether every sample has a single image of V tokens, known without asking the
+            device.
+        notes: what the method keeps for the layers to come, which get the same dict as long as
+            `images`, `counts` and the device are the same; empty at a prompt's first layer.
     """
 
     attention: Tensor
@@ -165,6 +169,8 @@ class LayerView:
     sums: Tensor | None = None
     seen: Tensor | None = None
     places: Tensor | None = None
+    one_image: bool = False
+    notes: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,12 @@ def kept_tokens(layouts: Sequence[Layout], cells: Tensor, newlines: Newlines) ->
         cells: [crops, cells] bool over the crops of all items; wider than a crop where others are.
         newlines: what becomes of newline tokens.
     """
+    first = layouts[0] if layouts else None
+    if first is not None and len(layouts) > 1 and all(one is first for one in layouts):
+        # Images that share a layout, all in one step.
+        own = cells[:, : first.patches].to(first.labels.device).reshape(len(layouts), -1)
+        stays = own.new_full((len(layouts), 1), first.cls or newlines == "keep")
+        return list(torch.cat((own, stays), dim=1)[:, first.labels])
     parts = cells.split([one.crops for one in layouts])
     return [
         one.to_tokens(own[:, : one.patches].to(one.labels.device), newlines)

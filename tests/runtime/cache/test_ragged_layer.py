@@ -20,7 +20,7 @@ from stock import CACHE, cache_of
 from tiny import IMAGE, model, request
 from vlmprune import PLPHP, VisPruner, VlmpruneError
 from vlmprune.runtime.attention.ragged import Ragged
-from vlmprune.runtime.cache import bound_cache
+from vlmprune.runtime.cache import bound_cache, one_piece
 from vlmprune.runtime.cache.binding import Binding
 from vlmprune.runtime.cache.bound_cache import binding_of
 from vlmprune.runtime.cache.ragged_layer import RaggedLayer
@@ -84,9 +84,15 @@ OPERATIONS = ["none", "reorder", "repeat", "select", "crop the tail", "crop the 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("new", [1, 3])
-def test_operations_equal_those_of_a_masked_cache(name: str, new: int) -> None:
+@pytest.mark.parametrize("laid", ["in one piece", "apart"])
+def test_operations_equal_those_of_a_masked_cache(
+    name: str, new: int, laid: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if laid == "apart":
+        monkeypatch.setattr(one_piece, "serves", lambda prefix: False)
     built = model()
     cut, full, keep, mask = filled(built, [1, 2])
+    assert all((layer.piece is None) == (laid == "apart") for layer in cut.layers)
     before = mask
     mask, keep_after = operate(cut, before, keep, name)
     operate(full, before, keep, name)
@@ -179,9 +185,11 @@ def test_the_tail_grows_in_steps() -> None:
         new = torch.full((1, 2, 1, 4), float(count))
         keys, values = layer.update(new, -new)
         layer.binding.waiting = None  # as its attention leaves it
-        assert keys.shape == values.shape == (1, 2, count, 4)
-        assert torch.equal(keys[0, 0, :, 0], torch.arange(1.0, count + 1))
-        assert torch.equal(values, -keys)
+        # In one piece with the prompt, of which the longer head keeps all five columns.
+        assert keys.shape == values.shape == (1, 2, 5 + count, 4)
+        assert torch.equal(keys[0, 0, 5:, 0], torch.arange(1.0, count + 1))
+        assert torch.equal(values[:, :, 5:], -keys[:, :, 5:])
+        assert torch.equal(layer.keys, keys[:, :, 5:]) and layer.keys.shape[2] == count
         assert layer.get_seq_length() == 5 + count
         sizes.add(layer.nbytes())
     assert len(sizes) < 8

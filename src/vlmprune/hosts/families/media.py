@@ -145,7 +145,12 @@ class Medium:
         def place(crops: int) -> int | None:
             return {"first": 0, "last": crops - 1, "": None}[views]
 
-        return [replace(one, kind=self.kind, whole_crop=place(one.crops)) for one in found]
+        # Items that share a layout go on sharing it.
+        made = {
+            key: replace(one, kind=self.kind, whole_crop=place(one.crops))
+            for key, one in {id(one): one for one in found}.items()
+        }
+        return [made[id(one)] for one in found]
 
     def layouts(self, model: Any, inputs: Inputs, visual: Tensor) -> list[Layout]:
         """Where each item's visual tokens lie, known before anything is encoded.

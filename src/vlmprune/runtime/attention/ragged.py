@@ -101,6 +101,25 @@ def dense_partial(
     return out.to(query.dtype).reshape(B, Hq, Q, out.shape[-1]), lse.reshape(B, Hq, Q)
 
 
+def step(call: AttentionCall, added: Mask) -> Tensor:
+    """Attention of one query [B, Hq, 1, D] to the keys of its call, as the host returns it.
+
+    Args:
+        call: its mask is left out.
+        added: [B, H, 1, T] added to the scores, in the type of the keys; some key is left to see.
+
+    Returns:
+        [B, 1, Hq, Dv].
+    """
+    query, keys = call.query, call.key
+    batch, heads, _, width = query.shape
+    # The queries of a KV head's group are rows of one product, so that no key is repeated.
+    rows = query.reshape(batch, keys.shape[1], heads // keys.shape[1], width)
+    out = _attention(rows, (keys, call.value), call.scale, added, sure=True)[0]
+    out = out if out.dtype == query.dtype else out.to(query.dtype)
+    return out.reshape(batch, 1, heads, out.shape[-1])
+
+
 def merge(first: Pair, second: Pair) -> Pair:
     """Two results, [..., Dv] and [...] float32, over disjoint keys as one over all of them."""
     return _mix(first, second, sure=False), torch.logaddexp(first[1], second[1])
@@ -152,9 +171,17 @@ def _cpu(rows: Tensor, prefix: Ragged, scaling: float, _: int) -> Pair:
 
 
 def _attention(
-    rows: Tensor, cache: Pair, scaling: float, mask: Mask = None, plain: bool = False
+    rows: Tensor,
+    cache: Pair,
+    scaling: float,
+    mask: Mask = None,
+    plain: bool = False,
+    sure: bool = False,
 ) -> Pair:
-    """Rows [n, h, R, D] over keys and values [n, h, T, D]; `mask` is added to the scores."""
+    """Rows [n, h, R, D] over keys and values [n, h, T, D]; `mask` is added to the scores.
+
+    `sure` says that every row sees a key under it.
+    """
     keys, values = cache
     if not keys.shape[2] or not rows.numel():
         return nothing(rows, values)
@@ -174,7 +201,7 @@ def _attention(
         found = found if mask is None else found + mask
         lse = found.logsumexp(dim=3)
         out = (found - lse[..., None]).exp_() @ values.float()
-    if mask is not None:
+    if mask is not None and not sure:
         unseen = (mask == -torch.inf).all(dim=3)
         lse = lse.masked_fill(unseen, -torch.inf)
         out = out.masked_fill(unseen[..., None], 0.0)

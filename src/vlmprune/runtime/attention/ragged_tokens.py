@@ -36,25 +36,39 @@ class Ragged:
     heads: int
 
     @classmethod
-    def cut(cls, keys: Tensor, values: Tensor, keep: Tensor, offset: int = 0) -> Ragged:
+    def cut(
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        keep: Tensor,
+        offset: int = 0,
+        lengths: tuple[int, ...] | None = None,
+    ) -> Ragged:
         """Copy what `keep` [B, H, L] bool says out of keys [B, H, L, D] and values [B, H, L, Dv].
 
-        Columns count from `offset`. Waits for the device once, for the sizes. Raises ValueError
-        where the shapes do not fit.
+        Columns count from `offset`. Waits for the device once, for the sizes, unless `lengths` has
+        those of each (sample, head). Raises ValueError where the shapes do not fit.
         """
         shapes = keys.shape[:3] == values.shape[:3] == keep.shape
         if not shapes or keys.ndim != 4 or values.ndim != 4 or keep.dtype != torch.bool:
             raise ValueError("Expected keys [B, H, L, D], values [B, H, L, Dv], bool [B, H, L].")
         B, H, L = keep.shape
-        keep = keep.to(keys.device)
-        counts = keep.sum(dim=2).flatten()
-        lengths = tuple(counts.tolist())
-        # Indexed in three dimensions, as flattening would copy a cache that is not contiguous.
-        index = _where(keep.flatten(), sum(lengths))
-        column = index % max(L, 1)
-        at = index // max(H * L, 1), index // max(L, 1) % max(H, 1), column
-        columns = (column + offset).to(torch.int32)
-        return cls(keys[at], values[at], columns, _offsets(counts), lengths, B, H)
+        if keep.device != keys.device:
+            keep = keep.to(keys.device)
+        if lengths is None:
+            lengths = tuple(keep.sum(dim=2).flatten().tolist())
+        at: tuple[Tensor, ...]
+        if keep.device.type == "cpu":
+            # One step, where nothing is waited for.
+            at = keep.nonzero(as_tuple=True)
+        else:
+            # In three dimensions, as flattening would copy a cache that is not contiguous.
+            index = _where(keep.flatten(), sum(lengths))
+            rows = index // max(L, 1)
+            at = rows // max(H, 1), rows % max(H, 1), index % max(L, 1)
+        columns = (at[2] + offset if offset else at[2]).to(torch.int32)
+        ends = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=keys.device)
+        return cls(keys[at], values[at], columns, ends, lengths, B, H)
 
     def join(self, other: Ragged) -> Ragged:
         """Of each (sample, head) its tokens, then those of `other`; ValueError if shapes differ."""

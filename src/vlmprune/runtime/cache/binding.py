@@ -6,9 +6,9 @@ and as the attention call with those keys comes, the layer attends by itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from vlmprune.hosts import contract
 from vlmprune.hosts.attention import AttentionCall
 from vlmprune.report import Reading
 from vlmprune.runtime.attention.interception import Proceed
+
+T = TypeVar("T")
 
 
 class Cutter(Protocol):
@@ -77,6 +79,37 @@ class Binding:
         self.reading: Reading | None = None
         # The attention module of a decoder layer, for error sentences.
         self.attention: Any = None
+        # What several layers of a forward need alike; forgotten behind it.
+        self._made: dict[Any, Any] = {}
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """What several layers of a forward need alike, made once.
+
+        Args:
+            key: what it depends on. Of tensors their `id`, so what is made must hold on to them.
+            make: makes it.
+        """
+        found: T | None = self._made.get(key)
+        if found is None:
+            found = self._made[key] = make()
+        return found
+
+    def begin(self, cutter: Cutter | None, attention: Any, borrowing: Mapping[Any, int]) -> None:
+        """Open it for a forward of a call.
+
+        Args:
+            cutter: of the prompt that it brings; None while decoding.
+            attention: the attention module of a decoder layer.
+            borrowing: by attention module that attends to an earlier layer's keys, that layer.
+        """
+        self.open, self.cutter, self.attention = True, cutter, attention
+        self.borrowing = borrowing
+
+    def end(self) -> None:
+        """Close it behind a forward."""
+        self.open, self.cutter, self.waiting, self.attention = False, None, None, None
+        self.attended, self.borrowing, self.lent = None, {}, {}
+        self._made.clear()
 
     def check_attended(self) -> None:
         """Refuse to go on where the layer before did not attend to the keys that it was given.

@@ -44,7 +44,8 @@ def adopt(cache: Any, layers: Sequence[int], count: int, kind: type[TailLayer]) 
     for index in layers:
         if index < len(held) and type(held[index]) is GrowingLayer:
             new = kind(binding, index)
-            vars(new).update(caches.held_of(held[index]))
+            for name, one in caches.held_of(held[index]).items():
+                setattr(new, name, one)
             caches.replace_layer(cache, index, new)
 
 
@@ -79,13 +80,10 @@ def attending(
         yield
         return
     modules = [*attentions.values(), *borrowing]
-    binding.open, binding.cutter, binding.attention = True, cutter, modules[0]
-    binding.borrowing = borrowing
+    binding.begin(cutter, modules[0], borrowing)
     try:
         with intercepting(binding, *modules):
             yield
         binding.check_attended()
     finally:
-        binding.open, binding.cutter, binding.waiting, binding.attention = False, None, None, None
-        binding.attended = None
-        binding.borrowing, binding.lent = {}, {}
+        binding.end()

@@ -5,7 +5,7 @@ It stores what came, densely, and knows which column of the sequence each stored
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class GappedLayer(ShortLayer):
         # What the next update brings, as the hook before the layer says: columns, or True where
         # none is missing.
         self._coming: tuple[Tensor, int, bool] | bool = False
+        # Told that the update comes, where no hook before the layer does so.
+        self._told: Callable[[], None] | None = None
 
     @classmethod
     def adopt(cls, old: GrowingLayer, rows: int, device: torch.device) -> GappedLayer:
@@ -77,9 +79,17 @@ class GappedLayer(ShortLayer):
         """
         self._coming = True if columns is None else (columns, length, padded)
 
+    def expect_step(self, told: Callable[[], None]) -> None:
+        """Say that the next update brings columns of which none is missing.
+
+        Args:
+            told: called as they come.
+        """
+        self._coming, self._told = True, told
+
     def expect_nothing(self) -> None:
         """Take back what was said, where the forward that it was about has failed."""
-        self._coming = False
+        self._coming, self._told = False, None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -91,6 +101,9 @@ class GappedLayer(ShortLayer):
         """
         self.check_alone()
         coming, self._coming = self._coming, False
+        if self._told is not None:
+            told, self._told = self._told, None
+            told()
         if not isinstance(coming, bool):
             self.held, self.start, self.padded = coming
         keys, values = super().update(key_states, value_states)
@@ -170,7 +183,8 @@ class GappedLayer(ShortLayer):
         """Forget everything."""
         super().reset()
         self.held = self.shift = None
-        self.padded, self._coming = False, False
+        self.padded = False
+        self.expect_nothing()
 
     def take_samples(self, rows: Tensor) -> None:
         """The columns and shifts of some samples."""

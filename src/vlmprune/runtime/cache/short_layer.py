@@ -62,11 +62,14 @@ class ShortLayer(GrowingLayer):
         """Keep the samples at `indices`, in their order."""
         if not self.get_seq_length():
             return
-        rows = torch.as_tensor(indices, device=self.keys.device)
-        if rows.dtype == torch.bool:
-            rows = rows.nonzero()[:, 0]
+        rows = self.rows_at(indices)
         self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
         self.take_samples(rows)
+
+    def rows_at(self, indices: Tensor) -> Tensor:
+        """[B'] int64 numbers of samples, given so or [B] bool."""
+        rows = torch.as_tensor(indices, device=self.keys.device)
+        return rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
 
     def take_samples(self, rows: Tensor) -> None:
         """The same of what a layer holds besides; `rows` [B'] int64."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmprune.hosts import config, outputs
 from vlmprune.report import Report, make
@@ -112,7 +113,7 @@ def choose(attachment: Attachment, plan: Plan, encoded: Encoded | None) -> Choic
         _pruned(attachment, plan, encoded, selection, kept),
         members,
         encoded.score,
-        seconds=taken.seconds,
+        seconds=taken.total,
         entered=encoded.entered,
     )
 
@@ -177,7 +178,7 @@ def _pruned(
         layouts = [geometry.items[i].layout for i in own]
 
         def left(features: Sequence[Tensor], own: list[int] = own) -> list[Tensor]:
-            short = [f[kept[i].to(f.device)] for f, i in zip(features, own, strict=True)]
+            short = _taken(features, [kept[i] for i in own])
             if order is None:
                 return short
             return [f[order[i].to(f.device)] for f, i in zip(short, own, strict=True)]
@@ -199,6 +200,16 @@ def _pruned(
             again=again,
         )
     return pruned
+
+
+def _taken(features: Sequence[Tensor], kept: Sequence[Tensor]) -> list[Tensor]:
+    """Of each item [n, D] the rows that [n] bools say; all at once, as each waits for a device."""
+    if len(features) < 2 or len({(one.device, one.shape[1:]) for one in features}) > 1:
+        return [one[stays.to(one.device)] for one, stays in zip(features, kept, strict=True)]
+    stays = torch.cat([one.to(features[0].device) for one in kept])
+    ends = torch.tensor([0, *accumulate(map(len, kept))], device=stays.device)
+    counts = nn.functional.pad(stays.cumsum(0), (1, 0))[ends].diff().tolist()
+    return list(torch.cat(list(features))[stays].split(counts))
 
 
 def _seen(attachment: Attachment, plan: Plan) -> Encoded:

@@ -192,10 +192,10 @@ def _check_sizes(attachment: Attachment, plan: Plan, heads: int, token_bytes: in
     stays[:, stays.shape[1] - plan.visual.shape[1] :] &= ~plan.visual
     held = [stays.sum(dim=1) * heads]
     for layer in caches.layers_of(plan.asked.cache):
-        if isinstance(layer, RaggedLayer) and layer.prefix is not None:
+        if isinstance(layer, RaggedLayer) and layer.numbers is not None:
             # Of an earlier turn, what the layer holds counts, not what it has seen.
             tail = stays[:, layer.start :].sum(dim=1) * heads
-            held.append(layer.sharing.summed(row_lengths(layer.prefix).to(tail.device)) + tail)
+            held.append(layer.sharing.summed(row_lengths(layer.numbers).to(tail.device)) + tail)
     most = torch.stack(held[1:] or held).amax(dim=0)
     worst = int((most + torch.tensor(items, device=most.device) * heads).argmax())
     attachment.method.check_prompt(int(most[worst]), items[worst], heads, token_bytes)

@@ -51,14 +51,16 @@ def following(attachment: Attachment, state: Active, call: ModelCall) -> Iterato
             raise broken(attachment.model, "a step reads another cache than the prompt filled")
         progress.cache = cache
     own = cache is not None and cache is progress.cache
-    if own and caches.length_of(cache) != progress.length:
+    ahead = progress.length - progress.columns
+    # Where it waits for a device the length is read in the first steps, and at the end.
+    counted = own and (ahead < _STEPS or not caches.counts_on_device(cache))
+    if counted and caches.length_of(cache) != progress.length:
         raise broken(
             attachment.model,
             f"a step begins at {caches.length_of(cache)} columns of a cache that was left at "
             f"{progress.length}",
         )
     with ExitStack() as stack:
-        ahead = progress.length - progress.columns
         if first or (own and 0 <= ahead < _STEPS):
             stack.enter_context(_compared(attachment, state, call, first))
         try:
@@ -73,13 +75,17 @@ def following(attachment: Attachment, state: Active, call: ModelCall) -> Iterato
         left = ", ".join(sorted(state.pruned.keys() - progress.taken))
         raise broken(attachment.model, f"it makes its features otherwise than by {left}")
     if own:
-        _check_grown(attachment, progress, call)
+        _check_grown(attachment, progress, call, counted)
 
 
-def _check_grown(attachment: Attachment, progress: Progress, call: ModelCall) -> None:
+def _check_grown(
+    attachment: Attachment, progress: Progress, call: ModelCall, counted: bool
+) -> None:
+    """Refuse a cache that did not grow by a forward's columns; believed where it is not counted."""
     ids = call.ids
     assert ids is not None
-    due, progress.length = progress.length + ids.shape[1], caches.length_of(progress.cache)
+    due = progress.length + ids.shape[1]
+    progress.length = caches.length_of(progress.cache) if counted else due
     if progress.length != due:
         raise broken(
             attachment.model, f"its cache holds {progress.length} columns where {due} are due"

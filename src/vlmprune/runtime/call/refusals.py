@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import config, decoder
+from vlmprune.hosts.compiling import is_compiled
 from vlmprune.hosts.release import chunks_hold_images, recomputes_hooks, version
 from vlmprune.hosts.requests import (
     ASSISTANT,
@@ -15,7 +16,6 @@ from vlmprune.hosts.requests import (
     FORWARD,
     ModelCall,
     Settings,
-    is_compiled,
 )
 from vlmprune.runtime.attachment import Attachment
 from vlmprune.runtime.cache import gapped_layer

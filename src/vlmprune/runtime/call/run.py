@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import caches, contract, decoder, generation, outputs, parallel, release
+from vlmprune.hosts.compiling import leave_out
 from vlmprune.hosts.deltas import deltas_kept, remembers, set_deltas
 from vlmprune.hosts.generation import ShownPrompt, WholePrompt
 from vlmprune.hosts.requests import (
@@ -85,6 +86,7 @@ def generate(attachment: Attachment, shadow: Shadow, *args: Any, **kwargs: Any) 
         with torch.no_grad():
             check_generate(call, ids, setting)
             check_inside(attachment, call, setting, True)
+            leave_out(setting.compiles)
             assert ids is not None
             mask = _mask_of(ids, setting) if call.mask is None else call.mask
             asked = Asked(call, ids, mask, call.cache, plain=False, vision=vision)

@@ -234,8 +234,14 @@ def dropped_columns(like: Tensor, places: Sequence[Span], kept: Sequence[Tensor]
         [B, L] bool.
     """
     dropped = torch.zeros_like(like, dtype=torch.bool)
-    for span, stays in zip(places, kept, strict=True):
-        dropped[span.row, span.columns] = ~stays.to(like.device)
+    stays = [one.to(like.device) for one in kept]
+    if stays:
+        sizes = torch.tensor([len(one) for one in stays], device=like.device)
+        rows = torch.tensor([span.row for span in places], device=like.device)
+        total = sum(len(one) for one in stays)
+        at = rows.repeat_interleave(sizes, output_size=total)
+        columns = torch.cat([span.columns.to(like.device) for span in places])
+        dropped[at, columns] = ~torch.cat(stays)
     return dropped
 
 

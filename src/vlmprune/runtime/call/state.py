@@ -75,7 +75,11 @@ class Progress:
         Raises:
             ContractError: the cache was not continued.
         """
-        if self.cache is not None and contract.checks() and self.length < columns:
+        if self.cache is None or not contract.checks():
+            return
+        if caches.counts_on_device(self.cache):
+            self.length = caches.length_of(self.cache)
+        if self.length < columns:
             raise broken(
                 model,
                 f"decoding left the cache that the prompt filled at {self.length} columns, where "

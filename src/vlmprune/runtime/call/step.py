@@ -89,7 +89,9 @@ def _mended(state: Active, call: ModelCall) -> ModelCall:
     if positions is None:
         return call
     if state.drift is not None and state.drift.ndim == 2:
-        seen = caches.length_of(call.cache)
+        # Known without asking the cache, which may wait for a device.
+        own = call.cache is not None and call.cache is state.progress.cache
+        seen = state.progress.length if own else caches.length_of(call.cache)
         call = call.with_(positions=state.drifted(positions, seen))
     elif state.drift is not None:
         times = positions.shape[-2] // state.drift.shape[0]

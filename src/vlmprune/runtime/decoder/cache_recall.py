@@ -63,7 +63,7 @@ class CacheRecall(PromptEnd):
         keep = self.method.recall(layer.index, self._counts)
         if keep is None or bool((keep >= self._counts).all()):
             return
-        with Timer(self, call.query):
+        with Timer(self.spent, call.query):
             self._put_away(layer, shown, keep, call.query.shape[0] // self.mask.shape[0])
         self._note(layer)
 
@@ -163,7 +163,7 @@ class CacheRecall(PromptEnd):
         reading.aside = sum(one.aside for one, _ in held)
         reading.images = self._images(layers[0].prefix)
         reading.own = int(self.counts.sum()) * times / int(layers[0].prefix.tokens.sum())
-        return report.with_reading(reading, self.seconds)
+        return report.with_reading(reading, self.spent.total)
 
     def _images(self, recalled: Recalled) -> list[ImageTokens]:
         """Where the prompt's images stand among the visual tokens of a layer."""

@@ -76,14 +76,16 @@ class LayerArguments:
                 held = gapped_at(cache, index, batch, device)
                 # One tensor for all layers, so that they share what is made of it.
                 held.held = self._once(("all", held.start, held.stored), lambda: held.held)
-            rows, real = going.slot.to(device), going.real.to(device) if going.padded else None
-        else:
-            rows = torch.arange(length, device=device).expand(batch, -1)
-            real = None
+        real = going.real.to(device) if going is not None and going.padded else None
         out, mask = call, call.mask
         padded = real is not None or (held is not None and held.padded)
         columns = None
         if going is not None or mask is not None or padded:
+            rows = (
+                torch.arange(length, device=device).expand(batch, -1)
+                if going is None
+                else going.slot.to(device)
+            )
             columns = self._columns(held, rows, real, start)
             made = self._once(
                 ("mask", Same(mask), Same(columns)),

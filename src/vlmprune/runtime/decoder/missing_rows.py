@@ -13,6 +13,7 @@ from vlmprune.hosts.decoder import decoder_layers
 from vlmprune.method import Method
 from vlmprune.report import Report
 from vlmprune.runtime.geometry import VisualColumns
+from vlmprune.runtime.timer import Seconds
 from vlmprune.views import Ask
 
 
@@ -30,7 +31,7 @@ class MissingRows:
         kept: by layer at whose input rows went, [B, S] bool; visual tokens that it worked on.
         into: by the same layers, where something was merged, [B, S] int64; the column that each
             visual token which did not go on went into, -1 for none.
-        seconds: time that scores and choice took.
+        spent: time that scores and choice took.
         done: whether the prompt is through.
     """
 
@@ -42,7 +43,7 @@ class MissingRows:
     visual: VisualColumns
     kept: dict[int, Tensor] = field(default_factory=dict)
     into: dict[int, Tensor] = field(default_factory=dict)
-    seconds: float = 0.0
+    spent: Seconds = field(default_factory=Seconds)
     done: bool = False
 
     @property
@@ -78,7 +79,7 @@ class MissingRows:
             [len(row) for row in self.visual.lengths],
             model.dtype,
             positions,
-            self.seconds,
+            self.spent.total,
             self._members(),
             back=bool(self.skips),
         )

@@ -14,13 +14,14 @@ from vlmprune.report import Report
 from vlmprune.runtime.cache.binding import Shown
 from vlmprune.runtime.decoder.rows import visual_places
 from vlmprune.runtime.geometry import VisualColumns
+from vlmprune.runtime.timer import Seconds
 
 
 class PromptEnd:
     """One prompt under a method that acts on caches.
 
     Attributes:
-        seconds: time spent on it.
+        spent: time on it.
         done: whether the prompt is complete.
     """
 
@@ -33,7 +34,7 @@ class PromptEnd:
             visual: the visual tokens that came with this prompt.
         """
         self.method, self.mask, self.columns = method, mask != 0, mask.shape[1]
-        self.seconds = 0.0
+        self.spent = Seconds()
         self.done = False
         # Columns of the visual tokens first, in order; where a row has fewer, anything.
         self.places, _ = visual_places(visual.visual, visual.longest)

@@ -12,9 +12,10 @@ made of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from vlmprune.hosts import attention, caches, config, decoder
 from vlmprune.hosts.contract import Reached, broken
 from vlmprune.hosts.decoder import LayerCall, RotaryCall
 from vlmprune.runtime.attention.interception import intercepting
-from vlmprune.runtime.cache.gapped_layer import gapped_layers
+from vlmprune.runtime.cache.gapped_layer import GappedLayer, gapped_layers
 from vlmprune.runtime.decoder import rows as ops
 from vlmprune.runtime.decoder.layer_arguments import LayerArguments
 from vlmprune.runtime.decoder.looks import Look, glance
@@ -168,7 +169,7 @@ class Pass:
     def _rate(self, missing: MissingRows, hidden: Tensor) -> None:
         """Let the method choose its raters from the embedded prompt."""
         if missing.rates:
-            with torch.no_grad(), Timer(missing, hidden):
+            with torch.no_grad(), Timer(missing.spent, hidden):
                 view = self.prompt.view(hidden.detach(), self.last + 1, None, None)
                 with unrounded(hidden):
                     rate = missing.method.raters(view)
@@ -188,7 +189,7 @@ class Pass:
         self.look = None
         if look is None and (ask.attention == "previous" or ask.keys):
             raise broken(layer, f"decoder layer {index - 1} did not run before layer {index}")
-        with Timer(missing, hidden):
+        with Timer(missing.spent, hidden):
             seen = look
             if ask.attention == "own":
                 rows, counted = prompt.asked(ask)
@@ -216,7 +217,7 @@ class Pass:
     def _skip(self, missing: MissingRows, index: int, hidden: Tensor) -> Tensor:
         """The states of the rows that do not skip a layer."""
         prompt = self.prompt
-        with Timer(missing, hidden):
+        with Timer(missing.spent, hidden):
             with unrounded(hidden):
                 found = missing.method.route(index, prompt.frame_view(hidden))
             new, weight, fewer = prompt.skip(index, found, hidden)
@@ -258,21 +259,24 @@ def leaving_out(
         wanted: whether the states behind every layer are asked for.
     """
     short = dict(gapped_layers(cache))
-    if missing is None and not any(one.held is not None for one in short.values()):
-        yield
-        return
+    if missing is None:
+        short = {index: one for index, one in short.items() if one.held is not None}
+        if not short:
+            yield
+            return
     depth, deep = len(decoder.decoder_layers(model)), config.deepstack_layers(model.config)
     flash = "flash" in config.attention_implementation(config.of_text(model.config))
     normed = missing is not None and any(ask.normed for ask in missing.asks.values())
     norm = decoder.final_norm(model) if normed else None
     run = Pass(missing, depth - 1, lambda index: wanted or index < deep, flash, norm)
-    # While decoding no row goes, so that less is to be done at every step: layers that lack columns
-    # are told which mask is theirs, and angles matter only where positions were renumbered.
-    indices = [*short] if missing is None else sorted({*short, *missing.followed(depth)})
-    turned = missing is not None or any(one.shift is not None for one in short.values())
     try:
-        with hooked(model, run, indices, missing is not None, turned):
-            yield
+        if missing is None:
+            with _stepping(model, run, short):
+                yield
+        else:
+            indices = sorted({*short, *missing.followed(depth)})
+            with hooked(model, run, indices, indices, True, True):
+                yield
     except BaseException:
         for one in dict(gapped_layers(cache)).values():
             one.expect_nothing()
@@ -280,23 +284,66 @@ def leaving_out(
 
 
 @contextmanager
+def _stepping(model: Any, run: Pass, short: Mapping[int, GappedLayer]) -> Iterator[None]:
+    """Let a forward inside the block go on from layers that lack columns.
+
+    While decoding no row goes, and all that such a layer needs is a mask of its own, where the host
+    gives it one, and angles, where positions were renumbered. So only the first layer of each kind
+    is hooked, and the others as it finds a mask; what they are reached by is their cache.
+    """
+    turned = any(one.shift is not None for one in short.values())
+    kinds = dict(enumerate(config.layer_kinds(model.config)))
+    alike = {index: (kinds.get(index), one.window) for index, one in short.items()}
+    first: dict[Any, int] = {}
+    for index, one in short.items():
+        own = one.padded or one.shift is not None
+        first.setdefault(index if own else alike[index], index)
+    hooks = {*first.values()}
+    for index in short.keys() - hooks:
+        short[index].expect_step(partial(run.reached.note, index, short[index]))
+
+    def others(index: int) -> Iterable[int]:
+        """The layers that are to be hooked besides, as one was given a mask."""
+        for other, one in short.items():
+            if other not in hooks and alike[other] == alike[index]:
+                hooks.add(other)
+                one.expect_nothing()
+                yield other
+
+    with hooked(model, run, [*short], sorted(hooks), False, turned, others):
+        yield
+
+
+@contextmanager
 def hooked(
-    model: Any, run: Pass, indices: Sequence[int], behind: bool, turned: bool
+    model: Any,
+    run: Pass,
+    due: Sequence[int],
+    indices: Sequence[int],
+    behind: bool,
+    turned: bool,
+    others: Callable[[int], Iterable[int]] = lambda index: (),
 ) -> Iterator[None]:
     """Have a forward inside the block call `run` around decoder layers.
 
     Args:
         model: the host.
         run: the forward.
-        indices: of the layers.
+        due: the layers that are to be reached.
+        indices: those that are hooked.
         behind: whether it wants to see their output too.
         turned: whether it wants to know how rotary angles were made.
+        others: which later layers are to be hooked as well, as one of them is given a mask.
     """
     layers = decoder.decoder_layers(model)
 
     def before(index: int) -> Before:
         def run_before(layer: nn.Module, args: Any, kwargs: Any) -> Any:
-            changed = run.before(index, layer, decoder.layer_call(layer, args, kwargs))
+            call = decoder.layer_call(layer, args, kwargs)
+            if call.mask is not None:
+                for other in others(index):
+                    hooks.before(layers[other], before(other))
+            changed = run.before(index, layer, call)
             return None if changed is None else changed.unbuilt()
 
         return run_before
@@ -316,4 +363,4 @@ def hooked(
             if behind:
                 hooks.after(layers[index], after(index), first=True, always=True)
         yield
-    run.reached.check(model, indices, "ran around the hooks that leave tokens out there")
+    run.reached.check(model, due, "ran around the hooks that leave tokens out there")

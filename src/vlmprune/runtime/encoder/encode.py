@@ -180,21 +180,21 @@ def encode(
             _deal(more.setdefault("projected", {}), own, layouts, [c for g in grids for c in g])
         told = [seen.words] if attends else []
         words += [one for one in told + also(reads) if one not in words]
-    order = range(len(geometry.items))
-    stacked = torch.stack([_tall(crop, geometry.cells) for i in order for crop in features[i]])
-    attention = torch.stack([wide(row, geometry.cells) for i in order for row in scores[i]])
+    order, most = range(len(geometry.items)), geometry.cells
+    stacked = torch.stack([_tall(crop, most) for i in order for crop in features[i]])
+    attention = torch.stack([wide(row, most) for i in order for row in scores[i]])
 
     def all_of(name: str | int) -> Tensor | None:
         parts = more.get(name)
         if parts is None:
             return None
         rows = [row if row.ndim == 2 else row[:, None] for i in order for row in parts[i]]
-        return torch.stack([_tall(row, geometry.cells).to(attention.device) for row in rows])
+        return torch.stack([_tall(row, most).to(attention.device) for row in rows])
 
     patches, joined = all_of("patches"), all_of("joined")
     layers = {layer: all_of(layer) for layer in reads.layers}
     states = {layer: all_of(f"state {layer}") for layer in reads.states}
-    alike = [wide(row, geometry.cells) for i in order for row in shared.get(i, [])]
+    alike = [wide(row, most) for i in order for row in shared.get(i, [])]
     view = EncoderView(
         attention,
         stacked.detach(),
@@ -392,5 +392,6 @@ def _check_seen(
 
 
 def _tall(values: Tensor, length: int) -> Tensor:
-    """Padded with zeros along the dimension before the last."""
-    return nn.functional.pad(values, (0, 0, 0, length - values.shape[-2]))
+    """Padded with zeros along the dimension before the last, or as they are."""
+    missing = length - values.shape[-2]
+    return nn.functional.pad(values, (0, 0, 0, missing)) if missing else values
