@@ -145,8 +145,8 @@ def test_a_planted_survivor_is_found_and_the_tree_left_alone(tree: Tree) -> None
     assert found["a sum for a product"]["by"] == "tests/test_sizes.py::test_area"
     assert found["no end"]["by"] == "ended by time"
     assert found["a fault at import"]["by"].startswith("collecting")
-    # One test alone reaches the line; of a line that none was seen to reach all of the file's.
-    assert found["a product for a sum"]["of"] == 1 and found["a product for a sum"]["line"]
+    # Behind the one that reaches the line those of the mirrored file, for what they start may.
+    assert found["a product for a sum"]["of"] == 3 and found["a product for a sum"]["line"]
     assert found["another error"]["of"] == 3 and not found["another error"]["line"]
 
 

@@ -44,8 +44,9 @@ class Chosen:
 def choose(tree: Tree, reaches: Sequence[FileReach], fault: Mutant, most: float) -> Chosen:
     """The tests that can reach a fault: those of the mirrored files first, the fastest first.
 
-    What runs as a file is imported, or was never seen to run, is left to the tests that reach
-    anything else of the file, and to those of the mirrored files.
+    The other tests of the mirrored files come behind those, for they may reach it in a process of
+    their own. What runs as a file is imported, or was never seen to run, is left to the tests that
+    reach anything else of the file, too.
 
     Args:
         tree: what the fault is in.
@@ -64,10 +65,16 @@ def choose(tree: Tree, reaches: Sequence[FileReach], fault: Mutant, most: float)
                 by_file[one.file] = one.touching(fault.file)
     line = any(by_file.values())
     if not line:
-        for one in reaches:
-            mirrored = _mirrors(one.file, fault.file)
-            by_file[one.file] = list(one.tests) if mirrored else one.touching(fault.file)
-    found = {file: sorted(t, key=lambda x: seconds[x]) for file, t in by_file.items() if t}
+        by_file = {one.file: one.touching(fault.file) for one in reaches}
+    seen = {test for tests in by_file.values() for test in tests}
+    for one in reaches:
+        if _mirrors(one.file, fault.file):
+            by_file[one.file] = list(one.tests)
+    found = {
+        file: sorted(tests, key=lambda test: (test not in seen, seconds[test]))
+        for file, tests in by_file.items()
+        if tests
+    }
 
     def order(file: str) -> tuple[bool, float]:
         fastest = [seconds[test] for test in found[file][:5]]

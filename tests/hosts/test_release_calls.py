@@ -266,6 +266,6 @@ def test_repeated_rows_have_their_own_images(name: str) -> None:
         inputs = entry.request(built, [[kind, kind], [kind]]).inputs
         with VisPruner(keep=0.5)(built):
             assert repeated_alike(built, inputs)
-        # GLM-V's class repeats each image by itself, and looks for videos where there are none.
+        # GLM-V's class repeats each image by itself, and is left without videos.
         if Version("5.20") <= HERE and name != "llama4" and not entry.one_placeholder:
             assert repeats_rows(built, inputs)

@@ -13,7 +13,7 @@ from cut_cache import SETTINGS
 from deep import deep
 from stock import cache_of
 from tiny import model, request, text_config
-from vlmprune import PLPHP, Pruner, VisPruner
+from vlmprune import PLPHP, Pruner, Recall, VisPruner
 from vlmprune.methods import FastV
 
 VISUAL = 16
@@ -63,6 +63,22 @@ def test_bytes_of_a_cut_cache_are_of_the_models_type(dtype: Any) -> None:
     assert report.kv_bytes_before == 3 * VISUAL * NUMBERS * dtype.itemsize
     text = inputs["input_ids"].shape[1]
     assert all(layer.bytes_before == text * NUMBERS * dtype.itemsize for layer in report.cut)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_of_a_cache_that_is_read_in_part_are_of_the_models_type(dtype: Any) -> None:
+    """All keys are read as a sketch, and four tokens whole."""
+    built = model().to(dtype)
+    inputs = in_type(request(built, [1]).inputs, dtype)
+    pruner = Recall(read=4, floor=0, sketch="exact", rest="none", first_layer=0, always=True)
+    with pruner(built) as handle:
+        generate(built, inputs, max_new_tokens=2)
+    assert handle.report is not None and handle.report.reading is not None
+    reading = handle.report.reading
+    dense = 3 * VISUAL * NUMBERS * dtype.itemsize
+    assert reading.dense_bytes == dense and len(reading.steps) == 1
+    assert reading.steps[0].bytes_dense == dense
+    assert reading.steps[0].bytes_read == dense // 2 + dense * 4 // VISUAL
 
 
 def test_layers_that_stay_whole_count_beside_those_that_were_cut() -> None:

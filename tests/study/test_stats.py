@@ -30,6 +30,15 @@ def test_resamples_have_as_many_pictures_as_there_are() -> None:
         assert mean.low < mean.value == 0.5 < mean.high
 
 
+def test_the_upper_end_by_hand() -> None:
+    """One of four is right: three or four of four drawn are it in 13 of 256 resamples, four in 1.
+
+    Of three drawn, two would be the upper end, for all are it in 1 of 64.
+    """
+    mean = mean_of([1.0, 0.0, 0.0, 0.0], ["a", "b", "c", "d"])
+    assert mean is not None and (mean.low, mean.value, mean.high) == (0.0, 0.25, 0.75)
+
+
 def test_pictures_weigh_by_their_questions() -> None:
     mean = mean_of([1.0, 1.0, 1.0, 0.0], ["a", "a", "a", "b"])
     assert mean is not None and (mean.value, mean.low, mean.high) == (0.75, 0.0, 1.0)

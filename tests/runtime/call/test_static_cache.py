@@ -124,7 +124,7 @@ def test_compiled_steps(images: list[int], graphs: Graphs) -> None:
     assert distance(again, plain) < TOLERANCE
 
 
-@pytest.mark.parametrize("pruner", [PLPHP(), Recall(), FastV(keep=5)], ids=lambda p: p.name)
+@pytest.mark.parametrize("pruner", [PLPHP(), Recall(), FastV(keep=5)], ids=lambda p: type(p).__name__)
 def test_methods_inside_the_language_model_say_what_they_need(pruner: Any) -> None:
     built = model()
     req = request(built, [1])

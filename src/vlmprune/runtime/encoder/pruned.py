@@ -89,7 +89,8 @@ class Pruned:
     def repeated(self, ahead: Any, times: int) -> Any:
         """What `generate` made of `listed`, as the host's forward wants it.
 
-        Some releases repeat the items of a row one by one where they should repeat the rows.
+        Some releases repeat the items of a row one by one where they should repeat the rows, and
+        some classes are left with none, for they count them by a placeholder that prompts lack.
 
         Args:
             ahead: of it, all items, or those of a chunk of the prompt.
@@ -97,8 +98,10 @@ class Pruned:
         """
         held = outputs.tokens_of(ahead)
         whole = [len(one) for one in self.features] * times
-        if times > 1 and isinstance(held, list | tuple) and sum(map(len, held)) == sum(whole):
-            return self.formed(times)
+        if times > 1 and isinstance(held, list | tuple):
+            found = sum(map(len, held))
+            if found in (0, sum(whole)):
+                return self.formed(times)
         return self.medium.form(ahead)
 
     def _made(
