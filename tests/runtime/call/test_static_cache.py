@@ -124,7 +124,10 @@ def test_compiled_steps(images: list[int], graphs: Graphs) -> None:
     assert distance(again, plain) < TOLERANCE
 
 
-@pytest.mark.parametrize("pruner", [PLPHP(), Recall(), FastV(keep=5)], ids=lambda p: type(p).__name__)
+INSIDE = {type(one).__name__: one for one in (PLPHP(), Recall(), FastV(keep=5))}
+
+
+@pytest.mark.parametrize("pruner", INSIDE.values(), ids=INSIDE.keys())
 def test_methods_inside_the_language_model_say_what_they_need(pruner: Any) -> None:
     built = model()
     req = request(built, [1])
