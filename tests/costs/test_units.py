@@ -80,7 +80,15 @@ def test_no_figure_loses_more_than_its_third_digit(value: float) -> None:
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("64", 64), ("0.25", 0.25), ("1.0", 1.0), ("many", None), ("", None), ("1%", None)],
+    [
+        ("64", 64),
+        ("0.25", 0.25),
+        ("1.0", 1.0),
+        ("many", None),
+        ("", None),
+        ("1%", 0.01),
+        ("%", None),
+    ],
 )
 def test_numbers_that_options_give(text: str, number: int | float | None) -> None:
     found = units.number(text)
