@@ -30,7 +30,7 @@ import recall
 import recall_page
 import selection
 import serve_page
-import training
+import training_steps
 from accuracy_tables import Table
 from page_parts import DOCS, RESULTS, replaced
 from program import command
@@ -153,7 +153,7 @@ def recall_parts(folder: Path) -> dict[str, str]:
 def training_page(folder: Path) -> dict[str, str]:
     """The part of docs/training-with-pruning.md whose file is there."""
     found = read(folder).get("training")
-    return {} if found is None else {"training": training.lines(found)}
+    return {} if found is None else {"training": training_steps.lines(found)}
 
 
 def benchmarks_page(folder: Path) -> dict[str, str]:

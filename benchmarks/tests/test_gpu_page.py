@@ -55,7 +55,7 @@ def test_the_scripts_commands_are_understood(
         assert tests[:4] == ["-m", "pytest", "-m", "cuda"] and str(tmp_path / "gpu") in tests[-1]
     assert [one[0] for one in found] == [
         *["-m"] * 3,
-        *(f"benchmarks/{name}.py" for name in ("selection", "decode", "render")),
+        *(f"benchmarks/{name}.py" for name in ("selection", "decode", "compiled", "render")),
     ]
     # What is written is read there.
     assert all(str(tmp_path / "gpu") in one[-1] for one in found[:-1])

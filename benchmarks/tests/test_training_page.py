@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import render
-import training
+import training_steps
 from page_parts import DOCS, RESULTS
 
 
@@ -17,7 +17,7 @@ def test_the_page_shows_what_was_measured() -> None:
     page = (DOCS / "training-with-pruning.md").read_text("utf-8")
     assert render.render(page, render.training_page(RESULTS)) == page
     found = json.loads((RESULTS / "training.json").read_text("utf-8"))
-    assert training.lines(found) in page
+    assert training_steps.lines(found) in page
     held = found["bytes_held"]
     assert all(held[name] < held["unpruned"] for name in held if name != "unpruned")
 
@@ -35,8 +35,8 @@ def test_what_is_held_is_counted_once_and_without_weights(shared: bool) -> None:
             return (states @ self.weight).sum() + (other.T @ other).sum()
 
     module = Two()
-    held = training.Held(module)
+    held = training_steps.Held(module)
     states = torch.ones(16, 8, requires_grad=True)
-    with training._noting(held):
+    with training_steps._noting(held):
         module(states)
     assert held.bytes == (1 if shared else 2) * 16 * 8 * 4

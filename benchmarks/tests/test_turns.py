@@ -77,7 +77,7 @@ def test_decode_checks_and_measures_peaks() -> None:
 
 
 def test_host_cost_compares_two_checkouts(tmp_path: Path) -> None:
-    words = ["--times", "1", "--tokens", "1", "--rounds", "1", "--layers", "2"]
+    words = ["--times", "1", "--tokens", "1", "--rounds", "1", "--layers", "3"]
     out = tmp_path / "out.json"
     done = run(host_cost.main, *words, "--before", str(ROOT), "--json", str(out))
     assert done.exit_code == 0, done.output

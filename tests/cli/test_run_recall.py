@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from commandline import COFFEE, QUESTION, call, config_of_embedded, sentence
+from commandline import COFFEE, QUESTION, call, config_of_embedded
 from vlmprune import Recall, VisPruner, embedded
 from vlmprune.hosts.families import FAMILIES
 from vlmprune.io import models
@@ -157,23 +157,17 @@ def test_watching_is_switched_on_and_left_as_it_is() -> None:
     assert word_by_word.watched(VisPruner(8)) is None
 
 
-@pytest.fixture
-def no_answer(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def answer(*_: Any, **__: Any) -> None:
-        raise AssertionError("an answer was made")
-
-    monkeypatch.setattr(models, "load", lambda *_: models.Loaded(*loaded))
-    monkeypatch.setattr(loaded[0], "generate", answer, raising=False)
-
-
 @pytest.mark.parametrize("option", ["--save-recall", "--save-overlay"])
-def test_a_family_without_boxes_is_refused_before_any_answer(
-    no_answer: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, option: str
+def test_a_family_without_boxes_is_told_of_and_answers(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, option: str
 ) -> None:
+    monkeypatch.setattr(models, "load", lambda *_: models.Loaded(*loaded))
     medium = FAMILIES["llava"].media[0]
     monkeypatch.setattr(type(medium), "overlay", "")
-    said = sentence("run", COFFEE, QUESTION, "--method", "recall", option, tmp_path / "o.png")
-    assert "where visual tokens lie is not known for" in said
+    words = (option, tmp_path / "o.png", "--repeat", 1, "--decode-tokens", 0)
+    done = call("run", COFFEE, QUESTION, "--method", "recall", *words)
+    assert done.exit_code == 0 and "row one column one" in done.output
+    assert "where visual tokens lie is not known for" in " ".join(done.output.split())
     assert not list(tmp_path.iterdir())
 
 
@@ -182,5 +176,7 @@ def test_pictures_that_are_read_whole_light_nothing(
 ) -> None:
     monkeypatch.setattr(models, "load", lambda *_: models.Loaded(*loaded))
     words = ("--save-recall", tmp_path / "o.gif", "--repeat", 1, "--decode-tokens", 0)
-    said = sentence("run", COFFEE, QUESTION, "--method", "recall:floor=300", *words)
-    assert "reads every picture here whole" in said and not list(tmp_path.iterdir())
+    done = call("run", COFFEE, QUESTION, "--method", "recall:floor=300", *words)
+    assert done.exit_code == 0 and "row one column one" in done.output
+    assert "reads every picture here whole" in " ".join(done.output.split())
+    assert not list(tmp_path.iterdir())

@@ -194,7 +194,9 @@ def test_optional_fields_are_all_that_a_config_of_the_release_has() -> None:
             continue
         made = transformers.AutoConfig.for_model(kind)
         assert {field for field in optional if has(made, field)} == set(known), kind
-    towers = {field for known in sizes._TOWERS.values() for field in known}
+    # GLM's towers have a field of a name that others have with another meaning.
+    own = {kind: known for kind, known in sizes._TOWERS.items() if not kind.startswith("glm")}
+    towers = {field for known in own.values() for field in known}
     for kind in ("qwen2_5_vl", "qwen2_vl"):
         tower = transformers.AutoConfig.for_model(kind).vision_config
         assert {field for field in towers if hasattr(tower, field)} == set(

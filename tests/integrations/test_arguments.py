@@ -42,7 +42,10 @@ def test_no_method_is_the_unpruned_embedded_model(given: str) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("method=vispruner,keep=64,kept=3", "argument 'kept' is none of pretrained, .*vispruner"),
+        (
+            "method=vispruner,keep=64,kept=3",
+            r"argument 'kept' \(did you mean 'keep'\?\) is none of pretrained, .*vispruner",
+        ),
         ("keep=64", "argument 'keep' is none of .*without method="),
         ("method=vispruner", "needs keep"),
         ("method=vispruner:keep=3,keep=4", "keep is given twice"),

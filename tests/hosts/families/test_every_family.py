@@ -46,7 +46,10 @@ def batches(name: str) -> dict[str, list[list[Any]]]:
 def borrowers(built: Any, lender: int) -> list[int]:
     """The decoder layers that attend to a layer's keys and values, as the host's config says."""
     text = built.config.get_text_config()
-    kinds, count = text.layer_types or [], getattr(text, "num_kv_shared_layers", None) or 0
+    kinds, count = (
+        getattr(text, "layer_types", None) or [],
+        getattr(text, "num_kv_shared_layers", None) or 0,
+    )
     first = len(kinds) - count
     if not count or lender >= first or kinds[lender] in kinds[lender + 1 : first]:
         return []

@@ -200,8 +200,8 @@ def test_every_call_is_the_bare_models(name: str) -> None:
     if {"pixel_values_images", "pixel_values"} <= takes.keys():
         calls["former name"] = lambda m, i: m.generate(**former(i), **FULL)
         calls["former name, forward"] = lambda m, i: m(**former(i))
-    if Version(transformers.__version__) < Version("5.20"):
-        # Several of these mix up the images of repeated rows.
+    if Version(transformers.__version__) < Version("5.20") or KNOWN[name].one_placeholder:
+        # Several of these mix up the images of repeated rows, as GLM-V's class does by itself.
         calls = {what: call for what, call in calls.items() if what not in REPEATS}
     expected = {what: outcome(built, call, inputs) for what, call in calls.items()}
     with VisPruner(keep=1.0)(built):

@@ -1,6 +1,6 @@
 """`transformers serve` with a pruner: every model that it loads is pruned, for all its requests.
 
-VLMPRUNE="vispruner:keep=64" python examples/serve.py llava-hf/llava-1.5-7b-hf --port 8000
+VLMPRUNE="vispruner:keep=64" python examples/serve_pruned.py llava-hf/llava-1.5-7b-hf --port 8000
 
 Takes what `transformers serve` takes (`pip install "transformers[serving]"`).
 """

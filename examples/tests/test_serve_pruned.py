@@ -1,4 +1,4 @@
-"""`examples/serve.py` on loopback: streaming, four clients at once, and what goes wrong."""
+"""`examples/serve_pruned.py` on loopback: streaming, four clients at once, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from vlmprune.io import models
 for needed in ("fastapi", "uvicorn", "openai"):
     pytest.importorskip(needed, reason=f"{needed} is not installed; see `make test-serve`")
 
-SCRIPT = ROOT / "examples" / "serve.py"
+SCRIPT = ROOT / "examples" / "serve_pruned.py"
 KEEP, TOKENS = 8, 24
 # Seconds until the server counts as dead; generous, since machines are slow and busy.
 PATIENCE = 300.0

@@ -1,6 +1,6 @@
 """What a step of training saves with fewer visual tokens: time, and memory held for its gradients.
 
-    python benchmarks/training.py --json benchmarks/results/training.json
+    python benchmarks/training_steps.py --json benchmarks/results/training.json
 
 The embedded model's language model and projector learn answers about its scenes, the vision tower
 is frozen. With and without a pruner take turns on the same rows in one process; times are CPU
