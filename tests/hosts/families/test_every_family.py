@@ -130,9 +130,11 @@ def test_keeping_everything_changes_no_bit(name: str, attention: str, batch: str
     assert all(torch.equal(a, b) for a, b in zip(plain.logits, same.logits, strict=True))
     if forwards(req.inputs):
         with torch.no_grad():
-            logits = built(**req.inputs).logits
-            with choosing(name, keep=1.0)(built):
-                assert torch.equal(logits, built(**req.inputs).logits)
+            whole = built(**req.inputs)
+            # Early releases of Gemma 3n give no cache back, and are refused for that.
+            if cache_of(whole) is not None:
+                with choosing(name, keep=1.0)(built):
+                    assert torch.equal(whole.logits, built(**req.inputs).logits)
     with choosing(name, keep=0.5)(built):
         assert distance(plain, generate(built, req.inputs)) > 0
 
