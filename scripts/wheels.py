@@ -47,7 +47,7 @@ TESTED = (
     "test_spec.py",
 )
 # Rooms of tests that are run elsewhere.
-ELSEWHERE = {"vllm"}
+ELSEWHERE = {"processors", "trainers", "vllm"}
 
 # What an extra or a harness brings; a module may lack these, and nothing else.
 OPTIONAL = ("optuna", "vllm", "lmms_eval", "vlmeval", "accelerate", "peft", "triton")
