@@ -83,34 +83,17 @@ def check_golden(device: str) -> None:
 
 def check_compiled() -> None:
     """The kernels' code for GPUs that need not be there."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
+    from triton_compiled import Compiled
     from vlmprune.select import choice_triton
 
-    made = []
-
-    class Driver:
-        """As much of a GPU's as compiling asks for; each capability is a device of its own."""
-
-        def __init__(self, capability: int) -> None:
-            self.get_current_device = lambda: capability
-            self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
-            self.get_current_stream = lambda _: 0
-
-    def compiled(self: Any, grid: tuple[int, ...]) -> Any:
-        return lambda *given, **named: made.append(
-            self.run(*given, grid=grid, warmup=True, **named)
-        )
-
-    triton.JITFunction.__getitem__ = compiled
+    compiled = Compiled()
     for capability, tokens in ((80, 576), (90, 576), (90, 4096)):
-        triton.runtime.driver.set_active(Driver(capability))
+        compiled.target(capability)
         similarity, weight = torch.empty(1, tokens, tokens), torch.empty(1, tokens)
         choice_triton.thin(weight, similarity, 64, 32, rules.ROUND)
         choice_triton.spread(similarity, 64)
         choice_triton.explain(similarity, weight, 64)
-        assert [kernel.metadata.target.arch for kernel in made[-3:]] == [capability] * 3
-    assert len(made) == 9 and all(kernel.asm["cubin"] for kernel in made)
+        compiled.check(capability, 3)
+    assert len(compiled.made) == 9
     # Registers of a program hold what it works on: nothing is spilled at a usual size.
-    assert not any("local.depot" in kernel.asm["ptx"] for kernel in made)
+    assert not any("local.depot" in kernel.asm["ptx"] for kernel in compiled.made)

@@ -320,27 +320,10 @@ def by_the_door(case: Case) -> None:
 
 def check_compiled() -> None:
     """The kernels' code for GPUs that need not be there, of the launches as they are."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
+    from triton_compiled import Compiled
     from vlmprune.runtime.attention import recall_triton
 
-    made = []
-
-    class Driver:
-        """As much of a GPU's as compiling asks for; each capability is a device of its own."""
-
-        def __init__(self, capability: int) -> None:
-            self.get_current_device = lambda: capability
-            self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
-            self.get_current_stream = lambda _: 0
-
-    def compiled(self: Any, grid: tuple[int, ...]) -> Any:
-        return lambda *given, **named: made.append(
-            self.run(*given, grid=grid, warmup=True, **named)
-        )
-
-    triton.JITFunction.__getitem__ = compiled
+    compiled = Compiled()
     case = make(((20, 9), (30,)), group=3, bits=4, dims=(64, 64), mask="bool")
     alone = make(((40,),), group=1, bits=2, dims=(20, 8), mask="added")
     bare = make(((40,),), group=2, bits=2, dims=(20, 8), rest="none")
@@ -350,11 +333,10 @@ def check_compiled() -> None:
         (90, bare, torch.float16),
     )
     for capability, one, dtype in given:
-        triton.runtime.driver.set_active(Driver(capability))
+        compiled.target(capability)
         moved = one.to("cpu", dtype)
         recall_triton.attend(
             moved.query, moved.recalled, moved.keys, moved.values, moved.mask, SCALE
         )
-        assert [kernel.metadata.target.arch for kernel in made[-2:]] == [capability] * 2
-    assert all(kernel.asm["cubin"] for kernel in made)
-    assert len(made) == 2 * len(given)
+        compiled.check(capability, 2)
+    assert len(compiled.made) == 2 * len(given)

@@ -18,6 +18,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    Qwen2Config,
     SiglipVisionConfig,
 )
 
@@ -98,6 +99,19 @@ def text_config(kv_heads: int = 2, **changes: Any) -> Any:
             "bos_token_id": 1,
             "eos_token_id": EOS,
             **changes,
+        }
+    )
+
+
+def sliding_config() -> Any:
+    """The same with a window of 12 columns in the middle layer."""
+    return Qwen2Config(
+        **{
+            **text_config().to_dict(),
+            "model_type": "qwen2",
+            "use_sliding_window": True,
+            "sliding_window": 12,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
         }
     )
 

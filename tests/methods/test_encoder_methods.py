@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from encoder_views import view_of
 from vlmprune import (
     EVS,
     AveragePooling,
@@ -28,7 +29,7 @@ from vlmprune import (
 )
 from vlmprune.methods import METHODS
 from vlmprune.select import farthest_point
-from vlmprune.views import EncoderView, Reads
+from vlmprune.views import Reads
 
 # Those that keep exactly what they are told to.
 EXACT = (
@@ -43,54 +44,6 @@ EXACT = (
     UniformGrid,
 )
 ALL = (*EXACT, AveragePooling, EVS)
-
-
-def view_of(
-    images: tuple[int, ...] = (0, 0, 1),
-    grid: tuple[int, int] = (4, 5),
-    boxes: dict[int, tuple[int, int]] | None = None,
-    videos: tuple[bool, ...] = (),
-    seed: int = 0,
-) -> EncoderView:
-    """A view with all that a method may ask for, of random scores.
-
-    Args:
-        images: image of each crop.
-        grid: of each crop.
-        boxes: of crops that are unpadded, how many rows and columns stay, at the lower right.
-        videos: as in the view.
-        seed: of the scores.
-    """
-    rows, columns = grid
-    n, crops = rows * columns, len(images)
-    seen = torch.ones(crops, rows, columns, dtype=torch.bool)
-    for crop, (down, across) in (boxes or {}).items():
-        seen[crop] = False
-        seen[crop, rows - down :, columns - across :] = True
-    generator = torch.Generator().manual_seed(seed)
-
-    def scores() -> torch.Tensor:
-        return torch.rand(crops, n, generator=generator)
-
-    def features(size: int) -> torch.Tensor:
-        return torch.randn(crops, n, size, generator=generator)
-
-    return EncoderView(
-        scores(),
-        features(6),
-        seen.flatten(1),
-        images,
-        (grid,) * crops,
-        videos or (False,) * (max(images) + 1),
-        {layer: scores() for layer in (1, 2, 3)},
-        scores(),
-        scores(),
-        features(3),
-        features(5),
-        scores(),
-        joined=scores(),
-        joined_keys=features(4),
-    )
 
 
 def test_defaults_are_the_authors() -> None:

@@ -10,7 +10,6 @@ import torch
 from transformers import (
     DynamicCache,
     MistralConfig,
-    Qwen2Config,
     Qwen3NextConfig,
 )
 
@@ -18,7 +17,7 @@ from answers import DIFFERENT, TOLERANCE, distance, generate
 from cut_cache import SETTINGS, exchanged, telling
 from masked import kept_columns, masking
 from stock import CACHE, cache_of
-from tiny import IMAGE, PAD, model, request, text_config
+from tiny import IMAGE, PAD, model, request, sliding_config, text_config
 from vlmprune import PLPHP, VisPruner, VlmpruneError
 from vlmprune.runtime.cache.ragged_layer import RaggedLayer
 
@@ -185,15 +184,7 @@ def test_chained_after_an_encoder_side_method(family: str, policy: Any) -> None:
 
 @pytest.mark.parametrize("given", [False, True])
 def test_sliding_layers_stay_whole(given: bool) -> None:
-    config = Qwen2Config(
-        **{
-            **text_config().to_dict(),
-            "model_type": "qwen2",
-            "use_sliding_window": True,
-            "sliding_window": 12,
-            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-        }
-    )
+    config = sliding_config()
     built = model(text_config=config)
     req = request(built, [1, 1])
     # A cache that was made without the config has no sliding layers, but the attention has.

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2Config
 
 from answers import generate
 from cut_cache import SETTINGS
 from deep import deep
 from stock import cache_of
-from tiny import model, request, text_config
+from tiny import model, request, sliding_config
 from vlmprune import PLPHP, Pruner, Recall, VisPruner
 from vlmprune.methods import FastV
 
@@ -83,15 +82,7 @@ def test_bytes_of_a_cache_that_is_read_in_part_are_of_the_models_type(dtype: Any
 
 def test_layers_that_stay_whole_count_beside_those_that_were_cut() -> None:
     """A window of 12 columns, whose layer holds 11 of an image's tokens and is not cut."""
-    config = Qwen2Config(
-        **{
-            **text_config().to_dict(),
-            "model_type": "qwen2",
-            "use_sliding_window": True,
-            "sliding_window": 12,
-            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-        }
-    )
+    config = sliding_config()
     built = model(text_config=config)
     with PLPHP(**SETTINGS)(built) as handle:
         generate(built, request(built, [1, 1]).inputs, max_new_tokens=1)

@@ -31,30 +31,26 @@ from zoo.base import (
 from zoo.tiles import SIDE, SQUARE, TOKENS, grids_of, tiles_of
 
 
+def _sizes() -> dict[str, Any]:
+    """What the configs of both have."""
+    return {
+        "vision_config": SQUARE,
+        "text_config": LlamaConfig(**TEXT),
+        "image_token_id": IMAGE,
+        "scale_factor": 2,
+        "pad_token_id": PAD,
+        "tie_word_embeddings": False,
+    }
+
+
 def idefics3() -> Any:
     """Idefics3: its own SigLIP, pixel shuffle."""
-    config = Idefics3Config(
-        vision_config=SQUARE,
-        text_config=LlamaConfig(**TEXT),
-        image_token_id=IMAGE,
-        scale_factor=2,
-        pad_token_id=PAD,
-        tie_word_embeddings=False,
-    )
-    return Idefics3ForConditionalGeneration(config)
+    return Idefics3ForConditionalGeneration(Idefics3Config(**_sizes()))
 
 
 def smolvlm() -> Any:
     """SmolVLM: as Idefics3."""
-    config = SmolVLMConfig(
-        vision_config=SQUARE,
-        text_config=LlamaConfig(**TEXT),
-        image_token_id=IMAGE,
-        scale_factor=2,
-        pad_token_id=PAD,
-        tie_word_embeddings=False,
-    )
-    return SmolVLMForConditionalGeneration(config)
+    return SmolVLMForConditionalGeneration(SmolVLMConfig(**_sizes()))
 
 
 def _idefics3(model: Any, rows: list[list[Modality]], generator: torch.Generator) -> Media:
