@@ -19,7 +19,7 @@ from vlmprune import PLPHP, VisPruner, VlmpruneError
 from vlmprune.hosts.families.qwen import MEDIA
 from vlmprune.pruner import Pruner
 from vlmprune.views import EncoderView, Selection
-from zoo import ZOO, Modality, Request
+from zoo import ZOO, Request
 from zoo.base import IMAGE, VOCABULARY, WORDS
 from zoo_oracle import columns_of, dropped_columns, others
 

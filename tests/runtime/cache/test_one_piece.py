@@ -17,7 +17,9 @@ from vlmprune.hosts.attention import AttentionCall
 from vlmprune.runtime.attention import ragged
 from vlmprune.runtime.attention.ragged import Ragged
 from vlmprune.runtime.cache import one_piece
+from vlmprune.runtime.cache.binding import Binding
 from vlmprune.runtime.cache.one_piece import OnePiece
+from vlmprune.runtime.cache.ragged_layer import RaggedLayer
 
 EVEN = torch.tensor([[[1, 0, 1, 1], [1, 1, 1, 0]]]).bool().expand(2, -1, -1)
 UNEVEN = torch.tensor([[[1, 0, 1, 1], [0, 0, 1, 0]], [[1, 1, 1, 1], [0, 0, 0, 0]]]).bool()
@@ -96,6 +98,32 @@ def test_where_it_is_laid_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not one_piece.serves(laid(keep, 0)[0])
     monkeypatch.setattr(one_piece, "SHARE", 1 / 15)
     assert one_piece.serves(laid(keep, 0)[0])
+
+
+def test_all_that_it_holds_is_counted() -> None:
+    prefix, keys, values = laid(UNEVEN, 3)
+    piece = OnePiece.of(prefix, keys, values)
+    assert piece.added() is not None
+    held = [piece.keys, piece.values, piece.seen, piece._added]
+    held += [one for one in vars(piece.rest).values() if isinstance(one, Tensor)]
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in held}
+    assert piece.nbytes == sum(one.nbytes() for one in storages.values())
+
+
+def test_layers_on_other_devices_have_masks_of_their_own() -> None:
+    binding, seen = Binding(), list[Any]()
+    module = model().get_decoder().layers[0].self_attn
+    for device in ("cpu", "meta", "cpu"):
+        prefix, keys, values = laid(EVEN, 3)
+        piece = OnePiece.of(prefix, keys, values).to(torch.device(device))
+        query = torch.empty(2, 4, 2, 8, device=device)
+        tails = piece.append(*(torch.empty(2, 2, 2, n, device=device) for n in (8, 6)))
+        call = AttentionCall(module, query, *tails, None, {"scaling": 0.3})
+        layer = RaggedLayer(binding, 0)
+        layer._attend_piece(piece, call, lambda one: seen.append(one.mask))
+    assert [one.device.type for one in seen] == ["cpu", "meta", "cpu"]
+    # What is alike is made once.
+    assert seen[0] is seen[2]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -176,8 +176,8 @@ class OnePiece:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors held, room to grow and bookkeeping included."""
-        seen = 0 if self.seen is None else self.seen.nbytes
-        return self.keys.nbytes + self.values.nbytes + self.rest.nbytes + seen
+        kept = sum(one.nbytes for one in (self.seen, self._added) if one is not None)
+        return self.keys.nbytes + self.values.nbytes + self.rest.nbytes + kept
 
 
 def _room(lead: int, tail: int) -> int:

@@ -146,9 +146,10 @@ class RaggedLayer(TailLayer):
                 self._prove(piece.prefix, replace(call, key=piece.tails[0], value=piece.tails[1]))
             return ragged.step(call, piece.added()), None
         if given is not None or queries > 1:
-            # The same for all layers whose prefixes have as many places.
+            # The same for all layers of a device whose prefixes have as many places.
+            device = piece.keys.device
             mask, *_ = self.binding.once(
-                (id(given), id(piece.seen), piece.lead, piece.tail, queries),
+                (id(given), id(piece.seen), piece.lead, piece.tail, queries, device),
                 lambda: (piece.mask(given, queries, call.query.shape[1]), given, piece.seen),
             )
             if mask is not None and not call.takes(mask):
