@@ -59,7 +59,8 @@ def borrowers(built: Any, lender: int) -> list[int]:
 def test_every_record_is_proved() -> None:
     proved = set()
     for entry in ALL.values():
-        proved.add(next(k for k, f in FAMILIES.items() if f is family_of(entry.make())))
+        family = family_of(entry.make())
+        proved.add(next(key for key, one in FAMILIES.items() if one is family))
     refused = {type(entry.make()).__name__ for name, entry in EVERY.items() if name not in ALL}
     there = {name for name, family in FAMILIES.items() if hasattr(transformers, family.cls)}
     assert proved == {name for name in there if FAMILIES[name].cls not in refused}
