@@ -162,7 +162,8 @@ def test_a_spec_and_its_shorthands(short, words, expected):
 
 @pytest.mark.parametrize("words", [("--keep", "25%"), ("--method", "vispruner:keep=25%")])
 def test_a_share_in_per_cent(short, words):
-    assert short(*words)["method"] == short("--keep", 0.25)["method"] == "vispruner:keep=0.25"
+    plain = short("--decode-tokens", 0, "--keep", 0.25)
+    assert short("--decode-tokens", 0, *words)["method"] == plain["method"] == "vispruner:keep=0.25"
 
 
 def test_a_long_question(short):
@@ -187,6 +188,7 @@ def test_a_model_whose_tokens_cannot_be_placed_answers(loaded, monkeypatch, tmp_
     monkeypatch.setattr(models, "load", lambda *_: models.Loaded(*loaded))
     monkeypatch.setattr(one_question, "answer_twice", answered)
     asked = ("run", COFFEE, QUESTION, "--repeat", 1, "--max-new-tokens", 2, "--device", "cpu")
+    asked += ("--decode-tokens", 0)
     drawn = ("--method", "recall", "--save-overlay", tmp_path / "o.png")
     drawn += ("--save-recall", tmp_path / "o.gif")
     echo = run.typer.echo
