@@ -24,6 +24,9 @@ def test_trainer(tmp_path: Path) -> None:
     # Answers alone carry loss.
     assert int((labels != -100).sum()) < labels.shape[1]
     assert not bool((labels == model.config.image_token_id).any())
+    answers = labels != -100
+    assert torch.equal(page["words"](inputs)[answers], labels[answers])
+    assert not bool((page["words"](inputs) == model.config.image_token_id).any())
     with torch.no_grad():
         loss = model(**inputs, use_cache=False).loss
         kept = handle.report.kept

@@ -13,8 +13,9 @@ import pytest
 import torch
 import transformers
 
-from answers import DIFFERENT, TOLERANCE, distance, generate
+from answers import DIFFERENT, distance, generate
 from masked import masking
+from shortened import tolerance
 from step_masks import masking_steps, masks_of
 from stock import cache_of
 from vlmprune import PLPHP, DivPrune, FastV, Recall, VisPruner, VlmpruneError
@@ -115,7 +116,7 @@ def test_generate_equals_masking(name: str, attention: str, batch: str) -> None:
         assert 0 < report.visual_tokens_after < 0.8 * report.visual_tokens_before
         expected = masked(built, req, dropped_columns(req, report), policy)
         assert len(expected.logits) == STEPS and torch.equal(pruned.sequences, expected.sequences)
-        assert distance(pruned, expected) < TOLERANCE
+        assert distance(pruned, expected) < tolerance(built)
         control = masked(built, req, dropped_columns(req, report, others(report)), policy)
         assert distance(pruned, control) > DIFFERENT
 
@@ -163,7 +164,7 @@ def test_a_choice_by_features_equals_masking(name: str) -> None:
     assert 0 < report.visual_tokens_after < 0.8 * report.visual_tokens_before
     expected = masked(built, req, dropped_columns(req, report), policy)
     assert torch.equal(pruned.sequences, expected.sequences)
-    assert distance(pruned, expected) < TOLERANCE
+    assert distance(pruned, expected) < tolerance(built)
     control = masked(built, req, dropped_columns(req, report, others(report)), policy)
     assert distance(pruned, control) > DIFFERENT
 
@@ -194,7 +195,7 @@ def test_a_cut_cache_equals_masking(name: str, attention: str, batch: str) -> No
     with masking(built, keep):
         expected = generate(built, req.inputs)
     assert torch.equal(pruned.logits[0], expected.logits[0])
-    assert distance(pruned, expected) < TOLERANCE
+    assert distance(pruned, expected) < tolerance(built)
     assert distance(pruned, generate(built, req.inputs)) > DIFFERENT
 
 
@@ -216,7 +217,7 @@ def test_a_cache_read_in_part_equals_masking_step_by_step(
     with masking_steps(built, masks):
         expected = generate(built, req.inputs)
     assert torch.equal(pruned.logits[0], expected.logits[0])
-    assert distance(pruned, expected) < TOLERANCE
+    assert distance(pruned, expected) < tolerance(built)
     assert distance(pruned, generate(built, req.inputs)) > DIFFERENT
 
 

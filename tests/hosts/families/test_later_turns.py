@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from answers import DIFFERENT, TOLERANCE
-from shortened import exchanging, is_recurrent
+from answers import DIFFERENT
+from shortened import exchanging, is_recurrent, tolerance
 from stock import CACHE, cache_of
 from vlmprune import DivPrune, VisPruner
 from vlmprune.hosts.families import FAMILIES, PROVED
@@ -39,7 +39,7 @@ def test_a_later_turn_equals_masking(name: str) -> None:
     dropped = dropped_columns(req, report)
     assert bool(dropped.any())
     answer = two_turns(built, req.inputs, words, report.positions)
-    assert (pruned - answer(dropped)).abs().max() < TOLERANCE
+    assert (pruned - answer(dropped)).abs().max() < tolerance(built)
     assert (pruned - answer(dropped_columns(req, report, others(report)))).abs().max() > DIFFERENT
 
 
