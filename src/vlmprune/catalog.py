@@ -123,9 +123,10 @@ def proved() -> dict[str, Any]:
     return {
         "each": (
             f"{STEPS} steps equal to masking, where layers are recurrent to a prompt without the "
-            f"dropped tokens, with {' and '.join(ATTENTION)} attention: one image, several, padded "
-            "batches with rows without any, videos likewise; a later turn; bfloat16 and float16; "
-            "keeping everything changes no bit"
+            f"dropped tokens: one image, several, padded batches with rows without any, videos "
+            f"likewise, VisPruner on each with {' and '.join(ATTENTION)} attention, what acts on "
+            "the cache with one of the two in turn; a later turn; bfloat16 and float16; keeping "
+            "everything changes no bit"
         ),
         "attention": list(ATTENTION),
         "steps": STEPS,

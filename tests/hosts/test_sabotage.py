@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from itertools import cycle, islice
 
 import pytest
 import torch
@@ -33,12 +34,13 @@ from zoo.base import IMAGE
 
 
 def cases() -> list[object]:
-    """Every row with each attention and type that it has."""
+    """Every row with each attention and each type that it has, but not with each pair of them."""
     return [
         pytest.param(row, attention, dtype, id=f"{row.name}-{attention}-{dtype}")
         for row in ROWS
-        for attention in row.attentions
-        for dtype in row.types
+        for attention, dtype in islice(
+            zip(cycle(row.attentions), cycle(row.types)), max(len(row.attentions), len(row.types))
+        )
     ]
 
 
@@ -68,8 +70,8 @@ def test_what_is_asked_at_attach_needs_no_contract() -> None:
 
 
 def test_the_contract_is_what_makes_the_difference() -> None:
-    """The control: without it at least half of the rows answer wrong."""
-    facts = [row for row in ROWS if row.name not in UNREAD | ASKED]
+    """The control: without it at least half of the rows answer wrong; every third is tried."""
+    facts = [row for row in ROWS if row.name not in UNREAD | ASKED][::3]
     wrong: Counter[str] = Counter()
     with contract.switched_off():
         for row in facts:
