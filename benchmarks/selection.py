@@ -40,7 +40,7 @@ from vlmprune import METHODS, select
 from vlmprune.hosts.attention import attention_of
 from vlmprune.methods.bases.learned import Learned
 from vlmprune.runtime.attention.taps import Tap, tapped
-from vlmprune.select import rules
+from vlmprune.select import duplicates
 from vlmprune.study.bench.tables import on_gpu
 from vlmprune.study.measure import peak_bytes
 
@@ -57,7 +57,7 @@ def authors_choice(attention: Tensor, features: Tensor, keep: int, ratio: float)
     chosen, rest = order[:, :important], order[:, important:]
     unit = features / features.norm(dim=-1, keepdim=True)
     while rest.shape[1] > keep - important:
-        drop = min(rules.ROUND, rest.shape[1] - (keep - important))
+        drop = min(duplicates.ROUND, rest.shape[1] - (keep - important))
         tokens = unit[crop, rest]
         closest = (tokens[:, 0::2] @ tokens[:, 1::2].transpose(1, 2)).max(dim=-1).values
         stay = closest.argsort(dim=-1, descending=True)[:, drop:]

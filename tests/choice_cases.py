@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from repository import ROOT
-from vlmprune.select import rules
+from vlmprune.select import duplicates, rules
 
 
 def crops(count: int, tokens: int, channels: int, seed: int, signs: bool) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def check_golden(device: str) -> None:
         choice_triton._TILE = 1 << 19
     want = golden["vispruner.keep64.important0.5"].to(device)
     for important, same in ((32, True), (16, False)):
-        kept = choice_triton.thin(attention, similarity, 64, important, rules.ROUND)
+        kept = choice_triton.thin(attention, similarity, 64, important, duplicates.ROUND)
         assert torch.equal(torch.zeros_like(want).scatter(1, kept, True), want) == same
 
 
@@ -90,7 +90,7 @@ def check_compiled() -> None:
     for capability, tokens in ((80, 576), (90, 576), (90, 4096)):
         compiled.target(capability)
         similarity, weight = torch.empty(1, tokens, tokens), torch.empty(1, tokens)
-        choice_triton.thin(weight, similarity, 64, 32, rules.ROUND)
+        choice_triton.thin(weight, similarity, 64, 32, duplicates.ROUND)
         choice_triton.spread(similarity, 64)
         choice_triton.explain(similarity, weight, 64)
         compiled.check(capability, 3)

@@ -1,8 +1,9 @@
 """Selection rules: scores and features in, ascending indices of kept visual tokens out.
 
 Pure tensor functions over a batch of crops, B; every crop of a batch has the same number of
-visual tokens, N. They import torch alone (on a GPU also `choice_triton`), never wait for the device
-(the number of steps depends on shapes only) and break ties by index, so that CPU and GPU agree.
+visual tokens, N. They import torch and NumPy alone (on a GPU also `choice_triton`), never wait for
+the device (the number of steps depends on shapes only) and break ties by index, so that CPU and GPU
+agree.
 """
 
 from __future__ import annotations
@@ -14,17 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmprune.select.duplicates import BLOCK, ROUND, products, thinned
 from vlmprune.select.precision import exact
 
-# Tokens dropped in one round of duplicate removal (VisPruner's released code).
-ROUND = 8
-
-# Strips in which a symmetric matrix is computed; each leaves out what earlier ones hold.
-STRIPS = 4
-
-# Numbers that one block of similarities may hold (16 MiB in float32), and the rows that it has at
-# least: larger matrices are gone through block by block.
-BLOCK, LEAST_ROWS = 1 << 22, 64
+# Rows that a block of similarities has at least: larger matrices are gone through block by block.
+LEAST_ROWS = 64
 
 
 def top_k(scores: Tensor, keep: int) -> Tensor:
@@ -53,7 +48,7 @@ def vispruner(
 
     The list of tokens that are not important, by falling attention, is thinned in rounds: each
     token at an even place is compared with all tokens at odd places, and those that have the
-    closest partner are dropped. One similarity matrix serves all rounds. Where the list is odd,
+    closest partner are dropped (`vlmprune.select.duplicates`). Where the list is odd,
     the even places hold one token more; it is compared like any other. A round never drops
     more than the even places hold, so every budget from 1 to N works.
 
@@ -89,7 +84,7 @@ def vispruner(
     order = attention.sort(dim=1, descending=True, stable=True).indices
     chosen, rest = order[:, :important], order[:, important:]
     if important < keep:
-        rest = _drop_duplicates(rest, features, keep - important)
+        rest = thinned(rest, features, keep - important)
         chosen = torch.cat((chosen, rest), dim=1)
     return chosen.sort(dim=1).values
 
@@ -216,54 +211,7 @@ def cosine_similarity(features: Tensor) -> Tensor:
     Returns:
         [B, N, N].
     """
-    return _products(torch.nn.functional.normalize(features.float(), dim=-1))
-
-
-def _products(vectors: Tensor) -> Tensor:
-    """Dot product of every pair of vectors [B, N, C], each pair computed about once."""
-    B, N, _ = vectors.shape
-    products = vectors.new_empty(B, N, N)
-    for strip in range(STRIPS):
-        start, stop = N * strip // STRIPS, N * (strip + 1) // STRIPS
-        part = vectors[:, start:stop] @ vectors[:, start:].transpose(1, 2)
-        products[:, start:stop, start:] = part
-        products[:, stop:, start:stop] = part[:, :, stop - start :].transpose(1, 2)
-    return products
-
-
-def _drop_duplicates(tokens: Tensor, features: Tensor, keep: int) -> Tensor:
-    """Thin lists of tokens [B, R] to [B, keep], closest duplicates first; keep is at least 1."""
-    B, R = tokens.shape
-    # Number the tokens of all lists anew, 0 to B · R, so that a number finds its row of the
-    # similarities, and of two tokens in a crop the larger number is the lower index.
-    numbered = tokens.sort(dim=1, descending=True)
-    crop = torch.arange(B, device=tokens.device)[:, None]
-    own = (numbered.values + crop * features.shape[1]).flatten()
-    unit = features.flatten(0, 1).index_select(0, own).view(B, R, features.shape[2]).float()
-    unit /= unit.norm(dim=-1, keepdim=True).clamp_min_(1e-12)
-    similarity = _products(unit)
-    del unit
-    closeness = _ordered_bits_(similarity).flatten(0, 1)
-    rest = numbered.indices.argsort(dim=1) + crop * R
-    while rest.shape[1] > keep:
-        even, odd = rest[:, 0::2], rest[:, 1::2]
-        drop = min(ROUND, rest.shape[1] - keep, even.shape[1])
-        # The matrix is symmetric: whole rows of the odd tokens are read in order, which is
-        # several times faster than picking out the pairs.
-        rows = closeness.index_select(0, odd.flatten())
-        closest = rows.view(B, odd.shape[1], R).amax(dim=1)
-        # One integer key holds the similarity above and the number below: a single sort orders
-        # by similarity, breaks ties by index, and brings the numbers along.
-        key = torch.add(even, closest.take(even), alpha=1 << 32)
-        even = key.sort(dim=1, descending=True).values[:, drop:] & 0xFFFFFFFF
-        rest = torch.cat((even, odd), dim=1)
-    return numbered.values.take(rest)
-
-
-def _ordered_bits_(values: Tensor) -> Tensor:
-    """int32 numbers in the order of float32 `values`, in their place; -0.0 counts as 0.0."""
-    bits = values.add_(0.0).view(torch.int32)
-    return bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
+    return products(torch.nn.functional.normalize(features.float(), dim=-1))
 
 
 def first_max(values: Tensor) -> Tensor:
