@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ from page_parts import DOCS, RESULTS
 from vlmprune import METHODS
 
 LISTED = [[f"{group}-{kind}", kind, group] for group in "abcd" for kind in accuracy_tables.KINDS]
+
+
+@cache
+def parts_of(page: str) -> dict[str, str]:
+    """What a page's parts are by the committed files."""
+    return render.PAGES[page](RESULTS)
 
 
 def row(label: str, digit: str, repeats: int = 1, **changes: Any) -> dict[str, Any]:
@@ -101,7 +108,7 @@ def test_rows_of_several_releases_are_told() -> None:
 
 @pytest.mark.parametrize("page", render.PAGES)
 def test_the_committed_pages_show_the_committed_files(page: str) -> None:
-    text, parts = (DOCS / page).read_text(encoding="utf-8"), render.PAGES[page](RESULTS)
+    text, parts = (DOCS / page).read_text(encoding="utf-8"), parts_of(page)
     assert render.render(text, parts) == text
     for name, part in parts.items():
         if part:
@@ -113,7 +120,7 @@ def test_the_committed_pages_show_the_committed_files(page: str) -> None:
 def test_every_part_of_the_results_is_rendered() -> None:
     text = (DOCS / "results.md").read_text(encoding="utf-8")
     marked = {line[5:-4] for line in text.splitlines() if line.startswith("<!-- ")}
-    parts = render.PAGES["results.md"](RESULTS)
+    parts = parts_of("results.md")
     assert marked == {*parts, *(f"end {name}" for name in parts)} and all(parts.values())
 
 
