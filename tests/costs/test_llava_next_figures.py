@@ -44,8 +44,8 @@ def layout(size: tuple[int, int]) -> Layout:
 
 
 @cache
-def left(keep: int | None, newlines: Any, size: tuple[int, int] = SQUARE) -> int:
-    """Visual tokens that VisPruner's own choice leaves of a picture; None keeps all patches."""
+def chosen(keep: float, size: tuple[int, int]) -> torch.Tensor:
+    """[crops, patches] bool; VisPruner's own choice in a picture."""
     one = layout(size)
     generator = torch.Generator().manual_seed(0)
     shape = one.crops, one.patches
@@ -57,10 +57,17 @@ def left(keep: int | None, newlines: Any, size: tuple[int, int] = SQUARE) -> int
         (one.grid,) * one.crops,
         (False,),
     )
+    return VisPruner(keep).select(view).kept
+
+
+@cache
+def left(keep: float | None, newlines: Any, size: tuple[int, int] = SQUARE) -> int:
+    """Visual tokens that VisPruner's own choice leaves of a picture; None keeps all patches."""
+    one = layout(size)
     method = VisPruner(1.0 if keep is None else keep, newlines=newlines)
-    chosen = one.to_tokens(method.select(view).kept, method.newlines)
-    assert int(chosen.sum()) == policy.count(method, one)
-    return int(chosen.sum())
+    tokens = int(one.to_tokens(chosen(method.keep, size), method.newlines).sum())
+    assert tokens == policy.count(method, one)
+    return tokens
 
 
 def figures(tokens: int) -> tuple[str, str, str]:
