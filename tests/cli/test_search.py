@@ -15,7 +15,7 @@ from vlmprune.study import stats
 from vlmprune.study.tasks import find_task
 from vlmprune.study.tasks.part import Part
 
-SMALL = ("--limit", "8", "--trials", "3", "--json")
+SMALL = ("--limit", "4", "--trials", "3", "--json")
 
 
 def found(out: Path, *words: Any, code: int = 0) -> dict[str, Any]:
@@ -36,8 +36,8 @@ def test_a_setting_is_found_checked_and_used(tmp_path: Path) -> None:
     allowed = [one for one in content["tried"] if one["loss"] <= 0.9]
     assert content["best"] == min(allowed, key=lambda one: (one["cost"], one["loss"]))
     assert 0 < content["best"]["cost"] < 1 and len(content["tried"]) == 3
-    assert content["checked"]["samples"] == 8
-    # Eight questions are about too few pictures for an interval.
+    assert content["checked"]["samples"] == 4
+    # Four questions are about too few pictures for an interval.
     assert content["checked"]["difference"][1:] == [None, None]
 
     # Asked again it has nothing to do; with more trials it goes on.
