@@ -19,6 +19,8 @@ from vlmprune.io import models
 
 # Before a test hides the package.
 FOLDER = embedded.path()
+# One answer of each, and no more: that there is one is what is asked.
+BRIEF = ("--repeat", "1", "--decode-tokens", "0")
 
 
 @pytest.fixture
@@ -100,7 +102,7 @@ def test_a_command_that_needs_it_says_so_before_any_work(
         (("methods", "quecc"), None),
         (("models",), None),
         (
-            ("run", COFFEE, QUESTION, "--model", "MODEL", "--max-new-tokens", "4"),
+            ("run", COFFEE, QUESTION, "--model", "MODEL", "--max-new-tokens", "4", *BRIEF),
             "visual tokens",
         ),
         (("bench", "--shape", "small", "--layers", "1", "--repeat", "1"), "small shape"),
@@ -194,7 +196,7 @@ def test_the_line_installs_it(tmp_path: Path) -> None:
     own = embedded.path().parents[1]
     assert {one.relative_to(own) for one in own.glob("vlmprune_embedded/**/*.jpg")} <= files
 
-    asked = ["run", str(model.parent / "scenes" / "coffee.jpg"), QUESTION, "--json"]
+    asked = ["run", str(model.parent / "scenes" / "coffee.jpg"), QUESTION, "--json", *BRIEF]
     ran = subprocess.run(
         [sys.executable, "-m", "vlmprune", *asked],
         cwd=tmp_path,
