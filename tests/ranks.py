@@ -19,6 +19,15 @@ RANKS = 2
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl", "llama4")
 METHODS = ("VisPruner", "PLPHP", "FastV", "RandomTokens", "Recall", "PruMerge", "DART")
 WAYS = {"tensor parallel": FAMILIES, "fsdp": FAMILIES[:2]}
+# Of the first family all methods; of the others those that read each kind of heads: the tower's
+# (one by one, and as one vector), and the decoder's (while the cache is cut, and between layers).
+OF_OTHERS = ("VisPruner", "PruMerge", "PLPHP", "DART")
+CASES = [
+    (family, method, way)
+    for way, families in WAYS.items()
+    for family in families
+    for method in (METHODS if family == FAMILIES[0] else OF_OTHERS)
+]
 
 
 def run(rank: int, folder: Path) -> dict[str, Any]:
@@ -131,7 +140,10 @@ def run(rank: int, folder: Path) -> dict[str, Any]:
         for way, model in models.items():
             note(f"{family} bare {way}", lambda m=model: bare(m))
             for name, method in methods.items():
-                note(f"{family} {name} {way}", lambda m=model, by=method: answered(m, inputs, by))
+                if (family, name, "tensor parallel") in CASES:
+                    note(
+                        f"{family} {name} {way}", lambda m=model, by=method: answered(m, inputs, by)
+                    )
         if family != FAMILIES[0]:
             return
         for way, model in models.items():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ranks import FAMILIES, METHODS, RANKS, WAYS
+from ranks import CASES, FAMILIES, RANKS, WAYS
 from repository import ROOT
 
 Found = list[dict[str, Any]]
@@ -57,10 +57,7 @@ def close(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return float((left - right).abs().max()) < 2e-5
 
 
-@pytest.mark.parametrize(
-    ("family", "way"), [(family, way) for way, families in WAYS.items() for family in families]
-)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("family", "method", "way"), CASES)
 def test_as_one_process(found: Found, family: str, method: str, way: str) -> None:
     bare = [one[f"{family} bare {kind}"] for one, kind in ((found[0], "whole"), (found[0], way))]
     if family == "llama4" and not close(*bare):
