@@ -9,11 +9,24 @@ from typing import Any
 import pytest
 
 from commandline import call, sentence
-from vlmprune import Recall, VisPruner, spec
+from vlmprune import Recall, VisPruner, embedded, spec
+from vlmprune.io import models
 from vlmprune.io.outputs import maker
 from vlmprune.study import stats
 from vlmprune.study.tasks import find_task
 from vlmprune.study.tasks.part import Part
+
+
+@pytest.fixture(scope="module")
+def loaded() -> models.Loaded:
+    return models.Loaded(*embedded.load())
+
+
+@pytest.fixture(autouse=True)
+def once(loaded: models.Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All commands have one model."""
+    monkeypatch.setattr(models, "load", lambda *_: loaded)
+
 
 SMALL = ("--limit", "4", "--trials", "3", "--json")
 
