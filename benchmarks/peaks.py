@@ -86,6 +86,8 @@ def encoder_view(tokens: int, video: bool) -> EncoderView:
         received=scores,
         given=scores,
         keys=numbers(KEYS),
+        joined=scores,
+        joined_keys=numbers(WIDTH),
         projected=numbers(PROJECTED),
         relevance=numbers(),
     )
@@ -106,6 +108,8 @@ def row_view(tokens: int) -> RowView:
         counts=count,
         before=count,
         text_hidden=numbers(TEXT, DECODER),
+        normed=numbers(tokens, DECODER),
+        text_normed=numbers(TEXT, DECODER),
         text=real,
         after=real,
         attention=numbers(tokens).softmax(dim=1),

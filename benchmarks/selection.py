@@ -38,6 +38,7 @@ from program import about, command, content, place, refuse, save
 from turns import in_turns, ratio, seconds
 from vlmprune import METHODS, select
 from vlmprune.hosts.attention import attention_of
+from vlmprune.method import Method
 from vlmprune.methods.bases.learned import Learned
 from vlmprune.runtime.attention.taps import Tap, tapped
 from vlmprune.select import duplicates
@@ -242,8 +243,15 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def memory_of_all(tokens: int, json_path: Path | None) -> None:
-    """Peaks of all methods but those that are trained: of these the module counts, not a choice."""
-    names = [name for name, cls in METHODS.items() if not issubclass(cls, Learned)]
+    """Peaks of all methods that choose among a prompt's tokens by a rule.
+
+    Of those that are trained the module counts, and Recall chooses at each step.
+    """
+    names = [
+        name
+        for name, cls in METHODS.items()
+        if not issubclass(cls, Learned) and cls.recall is Method.recall
+    ]
     found = [peaks.peak_of(name, tokens) for name in track(names, description="Methods")]
     print(peaks.markdown(found))
     save(json_path, [asdict(one) for one in found])
@@ -263,7 +271,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="The tower's precision.")] = "float32",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures.")] = None,
     memory: Annotated[bool, typer.Option("--memory", help="Peaks of all methods only.")] = False,
-    tokens: Annotated[int, typer.Option(help="Visual tokens for --memory.", min=64)] = 16384,
+    tokens: Annotated[int, typer.Option(help="Visual tokens for --memory.", min=256)] = 16384,
 ) -> None:
     """Compare VisPruner's selection as released with vlmprune's."""
     if memory:

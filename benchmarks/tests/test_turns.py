@@ -21,6 +21,8 @@ import selection
 import skipping
 import turns
 from page_parts import ROOT
+from vlmprune import METHODS
+from vlmprune.methods.bases.learned import Learned
 
 CPU = torch.device("cpu")
 
@@ -126,3 +128,13 @@ def test_mistakes_are_told(main: Any, words: list[str], message: str) -> None:
     done = run(main, *words)
     assert done.exit_code == 2
     assert message in " ".join(done.output.split())
+
+
+def test_peaks_of_every_choice_by_a_rule_are_measured(tmp_path: Path) -> None:
+    file = tmp_path / "peaks.json"
+    done = run(selection.main, "--memory", "--tokens", "256", "--json", str(file))
+    assert done.exit_code == 0, done.output
+    measured = {row["method"]: row["choosing"] for row in json.loads(file.read_text())}
+    learned = {name for name, cls in METHODS.items() if issubclass(cls, Learned)}
+    assert set(METHODS) - set(measured) == {*learned, "recall"}
+    assert measured["fastervlm"] < measured["vispruner"]

@@ -52,8 +52,9 @@ class VisPruner(WithBudget):
     crop has as many. A tower without a CLS token (SigLIP) is scored by the attention that its last
     layer's queries give, averaged.
 
-    Shapes: attention [crops, N], features [crops, N, C] → kept [crops, N]. Memory: similarities of
-    all tokens of a crop that are not important, which is quadratic: 2 GiB at 16,384 tokens.
+    Shapes: attention [crops, N], features [crops, N, C] → kept [crops, N]. Memory: unit vectors of
+    a crop's tokens that are not important and, on the CPU, at most 16 MiB of their similarities at
+    a time; on a GPU all of them, which is quadratic: 1 GiB at 16,384 tokens.
 
     Raises:
         VlmpruneError: a value is out of range; one sentence names it.
