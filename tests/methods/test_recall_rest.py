@@ -68,6 +68,16 @@ def test_behind_another_method_and_among_beams() -> None:
         assert distance(found["none"], found["mean"]) > DIFFERENT
 
 
-def test_another_word_is_refused() -> None:
-    with pytest.raises(VlmpruneError, match="rest"):
-        Recall(rest="median")  # type: ignore[arg-type]
+def test_settings_that_are_none_are_refused() -> None:
+    wrong: dict[str, tuple[dict[str, Any], str]] = {
+        "rest": ({"rest": "median"}, "^rest='median' is not known"),
+        "always": ({"always": 1}, "^always=1 is not known; use True or False"),
+        "sketch": (
+            {"sketch": "exact", "store": "host"},
+            '^sketch="exact" reads every key at each step, which store="host" would fetch; use ',
+        ),
+    }
+    for settings, said in wrong.values():
+        with pytest.raises(VlmpruneError, match=said):
+            Recall(**settings)
+    Recall(rest="none", always=True, sketch="exact", store="device")

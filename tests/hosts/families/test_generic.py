@@ -18,6 +18,7 @@ from answers import DIFFERENT, TOLERANCE, distance
 from unrecorded import MAKES, SIDE, built_by, cohere2_vision, deepseek_vl, got_ocr2, request
 from vlmprune import VisPruner, VlmpruneError
 from vlmprune.hosts.families import FAMILIES
+from vlmprune.hosts.families.generic import unfit
 from vlmprune.runtime.encoder import trial
 from vlmprune.runtime.family import family_of
 from zoo.base import IMAGE, TEXT
@@ -189,6 +190,52 @@ def test_unfit_classes_are_refused_by_name(make: Callable[[], Any], why: str) ->
         VisPruner(keep=0.5).attach(built)
     said = f"vlmprune cannot follow {type(built).__name__}: {why}; `vlmprune models` lists"
     assert str(refusal.value).startswith(said)
+
+
+def other_first(built: Any) -> None:
+    own = built.model.get_image_features
+    built.model.get_image_features = lambda sizes, pixel_values: own(pixel_values)
+
+
+def unplaced(built: Any) -> None:
+    # Past the config's own checks.
+    vars(built.config)["image_token_id"] = None
+
+
+def blind(built: Any) -> None:
+    built.config.vision_config = None
+
+
+def encoding(built: Any) -> None:
+    built.config.is_encoder_decoder = True
+
+
+def turning(built: Any) -> None:
+    built.model.get_rope_index = lambda *_: None
+
+
+def sparse(built: Any) -> None:
+    built.config.text_config.layer_types = ["sparse", *["full_attention"] * 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (other_first, "its get_image_features does not begin with pixel_values"),
+        (unplaced, "its config has no image_token_id"),
+        (blind, "its config has no vision_config"),
+        (encoding, "its language model has an encoder of its own"),
+        (turning, "its visual tokens have three positions each"),
+        (sparse, "its language model has layers of sparse"),
+    ],
+)
+def test_what_a_class_says_of_itself_is_told_without_a_trial(
+    change: Callable[[Any], Any], why: str
+) -> None:
+    built = built_by(cohere2_vision)
+    assert unfit(built) is None
+    change(built)
+    assert unfit(built) == why
 
 
 def test_images_of_another_size_are_refused() -> None:

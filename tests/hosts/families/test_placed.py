@@ -155,6 +155,21 @@ def test_odd_frames_are_refused(name: str) -> None:
 
 
 @pytest.mark.skipif("gemma4_small" not in ZOO, reason="this release has no Gemma 4")
+def test_a_pooling_that_mixes_squares_is_refused() -> None:
+    built, entry = ZOO["gemma4_small"].build(), ZOO["gemma4_small"]
+    inputs = entry.request(built, [["image"]]).inputs
+
+    def mixed(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        states = kwargs["hidden_states"]
+        return args, kwargs | {"hidden_states": (states + states.roll(1, 1)) / 2}
+
+    built.model.vision_tower.pooler.register_forward_pre_hook(mixed, with_kwargs=True)
+    said = "^Gemma4.* does not make a visual token of each square of patches, so its tokens cannot"
+    with choosing("gemma4_small")(built), pytest.raises(VlmpruneError, match=said):
+        generate(built, inputs)
+
+
+@pytest.mark.skipif("gemma4_small" not in ZOO, reason="this release has no Gemma 4")
 def test_inputs_of_each_layer_are_those_of_the_kept_tokens() -> None:
     """They are made of ids, in which placeholders are padding: the shorter ids make them right."""
     entry = ZOO["gemma4_small"]

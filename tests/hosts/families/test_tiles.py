@@ -239,6 +239,20 @@ def test_a_tower_with_another_selection_is_refused() -> None:
         VisPruner(keep=0.5).attach(built)
 
 
+def test_a_merging_that_uses_a_patch_twice_is_refused() -> None:
+    built = ZOO["internvl"].build()
+    inputs = ZOO["internvl"].request(built, [["image"]]).inputs
+    plain = built.model.pixel_shuffle
+
+    def shuffle(vision_features: Tensor, scale_factor: float) -> Tensor:
+        return plain(vision_features.roll(1, 1).maximum(vision_features), scale_factor)
+
+    built.model.pixel_shuffle = shuffle
+    said = "^InternVL.* cannot merge 6 x 6 patches of a tile into whole squares; pass what "
+    with VisPruner(keep=0.5)(built), pytest.raises(VlmpruneError, match=said):
+        generate(built, inputs)
+
+
 @given(st.lists(st.lists(st.integers(1, 7), max_size=4), min_size=1, max_size=3), st.booleans())
 def test_runs_of_placeholders_are_images(rows: list[list[int]], left: bool) -> None:
     """Tiles of each image, from ids alone, over random counts, paddings and places."""

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from stock import CACHE, cache_of
 from tiny import model, request
@@ -29,3 +31,38 @@ def test_a_forward_that_fails_leaves_no_word_with_a_layer() -> None:
         hook.remove()
     with pytest.raises(VlmpruneError, match="lacks columns"):
         cache.layers[2].check_alone()
+
+
+class Grown(DynamicLayer):
+    """A layer of another class than the usual one."""
+
+
+def of_another_class() -> DynamicCache:
+    """A cache that makes layers of another class as they are needed."""
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = Grown
+    return cache
+
+
+def of_a_shallower_model() -> DynamicCache:
+    """A cache with two layers that makes no third one."""
+    cache = DynamicCache()
+    cache.layers = [DynamicLayer(), DynamicLayer()]
+    cache.layer_class_to_replicate = None
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (of_another_class, "it holds Growns, not DynamicLayers"),
+        (of_a_shallower_model, "it has 2 layers where number 2 is due"),
+    ],
+)
+def test_a_cache_whose_later_layers_turn_out_another_is_told(make: Any, said: str) -> None:
+    built = model()
+    inputs = request(built, [1]).inputs
+    with FastV(keep=4, layer=2)(built), torch.no_grad():
+        built(**inputs, **{CACHE: DynamicCache()})
+        with pytest.raises(VlmpruneError, match=said):
+            built(**inputs, **{CACHE: make()})
