@@ -45,10 +45,10 @@ def test_sampling(family: str, policy: Any) -> None:
     assert not torch.equal(pruned, again)
 
 
-@FAMILIES
 @POLICIES
-def test_beams(family: str, policy: Any) -> None:
-    built = model(family)
+def test_beams(policy: Any) -> None:
+    """Under either policy; other families and methods are in `runtime/test_matrix.py`."""
+    built = model()
     req = request(built, [1, 1])
     options = {"num_beams": 3, "do_sample": False, "max_new_tokens": 8}
     with VisPruner(keep=4, positions=policy)(built) as handle:

@@ -18,15 +18,25 @@ from vlmprune import VisPruner, VlmpruneError
 
 pytestmark = pytest.mark.oracle
 
-POLICIES = pytest.mark.parametrize("policy", ["compact", "original"])
-FAMILIES = pytest.mark.parametrize("family", ["llava", "llava_next"])
+# Each way with and without an image, alone and in a batch; families and policies take turns, so
+# that each pair of any two settings is there.
+WAYS = [
+    ("llava", "compact", "whole", False, [1]),
+    ("llava_next", "original", "whole", False, [1, 2]),
+    ("llava_next", "compact", "whole", True, [1]),
+    ("llava", "original", "whole", True, [1, 2]),
+    ("llava_next", "original", "new ids", False, [1]),
+    ("llava", "compact", "new ids", False, [1, 2]),
+    ("llava", "original", "new ids", True, [1]),
+    ("llava_next", "compact", "new ids", True, [1, 2]),
+    ("llava", "original", "copied cache", False, [1]),
+    ("llava_next", "compact", "copied cache", False, [1, 2]),
+    ("llava_next", "original", "copied cache", True, [1]),
+    ("llava", "compact", "copied cache", True, [1, 2]),
+]
 
 
-@FAMILIES
-@POLICIES
-@pytest.mark.parametrize("how", ["whole", "new ids", "copied cache"])
-@pytest.mark.parametrize("new_image", [False, True])
-@pytest.mark.parametrize("rows", [[1], [1, 2]])
+@pytest.mark.parametrize(("family", "policy", "how", "new_image", "rows"), WAYS)
 def test_second_turn(family: str, policy: Any, how: str, new_image: bool, rows: list[int]) -> None:
     """Two turns over one cache equal one long prompt that holds both turns."""
     built = model(family)
