@@ -1,6 +1,6 @@
 #!/bin/sh
-# Make the environment of `make test-processors`: the tests' own, and torchvision beside torch's CPU
-# build, without what torchvision would bring along.
+# Make the environment of `make test-processors`: the tests' own, what SmolVLM's processor reads
+# numbers with, and torchvision beside torch's CPU build, without what it would bring along.
 #
 #   sh scripts/setup-processors.sh FOLDER
 #
@@ -10,7 +10,7 @@ set -eu
 folder=$1
 : "${TORCH_INDEX:=}"
 
-CPU=1 sh scripts/setup.sh "$folder" "[test]"
+CPU=1 sh scripts/setup.sh "$folder" "[test]" num2words
 python=$folder/bin/python
 # torchvision 0.n is made for torch 2.(n - 15).
 release=$("$python" -c 'import torch; print(int(torch.__version__.split(".")[1]) + 15)')

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from answers import DIFFERENT, TOLERANCE, distance, generate
-from family_processors import MADE, inputs_of, processor_of, question, served
-from vlmprune import VisPruner
-from zoo import ZOO, Request
+from family_processors import inputs_of, processor_of, question, served
+from made_processors import ABSENT, MADE, SHARED
+from vlmprune import DivPrune, Pruner, VisPruner, VlmpruneError
+from zoo import FILES, UNATTENDED, ZOO, Request
 from zoo_oracle import dropped_columns, masked, others
 
 pytestmark = [
@@ -25,14 +26,29 @@ pytestmark = [
 ]
 
 SIZES = [(100, 70), (64, 130), (90, 90)]  # (height, width)
-FRAMES, RATE = 9, 3
+FRAMES, RATE = 9, 9
+FAMILIES = ZOO | UNATTENDED
 BATCHES: dict[str, list[list[str]]] = {
     "one image": [["image"]],
     "several images": [["image", "image", "image"]],
     "padded batch": [["image", "image"], ["image"]],
     "one video": [["video"]],
     "mixed": [["video", "image"], ["image"]],
+    "videos": [["video", "video"], ["video"]],
 }
+
+
+def makes(family: str, backend: str, batch: str) -> bool:
+    """Whether a family's processor makes such a batch in a way that no other of these does."""
+    made, kinds = MADE[family], {kind for row in BATCHES[batch] for kind in row}
+    if backend == "pil" and (family in SHARED or not made.pil):
+        # To PIL's image processor, which knows nothing of the model, those are one family.
+        return False
+    if "video" in kinds and not made.video_mark:
+        return False
+    return batch != ("mixed" if made.apart else "videos")
+
+
 
 CASES = [
     pytest.param(
@@ -41,13 +57,22 @@ CASES = [
         batch,
         marks=pytest.mark.skipif(not served(family, backend), reason="needs torchvision"),
     )
-    for family, made in MADE.items()
+    for family in MADE
     for backend in ("pil", "torchvision")
-    for batch, rows in BATCHES.items()
-    if family in ZOO
-    and (backend == "torchvision" or made.pil)
-    and (made.video_mark or "video" not in str(rows))
+    for batch in BATCHES
+    if family in FAMILIES and makes(family, backend, batch)
 ]
+
+
+def pruner(family: str, keep: float) -> Pruner:
+    """By attention, or by features where nothing attends in the tower."""
+    return VisPruner(keep=keep) if FAMILIES[family].attends else DivPrune(keep=keep)
+
+
+def test_every_family_has_a_processor_or_says_why_not() -> None:
+    names = {name for file in FILES.values() for name in file.FAMILIES}
+    assert not set(MADE) & set(ABSENT)
+    assert set(MADE) | set(ABSENT) == names
 
 
 def pictures(count: int) -> list[Image.Image]:
@@ -82,19 +107,20 @@ def request(family: str, backend: Any, rows: list[list[str]]) -> Request:
 
 @pytest.mark.parametrize(("family", "backend", "batch"), CASES)
 def test_a_processed_request_equals_masking(family: str, backend: str, batch: str) -> None:
-    entry = ZOO[family]
-    built = entry.build()
+    built = FAMILIES[family].build()
     req = request(family, backend, BATCHES[batch])
     plain = generate(built, req.inputs)
-    with VisPruner(keep=1.0)(built):
+    with pruner(family, 1.0)(built):
         same = generate(built, req.inputs)
     assert all(torch.equal(a, b) for a, b in zip(plain.logits, same.logits, strict=True))
-    with VisPruner(keep=0.4)(built) as handle:
+    with pruner(family, 0.4)(built) as handle:
         pruned = generate(built, req.inputs)
     report = handle.report
     assert report is not None
     # Where nothing says what an image is cut into, each tile is told as one.
     kinds = [kind for row in BATCHES[batch] for kind in row]
+    if MADE[family].frames:
+        kinds = ["image"] * len(kinds)
     assert {layout.kind for layout in report.layouts} == set(kinds)
     assert len(report.layouts) >= len(kinds)
     policy = report.positions.split()[0]
@@ -119,7 +145,7 @@ def test_the_chat_template_makes_a_request_too(family: str, backend: str) -> Non
     if not served(family, backend):
         pytest.skip("needs torchvision")
     made = MADE[family]
-    built, processor = ZOO[family].build(), processor_of(family, backend)  # type: ignore[arg-type]
+    built, processor = FAMILIES[family].build(), processor_of(family, backend)  # type: ignore[arg-type]
     processor.chat_template = TEMPLATE.replace("{{ IMAGE }}", made.mark).replace(
         "{{ VIDEO }}", made.video_mark
     )
@@ -130,7 +156,7 @@ def test_the_chat_template_makes_a_request_too(family: str, backend: str) -> Non
     )
     inputs = inputs_of(processor, given)
     req = Request(inputs, [], [], [], [])
-    with VisPruner(keep=0.4)(built) as handle:
+    with pruner(family, 0.4)(built) as handle:
         pruned = generate(built, inputs)
     report = handle.report
     assert report is not None and len(report.layouts) >= 2
@@ -139,3 +165,15 @@ def test_the_chat_template_makes_a_request_too(family: str, backend: str) -> Non
     assert distance(pruned, expected) < TOLERANCE
     control = masked(built, req, dropped_columns(req, report, others(report)), policy)
     assert distance(pruned, control) > DIFFERENT
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name.startswith("glm")])
+def test_images_beside_videos_are_refused_where_both_have_one_placeholder(family: str) -> None:
+    if not served(family, "torchvision"):
+        pytest.skip("needs torchvision")
+    built, req = FAMILIES[family].build(), request(family, "torchvision", BATCHES["mixed"])
+    with (
+        VisPruner(keep=0.4)(built),
+        pytest.raises(VlmpruneError, match="one placeholder for images and videos"),
+    ):
+        generate(built, req.inputs)
