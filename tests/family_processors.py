@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from made_processors import MADE, Made
+from made_processors import MADE, SHARED, Made
 from zoo.base import BOS, EOS, PAD, WORDS
 
 Backend = Literal["pil", "torchvision"]
@@ -69,6 +69,15 @@ def processor_of(family: str, backend: Backend) -> Any:
     if made.sounds:
         parts["feature_extractor"] = _class(made.sounds)()
     return _class(made.processor)(**parts, **made.more)
+
+
+def backends(family: str) -> list[Backend]:
+    """The image processors that a family's tests are run with.
+
+    Of models that share a processor's class one has PIL's: its pixels differ from torchvision's in
+    rounding, and nothing on the way asks which model they are for.
+    """
+    return ["pil", "torchvision"] if MADE[family].pil and family not in SHARED else ["torchvision"]
 
 
 def served(family: str, backend: str) -> bool:

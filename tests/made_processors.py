@@ -107,7 +107,7 @@ _FRAMES = {"size": _SQUARE, "do_sample_frames": True, "num_frames": FRAMES}
 _SIZES = {
     "patch_size": QWEN_PATCH,
     "merge_size": MERGE,
-    "size": {"shortest_edge": 64, "longest_edge": 10000},
+    "size": {"shortest_edge": 64, "longest_edge": 4000},
 }
 
 

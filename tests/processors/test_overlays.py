@@ -17,15 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from family_processors import MADE, inputs_of, processor_of, question, served
+from family_processors import backends, inputs_of, processor_of, question, served
+from made_processors import MADE
 from vlmprune import Pruner
 from vlmprune.draw.boxes import token_boxes
 from vlmprune.hosts import contract
 from vlmprune.hosts.decoder import layer_call, states_of, with_states
 from vlmprune.runtime.family import family_of
 from vlmprune.views import EncoderView, Reads, Selection
-from zoo import ZOO
+from zoo import UNATTENDED, ZOO
 from zoo.crops import PATCH
+from zoo.gemma3n import Convolutions
 
 # PaliGemma's processor makes labels of tensors as NumPy takes them no longer.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -33,16 +35,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 # (width, height) of the picture, and the square's (left, top, right, bottom) as shares of it.
 SIZES = [(160, 120), (100, 150)]
 SQUARES = [(0.56, 0.28, 0.74, 0.45), (0.28, 0.56, 0.44, 0.74)]
+FAMILIES = ZOO | UNATTENDED
 CASES = [
     pytest.param(
         family,
         backend,
         marks=pytest.mark.skipif(not served(family, backend), reason="needs torchvision"),
     )
-    for family, made in MADE.items()
-    if family in ZOO
-    for backend in ("pil", "torchvision")
-    if backend == "torchvision" or made.pil
+    for family in MADE
+    if family in FAMILIES
+    for backend in backends(family)
 ]
 
 
@@ -69,14 +71,20 @@ class Brightest(Pruner):
 
 @contextmanager
 def idle(built: Any, inputs: Any) -> Iterator[None]:
-    """Let the layers of the tower hand on what they are given."""
+    """Let the layers of the tower hand on what they are given, and convolutions see one place."""
 
     def nothing(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         given = layer_call(module, args, kwargs).hidden
         return with_states(output, given.view(states_of(output).shape))
 
+    medium = family_of(built).media[0]
+    for module in built.modules():
+        if isinstance(module, Convolutions):
+            around = torch.ones_like(module.second.weight, dtype=torch.bool)
+            around[..., 1, 1] = False
+            module.second.weight.data.masked_fill_(around, 0.0)
     with ExitStack() as stack:
-        for layer in family_of(built).media[0].encoder(built, inputs).layers:
+        for layer in () if medium.unattended else medium.encoder(built, inputs).layers:
             hook = layer.register_forward_hook(nothing, prepend=True, with_kwargs=True)
             stack.callback(hook.remove)
         yield
@@ -92,7 +100,7 @@ def covered(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 @pytest.mark.parametrize(("family", "backend"), CASES)
 def test_kept_boxes_lie_where_the_square_is(family: str, backend: Any) -> None:
-    built, processor = ZOO[family].build(), processor_of(family, backend)
+    built, processor = FAMILIES[family].build(), processor_of(family, backend)
     record = family_of(built)
     if not record.media[0].overlay:
         pytest.skip("no picture is drawn of it")

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from answers import DIFFERENT, TOLERANCE, distance, generate
-from family_processors import inputs_of, processor_of, question, served
-from made_processors import ABSENT, MADE, SHARED
+from answers import DIFFERENT, distance, generate
+from family_processors import backends, inputs_of, processor_of, question, served
+from made_processors import ABSENT, MADE
+from shortened import tolerance
 from vlmprune import DivPrune, Pruner, VisPruner, VlmpruneError
 from zoo import FILES, UNATTENDED, ZOO, Request
 from zoo_oracle import dropped_columns, masked, others
@@ -38,16 +39,12 @@ BATCHES: dict[str, list[list[str]]] = {
 }
 
 
-def makes(family: str, backend: str, batch: str) -> bool:
-    """Whether a family's processor makes such a batch in a way that no other of these does."""
+def makes(family: str, batch: str) -> bool:
+    """Whether a family's processor makes such a batch; those of videos alone only of few."""
     made, kinds = MADE[family], {kind for row in BATCHES[batch] for kind in row}
-    if backend == "pil" and (family in SHARED or not made.pil):
-        # To PIL's image processor, which knows nothing of the model, those are one family.
-        return False
     if "video" in kinds and not made.video_mark:
         return False
     return batch != ("mixed" if made.apart else "videos")
-
 
 
 CASES = [
@@ -58,9 +55,10 @@ CASES = [
         marks=pytest.mark.skipif(not served(family, backend), reason="needs torchvision"),
     )
     for family in MADE
-    for backend in ("pil", "torchvision")
+    if family in FAMILIES
+    for backend in backends(family)
     for batch in BATCHES
-    if family in FAMILIES and makes(family, backend, batch)
+    if makes(family, batch)
 ]
 
 
@@ -126,7 +124,7 @@ def test_a_processed_request_equals_masking(family: str, backend: str, batch: st
     policy = report.positions.split()[0]
     expected = masked(built, req, dropped_columns(req, report), policy)
     assert torch.equal(pruned.sequences, expected.sequences)
-    assert distance(pruned, expected) < TOLERANCE
+    assert distance(pruned, expected) < tolerance(built)
     control = masked(built, req, dropped_columns(req, report, others(report)), policy)
     assert distance(pruned, control) > DIFFERENT
 
@@ -162,7 +160,7 @@ def test_the_chat_template_makes_a_request_too(family: str, backend: str) -> Non
     assert report is not None and len(report.layouts) >= 2
     policy = report.positions.split()[0]
     expected = masked(built, req, dropped_columns(req, report), policy)
-    assert distance(pruned, expected) < TOLERANCE
+    assert distance(pruned, expected) < tolerance(built)
     control = masked(built, req, dropped_columns(req, report, others(report)), policy)
     assert distance(pruned, control) > DIFFERENT
 
