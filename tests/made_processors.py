@@ -284,6 +284,8 @@ MADE: dict[str, Made] = {
         {"image_seq_length": TOKENS},
         videos="internvl.InternVL",
         video_settings={"size": _TILE, "do_sample_frames": True, "num_frames": FRAMES},
+        video_mark="<video>",
+        frames=True,
     ),
     "aya_vision": Made(
         "aya_vision.processing_aya_vision.AyaVisionProcessor",
