@@ -60,6 +60,7 @@ test-train: $(VENV_TRL)/.trl
 # What the families' own processors make of pictures, with torchvision, which nothing else needs.
 test-processors: $(VENV_PROCESSORS)/.processors
 	OMP_NUM_THREADS=1 VLMPRUNE_TEST_TORCHVISION=1 $(VENV_PROCESSORS)/bin/python -m pytest -n auto tests/processors
+
 # The examples: `transformers serve` with a pruner, and a chat, in Chromium where there is one.
 test-serve: $(VENV_SERVE)/.serve
 	OMP_NUM_THREADS=1 $(VENV_SERVE)/bin/python -m pytest -rs examples/tests
@@ -107,7 +108,8 @@ $(VENV_TRL)/.trl: $(SETUP)
 	@sh scripts/setup.sh $(VENV_TRL) "[test]" "trl>=1.16,<2" "datasets>=4"
 	@touch $@
 
-$(VENV_PROCESSORS)/.processors: $(SETUP) scripts/setup-processors.sh
+$(VENV_PROCESSORS)/.processors: $(SETUP) scripts/setup-processors.sh \
+  tests/vllm/bootstrap/torchvision_operators.py
 	@sh scripts/setup-processors.sh $(VENV_PROCESSORS)
 	@touch $@
 

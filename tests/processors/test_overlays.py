@@ -40,7 +40,9 @@ CASES = [
     pytest.param(
         family,
         backend,
-        marks=pytest.mark.skipif(not served(family, backend), reason="needs torchvision"),
+        marks=pytest.mark.skipif(
+            not served(family, backend), reason="needs what `make test-processors` installs"
+        ),
     )
     for family in MADE
     if family in FAMILIES

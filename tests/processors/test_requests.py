@@ -49,7 +49,9 @@ def makes(family: str, batch: str) -> bool:
 
 def case(family: str, backend: Backend, *more: str) -> Any:
     """A case of a test, skipped where this environment cannot build the processor."""
-    skip = pytest.mark.skipif(not served(family, backend), reason="needs torchvision")
+    skip = pytest.mark.skipif(
+        not served(family, backend), reason="needs what `make test-processors` installs"
+    )
     return pytest.param(family, backend, *more, marks=skip)
 
 
