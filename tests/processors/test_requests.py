@@ -40,7 +40,7 @@ BATCHES: dict[str, list[list[str]]] = {
 
 
 def makes(family: str, batch: str) -> bool:
-    """Whether a family's processor makes such a batch; those of videos alone only of few."""
+    """Whether a family's processor makes such a batch: the mixed one or, if none can be, videos."""
     made, kinds = MADE[family], {kind for row in BATCHES[batch] for kind in row}
     if "video" in kinds and not made.video_mark:
         return False
