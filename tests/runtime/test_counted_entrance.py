@@ -14,6 +14,7 @@ from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 from answers import DIFFERENT, TOLERANCE, distance, generate
 from counted_cases import CASES, built, request
 from rows_alone import apart, exchanged, kept_columns, padding_apart, shortened
+from shortened import tolerance
 from vlmprune import PLPHP, RandomTokens, UniformGrid, VlmpruneError
 from vlmprune.hosts.contract import ContractError
 from zoo.base import IMAGE, TEXT
@@ -65,7 +66,7 @@ def test_a_plain_forward_is_the_prompt_of_generate(name: str) -> None:
     with RandomTokens(keep=0.4)(model), torch.no_grad():
         plain = model(**inputs).logits[:, -1]
         found = generate(model, inputs, max_new_tokens=1).logits[0]
-    assert float((plain - found).abs().max()) < TOLERANCE
+    assert float((plain - found).abs().max()) < tolerance(model)
 
 
 @every
@@ -88,9 +89,9 @@ def test_beams_and_answers_without_a_cache_are_the_same(name: str) -> None:
         found = generate(model, inputs)
         anew = generate(model, inputs, use_cache=False)
         beams = generate(model, inputs, num_beams=2, max_new_tokens=1)
-    assert distance(found, anew) < TOLERANCE
+    assert distance(found, anew) < tolerance(model)
     first = beams.logits[0].unflatten(0, (2, 2))[:, 0]
-    assert float((first - found.logits[0]).abs().max()) < TOLERANCE
+    assert float((first - found.logits[0]).abs().max()) < tolerance(model)
 
 
 @every
@@ -107,7 +108,7 @@ def test_a_later_turn_goes_on(name: str) -> None:
         found = generate(model, {**turn, **cache}, max_new_tokens=3)
     placed = positions_of(model, inputs)
     expected = shortened(model, inputs, kept, found.sequences, placed)
-    assert apart(found.logits, expected[-3:]) < TOLERANCE
+    assert apart(found.logits, expected[-3:]) < tolerance(model)
 
 
 @pytest.mark.parametrize("name", ["got_ocr2"])

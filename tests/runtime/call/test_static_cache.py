@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import CompileConfig
 
 from answers import DIFFERENT, TOLERANCE, distance, generate
@@ -87,6 +89,11 @@ def test_a_static_cache_with_a_sliding_window(name: str) -> None:
     entry = WINDOWED[name]
     built = entry.build()
     req = entry.request(built, [["image"], ["image", "image"]])
+    try:
+        generate(built, req.inputs, **STATIC)
+    except IndexError:
+        assert name == "gemma3" and Version(transformers.__version__) < Version("5.17")
+        pytest.skip("this release's Gemma 3 takes no static cache, without a pruner either")
     with VisPruner(keep=0.75)(built):
         wanted = generate(built, req.inputs)
         found = generate(built, req.inputs, **STATIC)
