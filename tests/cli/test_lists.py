@@ -17,6 +17,17 @@ def test_version_and_help():
             assert command in text
 
 
+@pytest.mark.parametrize("command", ["methods", "models"])
+def test_what_takes_a_while_to_start_says_so_on_a_terminal(command, monkeypatch):
+    """Where nobody looks, in a pipe or a file, it says nothing."""
+    usual = call(command)
+    assert usual.exit_code == 0 and usual.stderr == ""
+    # What Rich takes for a terminal.
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm")):
+        monkeypatch.setenv(name, value)
+    assert "Starting…" in call(command).stderr
+
+
 @pytest.mark.parametrize(
     ("model", "keep", "tokens", "before", "after", "megabytes"),
     [

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlmprune.cli.options import AsJson, Texts
-from vlmprune.cli.printing import console, plain_grid, print_json, ruled_table
+from vlmprune.cli.printing import console, plain_grid, print_json, progress, ruled_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,9 +26,10 @@ def methods(
 
     A result is reusable where what is kept of an image serves all questions about it.
     """
-    from vlmprune import catalog
+    with progress("Starting…"):
+        from vlmprune import catalog
 
-    found = catalog.methods(names or ())
+        found = catalog.methods(names or ())
     if as_json:
         print_json(found)
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vlmprune.cli.options import AsJson
-from vlmprune.cli.printing import console, plain_grid, print_json
+from vlmprune.cli.printing import console, plain_grid, print_json, progress
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 def models(as_json: AsJson = False) -> None:
     """List the supported models."""
-    from vlmprune import catalog
+    with progress("Starting…"):
+        from vlmprune import catalog
 
-    found = catalog.models()
+        found = catalog.models()
     if as_json:
         print_json(found)
     else:
