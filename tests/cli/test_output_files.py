@@ -232,7 +232,17 @@ def _started(*words: str, **given: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("words", [("plan", "llava-1.5-7b"), ("plan", "llava-1.5-7b", "--json")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "llava-1.5-7b"),
+        ("plan", "llava-1.5-7b", "--json"),
+        (),
+        ("--help",),
+        ("plan", "--help"),
+    ],
+    ids=" ".join,
+)
 def test_a_closed_pipe_ends_a_command_without_a_word(words: tuple[str, ...]) -> None:
     reading, writing = os.pipe()
     os.close(reading)

@@ -56,6 +56,11 @@ def _mistakes() -> Iterator[None]:
         raise typer.Exit(2) from None
     except BrokenPipeError:
         raise typer.Exit(CLOSED) from None
+    except SystemExit as ended:
+        # What Rich makes of a closed pipe, in tables and in the help, which Typer lets it print.
+        if isinstance(ended.__context__, BrokenPipeError):
+            raise typer.Exit(CLOSED) from None
+        raise
     except OSError as error:
         # Files of ours say so themselves, so that one without a name is where results are printed.
         if error.errno in FULL:
