@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -31,6 +33,8 @@ def no_loading(monkeypatch):
         (("run", COFFEE, "\udcff?"), "holds bytes that are no text"),
         (("run", COFFEE, COFFEE), "the question is missing"),
         (("run", "nowhere.jpg", QUESTION), "image 'nowhere.jpg' does not exist"),
+        (("run", COFFEE, "is", "there", "a cat?"), "'is' does not exist; if it is a word of the qu"),
+        (("run", COFFEE, "two.png", QUESTION), "image 'two.png' does not exist; give the path"),
         (("run", __file__, QUESTION), "cannot be opened as a picture"),
         (("run", str(embedded.scenes()), QUESTION), "cannot be opened as a picture"),
         (("run", COFFEE, QUESTION, "--keep", "0"), "keep=0 leaves no visual tokens"),
@@ -180,6 +184,17 @@ def test_a_processor_that_needs_torchvision(monkeypatch):
 
     monkeypatch.setattr(AutoProcessor, "from_pretrained", missing)
     assert "pip install torchvision" in sentence("run", COFFEE, QUESTION)
+
+
+@pytest.mark.parametrize(("name", "slow"), [("nowhere.jpg", False), (COFFEE, True)])
+def test_a_missing_picture_is_told_before_anything_slow_is_imported(name, slow):
+    code = (
+        "import sys; from vlmprune.cli import app\n"
+        f"try: app(['run', {name!r}, 'why?', '--keep', '0'])\n"
+        "except SystemExit as ended: print(ended.code, 'torch' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stdout.split() == ["2", str(slow)], ran.stderr
 
 
 def test_no_overlay_is_left_by_a_mistake(tmp_path):

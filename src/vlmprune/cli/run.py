@@ -87,6 +87,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Answer a question about pictures, with and without pruning."""
+    _check_images(images)
     with progress("Starting…") as say:
         from vlmprune import spec
         from vlmprune.draw.recall import ENDINGS
@@ -198,6 +199,25 @@ def _check_question(question: str) -> str:
             "write it in that."
         )
     return question
+
+
+def _check_images(images: list[str]) -> None:
+    """Refuse what is no file, before anything slow; so are the words of a question without quotes."""
+    from pathlib import Path
+
+    from vlmprune.io.pictures import SUFFIXES, check_file
+
+    for number, image in enumerate(images):
+        try:
+            check_file(image)
+        except VlmpruneError as error:
+            missing = isinstance(error.__cause__, FileNotFoundError)
+            if not number or not missing or Path(image).suffix.lower() in SUFFIXES:
+                raise
+            raise VlmpruneError(
+                f"image {image!r} does not exist; if it is a word of the question, put that in "
+                'quotes, as in: vlmprune run photo.jpg "What is this?"'
+            ) from error
 
 
 def _print_outcome(model: str, method: str, question: str, outcome: BothWays) -> None:

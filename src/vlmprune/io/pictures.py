@@ -124,7 +124,7 @@ def to_rgb(image: Image.Image, white: int | None = None) -> Image.Image:
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     """A picture's file, opened; what goes wrong with it inside is told in one sentence."""
-    _check_file(str(path))
+    check_file(str(path))
     with _told(f"image {str(path)!r}"), Image.open(path) as image:
         yield image
 
@@ -163,8 +163,12 @@ def _told(name: str) -> Iterator[None]:
             ) from error
 
 
-def _check_file(name: str) -> None:
-    """Refuse what is no file that could hold a picture."""
+def check_file(name: str) -> None:
+    """Refuse what is no file that could hold a picture.
+
+    Raises:
+        VlmpruneError: it is none; caused by FileNotFoundError where nothing has that name.
+    """
     try:
         about = Path(name).stat()
     except (FileNotFoundError, NotADirectoryError) as error:
