@@ -46,6 +46,8 @@ def test_pictures_and_a_question(quick: None, tmp_path: Path) -> None:
     assert "embedded model on 2 pictures, 2 questions" in shown and "agreement" in shown
     assert shown.index("keep 25 %") < shown.index("\n  random") < shown.index("\n  vispruner")
     assert shown.count("where is the <b>cat</b>?") == 2
+    asked = [line.split()[0] for line in shown.splitlines() if "<b>cat</b>?" in line]
+    assert asked == ["coffee.jpg", "grass.jpg"]
     assert max(map(len, shown.partition("agreement: ")[0].splitlines())) <= 80
 
     folder = tmp_path / "compare"

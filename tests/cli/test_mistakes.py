@@ -33,7 +33,10 @@ def no_loading(monkeypatch):
         (("run", COFFEE, "\udcff?"), "holds bytes that are no text"),
         (("run", COFFEE, COFFEE), "the question is missing"),
         (("run", "nowhere.jpg", QUESTION), "image 'nowhere.jpg' does not exist"),
-        (("run", COFFEE, "is", "there", "a cat?"), "'is' does not exist; if it is a word of the qu"),
+        (
+            ("run", COFFEE, "is", "there", "a cat?"),
+            "'is' does not exist; if it is a word of the qu",
+        ),
         (("run", COFFEE, "two.png", QUESTION), "image 'two.png' does not exist; give the path"),
         (("run", __file__, QUESTION), "cannot be opened as a picture"),
         (("run", str(embedded.scenes()), QUESTION), "cannot be opened as a picture"),

@@ -184,7 +184,8 @@ def compare(
     if as_json:
         print_json(content | {"files": {name: str(path) for name, path in targets.items()}})
     else:
-        _print(result, facts, targets, folder / "answers", bool(pictures))
+        own = [Path(one).name for one in pictures or () for _ in question or ()]
+        _print(result, facts, targets, folder / "answers", own)
 
 
 def _check_together(
@@ -215,7 +216,11 @@ def _check_together(
 
 
 def _print(
-    result: Comparison, facts: dict[str, Any], targets: dict[str, Path], answers: Path, own: bool
+    result: Comparison,
+    facts: dict[str, Any],
+    targets: dict[str, Path],
+    answers: Path,
+    own: list[str],
 ) -> None:
     from rich.text import Text
 
@@ -227,10 +232,10 @@ def _print(
     out.print()
     out.print(_table(result, out.width))
     out.print()
-    if own:
-        for shown in result.shown:
-            out.print(_answers(result, shown.question, [one.text for one in shown.answers]))
-            out.print()
+    # Of a task nothing is shown here.
+    for name, shown in zip(own, result.shown, strict=False):
+        out.print(_answers(result, name, shown.question, [one.text for one in shown.answers]))
+        out.print()
     for one in result.skipped:
         out.print(f"left out: {one.spec}: {one.reason}", markup=False, soft_wrap=True)
     lines = [_scored(result)]
@@ -285,14 +290,14 @@ def _table(result: Comparison, width: int) -> Table:
     return table
 
 
-def _answers(result: Comparison, question: str, texts: list[str]) -> Table:
-    """What all configurations answered to one question."""
+def _answers(result: Comparison, picture: str, question: str, texts: list[str]) -> Table:
+    """What all configurations answered to one question about one picture."""
     from rich.text import Text
 
     from vlmprune.study.wording import budget
 
     table = ruled_table()
-    for title in ("", Text(question), ""):
+    for title in (Text(picture), Text(question), ""):
         table.add_column(title, overflow="fold")
     for row, text in zip(result.rows, texts, strict=True):
         name = row.name if row.keep is None else f"{row.name}, {budget(row.keep)}"
