@@ -15,7 +15,7 @@ from typing import Any
 import gradio as gr
 from transformers import TextIteratorStreamer
 
-from vlmprune import VlmpruneError, spec
+from vlmprune import Pruner, VlmpruneError, spec
 from vlmprune.io import models, options, sources
 from vlmprune.io.pictures import as_seen
 from vlmprune.study import one_question
@@ -25,12 +25,23 @@ History = list[dict[str, str]]
 Shown = tuple[History, Any, str]
 
 
+def pruner(method: str, keep: float) -> Pruner:
+    """The method with its settings, and the slider's budget."""
+    stages = spec.read(method)
+    if not spec.fill(stages, "keep", keep):
+        raise VlmpruneError(
+            f"--method {method} leaves nothing to the slider; name a method that has a setting "
+            "keep, such as vispruner, and leave keep out."
+        )
+    return spec.build(stages)
+
+
 def answering(loaded: models.Loaded, method: str) -> Callable[..., Iterator[Shown]]:
     """What answers a question: word by word, and then with the picture of what was kept."""
 
     def answer(picture: Any, question: str, keep: float, history: History) -> Iterator[Shown]:
         if picture is None or not question.strip():
-            raise gr.Error("Give a picture and a question.")
+            raise gr.Error("Give a picture and a question.", print_exception=False)
         said = {"role": "assistant", "content": ""}
         history = [*history, {"role": "user", "content": question}, said]
         seen = as_seen(picture)
@@ -48,7 +59,7 @@ def answering(loaded: models.Loaded, method: str) -> Callable[..., Iterator[Show
                 words.end()
 
         # Gradio takes each step of this in a thread of its own, and a `with` block is for one.
-        handle = spec.parse(f"{method}:keep={keep / 100}").attach(loaded.model)
+        handle = pruner(method, keep / 100).attach(loaded.model)
         try:
             worker = Thread(target=generate)
             worker.start()
@@ -95,11 +106,13 @@ def main() -> None:
     """Load the model, and serve the page on this machine."""
     asked = argparse.ArgumentParser(description="A chat that shows the visual tokens it keeps.")
     asked.add_argument("--model", help="a folder or an id of the Hub; by default the embedded one")
-    asked.add_argument("--method", default="vispruner", help="a method with a setting keep")
+    asked.add_argument(
+        "--method", default="vispruner", help="a method with a setting keep, and others"
+    )
     asked.add_argument("--port", type=int, help="by default the first free one from 7860 on")
     given = asked.parse_args()
     try:
-        spec.parse(f"{given.method}:keep=0.25")
+        pruner(given.method, 0.25)
         source, place = sources.find_model(given.model), options.choose_device(None)
         loaded = models.load(source, place, options.choose_dtype(None, place))
     except VlmpruneError as error:

@@ -24,6 +24,7 @@ class Pruning(model_manager.ModelManager):
     def _load_model(self, *args: Any, **options: Any) -> Any:
         model = super()._load_model(*args, **options)
         spec.parse(os.environ["VLMPRUNE"]).attach(model)
+        print(f"vlmprune: {args[0]} is pruned by {os.environ['VLMPRUNE']}", file=sys.stderr)
         return model
 
 
@@ -34,3 +35,6 @@ if __name__ == "__main__":
         typer.run(Serve)
     except VlmpruneError as error:
         sys.exit(f"vlmprune: {error}")
+    # A model that is nowhere, or a package that serving lacks: Transformers says which.
+    except (ImportError, OSError) as error:
+        sys.exit(f"transformers serve: {error}")

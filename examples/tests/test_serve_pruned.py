@@ -44,14 +44,15 @@ def environment(spec: str) -> dict[str, str]:
 
 
 @contextmanager
-def serving(spec: str) -> Iterator[str]:
-    """A server with a pruner; gives its address."""
+def serving(spec: str, log: Path | None = None) -> Iterator[str]:
+    """A server with a pruner; gives its address. What it says goes into a file, if one is given."""
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = [sys.executable, str(SCRIPT), str(embedded.path()), "--host", "127.0.0.1"]
     words += ["--port", str(port), "--device", "cpu", "--dtype", "float32"]
-    process = subprocess.Popen(words, env=environment(spec))
+    said = None if log is None else log.open("w", encoding="utf-8")
+    process = subprocess.Popen(words, env=environment(spec), stderr=said)
     address = f"http://127.0.0.1:{port}"
     try:
         end = time.monotonic() + PATIENCE
@@ -67,6 +68,8 @@ def serving(spec: str) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(timeout=60)
+        if said is not None:
+            said.close()
 
 
 @pytest.fixture(scope="module")
@@ -169,14 +172,18 @@ def test_a_question_without_a_picture(server: str) -> None:
     assert whole(server, None, "hello?")["usage"]["completion_tokens"] > 0
 
 
-def test_a_request_that_cannot_be_pruned_is_not_answered() -> None:
-    with serving("vispruner:keep=8,budget=frame") as address:
+def test_a_request_that_cannot_be_pruned_is_not_answered(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with serving("vispruner:keep=8,budget=frame", log) as address:
         with opened(address, request_of(*ASKED[0], True)) as answer:
             found = list(events(answer))
         assert "is for videos, and this request holds none" in found[-1]["error"]
         with pytest.raises(urllib.error.HTTPError) as refused:
             whole(address, *ASKED[0])
         assert refused.value.code == 500
+    said = log.read_text(encoding="utf-8")
+    assert f"vlmprune: {embedded.path()} is pruned by vispruner:keep=8,budget=frame" in said
+    assert "is for videos, and this request holds none" in said
 
 
 def ended(model: Path, spec: str) -> str:
@@ -198,3 +205,5 @@ def test_what_stops_the_server_is_a_sentence(tmp_path: Path) -> None:
         shutil.copy(embedded.path() / name, tmp_path)
     said = ended(tmp_path, "vispruner:keep=8")
     assert said.startswith("vlmprune: ") and "LlamaForCausalLM" in said
+    said = ended(tmp_path / "nowhere", "vispruner:keep=8")
+    assert said.startswith("transformers serve: ") and "nowhere" in said
