@@ -53,6 +53,16 @@ def test_trainer(tmp_path: Path) -> None:
         assert float(model(**inputs, use_cache=False).loss) < float(loss)
 
 
+def test_the_rows_of_the_page_have_answers_and_pictures_of_their_own() -> None:
+    page = training_page.page()
+    assert len(page["rows"]) == 46
+    inputs = page["collate"](page["rows"])
+    assert bool((inputs["labels"] != -100).any(dim=1).all())
+    # All questions about one picture stand together.
+    pictures = inputs["pixel_values"].flatten(1).unique_consecutive(dim=0)
+    assert len(pictures) == len(pictures.unique(dim=0)) == 4
+
+
 def test_packed_samples_give_the_loss_of_single_ones() -> None:
     page = training_page.page()
     model, data = page["model"], rows(3)
