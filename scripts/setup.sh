@@ -29,7 +29,10 @@ if ! "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null; then
     }
 fi
 
-[ -x "$folder/bin/python" ] || "$PYTHON" -m venv "$folder"
+if [ ! -x "$folder/bin/python" ]; then
+    echo "Making a virtual environment in $folder."
+    "$PYTHON" -m venv "$folder"
+fi
 install() { "$folder/bin/python" -m pip install --disable-pip-version-check -q "$@"; }
 
 if ! "$folder/bin/python" -c 'import torch' 2>/dev/null; then
@@ -39,16 +42,17 @@ if ! "$folder/bin/python" -c 'import torch' 2>/dev/null; then
     elif [ -n "$TORCH_INDEX" ]; then
         echo "Installing torch for the CPU."
         install --index-url "$TORCH_INDEX" "torch${EXACT:+==$TORCH}${CPU:+==$TORCH}"
-    elif install "torch==$TORCH+cpu" 2>/dev/null; then
-        echo "Installed torch $TORCH for the CPU."
+    elif echo "Installing torch $TORCH for the CPU." && install "torch==$TORCH+cpu" 2>/dev/null; then
+        :
     elif [ -n "$CPU" ]; then
         echo "pip finds no torch $TORCH for the CPU; set TORCH_INDEX to the CPU package index that" >&2
         echo "pytorch.org names." >&2
         exit 1
     else
         # Where pip's own settings lead to no CPU build, this may bring CUDA along.
-        echo "Installing torch as pip offers it. On Linux that can mean gigabytes of CUDA; to avoid"
-        echo "them, stop and set TORCH_INDEX to the CPU package index that pytorch.org names."
+        echo "pip finds no such build, so installing torch as it offers it. On Linux that can mean"
+        echo "gigabytes of CUDA; to avoid them, stop and set TORCH_INDEX to the CPU package index that"
+        echo "pytorch.org names."
         install "torch${EXACT:+==$TORCH}"
     fi
 fi
