@@ -202,7 +202,7 @@ def _check_question(question: str) -> str:
 
 
 def _check_images(images: list[str]) -> None:
-    """Refuse what is no file, before anything slow; so are the words of a question without quotes."""
+    """Refuse what is no file, as words of a question without quotes, before anything slow."""
     from pathlib import Path
 
     from vlmprune.io.pictures import SUFFIXES, check_file
