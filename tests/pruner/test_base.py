@@ -39,6 +39,7 @@ def test_detaching_gives_the_model_back() -> None:
     before, plain = fingerprint(built), built.generate(**req.inputs, **OPTIONS)
     handle = VisPruner(keep=4).attach(built)
     assert fingerprint(built) != before
+    assert repr(handle).endswith(f"{handle.pruner!r} on LlavaForConditionalGeneration)")
     assert built.generate(**req.inputs, **OPTIONS).shape == plain.shape
     handle.detach()
     handle.detach()

@@ -72,6 +72,9 @@ class Handle(Generic[M]):
         warnings.warn(f"handle.{name} is handle.{new} now", DeprecationWarning, stacklevel=2)
         return getattr(self.attachment, _FORMER[name])
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.pruner!r} on {type(self.model).__name__})"
+
     @property
     def pruner(self) -> M:
         """The method, or the chain."""
