@@ -56,8 +56,8 @@ def bench(
     shape: Annotated[
         Text,
         typer.Option(
-            help="Instead of a model, its class with random weights in this shape: small (for a "
-            "CPU), llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b, …"
+            help="Instead of a model, its class with random weights in this shape: small or "
+            "llava-0.5b (for a CPU), llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b, …"
         ),
     ] = None,
     layers: Annotated[

@@ -116,6 +116,18 @@ def test_qwens_shape_is_the_published_one() -> None:
     assert shapes.depths(shapes.config_of("llava-next-7b", layers=5)) == (5, 24)
 
 
+def test_half_a_billion_weights_for_a_cpu() -> None:
+    """A Qwen2.5-0.5B below its words behind CLIP's ViT-B/16, to which 384 pixels are 576 tokens."""
+    config = shapes.config_of("llava-0.5b")
+    # The published decoder has 0.358 thousand million weights without its words, the tower 0.086;
+    # our projector and the few words that are made up add 0.009.
+    assert shapes.parameters(config) / 1e9 == pytest.approx(0.358 + 0.086 + 0.009, abs=0.001)
+    assert shapes.tokens_per_image(config) == 576 and shapes.images_for(config, 2880) == 5
+    assert shapes.depths(config) == (24, 12)
+    # 24 layers with 2 KV heads of 64, two bytes.
+    assert costs.kv_bytes(config, 1) == 2 * 24 * 2 * 64 * 2
+
+
 @given(st.integers(1, 10**5))
 def test_enough_images(wanted: int) -> None:
     images = shapes.images_for(shapes.config_of("small"), wanted)
