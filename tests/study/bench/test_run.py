@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +93,48 @@ def test_all_ways_take_the_lead_in_turn() -> None:
     rounds = [turns[i : i + 3] for i in (0, 3, 6)]
     assert [one[0] for one in rounds] == ["a", "b", "all tokens"]
     assert all(sorted(one) == ["a", "all tokens", "b"] for one in rounds)
+
+
+@pytest.mark.parametrize("repeat", [1, 2])
+def test_a_light_warm_up(repeat: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tokens and the floors are called once less; what is told is the same."""
+    built, pruners = tiny_work([1]), {"few": VisPruner(4), "cut": PLPHP(r=0.5, dr=0)}
+    calls: list[int] = []
+    timed = bench.timed
+
+    def counted(*given: Any, **named: Any) -> Any:
+        calls.append(1)
+        return timed(*given, **named)
+
+    monkeypatch.setattr(bench, "timed", counted)
+    given: Any = {"new_tokens": 2, "repeat": repeat, "floor": True}
+    whole = bench.compare(built, pruners, **given)
+    # All tokens, two methods, and the floor of each.
+    assert len(calls) == 5 * (1 + repeat)
+    calls.clear()
+    said: list[str] = []
+    light = bench.compare(built, pruners, **given, light=True, say=said.append)
+    assert len(calls) == len(said) == 2 + 5 * repeat
+    assert said[:3] == ["Warming up: few…", "Warming up: cut…", f"Turn 1 of {repeat}: all tokens…"]
+    assert len(set(said)) == len(said)
+    times = ("first_ms", "prefill_ms", "selecting_ms", "total_ms", "decode_tokens_per_second")
+    for one, other in zip(
+        (whole.full, *whole.methods, *whole.floors),
+        (light.full, *light.methods, *light.floors),
+        strict=True,
+    ):
+        for name in times:
+            spread, found = getattr(one, name), getattr(other, name)
+            assert (
+                (spread is None)
+                == (found is None)
+                == (name == "selecting_ms" and one not in whole.methods)
+            )
+            assert found is None or len(found.values) == repeat
+        untimed = dict.fromkeys(times)
+        assert replace(one, **untimed) == replace(other, **untimed)
+    with pytest.raises(ValueError, match="light=True"):
+        bench.compare(built, pruners, 1, 1, light=True, memory=True)
 
 
 def test_the_model_is_given_back() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlmprune import costs
@@ -59,6 +59,13 @@ class _Way:
         with attached(self.pruner, work.model) as handle:
             yield handle, work.inputs
 
+    def count(self, call: Timed, handle: Handle | None) -> None:
+        """Count a call as a turn."""
+        self.calls.append(call)
+        if handle is not None and handle.report is not None:
+            self.report = handle.report
+            self.selecting.append(1000 * handle.report.seconds_selecting)
+
 
 def compare(
     work: Work,
@@ -68,6 +75,7 @@ def compare(
     say: Callable[[str], None] = lambda message: None,
     floor: bool = False,
     memory: bool = False,
+    light: bool = False,
 ) -> BenchResult:
     """Measure all tokens and every pruner, turn by turn, after a warm-up.
 
@@ -79,23 +87,29 @@ def compare(
         say: told what happens, for a progress line.
         floor: measure each method's floor as well.
         memory: measure peaks on a CPU, too, in a call of their own.
+        light: warm up with the pruners alone, whose prompts are short and whose encoder works as
+            any other's: the first call with all tokens, and a floor's first, is a turn then.
 
     Raises:
         VlmpruneError: a number below 1, a pruner that refuses, or too little memory.
+        ValueError: `memory` with `light`, since measuring peaks slows a call down.
     """
     options.at_least_one(new_tokens=new_tokens, repeat=repeat)
+    if light and memory:
+        raise ValueError("memory=True slows down the call that light=True makes a turn; give one.")
     # The pruned ways first, since they may refuse.
     ways = {name: _Way(pruner) for name, pruner in pruners.items()} | {ALL_TOKENS: _Way()}
     floors: dict[str, tuple[str, str]] = {}
     refusal = ""
     with enough_memory(work.model.device):
 
-        def warm(name: str) -> None:
-            say(f"Warming up: {name}…")
-            _warm_up(work, ways[name], new_tokens, memory)
+        def first(name: str) -> None:
+            counts = light and name not in pruners
+            say(f"Turn 1 of {repeat}: {name}…" if counts else f"Warming up: {name}…")
+            _first_call(work, ways[name], new_tokens, memory, counts)
 
         for name in list(ways):
-            warm(name)
+            first(name)
         if floor:
             try:
                 floors, short = _floors(work, {name: ways[name] for name in pruners})
@@ -103,19 +117,18 @@ def compare(
                 refusal, short = str(error), {}
             for name, one in short.items():
                 ways[name] = _Way(floor=one)
-                warm(name)
+                first(name)
         order = list(ways)
         for turn in range(repeat):
             # Whoever comes first has the cooler machine, so all take the lead in turn.
             start = turn % len(order)
             for name in order[start:] + order[:start]:
-                say(f"Turn {turn + 1} of {repeat}: {name}…")
                 way = ways[name]
+                if len(way.calls) > turn:
+                    continue
+                say(f"Turn {turn + 1} of {repeat}: {name}…")
                 with way.on(work) as (handle, inputs):
-                    way.calls.append(timed(work.model, inputs, new_tokens))
-                    if handle is not None and handle.report is not None:
-                        way.report = handle.report
-                        way.selecting.append(1000 * handle.report.seconds_selecting)
+                    way.count(timed(work.model, inputs, new_tokens), handle)
 
     made = {name: _figures(name, way, ways, work) for name, way in ways.items()}
     rows, prompt = processed.ids_of(work.inputs).shape
@@ -161,8 +174,8 @@ def _floors(
     return names, short
 
 
-def _warm_up(work: Work, way: _Way, new_tokens: int, memory: bool) -> None:
-    """Note first tokens, bytes held by the cache at the end, and the peak."""
+def _first_call(work: Work, way: _Way, new_tokens: int, memory: bool, counts: bool) -> None:
+    """Note first tokens, bytes held by the cache at the end, and the peak; the time if it counts."""
     model = work.model
     gpu = model.device.type == "cuda"
     with way.on(work) as (handle, inputs):
@@ -181,6 +194,8 @@ def _warm_up(work: Work, way: _Way, new_tokens: int, memory: bool) -> None:
         if not kept:
             call()
         way.report = None if handle is None else handle.report
+        if counts:
+            way.count(replace(kept[0], cache=None), handle)
     way.first = tuple(kept[0].new[:, 0].tolist())
     way.cached = stored_bytes(kept[0].cache)
 
