@@ -15,15 +15,11 @@ export PYTHON TORCH TORCH_INDEX
 # What an environment is made of; where one of these is newer, it is made anew.
 SETUP = pyproject.toml packages/vlmprune-embedded/pyproject.toml scripts/setup.sh
 
-SCENE = packages/vlmprune-embedded/src/vlmprune_embedded/scenes/coffee.jpg
-QUESTION = what is in row three column one?
-KEEP = 96
 .PHONY: demo test test-oldest test-releases test-between test-newest move-bound test-wheels test-vllm test-processors test-serve test-train lint bench train clean
 
 demo: $(VENV)/.demo
-	@$(VENV)/bin/vlmprune run $(SCENE) "$(QUESTION)" --keep $(KEEP) --save-overlay demo-output/kept.png
-	@echo
-	@$(VENV)/bin/vlmprune plan llava-next-7b --keep 29
+	@echo "Measuring: within 90 seconds on two cores, with QUICK=1 within 20." >&2
+	@$(VENV)/bin/python scripts/first_run.py $(if $(QUICK),--quick)
 
 # One process a core, each with one thread.
 test: $(VENV)/.test

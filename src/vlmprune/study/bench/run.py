@@ -175,7 +175,7 @@ def _floors(
 
 
 def _first_call(work: Work, way: _Way, new_tokens: int, memory: bool, counts: bool) -> None:
-    """Note first tokens, bytes held by the cache at the end, and the peak; the time if it counts."""
+    """Note first tokens, bytes held by the cache at the end, the peak; the time where it counts."""
     model = work.model
     gpu = model.device.type == "cuda"
     with way.on(work) as (handle, inputs):
