@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from commandline import call
 from repository import ROOT
 from vlmprune import embedded
 from vlmprune.errors import VlmpruneError
+from vlmprune.study.bench.results import BenchResult, Quartiles
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -89,6 +91,21 @@ def test_the_times_are_those_of_bench(monkeypatch: Any, capsys: pytest.CaptureFi
     assert "1 of 24 decoder and 2 of 12 vision layers" in said
     # A CPU's seconds say nothing.
     assert not re.search(r"\d m?s\b|tok/s", said)
+
+    # What differs though it is the same work is told, and nothing else.
+    for factor in (1.0, 1.1, 1.5, 0.5):
+        steady = [with_prefill(one, 100 * n) for one, n in zip(results, (1.0, factor), strict=True)]
+        first_run.print_times(steady, 0.5, 0.45)
+        assert (first_run.BUSY in capsys.readouterr().out) == (factor in (1.5, 0.5))
+
+
+def with_prefill(result: BenchResult, pruned: float) -> BenchResult:
+    """A result in which the floor's prefill takes 100 ms and the pruned one so many."""
+    few, floor = (
+        replace(way, prefill_ms=Quartiles.of([ms]))
+        for way, ms in zip((*result.methods, *result.floors), (pruned, 100.0), strict=True)
+    )
+    return replace(result, methods=(few,), floors=(floor,))
 
 
 def test_the_type_is_the_faster_one(monkeypatch: Any) -> None:
