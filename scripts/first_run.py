@@ -39,6 +39,8 @@ DRAWN = Path("demo-output/kept.png")
 SHAPE, TEXT_TOKENS = "llava-0.5b", 64
 VISUAL_TOKENS = (576, 2880)
 """One picture, and as many as LLaVA-NeXT cuts out of one: five."""
+TURNS = 3, 1
+"""Of each, for what takes long differs little from turn to turn."""
 QUICK = 6, 3
 """Layers of the language model and of the tower with `--quick`: a quarter of either."""
 PLANNED, FEWEST = "llava-next-7b", 29
@@ -82,7 +84,7 @@ def fastest() -> tuple[torch.dtype, float]:
 def timed(
     dtype: torch.dtype, layers: int | None, tower_layers: int | None, say: Say
 ) -> list[BenchResult]:
-    """Time the shape with each number of visual tokens: one turn, after a light warm-up."""
+    """Time the shape with each number of visual tokens in its turns, after a light warm-up."""
     pruners = {"pruned": VisPruner(keep=KEEP)}
     works = workload.from_shape(
         *(SHAPE, pruners, CPU, dtype, [1], 1, VISUAL_TOKENS),
@@ -94,12 +96,12 @@ def timed(
     )
     return [
         compare(
-            *(work, pruners, 1, 1),
+            *(work, pruners, 1, turns),
             say=lambda what, work=work: say(f"{work.images} picture(s): {what}"),  # type: ignore[misc]
             floor=True,
             light=True,
         )
-        for work in works
+        for work, turns in zip(works, TURNS, strict=True)
     ]
 
 
@@ -129,8 +131,9 @@ def print_times(results: list[BenchResult], ratio: float, billions: float) -> No
     heading(f"2. The time, measured: a LLaVA of {billions:.2f} billion random weights")
     lines = [
         f"type: {one.dtype}; a matrix product in bfloat16 takes {ratio:.2f} of float32's time here",
-        f"one turn each on {torch.get_num_threads()} thread(s), warmed up by the pruned prompts; "
-        f"{TEXT_TOKENS} words of text",
+        f"medians of {TURNS[0]} turns with one picture, of {TURNS[1]} with five, on "
+        f"{torch.get_num_threads()} thread(s)",
+        f"warmed up by the pruned prompts; {TEXT_TOKENS} words of text",
     ]
     if "layers" in one.model:
         lines.append(f"quick, so not the whole model: {one.model.rpartition('weights, ')[2]}")
@@ -208,8 +211,8 @@ def main(words: list[str] | None = None) -> None:
         file = outputs.Output(outputs.named(given.json, "--json", ".json"), MARK, given.force)
     outputs.claim((file, outputs.Output(DRAWN, outputs.mark_of("run"))))
     done = 0
-    # Three lines of the answer, the model, and five calls of each number of tokens less one.
-    expected = 4 + 1 + 4 * len(VISUAL_TOKENS)
+    # The answer, the model; of each number of tokens the warm-up and three ways a turn.
+    expected = 4 + 1 + sum(1 + 3 * turns for turns in TURNS)
     with models.quiet():
         with bar() as drawn:
 

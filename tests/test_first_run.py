@@ -59,6 +59,7 @@ def test_two_answers_are_compared(
 def test_the_times_are_those_of_bench(monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """On one layer, and on two pictures in place of five."""
     monkeypatch.setattr(first_run, "VISUAL_TOKENS", (576, 1152))
+    monkeypatch.setattr(first_run, "TURNS", (1, 1))
     results = first_run.timed(torch.float32, 1, 2, silent)
     words = "bench --shape llava-0.5b --layers 1 --tower-layers 2 --text-tokens 64 --new-tokens 1"
     words += " --visual-tokens 576 --method vispruner:keep=0.25 --repeat 1"

@@ -32,7 +32,7 @@ def telling(text: str) -> list[str]:
     lines = [
         re.sub(r"(sooner|faster) [ \d.x]+$", r"\1", line.rstrip()) for line in text.splitlines()
     ]
-    measured = ("type: ", "one turn each on", "quick, so", "choosing takes", first_run.BUSY)
+    measured = ("type: ", "medians of ", "quick, so", "choosing takes", first_run.BUSY)
     return [line for line in lines if line and not line.startswith(measured)]
 
 
