@@ -81,6 +81,21 @@ def test_what_is_nearest_is_asked_anew_among_all_that_is_left(
     assert not torch.equal(whole, duplicates.thinned(order, features, 10))
 
 
+@pytest.mark.parametrize("block", [1 << 22, 300])
+def test_features_of_no_length_are_like_nothing(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duplicates, "BLOCK", block)
+    features, order = exact(1, 60, 60, 5), orders(1, 60, 60)
+    features[:, ::9] = 0
+    # As long as the others, and square to them and to each other.
+    apart = torch.cat((features, torch.zeros(1, 60, 7)), dim=2)
+    apart[0, ::9, 64:] = 64 * torch.eye(7)
+    kept = duplicates.thinned(order, features, 20)
+    assert torch.equal(kept, duplicates.thinned(order, apart, 20))
+    assert not torch.equal(kept, duplicates.thinned(order, features + 1, 20))
+
+
 def test_a_long_list_holds_few_similarities(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     matmul = Tensor.__matmul__

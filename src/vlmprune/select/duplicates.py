@@ -90,7 +90,8 @@ def _in_rounds(unit: Tensor, rest: Array, keep: int) -> Array:
     near: _Whole | _Nearest = _Whole(unit) if len(unit) ** 2 <= BLOCK else _Nearest(unit)
     while len(rest) > keep:
         even, odd = rest[0::2], rest[1::2]
-        drop = min(ROUND, len(rest) - keep, len(even))
+        # Of a short list that may be all of them.
+        drop = min(ROUND, len(rest) - keep)
         bits = (near.closest(even, odd) + 0.0).view(np.int32)
         bits ^= (bits >> 31) & 0x7FFFFFFF
         # One integer holds the similarity above and the number below: a single sort orders by
@@ -157,9 +158,7 @@ class _Nearest:
             similarity = self._unit[torch.from_numpy(self._place[some])] @ self._unit.T
             similarity = similarity.index_select(1, columns)
             nearest = similarity.topk(count, dim=1)
-            # Of a list that cannot be filled the rest is the token itself, which is never odd
-            # where it is asked for.
-            self._places[some] = some[:, None]
+            # A list that is not filled holds all that is left, so that its end is never reached.
             self._places[some, :count] = left[nearest.indices.numpy()]
             self._similarity[some, :count] = nearest.values.numpy()
             yield similarity.numpy()
