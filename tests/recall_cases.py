@@ -210,6 +210,11 @@ def check_triton(device: str, dtypes: list[torch.dtype], examples: int) -> None:
         check(case, dtype, device)
 
     any_case()
+    # Each mask, number of bits, rest and type once, whatever chance brings.
+    for number, (bits, mask) in enumerate(zip((2, 4, 8, 2), MASKS, strict=True)):
+        rest = ("none", "mean")[number // 2]
+        case = make(((9,), (5, 6)), bits=bits, mask=mask, rest=rest)
+        check(case, dtypes[number % len(dtypes)], device)
     edges(device)
     # Many blocks of tokens, parts of text and programs for each image.
     recall_triton.UNPACKED, recall_triton.CHUNK, recall_triton.SHARE = 256, 16, 16
