@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -103,7 +104,8 @@ shapes = {
     "seed": st.integers(0, 2**16),
 }
 cases = st.builds(make, **shapes, Q=st.integers(1, 4))
-decode_cases = st.builds(make, **shapes | {"mask": st.sampled_from([*MASKS[:3], "added"])})
+DECODE_MASKS = (*MASKS[:3], "added")
+decode_cases = st.builds(make, **shapes | {"mask": st.sampled_from(DECODE_MASKS)})
 
 
 def close(got: Tensor, want: Tensor, dtype: torch.dtype = torch.float32) -> bool:
@@ -119,10 +121,15 @@ def check_triton(device: str, dtypes: list[torch.dtype], examples: int) -> None:
     @settings(max_examples=examples, deadline=None, derandomize=True, phases=[Phase.generate])
     @given(case=decode_cases, dtype=st.sampled_from(dtypes))
     def check(case: Case, dtype: torch.dtype) -> None:
-        moved = case.to(device, dtype)
-        assert close(moved.run("triton"), moved.run("reference"), dtype)
+        equal(case.to(device, dtype), dtype)
+
+    def equal(case: Case, dtype: torch.dtype) -> None:
+        assert close(case.run("triton"), case.run("reference"), dtype)
 
     check()
+    # Each mask with each type, whatever chance brings.
+    for mask, dtype in product(DECODE_MASKS, dtypes):
+        equal(make(mask=mask).to(device, dtype), dtype)
     # Many chunks for each sequence.
     ragged_triton.CHUNK, ragged_triton.processors = 16, lambda _: 40
     check()
