@@ -122,18 +122,20 @@ def words(page: str) -> str:
 
 
 def test_the_readmes_figures() -> None:
-    (line,) = re.findall(r"^llava-next-7b +(.*)$", README, re.MULTILINE)
-    before, after = len(layout(SQUARE).labels), left(29, "keep")
-    (llm, total, kv), (few, short, cached) = figures(before), figures(after)
-    encoder = digits(costs.encoder_flops(CONFIG, 5) / TERA)
-    cells = [f"{before} → {after}", f"{llm} → {few}", encoder, f"{total} → {short}"]
-    cells += [f"{kv} → {cached}", saved(after)]
-    assert re.split(r"  +", line.strip()) == cells
+    lines = re.findall(r"^llava-next-7b +(.*)$", README, re.MULTILINE)
+    before, encoder = len(layout(SQUARE).labels), digits(costs.encoder_flops(CONFIG, 5) / TERA)
+    llm, total, kv = figures(before)
+    quarter, after = left(144, "keep"), left(29, "keep")
+    for line, tokens in zip(lines, (quarter, after), strict=True):
+        few, short, cached = figures(tokens)
+        cells = [f"{before} → {tokens}", f"{llm} → {few}", encoder, f"{total} → {short}"]
+        cells += [f"{kv} → {cached}", saved(tokens)]
+        assert re.split(r"  +", line.strip()) == cells
     text = words(README)
-    assert f"29 tokens a crop takes {saved(after)} fewer FLOPs" in text
-    assert "and a fifteenth of the visual KV." in text
+    assert f"a quarter of the tokens takes {saved(quarter)} fewer FLOPs" in text
+    assert f"29 a crop take {saved(after)} fewer and a fifteenth of the visual KV." in text
     newlines = layout(SQUARE).newlines
-    assert f"{newlines} of the {after} tokens that are left of a 672 x 672 picture" in text
+    assert f"{newlines} of the {after} tokens that are then left of a 672 x 672 picture" in text
     without = left(29, "drop")
     assert f"{without} tokens are left, {saved(without)} fewer FLOPs" in text
     assert "and a twentieth of the visual KV." in text
