@@ -13,6 +13,7 @@ from torch import Tensor
 
 import answers
 from shortened import is_recurrent, shortened
+from vlmprune.hosts.families.qwen import MEDIA
 from zoo import ZOO
 from zoo.base import WORDS
 from zoo_oracle import three_positions
@@ -32,6 +33,10 @@ ALL = [
 NAMES = [name for name in ALL if name in ZOO]
 MODELS = {name: ZOO[name].build() for name in NAMES}
 FAMILIES = pytest.mark.parametrize("name", NAMES)
+# Those whose images and videos have placeholders of their own.
+APART = [name for name in NAMES if not ZOO[name].one_placeholder]
+# What pixels and sizes are called.
+MEDIA_NAMES = {name for medium in MEDIA for name in medium.inputs}
 
 
 def generate(built: Any, inputs: dict[str, Tensor], **more: Any) -> Any:

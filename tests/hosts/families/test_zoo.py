@@ -148,6 +148,7 @@ def processed(family: str) -> dict[str, torch.Tensor]:
         cls = getattr(importlib.import_module(f"transformers.models.{module}"), name)
         processor = cls(**settings)
     except ImportError as error:
+        assert "torchvision" in str(error).lower()
         pytest.skip(f"this release's {name} needs torchvision: {type(error).__name__}")
     pictures = [Image.fromarray(np.full((h, w, 3), 99, dtype=np.uint8)) for h, w in sizes]
     if family not in ("idefics3", "smolvlm"):
