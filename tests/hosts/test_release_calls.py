@@ -220,7 +220,7 @@ def test_encoder_outputs_of_videos_too(name: str) -> None:
     built = entry.build()
     req = entry.request(built, [["video", "image"]])
     if not forwards(req.inputs):
-        pytest.skip("the host's own forward fails with videos")
+        pytest.skip("this release's own forward of Gemma 4 loses how many frames videos have")
     with torch.no_grad():
         plain = built(**req.inputs)
         with VisPruner(keep=0.5)(built):
