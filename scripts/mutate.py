@@ -3,6 +3,7 @@
     python scripts/mutate.py --named                  # the named ones, scripts/mutation/named.toml
     python scripts/mutate.py --seed 0 --count 200 --json report.json     # these, and 200 are drawn
     python scripts/mutate.py … --json report.json --resume               # those that it lacks
+    python scripts/mutate.py … --jobs 2                                  # two at a time
 
 It needs the extra `mutation` of the package. Drawn are changes that Cosmic Ray's operators make of
 `runtime/`, `hosts/`, `select/`, `costs/`, `report/`, the scorers and the bootstrap, in an order
@@ -21,10 +22,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
+import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,11 +72,10 @@ def main() -> int:
     clock = Clock(time.monotonic() + asked.stop)
     known = {} if not (asked.resume and asked.json.exists()) else recorded(asked.json)
     with scratch() as folder:
-        copy = Copy(tree, folder / "source")
         missing = reach.missing(tree, asked.reach, tree.test_files())
         if missing and not asked.as_is:
             preload(tree, asked.preload)
-            if not measure(tree, copy, asked.reach, missing, clock):
+            if not measure(tree, folder, asked, missing, clock):
                 return UNFINISHED
         if asked.measure:
             return 0
@@ -81,12 +84,18 @@ def main() -> int:
         if todo:
             preload(tree, asked.preload)
         reaches = reach.read(tree, asked.reach) if todo else []
-        for number, fault in enumerate(todo, start=len(faults) - len(todo) + 1):
-            if clock.over:
-                return UNFINISHED
-            known[fault.key] = tried(tree, copy, reaches, fault, asked, folder)
-            say(number, len(faults), known[fault.key])
+
+        def trying(copy: Copy, number: int) -> dict[str, Any]:
+            return tried(tree, copy, reaches, todo[number], asked)
+
+        done = len(faults) - len(todo)
+        for number, one in side_by_side(tree, folder, asked.jobs, clock, trying, len(todo)):
+            done += 1
+            known[todo[number].key] = one
+            say(done, len(faults), one)
             write(asked, [known[one.key] for one in faults if one.key in known])
+        if any(one.key not in known for one in faults):
+            return UNFINISHED
     found = [known[one.key] for one in faults]
     write(asked, found)
     return told(found)
@@ -99,6 +108,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--count", type=int, default=200, help="how many are drawn")
     parser.add_argument("--only", default="", help="faults whose words or file hold this text")
+    parser.add_argument("--jobs", type=int, default=1, help="how many are tried side by side")
     parser.add_argument("--json", type=Path, help="where the report goes")
     parser.add_argument("--resume", action="store_true", help="keep what the report has")
     parser.add_argument(
@@ -126,13 +136,60 @@ def options() -> argparse.Namespace:
     return asked
 
 
-def measure(tree: Tree, copy: Copy, folder: Path, files: list[str], clock: Clock) -> bool:
+def measure(
+    tree: Tree, folder: Path, asked: argparse.Namespace, files: list[str], clock: Clock
+) -> bool:
     """Measure what files of tests reach; returns whether all were."""
-    for number, (file, words) in enumerate(reach.measure(tree, copy, folder, files), start=1):
-        print(bar(number, len(files)), f"reached by {file}: {words}", flush=True)
-        if clock.over and number < len(files):
-            return False
-    return True
+    asked.reach.mkdir(parents=True, exist_ok=True)
+
+    def measuring(copy: Copy, number: int) -> str:
+        return reach.measure(tree, copy, asked.reach, files[number])
+
+    done = 0
+    for number, words in side_by_side(tree, folder, asked.jobs, clock, measuring, len(files)):
+        done += 1
+        print(bar(done, len(files)), f"reached by {files[number]}: {words}", flush=True)
+    return done == len(files)
+
+
+_COPIES: list[Copy] = []
+"""In a process that works beside others: the copy of the package that is its own."""
+_WORK: list[Callable[[Copy, int], Any]] = []
+
+
+def _own_copy(tree: Tree, folder: Path) -> None:
+    _COPIES[:] = [Copy(tree, folder / str(os.getpid()) / "source")]
+
+
+def _one(number: int, clock: Clock) -> Any:
+    return None if clock.over else _WORK[0](_COPIES[0], number)
+
+
+def side_by_side(
+    tree: Tree,
+    folder: Path,
+    jobs: int,
+    clock: Clock,
+    work: Callable[[Copy, int], Any],
+    count: int,
+) -> Iterator[tuple[int, Any]]:
+    """Do numbered work in so many processes, each with a copy of its own; yields what is done.
+
+    Args:
+        tree: what the copies are of.
+        folder: for the copies.
+        jobs: how many processes; they are forked, and so have all that was imported.
+        clock: nothing is begun when its time is over.
+        work: takes a copy and a number; returns anything but None.
+        count: numbers are those below this one.
+    """
+    _WORK[:] = [work]
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(jobs, fork, _own_copy, (tree, folder)) as pool:
+        numbers = {pool.submit(_one, number, clock): number for number in range(count)}
+        for future in as_completed(numbers):
+            if (found := future.result()) is not None:
+                yield numbers[future], found
 
 
 def chosen(tree: Tree, asked: argparse.Namespace) -> Iterator[Mutant]:
@@ -146,15 +203,14 @@ def chosen(tree: Tree, asked: argparse.Namespace) -> Iterator[Mutant]:
 def tried(
     tree: Tree,
     copy: Copy,
-    reaches: list[FileReach],
+    reaches: Sequence[FileReach],
     fault: Mutant,
     asked: argparse.Namespace,
-    folder: Path,
 ) -> dict[str, Any]:
     """What came of a fault, as the report has it."""
     for most in (asked.most, math.inf):
         some = trial.choose(tree, reaches, fault, most)
-        result = trial.run(tree, copy, fault, some, folder, asked.grace)
+        result = trial.run(tree, copy, fault, some, copy.folder.parent, asked.grace)
         if result.outcome != SURVIVED or some.tests == some.of:
             break
     names = ("fault", "file", "where", "before", "after")

@@ -114,7 +114,7 @@ def mutate(tree: Tree, faults: dict[str, tuple[str, str]], accepted: str = "") -
     words = [
         *("--named", "--root", tree.root, "--package", tree.package, "--list", named),
         *("--accept", folder / "accepted.toml", "--reach", folder / "reach", "--json", report),
-        *("--most", "0.02", "--grace", "3", "--preload", "pytest"),
+        *("--most", "0.02", "--grace", "3", "--preload", "pytest", "--jobs", "2"),
     ]
     ended = subprocess.run(
         [sys.executable, str(SCRIPTS / "mutate.py"), *map(str, words)],

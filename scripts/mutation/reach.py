@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,22 +149,15 @@ def missing(tree: Tree, folder: Path, files: list[str]) -> list[str]:
     return [one for one in files if _read(tree, folder, one) is None]
 
 
-def measure(tree: Tree, copy: Copy, folder: Path, files: list[str]) -> Iterator[tuple[str, str]]:
-    """Measure files of tests one after the other; yields each with what is to be said of it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        out = _place(folder, file)
-        log = out.with_suffix(".log")
-
-        def work(file: str = file, out: Path = out) -> int:
-            return _measure(tree, copy.folder, file, out)
-
-        ended = forked(work, SECONDS, log)
-        if ended.code != 0:
-            yield file, f"not measured ({ended.why or 'an error'}, see {log})"
-            continue
-        log.unlink()
-        yield file, f"{ended.seconds:.0f} s of CPU"
+def measure(tree: Tree, copy: Copy, folder: Path, file: str) -> str:
+    """Measure what a file of tests reaches; returns what is to be said of it."""
+    out = _place(folder, file)
+    log = out.with_suffix(".log")
+    ended = forked(lambda: _measure(tree, copy.folder, file, out), SECONDS, log)
+    if ended.code != 0:
+        return f"not measured ({ended.why or 'an error'}, see {log})"
+    log.unlink()
+    return f"{ended.seconds:.0f} s of CPU"
 
 
 def _read(tree: Tree, folder: Path, file: str) -> FileReach | None:
