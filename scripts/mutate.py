@@ -10,8 +10,8 @@ It needs the extra `mutation` of the package. Drawn are changes that Cosmic Ray'
 that the seed gives. Each fault is put into a copy of the package, and run in a process of its own,
 forked from one that has imported torch and transformers, against the tests that can reach its
 lines: first those of the mirrored files, then the fastest, up to `--most` seconds of CPU that they
-took without it; what survives these is run against all. What then survives must stand in
-`scripts/mutation/accepted.toml` with a reason, or the command ends with 1.
+took without it; what survives these is run against all, in the end. What then survives must stand
+in `scripts/mutation/accepted.toml` with a reason, or the command ends with 1.
 
 Which tests reach which lines is measured before, under coverage, which takes about as long as the
 suite, and kept in `build/mutation`; of files of tests that changed it is measured anew.
@@ -80,22 +80,21 @@ def main() -> int:
         if asked.measure:
             return 0
         faults = list(chosen(tree, asked))
-        todo = [one for one in faults if one.key not in known]
-        if todo:
+        if any(to_do(known.get(one.key), math.inf) for one in faults):
             preload(tree, asked.preload)
-        reaches = reach.read(tree, asked.reach) if todo else []
-
-        def trying(copy: Copy, number: int) -> dict[str, Any]:
-            return tried(tree, copy, reaches, todo[number], asked)
-
-        done = len(faults) - len(todo)
-        for number, one in side_by_side(tree, folder, asked.jobs, clock, trying, len(todo)):
-            done += 1
-            known[todo[number].key] = one
-            say(done, len(faults), one)
-            write(asked, [known[one.key] for one in faults if one.key in known])
-        if any(one.key not in known for one in faults):
-            return UNFINISHED
+        # What survives the likeliest tests is run against all when all others have been tried.
+        for most in (asked.most, math.inf):
+            todo = [one for one in faults if to_do(known.get(one.key), most)]
+            reaches = reach.read(tree, asked.reach) if todo else []
+            work = Work(tree, reaches, todo, asked.grace, most)
+            done = len(faults) - len(todo)
+            for number, one in side_by_side(tree, folder, asked.jobs, clock, work.tried, len(todo)):
+                done += 1
+                known[todo[number].key] = one
+                say(done, len(faults), one)
+                write(asked, [known[one.key] for one in faults if one.key in known])
+            if clock.over:
+                return UNFINISHED
     found = [known[one.key] for one in faults]
     write(asked, found)
     return told(found)
@@ -200,22 +199,42 @@ def chosen(tree: Tree, asked: argparse.Namespace) -> Iterator[Mutant]:
     yield from (one for one in found if asked.only in one.fault or asked.only in one.file)
 
 
-def tried(
-    tree: Tree,
-    copy: Copy,
-    reaches: Sequence[FileReach],
-    fault: Mutant,
-    asked: argparse.Namespace,
-) -> dict[str, Any]:
-    """What came of a fault, as the report has it."""
-    for most in (asked.most, math.inf):
-        some = trial.choose(tree, reaches, fault, most)
-        result = trial.run(tree, copy, fault, some, copy.folder.parent, asked.grace)
-        if result.outcome != SURVIVED or some.tests == some.of:
-            break
-    names = ("fault", "file", "where", "before", "after")
-    about = {name: getattr(fault, name) for name in names}
-    return about | {"line": min(fault.lines)} | {"result": asdict(result)}
+def to_do(one: dict[str, Any] | None, most: float) -> bool:
+    """Whether a fault is still to be tried against tests of so many seconds; None: it never was."""
+    if one is None:
+        return True
+    result = one["result"]
+    return bool(
+        math.isinf(most) and result["outcome"] == SURVIVED and result["tests"] < result["of"]
+    )
+
+
+@dataclass
+class Work:
+    """Faults, and what they are tried against.
+
+    Attributes:
+        tree: what they are in.
+        reaches: what tests reach.
+        faults: the faults.
+        grace: as in `trial.run`.
+        most: as in `trial.choose`.
+    """
+
+    tree: Tree
+    reaches: Sequence[FileReach]
+    faults: Sequence[Mutant]
+    grace: float
+    most: float
+
+    def tried(self, copy: Copy, number: int) -> dict[str, Any]:
+        """What came of a fault, as the report has it."""
+        fault = self.faults[number]
+        some = trial.choose(self.tree, self.reaches, fault, self.most)
+        result = trial.run(self.tree, copy, fault, some, copy.folder.parent, self.grace)
+        names = ("fault", "file", "where", "before", "after")
+        about = {name: getattr(fault, name) for name in names}
+        return about | {"line": min(fault.lines)} | {"result": asdict(result)}
 
 
 def recorded(path: Path) -> dict[tuple[str, str, str, str], dict[str, Any]]:
