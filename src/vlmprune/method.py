@@ -53,7 +53,7 @@ class Method:
     | before the language model | `reads`, `check`, `check_request` | `select` |
     | between decoder layers: tokens leave | `asks` | `raters`, `drop` |
     | between decoder layers: tokens skip some | `skips` | `route` |
-    | in a layer's KV cache, after prefill | `probes`, `check_prompt` | `retain` |
+    | in a layer's KV cache, after prefill | `probes`, `check_prompt`, `leaves_whole` | `retain` |
     | in a layer's KV cache, at each step | `sketch`, `store`, `rest`, … | `recall` |
     | any, as it is attached to a model | `joined` | |
 
@@ -199,6 +199,36 @@ class Method:
     def retain(self, layer: int, view: LayerView) -> Retention | None:
         """Choose what a decoder layer's cache keeps of a prompt; None keeps everything."""
         raise NotImplementedError
+
+    def leaves_whole(self, layer: int) -> bool:
+        """Whether `retain` keeps everything of a layer, whatever it would see there.
+
+        Such a layer is not looked at, and has no report.
+        """
+        return False
+
+    def retain_together(self, layers: Tensor, view: LayerView) -> Retention:
+        """Choose what several layers keep at once, whose samples come one layer after the other.
+
+        For methods whose choice in a layer hangs on no other layer: what it says is what `retain`
+        says layer by layer, in fewer operations. A subclass that has a `retain` of its own is
+        asked that, unless it has this one, too.
+
+        Args:
+            layers: [B] int64; number of the layer of each of the view's rows.
+            view: of all of them, B samples times layers.
+        """
+        raise NotImplementedError
+
+    @property
+    def retains_together(self) -> bool:
+        """Whether several layers may be chosen from at once."""
+        for one in type(self).__mro__:
+            if "retain_together" in vars(one):
+                return one is not Method
+            if "retain" in vars(one):
+                return False
+        return False
 
     def recall(self, layer: int, tokens: Tensor) -> Tensor | None:
         """How many visual tokens a decoder layer's KV heads read at a step; None for all.

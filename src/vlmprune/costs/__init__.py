@@ -9,6 +9,7 @@ from a folder and to ask a host where the tokens of a picture lie, `select.budge
 
 from vlmprune.costs.flops import (
     PER_MULTIPLY_ADD,
+    Layers,
     Spent,
     attention_flops,
     beside_flops,
@@ -21,12 +22,14 @@ from vlmprune.costs.flops import (
     patch_count,
     prefill_flops,
     spent,
+    spent_of,
 )
-from vlmprune.hosts.layer_sizes import UNKNOWN
+from vlmprune.hosts.layer_sizes import UNKNOWN, layers
 
 __all__ = [
     "PER_MULTIPLY_ADD",
     "UNKNOWN",
+    "Layers",
     "Spent",
     "attention_flops",
     "beside_flops",
@@ -36,7 +39,9 @@ __all__ = [
     "kv_layers",
     "layered",
     "layered_flops",
+    "layers",
     "patch_count",
     "prefill_flops",
     "spent",
+    "spent_of",
 ]

@@ -19,6 +19,9 @@ from typing import Any
 from vlmprune.hosts import layer_sizes, sizes
 from vlmprune.hosts.layer_sizes import UNKNOWN, LayerSizes
 
+Layers = Sequence[LayerSizes]
+"""What `spent_of` has to know of a language model."""
+
 PER_MULTIPLY_ADD = 2
 """FLOPs of a multiply and an add, in the published tables of VisPruner, FasterVLM and CDPruner."""
 
@@ -89,7 +92,23 @@ def spent(
     Raises:
         ValueError: as these two.
     """
-    layers = layer_sizes.layers(config)
+    return spent_of(layer_sizes.layers(config), visual_tokens, bytes_per_value, per_multiply_add)
+
+
+def spent_of(
+    layers: Layers | None,
+    visual_tokens: Sequence[int],
+    bytes_per_value: int = 2,
+    per_multiply_add: int = PER_MULTIPLY_ADD,
+) -> Spent:
+    """As `spent`, of decoder layers whose sizes are known; to read them of a config takes longer.
+
+    Args:
+        layers: as `layers` reads them.
+        visual_tokens: as `spent` takes it.
+        bytes_per_value: likewise.
+        per_multiply_add: likewise.
+    """
     if layers is None:
         return Spent(UNKNOWN, UNKNOWN)
     every = [[n] * len(layers) for n in visual_tokens]

@@ -239,6 +239,20 @@ class AttentionCall:
         return self.function(self.module, *tensors[: self.placed], **named, **self.others)
 
 
+def unmasked(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Queries, keys and values of a call as all modeling files make it, which brings no mask.
+
+    Args:
+        args: what comes by place behind the module.
+
+    Returns:
+        None of a call of another form, and of one with a mask.
+    """
+    if len(args) != len(_TENSORS) or args[3] is not None:
+        return None
+    return args[:3]
+
+
 def called(
     function: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any
 ) -> AttentionCall:

@@ -30,12 +30,21 @@ def is_compiled(model: nn.Module, forward: Callable[..., Any]) -> bool:
     # Asked at each call, and nothing is compiled before that is imported.
     if _COMPILER not in sys.modules:
         return False
-    return hasattr(forward, _COMPILED) or any(
-        hasattr(vars(module).get(_FORWARD), _COMPILED)
-        or type(module).__name__ == _COMPILED_CLASS
-        or getattr(module, _COMPILED_CALL, None) is not None
-        for module in model.modules()
-    )
+    if hasattr(forward, _COMPILED):
+        return True
+    # By hand, for `modules()` takes three times as long for hundreds of them.
+    left = [model]
+    while left:
+        module = left.pop()
+        own = vars(module)
+        if (
+            (_FORWARD in own and hasattr(own[_FORWARD], _COMPILED))
+            or type(module).__name__ == _COMPILED_CLASS
+            or own.get(_COMPILED_CALL) is not None
+        ):
+            return True
+        left += [one for one in module._modules.values() if one is not None]
+    return False
 
 
 def leave_out(soon: bool = False) -> None:

@@ -123,8 +123,8 @@ def head_dim(config: Any) -> int:
 def kv_sizes(config: Any, layers: Collection[int]) -> set[tuple[int, int]]:
     """(KV heads, values of a head) of some decoder layers, each pair once."""
     each = _layers(config)
-    some = [each[number if len(each) > 1 else 0] for number in layers]
-    return {(_kv_heads(one), _head_dim(one)) for one in some}
+    some = {id(one): one for one in (each[n if len(each) > 1 else 0] for n in layers)}
+    return {(_kv_heads(one), _head_dim(one)) for one in some.values()}
 
 
 def _layers(config: Any) -> Sequence[Any]:

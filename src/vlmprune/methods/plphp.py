@@ -167,10 +167,19 @@ class PLPHP(Pruner):
                 f"and one token of each image take; use at least {least}."
             )
 
+    def leaves_whole(self, layer: int) -> bool:
+        """Whether a layer stands before those that are cut."""
+        return layer < self.first_pruned_layer
+
     def retain(self, layer: int, view: LayerView) -> Retention | None:
         """What a layer's KV heads keep; None leaves the layer whole."""
-        if layer < self.first_pruned_layer:
-            return None
+        return None if self.leaves_whole(layer) else self._retain(layer, view)
+
+    def retain_together(self, layers: torch.Tensor, view: LayerView) -> Retention:
+        """The same of several layers at once, none of which is left whole."""
+        return self._retain(layers, view)
+
+    def _retain(self, layer: int | torch.Tensor, view: LayerView) -> Retention:
         gamma = view.attention.sum(dim=2).mean(dim=1)
         levels = view.notes.get("levels")
         if levels is None:

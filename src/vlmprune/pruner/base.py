@@ -203,6 +203,19 @@ class Chain(Pruner):
         """The choice of the stage that cuts the KV cache."""
         return self.slots.cache.retain(layer, view)
 
+    def leaves_whole(self, layer: int) -> bool:
+        """Whether the stage that cuts the KV cache leaves a layer as it is."""
+        return self.slots.cache.leaves_whole(layer)
+
+    def retain_together(self, layers: Tensor, view: LayerView) -> Retention:
+        """The choice of that stage, of several layers at once."""
+        return self.slots.cache.retain_together(layers, view)
+
+    @property
+    def retains_together(self) -> bool:
+        """Whether it chooses from several layers at once."""
+        return self.slots.cache.retains_together
+
     def recall(self, layer: int, tokens: Tensor) -> Tensor | None:
         """What the stage reads that reads the KV cache in part."""
         return self.slots.cache.recall(layer, tokens)

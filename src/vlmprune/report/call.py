@@ -326,6 +326,7 @@ def make(
     members: list[Tensor] | None = None,
     tower: float | None = None,
     below_keep: Mapping[str, int] | None = None,
+    layers: costs.Layers | None = None,
 ) -> Report:
     """Work out the figures of one call.
 
@@ -344,6 +345,8 @@ def make(
         members: for each image where its visual tokens went; None where nothing is merged.
         tower: FLOPs of the vision tower where a method acted inside it; None for the usual ones.
         below_keep: as in `Report`; None for none.
+        layers: the sizes of the decoder's layers, where they are known; None to read them of the
+            config, which takes longer than all the rest.
     """
     before = _by_row(rows, map(len, kept))
     kept = _on_host(kept)
@@ -356,7 +359,8 @@ def make(
         encoder = sum(
             costs.encoder_flops(config, patches.count(size), patches=size) for size in set(patches)
         )
-    whole, left = (costs.spent(config, counts, dtype.itemsize) for counts in (before, after))
+    sizes = costs.layers(config) if layers is None else layers
+    whole, left = (costs.spent_of(sizes, counts, dtype.itemsize) for counts in (before, after))
     return Report(
         method=method,
         positions=positions,

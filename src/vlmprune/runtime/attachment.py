@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from vlmprune import costs
 from vlmprune.hosts import attention, contract, decoder, families
 from vlmprune.hosts.families import Family
 from vlmprune.method import Method
@@ -112,6 +113,11 @@ class Attachment:
         some = decoder.borrowing_layers(self.model).items()
         return {attention.attention_of(layers[index]): lender for index, lender in some}
 
+    @cached_property
+    def layer_sizes(self) -> costs.Layers | None:
+        """The sizes of the decoder's layers, which no call changes; None where they are unknown."""
+        return costs.layers(self.model.config)
+
     @property
     def architecture(self) -> str:
         """The model's language model, in words."""
@@ -131,4 +137,5 @@ class Attachment:
             patches=[],
             dtype=self.model.dtype,
             seconds=0.0,
+            layers=self.layer_sizes,
         )

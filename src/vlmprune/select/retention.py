@@ -74,7 +74,12 @@ def shared(
 
 
 def covering(
-    scores: Tensor, images: Tensor, counts: Tensor, keep: Tensor, share: float, layer: int = 0
+    scores: Tensor,
+    images: Tensor,
+    counts: Tensor,
+    keep: Tensor,
+    share: float,
+    layer: int | Tensor = 0,
 ) -> Tensor:
     """Scores under which a share of what is kept is spread evenly over each image.
 
@@ -89,7 +94,7 @@ def covering(
         counts: [B, I] int64; tokens of each image.
         keep: [B, I] int64; how many of each image.
         share: 0 to 1; 0 changes nothing.
-        layer: number of the decoder layer.
+        layer: number of the decoder layer; one for all, or [B] int64.
 
     Returns:
         [B, H, V]: infinity at those tokens, else `scores`.
@@ -98,12 +103,13 @@ def covering(
     # Rounding half up, with room for float32's error.
     spread = (keep.float() * share + 0.5 + 1e-4).floor().long().minimum(keep)
     chosen, tokens = _at(spread, images)[:, None], _at(counts, images)[:, None].clamp(min=1)
-    phases = (torch.arange(heads, device=device) * PARTS // heads + layer * AHEAD) % PARTS
+    ahead_by = layer * AHEAD if isinstance(layer, int) else layer[:, None] * AHEAD
+    phases = (torch.arange(heads, device=device) * PARTS // heads + ahead_by) % PARTS
     place = _rank(torch.zeros_like(images), images)[:, None]
 
     def before(place: Tensor) -> Tensor:
         """How many of the spread tokens come before a place: ceil(place · c / n - p)."""
-        ahead = phases[:, None] * tokens - place * chosen * PARTS
+        ahead = phases[..., None] * tokens - place * chosen * PARTS
         return -ahead.div(tokens * PARTS, rounding_mode="floor")
 
     return scores.masked_fill(before(place + 1) > before(place), torch.inf)

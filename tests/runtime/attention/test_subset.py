@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vlmprune.hosts.attention import AttentionCall
 from vlmprune.runtime.attention import subset
 from vlmprune.runtime.attention.ragged import Ragged
-from vlmprune.runtime.decoder.cache_cut import drawn
+from vlmprune.runtime.decoder.probe_rows import drawn
 from vlmprune.views import Probes
 
 

@@ -24,6 +24,7 @@ from vlmprune.runtime.cache import bound_cache, one_piece
 from vlmprune.runtime.cache.binding import Binding
 from vlmprune.runtime.cache.bound_cache import binding_of
 from vlmprune.runtime.cache.ragged_layer import RaggedLayer
+from vlmprune.runtime.decoder import cache_cut
 
 SETTINGS: dict[str, Any] = {"r": 0.4, "dr": 0.3, "alpha": 0.65, "beta": 0.6, "per_head": "adaptive"}
 
@@ -156,25 +157,36 @@ def test_bytes_are_those_of_the_tensors_held(per_head: Any) -> None:
     assert report.kv_bytes_before == 48 * heads * 2 * dim * size * 3
 
 
-def test_no_layer_stays_dense_while_the_next_is_read() -> None:
-    """Peak: what was kept so far, and one dense layer."""
+def dense_layers(monkeypatch: Any, held: int) -> list[int]:
+    """How many layers are dense as each of three has run, of which so many bytes may wait."""
     built = model()
     req = request(built, [2])
     dense = []
+    monkeypatch.setattr(cache_cut, "HELD", held)
 
     def look(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         layers = kwargs[CACHE].layers
-        dense.append([layer.prefix is None and layer.get_seq_length() > 0 for layer in layers])
+        dense.append(sum(not layer.cut and layer.get_seq_length() > 0 for layer in layers))
 
     hooks = [
         layer.register_forward_hook(look, with_kwargs=True)
         for layer in built.model.language_model.layers
     ]
     with torch.no_grad(), PLPHP(**SETTINGS)(built):
-        built(**req.inputs)
+        out = built(**req.inputs)
     for hook in hooks:
         hook.remove()
-    assert len(dense) == 3 and not any(any(layers) for layers in dense)
+    assert all(layer.cut for layer in cache_of(out).layers)
+    return dense
+
+
+def test_layers_wait_for_their_cut_within_a_bound(monkeypatch: Any) -> None:
+    """Peak: what was kept so far, and dense layers of so many bytes, one where it is larger."""
+    assert dense_layers(monkeypatch, 0) == [0, 0, 0]
+    assert dense_layers(monkeypatch, 2**28) == [1, 2, 3]
+    two = next(n for n in range(0, 2**20, 256) if dense_layers(monkeypatch, n) != [0] * 3)
+    # As soon as two fit they are cut together, and there is no room for a third.
+    assert dense_layers(monkeypatch, two) == [1, 0, 1]
 
 
 def test_the_tail_grows_in_steps() -> None:

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -40,6 +40,23 @@ class Interceptor(Protocol):
         """
 
 
+@runtime_checkable
+class Quick(Protocol):
+    """An interceptor that knows what to do with some calls before they are taken apart.
+
+    At each layer of each step to take them apart costs more than what it does there. Only one that
+    stands alone around a module is asked.
+    """
+
+    def at_once(self, args: tuple[Any, ...], proceed: Callable[[], Any]) -> Any | None:
+        """The result of a call; None where it is to be taken apart.
+
+        Args:
+            args: what comes by place behind the module.
+            proceed: the host's function on the call as it comes.
+        """
+
+
 class Changing:
     """Proceeds with other calls.
 
@@ -55,19 +72,29 @@ class Changing:
         return proceed(self.change(call))
 
 
+# Whose call it is around, and what stands around it, with its `at_once` where it has one.
+_Entry = tuple[OwnCall, Interceptor, Callable[..., Any] | None]
+
+
 class _Dispatcher:
     """Stands in for one registered attention function while at least one module needs it."""
 
     def __init__(self, registered: Registered) -> None:
         self.registered = registered
         # Never changed in place, as other threads may read them meanwhile.
-        self.around: dict[nn.Module, tuple[tuple[OwnCall, Interceptor], ...]] = {}
+        self.around: dict[nn.Module, tuple[_Entry, ...]] = {}
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         function = self.registered.function(module)
-        own = [one for by, one in self.around.get(module, ()) if by.runs]
-        if not own:
+        entries = [entry for entry in self.around.get(module, ()) if entry[0].runs]
+        if not entries:
             return function(module, *args, **kwargs)
+        quick = entries[0][2] if len(entries) == 1 else None
+        if quick is not None:
+            found = quick(args, partial(function, module, *args, **kwargs))
+            if found is not None:
+                return found
+        own = [one for _, one, _ in entries]
         try:
             call = called(function, module, *args, **kwargs)
         except TypeError as error:
@@ -93,7 +120,7 @@ def intercepting(interceptor: Interceptor, *modules: Any) -> Iterator[None]:
     Raises:
         VlmpruneError: a module's attention function is not found.
     """
-    entry = OwnCall(), interceptor
+    entry = OwnCall(), interceptor, interceptor.at_once if isinstance(interceptor, Quick) else None
     taken = list[tuple[_Dispatcher, Any]]()
     try:
         with _lock:
@@ -123,7 +150,7 @@ def _dispatcher(module: Any) -> _Dispatcher:
     return found
 
 
-def _remove(dispatcher: _Dispatcher, module: Any, entry: tuple[OwnCall, Interceptor]) -> None:
+def _remove(dispatcher: _Dispatcher, module: Any, entry: _Entry) -> None:
     left = tuple(one for one in dispatcher.around[module] if one is not entry)
     if left:
         dispatcher.around[module] = left

@@ -101,21 +101,23 @@ def dense_partial(
     return out.to(query.dtype).reshape(B, Hq, Q, out.shape[-1]), lse.reshape(B, Hq, Q)
 
 
-def step(call: AttentionCall, added: Mask) -> Tensor:
-    """Attention of one query [B, Hq, 1, D] to the keys of its call, as the host returns it.
+def step(query: Tensor, keys: Tensor, values: Tensor, scale: float, added: Mask) -> Tensor:
+    """Attention of one query, as the host returns it.
 
     Args:
-        call: its mask is left out.
+        query: [B, Hq, 1, D].
+        keys: [B, H, T, D].
+        values: [B, H, T, Dv].
+        scale: factor of the dot products.
         added: [B, H, 1, T] added to the scores, in the type of the keys; some key is left to see.
 
     Returns:
         [B, 1, Hq, Dv].
     """
-    query, keys = call.query, call.key
     batch, heads, _, width = query.shape
     # The queries of a KV head's group are rows of one product, so that no key is repeated.
     rows = query.reshape(batch, keys.shape[1], heads // keys.shape[1], width)
-    out = _attention(rows, (keys, call.value), call.scale, added, sure=True)[0]
+    out = _attention(rows, (keys, values), scale, added, sure=True)[0]
     out = out if out.dtype == query.dtype else out.to(query.dtype)
     return out.reshape(batch, 1, heads, out.shape[-1])
 

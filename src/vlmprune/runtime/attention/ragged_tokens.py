@@ -5,7 +5,7 @@ Imports torch alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -49,26 +49,57 @@ class Ragged:
         Columns count from `offset`. Waits for the device once, for the sizes, unless `lengths` has
         those of each (sample, head). Raises ValueError where the shapes do not fit.
         """
-        shapes = keys.shape[:3] == values.shape[:3] == keep.shape
-        if not shapes or keys.ndim != 4 or values.ndim != 4 or keep.dtype != torch.bool:
+        return cls.cut_each([keys], [values], keep, offset, lengths)[0]
+
+    @classmethod
+    def cut_each(
+        cls,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        keep: Tensor,
+        offset: int = 0,
+        lengths: tuple[int, ...] | None = None,
+    ) -> list[Ragged]:
+        """As `cut`, of n layers of one shape at once.
+
+        `keep` [n · B, H, L] and `lengths` have one layer behind the other.
+        """
+        n, (B, H, L) = len(keys), keys[0].shape[:3] if keys[0].ndim == 4 else (0, 0, 0)
+        fits = all(one.ndim == 4 and one.shape[:3] == (B, H, L) for one in (*keys, *values))
+        if not fits or keep.shape != (n * B, H, L) or keep.dtype != torch.bool:
             raise ValueError("Expected keys [B, H, L, D], values [B, H, L, Dv], bool [B, H, L].")
-        B, H, L = keep.shape
-        if keep.device != keys.device:
-            keep = keep.to(keys.device)
+        device = keys[0].device
+        if keep.device != device:
+            keep = keep.to(device)
         if lengths is None:
             lengths = tuple(keep.sum(dim=2).flatten().tolist())
-        at: tuple[Tensor, ...]
-        if keep.device.type == "cpu":
-            # One step, where nothing is waited for.
-            at = keep.nonzero(as_tuple=True)
+        each = [lengths[i * B * H : (i + 1) * B * H] for i in range(n)]
+        totals = [sum(some) for some in each]
+        # On a CPU nothing is waited for.
+        if device.type == "cpu":
+            index = keep.flatten().nonzero()[:, 0]
         else:
-            # In three dimensions, as flattening would copy a cache that is not contiguous.
-            index = _where(keep.flatten(), sum(lengths))
-            rows = index // max(L, 1)
-            at = rows // max(H, 1), rows % max(H, 1), index % max(L, 1)
-        columns = (at[2] + offset if offset else at[2]).to(torch.int32)
-        ends = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=keys.device)
-        return cls(keys[at], values[at], columns, ends, lengths, B, H)
+            index = _where(keep.flatten(), sum(totals))
+        columns = index % max(L, 1)
+        columns = (columns + offset if offset else columns).split(totals)
+        if n > 1:
+            index = index % max(B * H * L, 1)
+        ends = torch.tensor([(0, *accumulate(some)) for some in each], dtype=torch.int32).to(device)
+        # Each in room of its own, for layers are let go one by one.
+        return [
+            cls(
+                _taken(key, at),
+                _taken(value, at),
+                column.to(torch.int32),
+                end.clone(),
+                some,
+                B,
+                H,
+            )
+            for key, value, at, column, end, some in zip(
+                keys, values, index.split(totals), columns, ends.unbind(), each, strict=True
+            )
+        ]
 
     def join(self, other: Ragged) -> Ragged:
         """Of each (sample, head) its tokens, then those of `other`; ValueError if shapes differ."""
@@ -171,6 +202,16 @@ class Ragged:
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
         return self.kv_bytes + self.columns.nbytes + self.offsets.nbytes
+
+
+def _taken(states: Tensor, at: Tensor) -> Tensor:
+    """[n, D] of states [B, H, L, D], by numbers of their tokens."""
+    _, H, L, _ = states.shape
+    if states.is_contiguous():
+        return states.flatten(0, 2).index_select(0, at)
+    # Flattening would copy a cache that is not contiguous.
+    rows = at // max(L, 1)
+    return states[rows // max(H, 1), rows % max(H, 1), at % max(L, 1)]
 
 
 def _offsets(counts: Tensor) -> Tensor:

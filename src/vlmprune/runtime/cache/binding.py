@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import contract
-from vlmprune.hosts.attention import AttentionCall
+from vlmprune.hosts.attention import AttentionCall, unmasked
 from vlmprune.report import Reading
 from vlmprune.runtime.attention.interception import Proceed
 
@@ -123,6 +123,19 @@ class Binding:
                 f"decoder layer {self.waiting.layer.index} does not attend through the attention "
                 "registry to the keys that its cache returns",
             )
+
+    def at_once(self, args: tuple[Any, ...], proceed: Callable[[], Any]) -> Any | None:
+        """Attend to the keys that came as they lie in a layer that is ready for it; else None."""
+        shown, plain = self.waiting, unmasked(args)
+        if shown is None or plain is None or self.cutter is not None or self.borrowing:
+            return None
+        query, key, value = plain
+        if key is not shown.keys or value is not shown.values:
+            return None
+        found = shown.layer.at_once(shown, query, proceed)
+        if found is not None:
+            self.waiting, self.attended = None, shown.keys
+        return found
 
     def around(self, call: AttentionCall, proceed: Proceed) -> Any:
         """Attend to the layer whose keys came, then cut it if the prompt is complete."""

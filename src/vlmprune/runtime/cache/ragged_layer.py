@@ -7,6 +7,7 @@ the host's own attention reads it; elsewhere attention reads both, and merges th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -42,6 +43,8 @@ class RaggedLayer(TailLayer):
         self.piece: OnePiece | None = None
         # Whether the prefix may be laid so; None where that is not known yet.
         self._serves: bool | None = None
+        # Factor of the dot products, from the first step over a prefix on.
+        self._scale: float | None = None
         # Where they lie apart.
         self._prefix: Any = None
         self._keys: Any = None
@@ -122,6 +125,15 @@ class RaggedLayer(TailLayer):
             self.piece = piece
         return Shown(self, self.piece, *self.piece.append(key_states, value_states))
 
+    def at_once(self, shown: Shown, query: Tensor, proceed: Callable[[], Any]) -> Any | None:
+        """A later step over a prefix and a tail in one piece."""
+        piece = shown.prefix
+        if self._scale is None or query.shape[2] != 1 or not isinstance(piece, OnePiece):
+            return None
+        if piece.seen is None:
+            return proceed()
+        return ragged.step(query, shown.keys, shown.values, self._scale, piece.added()), None
+
     def attended(
         self, shown: Shown, call: AttentionCall, proceed: Proceed, cutter: Cutter | None
     ) -> Any:
@@ -141,10 +153,13 @@ class RaggedLayer(TailLayer):
         """Attention to prefix and tail in one piece, by the host where that copies no keys."""
         queries, given = call.query.shape[2], masks.readable(call.mask, USE)
         first, self.stepped = not self.stepped and queries == 1, self.stepped or queries == 1
+        if queries == 1:
+            self._scale = call.scale
         if given is None and queries == 1 and piece.seen is not None:
             if first:
                 self._prove(piece.prefix, replace(call, key=piece.tails[0], value=piece.tails[1]))
-            return ragged.step(call, piece.added()), None
+            added = piece.added()
+            return ragged.step(call.query, call.key, call.value, call.scale, added), None
         if given is not None or queries > 1:
             # The same for all layers of a device whose prefixes have as many places.
             device = piece.keys.device

@@ -6,6 +6,7 @@ prefix, and from then on new tokens go into a tail behind it, which grows in ste
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,6 +59,19 @@ class TailLayer(ShortLayer):
             cutter: of the prompt that is read; None while decoding.
         """
         raise NotImplementedError
+
+    def at_once(self, shown: Shown, query: Tensor, proceed: Callable[[], Any]) -> Any | None:
+        """Attention of a call without a mask that needs nothing else of the call.
+
+        Args:
+            shown: what the layer returned for it.
+            query: [B, Hq, Q, D].
+            proceed: the host's function on it.
+
+        Returns:
+            As the host's function returns it; None where the whole call is asked for.
+        """
+        return None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

@@ -17,7 +17,7 @@ from vlmprune.runtime.cache.ragged_layer import RaggedLayer
 from vlmprune.runtime.call.refusals import check_flash, check_placed, check_positions
 from vlmprune.runtime.call.remembered import prefix_of
 from vlmprune.runtime.call.shorten import Prefix, Prompt, join, latest
-from vlmprune.runtime.decoder.cache_cut import row_lengths
+from vlmprune.runtime.decoder.seen_layers import row_lengths
 from vlmprune.runtime.encoder.relevance import Question
 from vlmprune.runtime.encoder.visions import Vision
 from vlmprune.runtime.geometry import Geometry, geometry_of

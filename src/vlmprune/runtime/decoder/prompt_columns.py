@@ -53,6 +53,23 @@ class Facts:
 
 
 @dataclass(frozen=True, eq=False)
+class Behind:
+    """What `LayerView` has of several layers, the samples of each behind those of the former.
+
+    Attributes:
+        images: [n · B, V] int64, as in `LayerView`.
+        counts: [n · B, I] int64 likewise.
+        others: [n · B] int64; as in `Alike`.
+        notes: what a method keeps of so many layers for the next as many.
+    """
+
+    images: Tensor
+    counts: Tensor
+    others: Tensor
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class Alike:
     """What layers of one prompt need alike whose caches begin at the same column.
 
@@ -73,7 +90,7 @@ class Alike:
         stays: [B, H, T] bool; the same columns, and one more where `fewer` says so.
         at: [B, H, V] int64; where each visual token stands in `stays`, the one more where it is
             none.
-        notes: what a method keeps of one layer for the next.
+        made: what `layers` made.
     """
 
     start: int
@@ -88,11 +105,28 @@ class Alike:
     others: Tensor
     stays: Tensor
     at: Tensor
-    notes: dict[str, Any] = field(default_factory=dict)
+    made: dict[int, Behind] = field(default_factory=dict)
 
-    def staying(self, kept: Tensor) -> Tensor:
-        """[B, H, T] bool: all columns that stay, of which `kept` [B, H, V] are visual tokens."""
-        found = self.stays.scatter(2, self.at, kept)
+    def layers(self, count: int) -> Behind:
+        """What so many layers together need."""
+        found = self.made.get(count)
+        if found is None:
+            parts = self.images, self.counts, self.others
+            images, counts, others = (
+                one if count == 1 else one.repeat(count, *[1] * (one.ndim - 1)) for one in parts
+            )
+            found = self.made[count] = Behind(images, counts, others)
+        return found
+
+    def staying(self, kept: Tensor, count: int = 1) -> Tensor:
+        """[n · B, H, T] bool: all columns that stay of so many layers.
+
+        Args:
+            kept: [n · B, H, V] bool; those of visual tokens.
+            count: n.
+        """
+        stays, at = (one.expand(count, *one.shape) for one in (self.stays, self.at))
+        found = stays.scatter(3, at, kept.unflatten(0, (count, -1))).flatten(0, 1)
         return found if self.fewer is None else found[:, :, :-1]
 
     @classmethod
