@@ -133,10 +133,20 @@ def paired(ours: Side, other: Side, method: Any, times: int, tokens: int) -> dic
 def operations(kv_heads: int, layers: int) -> dict[str, dict[str, float]]:
     """How many operations on tensors a layer has more, by method, in a first token and in a step.
 
-    The first step, which lays out what the others read, is not among the steps. Of fewer layers,
-    for a layer has as many in any model, and the profiler takes its time.
+    What a model of twice as many layers has more, so that what a call has once does not count. The
+    first step, which lays out what the others read, is not among the steps. Of fewer layers, for a
+    layer has as many in any model, and the profiler takes its time.
     """
-    layers = min(layers, COUNTED)
+    few = min(layers, COUNTED)
+    found = [above(kv_heads, count) for count in (few, 2 * few)]
+    return {
+        name: {what: (found[1][name][what] - least) / few for what, least in calls.items()}
+        for name, calls in found[0].items()
+    }
+
+
+def above(kv_heads: int, layers: int) -> dict[str, dict[str, int]]:
+    """How many operations calls have more than those of the unpruned model."""
     other = tiny(layers, kv_heads)
     ours = Side(copy.deepcopy(other.model), other.inputs)
 
@@ -149,7 +159,7 @@ def operations(kv_heads: int, layers: int) -> dict[str, dict[str, float]]:
         with method(ours.model):
             ours.answer(2)
             pairs = zip((FIRST, STEP), counted(ours), bare, strict=True)
-            out[name] = {what: (mine - theirs) / layers for what, mine, theirs in pairs}
+            out[name] = {what: mine - theirs for what, mine, theirs in pairs}
     return out
 
 

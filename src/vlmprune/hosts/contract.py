@@ -113,7 +113,8 @@ def due(call: AttentionCall, causal: bool) -> tuple[Hashable, ...] | None:
     if call.mask is not None and not isinstance(call.mask, Tensor):
         return None
     dimensions = None if call.mask is None else call.mask.ndim
-    kind = (call.function_name, call.query.dtype, call.names, dimensions, causal)
+    # The function itself, for its name is read of a config, at each layer.
+    kind = (call.function, call.query.dtype, call.names, dimensions, causal)
     key = (call.module, *kind, len(call.query) > 1)
     return key if own.due(*key) else None
 

@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
+from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -101,12 +103,29 @@ def reason_here(faults: Mapping[str, str]) -> str:
     return next(found, "")
 
 
+# By function, and whether it is bound: to find one of `generate` takes longer than to bind to it.
+_signatures: WeakKeyDictionary[Any, dict[bool, inspect.Signature]] = WeakKeyDictionary()
+
+
 def signature_of(function: Callable[..., Any]) -> inspect.Signature:
     """The signature of a bound method, or of what stands in for one.
 
     Who wraps a bound method of ours by `functools.wraps` takes along the signature of its function,
     whose first argument the wrapper does not take.
     """
+    bound = isinstance(function, MethodType)
+    plain = function.__func__ if isinstance(function, MethodType) else function
+    try:
+        known = _signatures.setdefault(plain, {})
+    except TypeError:
+        # Nothing that can be remembered, such as an object with slots.
+        return _signature_of(function)
+    if bound not in known:
+        known[bound] = _signature_of(function)
+    return known[bound]
+
+
+def _signature_of(function: Callable[..., Any]) -> inspect.Signature:
     signature = inspect.signature(function)
     takes = list(signature.parameters.values())
     if takes and takes[0].name == "self" and takes[0].kind is inspect.Parameter.POSITIONAL_ONLY:
