@@ -229,6 +229,26 @@ def test_cut_copies_what_is_kept(case: Case, offset: int) -> None:
 
 
 @settings(max_examples=50)
+@given(case=cases, seeds=st.lists(st.integers(0, 2**16), min_size=1, max_size=3))
+def test_layers_are_cut_at_once_as_one_by_one(case: Case, seeds: list[int]) -> None:
+    """Contiguous or not, with lengths that are known and without."""
+    shape = case.keep.shape
+    keep = [torch.rand(shape, generator=torch.Generator().manual_seed(one)) > 0.5 for one in seeds]
+    keys = [case.keys + number for number in range(len(seeds))]
+    values = [case.values.transpose(1, 2).contiguous().transpose(1, 2) - one for one in seeds]
+    alone = [
+        Ragged.cut(key, value, stays, offset=3)
+        for key, value, stays in zip(keys, values, keep, strict=True)
+    ]
+    lengths = tuple(n for one in alone for n in one.lengths)
+    for known in (None, lengths):
+        together = Ragged.cut_each(keys, values, torch.cat(keep), offset=3, lengths=known)
+        assert [tokens(one) for one in together] == [tokens(one) for one in alone]
+    with pytest.raises(ValueError, match="Expected keys"):
+        Ragged.cut_each(keys, values, torch.cat(keep).int())
+
+
+@settings(max_examples=50)
 @given(case=cases, seed=st.integers(0, 2**16))
 def test_join_appends_to_each_head(case: Case, seed: int) -> None:
     first = Ragged.cut(case.keys, case.values, case.keep)
