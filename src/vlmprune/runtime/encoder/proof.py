@@ -1,10 +1,11 @@
 """Whether the cells that are scored are what the host makes visual tokens of: proved by the host.
 
 The host encodes once more, and half of the patches are changed on the way: as queries of the layer
-whose attention scores, and, where that is another, behind the layer whose output becomes features.
-If the layers, the order of patches and the packing of tokens are read rightly, what is made of the
-other half stays as it was, and the rest changes. Nothing of a projector needs to be known for that
-but that it makes each token of its own cell alone.
+whose attention scores, and behind the layer whose output becomes features. Where attention of a
+later layer scores, that is a run of its own. If the layers, the order of patches and the packing of
+tokens are read rightly, what is made of the other half stays as it was, and the rest changes.
+Nothing of a projector needs to be known for that but that it makes each token of its own cell
+alone.
 """
 
 from __future__ import annotations
@@ -112,19 +113,27 @@ def check(one: Encoding) -> None:
         return
     rows = _rows_of(one, chosen)
     share = _QUANTIZED if is_quantized(one.model) else _TURNED
+    feature = one.encoder.layers[one.encoder.feature]
+    early = list(one.encoder.layers)[: one.encoder.feature + 1]
+    # What leaves a layer that was looked at is put right again, so that those behind it run as
+    # they did.
+    together = all(any(layer is own for own in early) for layer in one.looked)
     with ExitStack() as stack:
+        if together:
+            # Of hooks on one layer the last to be put there runs first.
+            stack.enter_context(_Turned(rows).behind(feature))
         left = {}
         for layer, before in one.looked.items():
             turned = Changing(_Turned(rows).queries)
             stack.enter_context(intercepting(turned, attention_of(layer)))
             left[layer] = stack.enter_context(_restored(layer, before))
-        if left:
-            one.again()
+        output = one.again() if left or together else None
     for layer, found in left.items():
         _check_looked(one, layer, found, rows)
-    with _Turned(rows).behind(one.encoder.layers[one.encoder.feature]):
-        output = one.medium.completed(one.model, one.again())
-    _check_tokens(one, output, chosen, share)
+    if not together:
+        with _Turned(rows).behind(feature):
+            output = one.again()
+    _check_tokens(one, one.medium.completed(one.model, output), chosen, share)
     ledger = contract.ledger.get()
     if ledger is not None:
         ledger.prove(*_key(one.model, one.medium, one.encoder, one.looked, one.layouts))
