@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.base import scale_of
+from plain_layers import begun, single, tower_of
 
 
 def matched(keys: list[list[float]], merge: int, cls: bool) -> list[list[int]]:
@@ -33,82 +33,58 @@ def matched(keys: list[list[float]], merge: int, cls: bool) -> list[list[int]]:
     return [[token] for token in (sorted(stays) if cls else stays)] + [groups[t] for t in odd]
 
 
-def linear(module: Any, *names: str) -> Any:
-    """A projection by the name that a release gives it."""
-    for name in names:
-        found: Any = module
-        for part in name.split("."):
-            found = getattr(found, part, None)
-        if found is not None:
-            return found
-    raise AssertionError(names)
-
-
 def plain_tower(
-    built: Any, pixels: Tensor, merges: list[int], weigh: bool = True
+    built: Any,
+    pixels: Tensor,
+    merges: list[int],
+    weigh: bool = True,
+    cells: list[list[int]] | None = None,
 ) -> tuple[Tensor, list[list[list[int]]]]:
-    """The tower up to its feature layer, token by token; groups of patches, and each one's state.
+    """The tower up to its feature layer, token by token; groups of cells, and each patch's state.
 
     Written apart from the library: loops over tokens, attention by a softmax over all logits.
 
+    Args:
+        built: the host.
+        pixels: of its crops.
+        merges: cells that merge away in each layer.
+        weigh: whether attention counts a token as often as it has patches.
+        cells: the patches of each cell; every patch by itself where it is None.
+
     Returns:
-        States [crops, patches (+ CLS), C], members of a group alike; for each crop the groups.
+        States [crops, patches (+ CLS), C], members of a group alike, patch by patch of a cell; for
+        each crop the groups.
     """
-    tower = built.model.vision_tower
-    kind = built.config.vision_config.model_type
-    cls = kind != "siglip_vision_model"
-    embedded = tower.embeddings(pixels)
-    embedded = tower.pre_layrnorm(embedded) if kind == "clip_vision_model" else embedded
-    layers = tower.encoder.layer if kind == "dinov2" else tower.encoder.layers
-    heads = built.config.vision_config.num_attention_heads
+    tower, layers, heads, cls = tower_of(built)
     results, found = [], []
-    for states in embedded:
-        groups = [[token] for token in range(len(states))]
+    for crop in begun(tower, pixels):
+        own = cells or single(len(crop) - cls)
+        # A unit is the CLS token, or a cell; its tokens have a state each and one size.
+        units = [[0]] * cls + [[patch + cls for patch in cell] for cell in own]
+        groups = [[unit] for unit in range(len(units))]
+        tokens = [crop[unit] for unit in units]
         for layer, merge in zip(layers, merges, strict=False):
-            if kind == "dinov2":
-                norms, attention = (layer.norm1, layer.norm2), layer.attention
-                after, behind = layer.layer_scale1, layer.layer_scale2
-            else:
-                norms, attention = (layer.layer_norm1, layer.layer_norm2), layer.self_attn
-                after = behind = torch.nn.Identity()
-            given = norms[0](states)
-            q, k, v = (
-                linear(attention, f"{short}_proj", f"attention.{long}")(given)
-                .view(len(given), heads, -1)
-                .transpose(0, 1)
-                for short, long in (("q", "query"), ("k", "key"), ("v", "value"))
-            )
-            logits = q @ k.transpose(1, 2) * scale_of(attention)
-            if weigh:
-                logits = logits + torch.tensor([log(len(group)) for group in groups])
-            mixed = (logits.softmax(dim=-1) @ v).transpose(0, 1).flatten(1)
-            out = linear(attention, "out_proj", "o_proj", "output.dense")(mixed)
-            states = states + after(out)
+            sizes = [len(group) for group, unit in zip(groups, tokens, strict=True) for _ in unit]
+            bias = torch.tensor([log(size) for size in sizes]) if weigh else None
+            lengths = [len(unit) for unit in tokens]
+            states, _, keys = layer.attend(torch.cat(tokens), heads, bias)
+            tokens = list(states.split(lengths))
             if merge:
-                tokens = matched(k.mean(dim=0).tolist(), merge, cls)
-                merged = []
-                for members in tokens:
+                ends = keys.mean(dim=0).split(lengths)
+                wide = max(lengths)
+                flat = [(end.repeat(wide // len(end), 1)).flatten().tolist() for end in ends]
+                made, joined = [], []
+                for members in matched(flat, merge, cls):
                     size = sum(len(groups[i]) for i in members)
-                    merged.append(sum(states[i] * len(groups[i]) for i in members) / size)
-                states = torch.stack(merged)
-                groups = [[p for i in members for p in groups[i]] for members in tokens]
-            states = states + behind(layer.mlp(norms[1](states)))
-        full = torch.empty_like(embedded[0])
-        for state, group in zip(states, groups, strict=True):
-            full[group] = state
+                    made.append(sum(tokens[i] * len(groups[i]) for i in members) / size)
+                    joined.append([unit for i in members for unit in groups[i]])
+                tokens, groups = made, joined
+            lengths = [len(unit) for unit in tokens]
+            tokens = list(layer.feed(torch.cat(tokens)).split(lengths))
+        full = torch.empty_like(crop)
+        for states, group in zip(tokens, groups, strict=True):
+            for unit in group:
+                full[units[unit]] = states
         results.append(full)
-        found.append([[p - cls for p in group] for group in groups if group != [0] or not cls])
+        found.append([[u - cls for u in group] for group in groups if group != [0] or not cls])
     return torch.stack(results), found
-
-
-def given_to_projector(built: Any, pruner: Any, inputs: Any) -> tuple[Tensor, Any]:
-    """What the projector gets while a request is pruned, and the report."""
-    seen: list[Tensor] = []
-    hook = built.model.multi_modal_projector.register_forward_pre_hook(
-        lambda _, args: seen.append(args[0])
-    )
-    with torch.no_grad(), pruner(built) as handle:
-        built(**inputs)
-    hook.remove()
-    # The contract proves the tower before anything merges in it.
-    return seen[-1], handle.report

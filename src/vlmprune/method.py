@@ -77,7 +77,7 @@ class Method:
     watch: Watch = ""
     always: bool = True
     # Of methods that act inside the vision encoder: how, and what to do where they cannot.
-    acts: Literal["merging", "scaling", ""] = ""
+    acts: Literal["merging", "dropping", "scaling", ""] = ""
     instead: str = ""
     # Of methods that send tokens of their own through the encoder: how many beside each crop.
     beside: int = 0

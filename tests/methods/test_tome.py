@@ -15,14 +15,14 @@ from transformers import modeling_utils
 
 from answers import DIFFERENT, TOLERANCE, distance
 from in_tower import generate, leftovers
-from plain_tome import given_to_projector, matched, plain_tower
+from plain_layers import given_to_projector, internvl, shuffled, squares, tower_of
+from plain_tome import matched, plain_tower
 from tiny import Request, dropped_columns, model, positions_of, request
 from vlmprune import PLPHP, ToMe, VisPruner, VlmpruneError
 from vlmprune.runtime.attention import interception
 from vlmprune.runtime.encoder import acting
 from vlmprune.select import bipartite
 from zoo import ZOO
-from zoo.base import scale_of
 
 KINDS = ["clip", "dinov2", "siglip"]
 
@@ -119,6 +119,51 @@ def test_tower_equals_a_plain_one(kind: str, attention: str) -> None:
         assert sorted(min(group) for group in of_crop) == kept.tolist() and len(kept) == 6
         for group in of_crop:
             assert all(int(members[patch]) == min(group) for patch in group)
+
+
+@pytest.mark.parametrize(("ratio", "attention"), [(0.5, "sdpa"), (1.0, "sdpa"), (0.5, "eager")])
+def test_internvl_merges_whole_visual_tokens(ratio: float, attention: str) -> None:
+    """Patches of one visual token go together, each into the one at its place in the other."""
+    built, inputs = internvl(ratio, attention)
+    edge = round(1 / ratio)
+    tokens = 36 // edge**2
+    merges = {9: [2, 2, 1], 36: [9, 9, 8]}[tokens]
+    keep = tokens - sum(merges)
+    with torch.no_grad():
+        pixels, cells = inputs["pixel_values"], squares(6, edge)
+        wanted, groups = plain_tower(built, pixels, merges, cells=cells)
+        others = [
+            plain_tower(built, pixels, merges, weigh=False, cells=cells)[0],
+            plain_tower(built, pixels, [0, 0, 0], cells=cells)[0],
+        ]
+    features, report = given_to_projector(built, ToMe(keep=keep), inputs)
+    assert float((features - shuffled(built, wanted)).abs().max()) < TOLERANCE
+    for other in others:
+        assert float((features - shuffled(built, other)).abs().max()) > DIFFERENT
+    (members,), (kept,) = report.members, report.kept
+    assert len(kept) == 2 * keep
+    for crop, of_crop in enumerate(groups):
+        assert len(of_crop) == keep
+        for group in of_crop:
+            into = min(group) + crop * tokens
+            assert into in kept
+            assert all(int(members[cell + crop * tokens]) == into for cell in group)
+
+
+def test_gemma_merges_the_squares_that_it_averages() -> None:
+    entry = ZOO["gemma3"]
+    built = entry.build()
+    req = entry.request(built, [["image"], ["image"]])
+    with torch.no_grad():
+        pixels = req.inputs["pixel_values"]
+        wanted, groups = plain_tower(built, pixels, [2, 2, 1], cells=squares(6, 2))
+        other, _ = plain_tower(built, pixels, [2, 2, 1], cells=None)
+        norm = built.model.vision_tower.post_layernorm
+    features, report = given_to_projector(built, ToMe(keep=4), req.inputs)
+    assert float((features - norm(wanted)).abs().max()) < TOLERANCE
+    assert float((features - norm(other)).abs().max()) > DIFFERENT
+    for kept, of_crop in zip(report.kept, groups, strict=True):
+        assert kept.tolist() == sorted(min(group) for group in of_crop)
 
 
 def by_hand(built: Any, req: Request, kept: list[Tensor], states: Tensor) -> Any:
@@ -237,9 +282,10 @@ def test_flops_by_hand() -> None:
     assert other.flops_after - report.flops_after == 2 * (usual - spent) > 0
 
 
-def test_a_method_behind_it_sees_each_patchs_share() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_method_behind_it_sees_each_patchs_share(kind: str) -> None:
     """Attention to a merged token is shared by its patches; the later method ranks those kept."""
-    built = model()
+    built = model(kind=kind)
     req = request(built, [2])
     seen: list[Any] = []
 
@@ -250,23 +296,29 @@ def test_a_method_behind_it_sees_each_patchs_share() -> None:
 
     with (ToMe(keep=6) | Last(keep=3, important_ratio=1))(built) as handle:
         generate(built, **req.inputs)
-    assert handle.report is not None and "CLS attention" in handle.report.score
     (view,) = seen
-    # Told apart by hand: the CLS row of the feature layer, which begins with what layer 0 merged.
+    # Told apart by hand. A CLS row is that of the feature layer, which begins with what layer 0
+    # merged; what patches receive is of the layer behind it, which begins with all, of which those
+    # that merged are alike.
+    cls = kind != "siglip"
+    assert handle.report is not None
+    assert ("CLS attention" if cls else "attention received") in handle.report.score
     with torch.no_grad():
-        states, groups = plain_tower(built, req.inputs["pixel_values"], [5])
-        layer = built.model.vision_tower.encoder.layers[1]
-        scale = scale_of(layer.self_attn)
-        for crop, (tokens, members) in enumerate(zip(states, groups, strict=True)):
-            # Duplicates of a merged token get what it gets, shared.
-            given = layer.layer_norm1(tokens)
-            q, k = (
-                project(given).view(17, 4, 8).transpose(0, 1)
-                for project in (layer.self_attn.q_proj, layer.self_attn.k_proj)
-            )
-            row = (q[:, :1] @ k.transpose(1, 2) * scale).softmax(dim=-1).mean(dim=0)[0, 1:]
+        pixels = req.inputs["pixel_values"]
+        states, groups = plain_tower(built, pixels, [5] if cls else [5, 5])
+        unmerged, _ = plain_tower(built, pixels, [0] if cls else [0, 0])
+        _, layers, heads, _ = tower_of(built)
+        for crop, (tokens, plain, members) in enumerate(zip(states, unmerged, groups, strict=True)):
+
+            def row_of(tokens: Tensor) -> Tensor:
+                # Duplicates of a merged token get what it gets, shared.
+                weights = layers[1 if cls else 2].attend(tokens, heads)[1].mean(dim=0)
+                return weights[0, 1:] if cls else weights.mean(dim=0)
+
+            row = row_of(tokens)
             assert float((view.attention[crop] - row).abs().max()) < TOLERANCE
-            assert len(members) == 11
+            assert float((view.attention[crop] - row_of(plain)).abs().max()) > 10 * TOLERANCE
+            assert len(members) == (11 if cls else 6)
             kept = view.candidates[crop].nonzero()[:, 0]
             assert len(kept) == 6
             best = sorted(kept.tolist(), key=lambda cell: -float(row[cell]))[:3]
@@ -303,7 +355,8 @@ def test_half_precision(dtype: torch.dtype) -> None:
 REFUSED = [
     ("qwen2_vl", ToMe(keep=3), "at their own resolution"),
     ("pixtral", ToMe(keep=3), "at their own resolution"),
-    ("internvl", ToMe(keep=3), "not among the layers that it knows"),
+    ("idefics3", ToMe(keep=3), "not among the layers that it knows"),
+    ("llama4", ToMe(keep=3), "puts its CLS token last"),
 ]
 
 
@@ -332,10 +385,10 @@ def test_refused_before_any_work() -> None:
     built.model.vision_tower.config._attn_implementation = "flash_attention_2"
     refused(ToMe(keep=5), "flash_attention_2 cannot weigh merged tokens")
     assert not ran
-    gemma = ZOO["gemma3"].build()
-    pooled = ZOO["gemma3"].request(gemma, [["image"]])
-    with pytest.raises(VlmpruneError, match="one visual token of several"), ToMe(keep=0.5)(gemma):
-        generate(gemma, **pooled.inputs)
+    one = ZOO["llava_onevision"].build()
+    video = ZOO["llava_onevision"].request(one, [["video"]])
+    with pytest.raises(VlmpruneError, match="blends neighbouring"), ToMe(keep=0.5)(one):
+        generate(one, **video.inputs)
     with pytest.raises(VlmpruneError, match="merges within a crop"):
         ToMe(keep=5, budget="image")
     with pytest.raises(VlmpruneError, match="must come first"):

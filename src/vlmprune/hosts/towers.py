@@ -20,6 +20,7 @@ PARTS: Mapping[str, tuple[str, str]] = {
     "CLIPEncoderLayer": ("layer_norm2", "mlp"),
     "SiglipEncoderLayer": ("layer_norm2", "mlp"),
     "Dinov2Layer": ("norm2", "mlp"),
+    "InternVLVisionLayer": ("layernorm_after", "mlp"),
 }
 
 # Towers that scale their positions to the pixels without being told to, and what tells others.

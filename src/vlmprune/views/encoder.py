@@ -64,7 +64,8 @@ class EncoderView:
     Attributes:
         attention: [crops, N] float32; what each patch receives, averaged over heads.
         features: [crops, N, C]; encoder features before the projector.
-        candidates: [crops, N] bool; patches that the language model would see.
+        candidates: [crops, N] bool; patches that the language model would see, without those that
+            left inside the encoder (`Pruner.inside`).
         images: for each crop, the number of its image in the request.
         grids: for each crop (rows, columns) of its cells; of a smaller crop the cells past
             rows · columns are no candidates.
@@ -78,8 +79,8 @@ class EncoderView:
         relevance: [crops, N] float32; mean cosine to the parts of the question.
         by_words: whether that cosine is to the language model's words, for want of a text tower.
         shared: [crops, N] int64 in [0, N); where the method acted inside the encoder
-            (`Pruner.inside`), cells of a crop with the same number have the same features; None
-            elsewhere.
+            (`Pruner.inside`), cells of a crop with the same number have the same features, and
+            those that left have -1; None elsewhere.
         states: by encoder layer, [crops, N, C] the hidden states behind it, with gradients.
         question: [crops, D] the language model's state behind its last layer at the last token of
             the question that the crop's row asks, text alone, with gradients.
@@ -196,14 +197,18 @@ class Inside:
         grid: (rows, columns) of patches that the pixels are scaled down to; None leaves them.
         words: the same for people.
         alone: whether no other method chooses after it.
+        leaves: how many cells of a crop leave in each encoder layer, like `merges`.
+        fuse: whether those that leave become one token more, which stays in the encoder.
     """
 
     merges: tuple[int, ...] = ()
     grid: tuple[int, int] | None = None
     words: str = ""
     alone: bool = True
+    leaves: tuple[int, ...] = ()
+    fuse: bool = False
 
     @property
     def acts(self) -> bool:
         """Whether there is anything to do."""
-        return any(self.merges) or self.grid is not None
+        return any(self.merges) or any(self.leaves) or self.grid is not None

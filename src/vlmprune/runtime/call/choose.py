@@ -131,7 +131,7 @@ def report_of(attachment: Attachment, plan: Plan, choice: Choice) -> Report:
             if given
         ]
         patches = [n for part in each for n in part]
-    tower = acting.flops(attachment.model, media, plan.brought, items, attachment.method)
+    tower = acting.flops(attachment.model, media, plan.brought, items, attachment.method, patches)
     if tower is None:
         tower = semantic_tokens.flops(attachment.model, media, items, attachment.method)
     return make(

@@ -195,10 +195,12 @@ def encode(
     layers = {layer: all_of(layer) for layer in reads.layers}
     states = {layer: all_of(f"state {layer}") for layer in reads.states}
     alike = [wide(row, most) for i in order for row in shared.get(i, [])]
+    grouped = torch.stack(alike).to(attention.device) if alike else None
+    there = geometry.candidates
     view = EncoderView(
         attention,
         stacked.detach(),
-        geometry.candidates,
+        there if grouped is None else there & (grouped >= 0).to(there.device),
         geometry.images,
         tuple(one.grid for one in geometry.layouts for _ in range(one.crops)),
         tuple(one.kind == "video" for one in geometry.layouts),
@@ -207,7 +209,7 @@ def encode(
         None if patches is None else patches[..., 1],
         all_of("keys"),
         all_of("projected"),
-        shared=torch.stack(alike).to(attention.device) if alike else None,
+        shared=grouped,
         states={layer: rows for layer, rows in states.items() if rows is not None},
         semantic=torch.stack([c for i in order for c in beside[i]]) if beside else None,
         joined=None if joined is None else joined[..., 0],
@@ -362,8 +364,9 @@ def _looked(
 ) -> frozenset[nn.Module]:
     """The encoder layers whose attention, or keys, a method acts by."""
     numbers = [*reads.layers, *(n for n in reads.single if n is not None)]
-    merging = () if inside is None else inside.merges
-    found = [tower.layers[n] for n in numbers] + list(tower.layers[: len(merging)])
+    if inside is not None:
+        numbers += [*range(len(inside.merges)), *(n for n, out in enumerate(inside.leaves) if out)]
+    found = [tower.layers[n] for n in numbers]
     return frozenset(found if scored is None else [*found, scored])
 
 
