@@ -20,6 +20,7 @@ from vlmprune.methods.divprune import DivPrune as DivPrune
 from vlmprune.methods.cdpruner import CDPruner as CDPruner
 from vlmprune.methods.evs import EVS as EVS
 from vlmprune.methods.tome import ToMe as ToMe
+from vlmprune.methods.evit import EViT as EViT
 
 # The same, by training.
 from vlmprune.methods.quecc import QueCC as QueCC
