@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 import tiny
-from vlmprune import PLPHP, FastV, ToMe, VisPruner
+from vlmprune import PLPHP, EViT, FastV, ToMe, VisPruner
 from vlmprune.pruner import Pruner
 
 METHODS: dict[str, Callable[[], Pruner]] = {
@@ -67,7 +67,7 @@ def zeroed(module: Any) -> None:
     ],
     ids=["projector", "attention", "tower"],
 )
-@pytest.mark.parametrize("pruner", [VisPruner(keep=4), ToMe(keep=6)])
+@pytest.mark.parametrize("pruner", [VisPruner(keep=4), ToMe(keep=6), EViT(keep=6)])
 def test_a_tower_in_which_nothing_moves(pruner: Pruner, still: Callable[[Any], Any]) -> None:
     """As where a training begins; it proves nothing, and nothing wrong."""
     built = tiny.model()

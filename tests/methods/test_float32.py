@@ -188,6 +188,7 @@ def test_a_pooling_heads_softmax_is_in_float32() -> None:
         ("divprune", {"keep": 7}),
         ("cdpruner", {"keep": 7}),
         ("tome", {"keep": 7}),
+        ("evit", {"keep": 7}),
         ("fastv", {"keep": 0.5, "layer": 1}),
         ("dart", {"keep": 0.5, "layer": 1, "image_pivots": 2}),
         ("sparsevlm", {"keep": 0.5}),

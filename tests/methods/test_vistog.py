@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig
 from tiny import IMAGE, model, positions_of, request
 from tiny import dropped_columns as dropped_of
 from vistog_host import host, loud, restated, shown, vistog
-from vlmprune import ToMe, VisPruner, VisToG, VlmpruneError
+from vlmprune import EViT, ToMe, VisPruner, VisToG, VlmpruneError
 from vlmprune.methods.vistog import Grouper, homes
 from vlmprune.select.grouping import assigned, means
 from zoo import ZOO
@@ -353,8 +353,9 @@ def test_requests_are_refused() -> None:
     ):
         built(**req.inputs)
     assert handle.report is not None and len(handle.report.kept[0]) == 4
-    with (ToMe(keep=8) | pruner)(built), pytest.raises(VlmpruneError, match="changes the tokens"):
-        built(**req.inputs)
+    for first in (ToMe(keep=8), EViT(keep=8)):
+        with (first | pruner)(built), pytest.raises(VlmpruneError, match="changes the tokens"):
+            built(**req.inputs)
     with pytest.raises(VlmpruneError, match="tokens"):
         (pruner | vistog(built, seed=1))(built).__enter__()
 

@@ -14,6 +14,7 @@ from vlmprune import (
     CDPruner,
     DivPrune,
     Downsample,
+    EViT,
     FastV,
     PruMerge,
     ToMe,
@@ -47,6 +48,10 @@ def test_what_takes_no_slot_does_nothing() -> None:
         (
             (VisPruner(8), ToMe(4)),
             f"{ToMe(4)!r} acts inside the vision encoder and must come first in a chain.",
+        ),
+        (
+            (ToMe(8), EViT(4)),
+            f"{EViT(4)!r} acts inside the vision encoder and must come first in a chain.",
         ),
         (
             (ToMe(8), Downsample(4)),

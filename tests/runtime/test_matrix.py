@@ -27,6 +27,7 @@ from vlmprune import (
     DART,
     PLPHP,
     Downsample,
+    EViT,
     FastV,
     GSearch,
     PSigmoid,
@@ -98,6 +99,7 @@ FURTHER: dict[str, tuple[Any, Any]] = {
     "SparseVLM": (SparseVLM(keep=1.0), SparseVLM(keep=0.9)),
     "routed": (Sieve(keep=1.0, weighted=False), Sieve(keep=1.0)),
     "ToMe": (ToMe(keep=1.0), ToMe(keep=15)),
+    "EViT": (EViT(keep=1.0), EViT(keep=15)),
     "Downsample": (Downsample(keep=1.0), Downsample(keep=15)),
 }
 
@@ -111,7 +113,7 @@ def deeper(attention: str, kind: str) -> tuple[Any, dict[str, Tensor], Any]:
 
 
 # Towers with a CLS token, with one behind another norm, and without, where methods act inside them.
-TOWERS = {"ToMe": ("clip", "dinov2", "siglip"), "Downsample": ("clip", "dinov2", "siglip")}
+TOWERS = dict.fromkeys(("ToMe", "EViT", "Downsample"), ("clip", "dinov2", "siglip"))
 # What drops rows by the attention of a layer, in both ways in which that is read.
 BOTH = {"FastV", "PyramidDrop"}
 

@@ -16,7 +16,7 @@ from vlmprune.learned import MoD, QueCC, VisToG
 
 from repository import ROOT
 from training_data import SIDE, entries, run
-from vlmprune import ToMe, VisionZip, embedded
+from vlmprune import EViT, ToMe, VisionZip, embedded
 from vlmprune.errors import VlmpruneError
 from vlmprune.hosts import contract
 from vlmprune.io.models import Loaded
@@ -252,7 +252,8 @@ def test_kept_states_stand_for_the_encoder(loaded: Loaded, tmp_path: Path) -> No
     with pytest.raises(VlmpruneError, match="is of other pictures, layers or weights"):
         States(tmp_path / "cache", loaded.model, pruner, rows, some[:2]).fill()
     # A method that reads more of the encoder than states needs it in each step.
-    for other in (VisToG.fresh(loaded.model, tokens=4), ToMe(keep=8), VisionZip(keep=8)):
+    fresh = VisToG.fresh(loaded.model, tokens=4)
+    for other in (fresh, ToMe(keep=8), EViT(keep=8), VisionZip(keep=8)):
         with pytest.raises(VlmpruneError, match="needs the vision encoder itself in every step"):
             States(tmp_path / "other", loaded.model, other, rows, some)
     (index,) = (tmp_path / "cache").glob("*.json")

@@ -64,7 +64,9 @@ class EViT(WithBudget):
     positions: Positions = "auto"
     budget: Budget = "crop"
 
-    needs: ClassVar[str] = "CLS attention (else attention received); layers of CLIP and its like"
+    needs: ClassVar[str] = (
+        "CLS attention (else attention received); layers of CLIP, SigLIP, DINOv2 or InternVL"
+    )
     stage: ClassVar[str] = "inside the vision encoder"
     paper: ClassVar[str] = "arXiv 2202.07800"
     text_agnostic: ClassVar[bool] = True

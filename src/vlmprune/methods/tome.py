@@ -40,9 +40,11 @@ class ToMe(Budgeted):
     gets, not in the last one, and spreads r so that exactly `keep` tokens are left. Merging does
     not know what the host cuts away afterwards: padding merges too, and a merged token all of
     whose patches are cut away is gone, so that any-resolution images may keep fewer. A merged
-    token stands where the first of its patches did. Sums are float32 in any model, and ties go to
-    the lower index. Towers of CLIP, SigLIP and DINOv2 with attention by SDPA or eager; other
-    towers, and models that make one visual token of several patches, are refused.
+    token stands where the first of its patches did. Where a host makes one visual token of several
+    patches, these merge together, each into the one at its own place in the other visual token, by
+    their keys put end to end. Sums are float32 in any model, and ties go to the lower index. Towers
+    of CLIP, SigLIP, DINOv2 and InternVL with attention by SDPA or eager; other towers, and models
+    that blend neighbouring patches, are refused.
 
     Shapes: keys [crops, tokens, D] of each layer → kept [crops, N]. Builds a square matrix of a
     crop's tokens in each layer.
@@ -51,7 +53,7 @@ class ToMe(Budgeted):
         VlmpruneError: a value is out of range or out of reach; one sentence names it.
     """
 
-    needs: ClassVar[str] = "encoder keys; layers of CLIP, SigLIP or DINOv2"
+    needs: ClassVar[str] = "encoder keys; layers of CLIP, SigLIP, DINOv2 or InternVL"
     stage: ClassVar[str] = "inside the vision encoder"
     paper: ClassVar[str] = "arXiv 2210.09461"
     text_agnostic: ClassVar[bool] = True

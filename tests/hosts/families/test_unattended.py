@@ -33,7 +33,7 @@ LOOKING = [
     methods.FoPru(keep=4),
     VisPruner(keep=4) | FastV(keep=0.4, layer=1),
 ]
-ACTING = [methods.ToMe(keep=4), methods.Downsample(keep=4)]
+ACTING = [methods.ToMe(keep=4), methods.EViT(keep=4), methods.Downsample(keep=4)]
 FREE = [
     RandomTokens(keep=4),
     methods.UniformGrid(keep=4),

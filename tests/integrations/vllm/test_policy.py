@@ -44,6 +44,7 @@ NOT_SERVING = {
     "cdpruner": _ASKS,
     "quecc": _ASKS,
     "tome": "acts inside the vision encoder",
+    "evit": "acts inside the vision encoder",
     "vistog": _LATE,
     "downsample": "acts inside the vision encoder",
 }

@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from answers import DIFFERENT, TOLERANCE, same
 from packing import alone, packed, samples
 from stock import CACHE
-from vlmprune import PLPHP, FastV, RandomTokens, ToMe, VisPruner, VlmpruneError
+from vlmprune import PLPHP, EViT, FastV, RandomTokens, ToMe, VisPruner, VlmpruneError
 from vlmprune.hosts import outputs
 from zoo import ZOO, Request
 from zoo_oracle import dropped_columns, overlooking
@@ -245,7 +245,7 @@ def test_later_turns_half_precision_and_merged_tokens() -> None:
     built, req = made("llava")
     more = torch.full((2, 2), 61)
     mask = torch.nn.functional.pad(req.inputs["attention_mask"], (0, 2), value=1)
-    for pruner in (VisPruner(keep=3), ToMe(keep=6), RandomTokens(keep=1.0)):
+    for pruner in (VisPruner(keep=3), ToMe(keep=6), EViT(keep=6), RandomTokens(keep=1.0)):
         found = {}
         for way in ("short", "full"):
             with pruner(built, logits=way):

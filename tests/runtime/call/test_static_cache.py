@@ -17,7 +17,7 @@ from transformers import CompileConfig
 
 from answers import DIFFERENT, TOLERANCE, distance, generate
 from tiny import model, request
-from vlmprune import PLPHP, DivPrune, FastV, Recall, ToMe, VisionZip, VisPruner, VlmpruneError
+from vlmprune import PLPHP, DivPrune, EViT, FastV, Recall, ToMe, VisionZip, VisPruner, VlmpruneError
 from zoo import WINDOWED
 
 STATIC = {"cache_implementation": "static"}
@@ -26,6 +26,7 @@ METHODS = {
     "divprune": DivPrune(keep=5),
     "visionzip": VisionZip(keep=5),
     "tome": ToMe(keep=5),
+    "evit": EViT(keep=5),
 }
 
 
