@@ -112,6 +112,7 @@ SETTINGS: dict[str, dict[str, Settings]] = {
     "divprune": {"DivPrune": keep},
     "cdpruner": {"CDPruner": keep},
     "tome": {"ToMe": keep},
+    "evit": {"EViT": keep},
     # Inside it: `keep` is what goes on from the layer that drops, or as the class says.
     "fastv": {"FastV": keep},
     "dart": {"DART": lambda b: {"keep": b, "normed": True}},

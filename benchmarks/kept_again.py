@@ -8,8 +8,9 @@ held-out scene, of one scene the first, of the next the second and so on. Where 
 it is asked twice: once of what it sees, and once of that with noise, each number x as
 x · (1 + `NOISE` · n), n drawn from a normal distribution. Noised are all numbers that a choice is
 made of: features, keys and states, attention and relevance. The model goes on with the first
-answer, so that each choice is compared by itself, layer by layer where there are several. ToMe,
-whose layers merge what earlier ones left, runs twice, with noise on the keys of every layer.
+answer, so that each choice is compared by itself, layer by layer where there are several. ToMe
+and EViT, whose layers go on from what earlier ones left, run twice, with noise on the keys, or the
+attention, of every layer.
 
 `render.py` writes the columns "kept again" of docs/results.md.
 """
@@ -35,7 +36,7 @@ from vlmprune import embedded
 from vlmprune.io.models import Loaded, quiet
 from vlmprune.method import Method
 from vlmprune.pruner import Pruner
-from vlmprune.runtime.encoder import acting
+from vlmprune.select import bipartite, leaving
 from vlmprune.study import measure as measured
 from vlmprune.study.evals.run import BATCH, evaluate
 from vlmprune.study.tasks import Sample, Scenes
@@ -115,14 +116,16 @@ def asked_twice(cls: type[Method], counts: Counts, generator: torch.Generator) -
 
 
 @contextmanager
-def merging_noised(generator: torch.Generator) -> Iterator[None]:
-    """Let layers of an encoder that merge tokens inside the block match noised keys."""
-    plain = acting.bipartite.match
+def layers_noised(acts: str, generator: torch.Generator) -> Iterator[None]:
+    """Let layers of an encoder inside the block merge, or drop, by noised keys or attention."""
+    module, name = {"merging": (bipartite, "match"), "dropping": (leaving, "highest")}[acts]
+    plain = getattr(module, name)
 
-    def match(keys: Tensor, merge: int, cls: bool) -> Tensor:
-        return plain(noised(keys, generator), merge, cls)
+    def decide(seen: Tensor, *given: Any) -> Tensor:
+        found: Tensor = plain(noised(seen, generator), *given)
+        return found
 
-    with mock.patch.object(acting.bipartite, "match", match):
+    with mock.patch.object(module, name, decide):
         yield
 
 
@@ -148,11 +151,11 @@ def counted(loaded: Loaded, pruner: Pruner, batch: int, limit: int | None, seed:
         evaluate(loaded, pruner, Prefills(), limit=limit, batch=batch)
 
     cls = type(pruner)
-    if pruner.acts == "merging":
+    if pruner.acts in ("merging", "dropping"):
         first, second = list[Tensor](), list[Tensor]()
         with noting(cls, first):
             run()
-        with noting(cls, second), merging_noised(generator):
+        with noting(cls, second), layers_noised(pruner.acts, generator):
             run()
         for pair in zip(first, second, strict=True):
             counts.add(*pair)

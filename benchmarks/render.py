@@ -30,6 +30,7 @@ import recall
 import recall_page
 import selection
 import serve_page
+import tower
 import training_steps
 from accuracy_tables import Table
 from page_parts import DOCS, RESULTS, replaced
@@ -124,7 +125,11 @@ def read(folder: Path) -> dict[str, Content]:
 
 def results_page(folder: Path) -> dict[str, str]:
     """The parts of docs/results.md whose files are there."""
-    makers = {"learned": of_learned, "equal_compute": of_study}
+    makers = {
+        "learned": of_learned,
+        "equal_compute": of_study,
+        "tower": lambda found: {"tower": tower.markdown(found)},
+    }
     files = read(folder)
     made: dict[str, str] = {}
     if "accuracy" in files:

@@ -47,6 +47,7 @@ def test_noise_is_relative_and_leaves_flags_and_places() -> None:
         ("fastervlm", {"keep": 0.2}, False),
         ("vispruner", {"keep": 0.2}, False),
         ("tome", {"keep": 0.2}, False),
+        ("evit", {"keep": 0.2}, False),
         ("fastv", {"keep": 0.2}, False),
         ("plphp", {"r": 0.4}, False),
     ],

@@ -259,8 +259,9 @@ def encoder_flops(
         patches: patches per crop, where it is known.
         pixels: side of a crop, or (height, width), in pixels; for towers that are fed another size
             than their config's `image_size`. Give this or `patches`, not both.
-        merges: how many tokens merge away between attention and feed-forward of each layer, from
-            the first on, where a method merges them; the layers after those see all again.
+        merges: by how many tokens a crop becomes fewer between attention and feed-forward of each
+            layer, from the first on, where a method merges or drops them; the layers after those
+            see all again.
         per_multiply_add: FLOPs that a multiply and an add count as, 2 or 1.
 
     Returns:
