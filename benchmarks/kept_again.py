@@ -45,7 +45,7 @@ from vlmprune.views import Selection
 FILE = RESULTS / "kept_again.json"
 NOISE = 1e-3
 BUDGET = 0.22
-CHOICES = ("select", "drop", "retain")
+CHOICES = ("select", "drop", "retain", "retain_together")
 """A method's choices, each of which says what is kept."""
 
 

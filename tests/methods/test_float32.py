@@ -33,7 +33,7 @@ BEFORE = [
 ]
 # Methods whose choice hangs on products of what they see.
 PRODUCTS = ("vispruner", "divprune", "cdpruner", "visionzip", "prumerge")
-CHOICES = ("select", "raters", "drop", "retain")
+CHOICES = ("select", "raters", "drop", "retain", "retain_together")
 
 
 def upcast(values: Any) -> Any:
