@@ -24,7 +24,7 @@ from vlmprune.costs.flops import (
     spent,
     spent_of,
 )
-from vlmprune.hosts.layer_sizes import UNKNOWN, layers
+from vlmprune.hosts.layer_sizes import UNKNOWN
 
 __all__ = [
     "PER_MULTIPLY_ADD",
@@ -39,7 +39,6 @@ __all__ = [
     "kv_layers",
     "layered",
     "layered_flops",
-    "layers",
     "patch_count",
     "prefill_flops",
     "spent",

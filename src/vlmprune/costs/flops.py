@@ -104,7 +104,7 @@ def spent_of(
     """As `spent`, of decoder layers whose sizes are known; to read them of a config takes longer.
 
     Args:
-        layers: as `layers` reads them.
+        layers: as `hosts.layer_sizes.layers` reads them.
         visual_tokens: as `spent` takes it.
         bytes_per_value: likewise.
         per_multiply_add: likewise.

@@ -359,8 +359,12 @@ def make(
         encoder = sum(
             costs.encoder_flops(config, patches.count(size), patches=size) for size in set(patches)
         )
-    sizes = costs.layers(config) if layers is None else layers
-    whole, left = (costs.spent_of(sizes, counts, dtype.itemsize) for counts in (before, after))
+    whole, left = (
+        costs.spent(config, counts, dtype.itemsize)
+        if layers is None
+        else costs.spent_of(layers, counts, dtype.itemsize)
+        for counts in (before, after)
+    )
     return Report(
         method=method,
         positions=positions,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from vlmprune import costs
-from vlmprune.hosts import attention, contract, decoder, families
+from vlmprune.hosts import attention, contract, decoder, families, layer_sizes
 from vlmprune.hosts.families import Family
 from vlmprune.method import Method
 from vlmprune.report import Report, make
@@ -114,9 +114,9 @@ class Attachment:
         return {attention.attention_of(layers[index]): lender for index, lender in some}
 
     @cached_property
-    def layer_sizes(self) -> costs.Layers | None:
+    def decoder_sizes(self) -> costs.Layers | None:
         """The sizes of the decoder's layers, which no call changes; None where they are unknown."""
-        return costs.layers(self.model.config)
+        return layer_sizes.layers(self.model.config)
 
     @property
     def architecture(self) -> str:
@@ -137,5 +137,5 @@ class Attachment:
             patches=[],
             dtype=self.model.dtype,
             seconds=0.0,
-            layers=self.layer_sizes,
+            layers=self.decoder_sizes,
         )

@@ -149,7 +149,7 @@ def report_of(attachment: Attachment, plan: Plan, choice: Choice) -> Report:
         members=choice.members,
         tower=tower,
         below_keep=attachment.method.below_keep(geometry.candidates, geometry.images),
-        layers=attachment.layer_sizes,
+        layers=attachment.decoder_sizes,
     )
 
 
