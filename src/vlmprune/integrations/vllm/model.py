@@ -74,7 +74,7 @@ class PrunedModel(OriginalPositions):
             found = (len(features), int(stays.sum()))
             if found != (before, after):
                 raise RuntimeError(
-                    f"a {medium.kind} has {found[0]} visual tokens, of which {found[1]} are kept, "
+                    f"one {medium.kind} has {found[0]} visual tokens, of which {found[1]} are kept, "
                     f"where {before} and {after} were counted beforehand; please report this."
                 )
             numbers = stays.nonzero()[:, 0].to(features.device)

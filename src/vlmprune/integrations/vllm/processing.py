@@ -147,7 +147,7 @@ class PrunedProcessor:
                 mask = given.is_embed(full)
             if int(mask.sum()) != before:
                 raise RuntimeError(
-                    f"vLLM gives {int(mask.sum())} placeholders to a {medium.kind} in which "
+                    f"vLLM gives {int(mask.sum())} placeholders to one {medium.kind} in which "
                     f"vlmprune sees {before} visual tokens; please report this."
                 )
             keeps = medium.placeholders(mask, after)

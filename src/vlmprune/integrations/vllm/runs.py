@@ -69,7 +69,7 @@ def unpruned(
         lengths = {stop - first for first, stop in runs}
         if int(mask.sum()) != after or len(lengths) > 1 or before % max(1, len(runs)):
             raise RuntimeError(
-                f"a {feature.modality} has placeholders in runs of {sorted(lengths)} where "
+                f"one {feature.modality} has placeholders in runs of {sorted(lengths)} where "
                 f"{after} of {before} visual tokens are due; please report this."
             )
         for first, stop in runs:

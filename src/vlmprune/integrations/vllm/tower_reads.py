@@ -14,7 +14,6 @@ from vllm.distributed import (
 )
 from vllm.model_executor.layers.attention.mm_encoder_attention import MMEncoderAttention
 
-from vlmprune.errors import VlmpruneError
 from vlmprune.hosts.attention import read
 from vlmprune.integrations.vllm.host import Absent, Host, Served
 from vlmprune.runtime.attention.taps import KeyTap, PatchTap, Tap, tapped
@@ -106,15 +105,9 @@ def watched(layer: nn.Module, tap: Tap, lengths: Sequence[int] | None = None) ->
         layer: the encoder layer.
         tap: what sees.
         lengths: of the sequences in a call; None where vLLM's own arguments say it.
-
-    Raises:
-        VlmpruneError: vLLM does not build the layer.
     """
-    if isinstance(layer, Absent):
-        raise VlmpruneError(
-            "the method reads an encoder layer that vLLM does not build, as it comes behind the "
-            "features; use a method that reads earlier ones."
-        )
+    # A method that reads one was refused as the server started.
+    assert not isinstance(layer, Absent)
     attention = attention_in(layer)
     if attention is None:
         with tapped(layer, tap):
