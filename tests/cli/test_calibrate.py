@@ -59,6 +59,7 @@ def test_json_and_a_place_for_the_plot(tmp_path: Path) -> None:
     [
         (["absent.jpg"], "image 'absent.jpg' does not exist"),
         (["--model", "."], "path '.' has no config.json"),
+        (["--model", str(embedded.path())], "no pictures are given; name some that are like"),
         (["--beta-quantile", "0.8"], "not in rising order"),
         (["--window", "0"], "window=0 is not a whole number of 1 or more"),
         (["--out", f"{__file__}/where.json"], "cannot be a folder, for it is a file"),

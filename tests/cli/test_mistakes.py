@@ -112,6 +112,10 @@ def no_loading(monkeypatch):
         (("plan", "nothing"), "neither known nor a local path"),
         (("plan", "llava-1.5-7b", "--budget", "odd"), "budget='odd' is unknown"),
         (("plan", "llava-1.5-7b", "--crops", "0"), "crops=0 is too few"),
+        (
+            ("plan", "llava-1.5-7b", "--flops-per-multiply-add", "3"),
+            "--flops-per-multiply-add 3 is no convention; use 1 or 2",
+        ),
         (("plan", "--compute-budget", "a\nb\x1b[31m"), r"--compute-budget a\nb\x1b[31m is neither"),
         (("a\nb",), r"No such command 'a\nb'"),
         (("nothing",), "No such command 'nothing'"),
@@ -133,7 +137,7 @@ def test_model_folders_that_will_not_do(no_loading, tmp_path):
     assert "models of type 'gpt2'" in said and "LlavaForConditionalGeneration" in said
     tower = {"model_type": "llava", "vision_config": {"model_type": "vit"}}
     (tmp_path / "config.json").write_text(json.dumps(tower))
-    assert "vision tower 'vit'" in sentence(*asked)
+    assert "does not support the vision tower 'vit' yet; supported towers: " in sentence(*asked)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +167,11 @@ def test_json_that_is_nested_too_deep(no_loading, tmp_path, monkeypatch, words):
     (tmp_path / "deep").mkdir()
     for name in ("config.json", "questions.json"):
         (tmp_path / "deep" / name).write_text("[" * 100_000)
-    assert "deep" in sentence(*words)
+    said = sentence(*words)
+    # Of a file that may be of any kind it is told that it is not of the one that is due.
+    no_kind = {"plphp": "is no calibration", "gsearch": "is no schedule"}
+    why = no_kind.get(words[-1].partition(":")[0], "(it is nested too deep)")
+    assert "deep/" in said and why in said
 
 
 def test_model_folders_that_lack_files(tmp_path):

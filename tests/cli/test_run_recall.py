@@ -171,6 +171,20 @@ def test_a_family_without_boxes_is_told_of_and_answers(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_answer_of_one_token_lights_nothing(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(models, "load", lambda *_: models.Loaded(*loaded))
+    first = loaded[1].tokenizer("row one")["input_ids"]
+    monkeypatch.setattr(loaded[0].generation_config, "eos_token_id", first)
+    words = ("--save-recall", tmp_path / "o.gif", "--repeat", 1, "--decode-tokens", 0)
+    done = call("run", COFFEE, QUESTION, "--method", "recall", *words)
+    assert done.exit_code == 0, done.output
+    shown = " ".join(done.output.split())
+    assert "the answer ends with its first token, which takes no step" in shown
+    assert not list(tmp_path.iterdir())
+
+
 def test_pictures_that_are_read_whole_light_nothing(
     loaded: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

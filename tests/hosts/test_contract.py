@@ -228,7 +228,9 @@ def test_a_mask_that_is_misread_is_told() -> None:
     call = AttentionCall(Attending(1, True, "eager"), query, key, value, None, {"scaling": 0.4})
     out = attended(call, 0.4, None, None, causal=True)
     assert check_rows(call, out, True)
-    with pytest.raises(ContractError):
+    with pytest.raises(
+        ContractError, match=r"a row of its attention is off by .* from the softmax"
+    ):
         check_rows(call, out, False)
 
 

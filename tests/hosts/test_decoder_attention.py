@@ -44,6 +44,14 @@ def built(name: str) -> Any:
 
 CASES = [(name, pruner) for name in DECODERS for pruner in (PLPHP(), RECALL)]
 CASES.append(("DiffLlamaAttention", TWICE))
+# What the first call says.
+SAID = {
+    ("DiffLlamaAttention", "PLPHP"): "the keys that one cache layer returns are attended to twice",
+    ("DiffLlamaAttention", "Recall"): "the keys that one cache layer returns are attended to twice",
+    ("DiffLlamaAttention", "FastV"): "it attends more than once a layer",
+    ("JetMoeAttention", "PLPHP"): "the attention registry to the keys that its cache returns",
+    ("JetMoeAttention", "Recall"): "the attention registry to the keys that its cache returns",
+}
 
 
 @pytest.mark.parametrize(("name", "pruner"), CASES, ids=str)
@@ -62,7 +70,10 @@ def test_the_first_call_tells_it_where_attach_does_not_know(
     model = built(name)
     ids = torch.tensor([[1, *[IMAGE] * 16, WORDS, WORDS + 1]])
     inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 28, 28)}
-    with pruner(model), pytest.raises(ContractError):
+    said = (
+        f"^{name} cannot be pruned rightly .*{SAID[name, type(pruner).__name__]}; the model is as"
+    )
+    with pruner(model), pytest.raises(ContractError, match=said):
         generate(model, inputs)
 
 

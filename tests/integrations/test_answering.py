@@ -10,7 +10,8 @@ import pytest
 from PIL import ExifTags, Image
 
 from vlmprune import VlmpruneError
-from vlmprune.integrations.answering import conversation, cut, generation
+from vlmprune.integrations import arguments
+from vlmprune.integrations.answering import Answerer, conversation, cut, generation
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,22 @@ def test_generation_settings(given: Any, drawn: bool, limit: int) -> None:
 def test_unknown_generation_settings_are_refused_by_name() -> None:
     with pytest.raises(VlmpruneError, match="'visual_cot' is not supported"):
         generation({"visual_cot": "x"}, 5)
+
+
+def test_several_turns_need_a_chat_template() -> None:
+    answerer = Answerer(arguments.read({"device": "cpu"}))
+    turns = [("system", "be brief."), ("user", "where is the cat?")]
+    asked = conversation([{"role": who, "content": text} for who, text in turns])
+    assert "be brief." in answerer.text(asked)
+    processor = answerer.loaded.processor
+    processor.chat_template = processor.tokenizer.chat_template = None
+    with pytest.raises(
+        VlmpruneError, match=r"several turns, but .* processor has no chat template"
+    ):
+        answerer.text(asked)
+    assert "where is the cat?" in answerer.text(
+        conversation([{"role": "user", "content": turns[1][1]}])
+    )
 
 
 def test_answers_end_at_the_first_stop() -> None:

@@ -146,9 +146,15 @@ def test_what_cannot_be_is_told_at_attach() -> None:
         RandomTokens(keep=4).attach(chameleon())
 
 
-REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
-    "position_ids": lambda ids: torch.arange(ids.shape[1])[None],
-    "inputs_embeds": lambda ids: torch.zeros(*ids.shape, 32),
+REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "position_ids": (
+        lambda ids: torch.arange(ids.shape[1])[None],
+        "^position_ids of Glm4v.*, which is in no record, cannot be shortened; leave them out",
+    ),
+    "inputs_embeds": (
+        lambda ids: torch.zeros(*ids.shape, 32),
+        "^inputs_embeds came beside input_ids, and nothing says that they are the same; leave",
+    ),
 }
 
 
@@ -156,8 +162,9 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
 def test_what_cannot_be_asked_is_refused(what: str) -> None:
     model = built("glm4v")
     inputs = request("glm4v", model, [1])
-    more = {what: REFUSED[what](inputs["input_ids"])}
-    with RandomTokens(keep=4)(model), pytest.raises(VlmpruneError, match=what):
+    made, said = REFUSED[what]
+    more = {what: made(inputs["input_ids"])}
+    with RandomTokens(keep=4)(model), pytest.raises(VlmpruneError, match=said):
         model(**inputs, **more)
 
 

@@ -228,6 +228,15 @@ def test_a_fresh_projector_is_the_hosts() -> None:
         assert torch.equal(fresh(built).module.projector(features), want)
 
 
+def test_other_projectors_are_refused_by_name() -> None:
+    built = model()
+    projector = built.model.multi_modal_projector
+    projector.linear_2 = torch.nn.Sequential(projector.linear_2, torch.nn.Linear(32, 32))
+    said = f"two linear layers, but {type(projector).__name__} of {type(built).__name__} is made ot"
+    with pytest.raises(VlmpruneError, match=said):
+        fresh(built)
+
+
 def test_shipped_names_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vlmprune.methods.bases import learned
 
@@ -266,6 +275,10 @@ def test_mistakes_are_told_before_anything_runs(tmp_path: Path) -> None:
     ):
         with pytest.raises(VlmpruneError, match=said):
             QueCC(weights)  # type: ignore[arg-type]
+    broken = Path(changed("broken"), "config.json")
+    broken.write_text("{")
+    with pytest.raises(VlmpruneError, match=rf"^{broken} cannot be read as JSON \(.*; train it"):
+        QueCC(str(broken.parent))
     with pytest.raises(VlmpruneError, match="positions='near' is not known"):
         QueCC(str(good), positions="near")  # type: ignore[arg-type]
     with pytest.raises(VlmpruneError, match="needs weights; write quecc:weights=… with a value"):

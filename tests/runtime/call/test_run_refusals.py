@@ -15,12 +15,17 @@ pytestmark = pytest.mark.oracle
 
 
 REFUSED: dict[str, Any] = {
-    "assisted decoding": {"prompt_lookup_num_tokens": 2},
+    "vlmprune does not support assisted decoding; leave out": {"prompt_lookup_num_tokens": 2},
     "use_mtp": {"use_mtp": True},
     "cache_params is called": {"cache_params": object()},
-    "inputs_embeds": {"input_ids": None, "inputs_embeds": torch.zeros(1, 4, 32)},
-    "dimensions": {"attention_mask": torch.ones(1, 1, 4, 4)},
-    "mm_encoder_outputs": {"mm_encoder_outputs": {"image": object()}},
+    "^inputs_embeds cannot be pruned, for they do not show where the images are; pass input_ids": {
+        "input_ids": None,
+        "inputs_embeds": torch.zeros(1, 4, 32),
+    },
+    "^attention_mask has 4 dimensions; vlmprune needs the plain": {
+        "attention_mask": torch.ones(1, 1, 4, 4)
+    },
+    "^mm_encoder_outputs cannot be pruned": {"mm_encoder_outputs": {"image": object()}},
 }
 
 

@@ -103,5 +103,8 @@ def test_what_needs_a_cache_says_that_there_is_none() -> None:
     name = "activation_checkpointing_enable"
     getattr(built, name, None) or (name := "gradient_checkpointing_enable")
     getattr(built, name)()
-    with ZipVL(tau=0.6)(built), pytest.raises(VlmpruneError, match="turn gradient checkpointing"):
+    said = (
+        r"^ZipVL\(.* in attention, which is computed twice here, and cuts a cache, which is not th"
+    )
+    with ZipVL(tau=0.6)(built), pytest.raises(VlmpruneError, match=said):
         built(**req.inputs)

@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tiny import model, request
 from vlmprune import PLPHP, FastV, Recall, VisPruner, VlmpruneError, costs
+from vlmprune.hosts.families import register
+from vlmprune.hosts.families.qwen import QwenImages
 from vlmprune.hosts.requests import base_of
 from vlmprune.methods.bases.budgeted import Budgeted
 from vlmprune.runtime.family import family_of
@@ -203,6 +205,21 @@ def test_a_floor_that_cannot_be() -> None:
     moving = ZOO["qwen2_5_vl"].request(video, [["video"]])
     with pytest.raises(VlmpruneError, match="for images alone"):
         floor_of(video, moving.inputs, (2,))
+
+
+def test_a_record_from_outside_may_leave_no_floor(own_records: None) -> None:
+    """Positions of three axes that nothing but the pixels tells the host of."""
+    built = ZOO["qwen2_vl"].build()
+    req = ZOO["qwen2_vl"].request(built, [["image"]])
+    floor_of(built, req.inputs, (2,))
+
+    class Fixed(QwenImages):
+        resizable = False
+
+    own = replace(family_of(built), media=(Fixed(),))
+    register("qwen2_vl", own, replace=True)
+    with pytest.raises(VlmpruneError, match=f"^{own.name} has no floor: its positions follow from"):
+        floor_of(built, req.inputs, (2,))
 
 
 def test_bench_measures_each_floor_once() -> None:

@@ -224,11 +224,11 @@ def test_space() -> None:
 @pytest.mark.parametrize(
     ("fields", "fixed", "given", "says"),
     [
-        (FIELDS, [], ["kept=1..2"], "no setting"),
-        (FIELDS, ["keep"], ["keep=0.1..0.2"], "leave one"),
-        (FIELDS, [], ["keep"], "not of the form"),
-        (FIELDS, [], ["keep=a..b"], "no numbers"),
-        (FIELDS, [], ["keep=0.5..0.1"], "lower end"),
+        (FIELDS, [], ["kept=1..2"], r"^--over kept=… names no setting of the method \(did"),
+        (FIELDS, ["keep"], ["keep=0.1..0.2"], "^keep is both given and to be varied; leave one"),
+        (FIELDS, [], ["keep"], r"^--over 'keep' is not of the form keep=0\.05"),
+        (FIELDS, [], ["keep=a..b"], r"^--over 'keep=a\.\.b' has ends that are no numbers"),
+        (FIELDS, [], ["keep=0.5..0.1"], r"^--over 'keep=0\.5\.\.0\.1' has its lower end above"),
         (FIELDS, ["keep", "important_ratio"], [], "nothing is left"),
     ],
 )

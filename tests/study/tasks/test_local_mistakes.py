@@ -53,6 +53,25 @@ def test_scienceqa(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
     refused(f"scienceqa:{tmp_path}", said)
 
 
+@pytest.mark.parametrize("answers", ["two", [2], [["two"]], None])
+def test_textvqa(answers: Any, tmp_path: Path) -> None:
+    asked = {"question_id": 1, "image_id": "a", "question": "what number?", "answers": answers}
+    path = tmp_path / "TextVQA_0.5.1_val.json"
+    path.write_text(json.dumps({"data": [asked]}))
+    refused(f"textvqa:{tmp_path}", rf"{path.name} has an entry without usable 'answers'; give")
+
+
+def test_vqav2_of_answers_to_other_questions(tmp_path: Path) -> None:
+    questions = tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json"
+    asked = {"question_id": 42007, "image_id": 42, "question": "Who?"}
+    questions.write_text(json.dumps({"data_subtype": "val2014", "questions": [asked]}))
+    answers = tmp_path / "v2_mscoco_val2014_annotations.json"
+    told = {"question_id": 42001, "answers": [{"answer": "girl"}]}
+    answers.write_text(json.dumps({"annotations": [told]}))
+    said = rf"{answers.name} has nothing about question 42007; .* belongs to {questions.name}"
+    refused(f"vqav2:{tmp_path}", said)
+
+
 def test_a_copy_without_questions(tmp_path: Path) -> None:
     for split in ("random", "popular", "adversarial"):
         (tmp_path / f"coco_pope_{split}.json").write_text("\n")
