@@ -228,7 +228,10 @@ def test_squares_of_merged_patches_fill_the_picture():
     assert tiles[32].tolist() == [0, 0, 112, 56]
 
 
-def test_mistakes_are_told():
+CANVAS = "get_optimal_tiled_canvas"
+
+
+def test_mistakes_are_told(monkeypatch):
     with pytest.raises(VlmpruneError, match="is not known for SmolVLM yet"):
         token_boxes(layout.plain(1, (3, 3)), (64, 64), stretch(), "smolvlm")
     panned = stretch()
@@ -239,6 +242,12 @@ def test_mistakes_are_told():
         token_boxes(layout.plain(3, (4, 4)), (224, 224), canvas(min_patches=4), "internvl")
     with pytest.raises(VlmpruneError, match=r"has 2 crops but its processor's settings make 1"):
         token_boxes(layout.plain(2, (16, 16)), (64, 64), stretch(), "llava")
+    with monkeypatch.context() as patch:
+        patch.delattr("transformers.models.got_ocr2.image_processing_pil_got_ocr2." + CANVAS)
+        with pytest.raises(
+            VlmpruneError, match=r"^how GotOcr2ImageProcessorPil cuts an image is no"
+        ):
+            token_boxes(layout.plain(3, (4, 4)), (448, 224), canvas(), "internvl")
     with pytest.raises(VlmpruneError, match="family 'qwen' is not known"):
         token_boxes(layout.plain(1, (16, 16)), (64, 64), stretch(), "qwen")
     bounded = CLIPImageProcessorPil(size={"shortest_edge": 100, "longest_edge": 200})

@@ -2,7 +2,8 @@
 
 Each row of `sabotage.ROWS` changes a host so that it answers by itself as before while something
 that we know of it is not so. A pruned call must then equal the one to the untouched host, which
-other tests prove equal to masking, or be refused in one sentence that leaves no trace.
+other tests prove equal to masking, or be refused in one sentence that leaves no trace, and of some
+rows it is known what that sentence says (`sabotage.said`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from sabotage.hosts import (
     pruner,
     run,
 )
+from sabotage.said import SAID
 from vlmprune.hosts import contract
 from zoo.base import IMAGE
 
@@ -53,6 +55,13 @@ def test_a_changed_host_is_pruned_right_or_refused(row: Row, attention: str, dty
     assert not bad
     if not row.alone:
         assert {told[0] for told in said.values()} == {"refused"}
+    sentences = [sentence for told, sentence in said.values() if told == "refused"]
+    for words in SAID.get(row.name, ()):
+        assert any(words in sentence for sentence in sentences), f"{words!r}: {sentences}"
+
+
+def test_what_is_said_is_of_rows_that_there_are() -> None:
+    assert not SAID.keys() - {row.name for row in ROWS}
 
 
 # Facts that are asked at every attach, contract or not, so that it is no control for them.

@@ -366,6 +366,19 @@ def test_refused_at_attach(name: str, pruner: Any, why: str) -> None:
         raise AssertionError("attached")
 
 
+def test_a_tower_that_masks_its_tokens_is_refused() -> None:
+    built = model()
+    hidden = torch.zeros(1, 1, 17, 17)
+    for layer in built.model.vision_tower.encoder.layers:
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: (args[:1], {**kwargs, "attention_mask": hidden}),
+            with_kwargs=True,
+        )
+    said = "^CLIPEncoderLayer masks its tokens, which vlmprune cannot merge then; pass what the"
+    with ToMe(8)(built), pytest.raises(VlmpruneError, match=said):
+        built(**request(built, [1]).inputs)
+
+
 def test_refused_before_any_work() -> None:
     built = model()
     req = request(built, [1])

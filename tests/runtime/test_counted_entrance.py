@@ -3,6 +3,7 @@ model is what the whole request hands it, but for the tokens that were left out.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from zoo.base import IMAGE, TEXT
 
 pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures("without_records")]
 
+TYPES = "mm_token_type_ids"
 every = pytest.mark.parametrize("name", CASES)
 batches = pytest.mark.parametrize("rows", [[1], [2, 1]])
 
@@ -166,6 +168,113 @@ def test_what_cannot_be_asked_is_refused(what: str) -> None:
     more = {what: made(inputs["input_ids"])}
     with RandomTokens(keep=4)(model), pytest.raises(VlmpruneError, match=said):
         model(**inputs, **more)
+
+
+@every
+def test_images_of_a_later_turn_are_refused(name: str) -> None:
+    model = built(name)
+    inputs = request(name, model, [1])
+    said = (
+        f"^{type(model).__name__} is in no record, so images in a later turn cannot be told from "
+        "those that the cache holds; pass the whole conversation without a cache"
+    )
+    with RandomTokens(keep=4)(model):
+        first = generate(model, inputs, max_new_tokens=3)
+        ids = torch.cat((first.sequences, inputs["input_ids"]), dim=1)
+        turn = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        turn |= {k: v for k, v in first.items() if "cache" in k or "past" in k}
+        if TYPES in inputs:
+            before = torch.zeros_like(first.sequences)
+            turn[TYPES] = torch.cat((before, inputs[TYPES]), dim=1)
+        with pytest.raises(VlmpruneError, match=said):
+            generate(model, turn)
+
+
+def changed(model: Any, patch: pytest.MonkeyPatch, change: Callable[[Any, int], Any]) -> None:
+    """Let `change` have the arguments of each call of the language model, and its number.
+
+    It may return what the call is to go through instead.
+    """
+    cls, calls = type(model.get_decoder()), list[int]()
+    own = cls.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(len(calls))
+        through = change(kwargs, calls[-1]) or own
+        return through(self, *args, **kwargs)
+
+    patch.setattr(cls, "__call__", call)
+
+
+@pytest.mark.parametrize("later", [0, 1])
+@every
+def test_a_decoder_that_is_not_given_the_embedded_prompt_is_refused(
+    name: str, later: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by its name; for the whole request, or for the one whose tokens were left out alone."""
+    model = built(name)
+    cls = type(model.get_decoder())
+    names = list(inspect.signature(cls.forward).parameters)[1:]
+    own = cls.__call__
+
+    def by_place(self: Any, **kwargs: Any) -> Any:
+        first = names[: names.index("inputs_embeds") + 1]
+        return own(self, *[kwargs.pop(one, None) for one in first], **kwargs)
+
+    changed(model, monkeypatch, lambda _, number: by_place if number >= later else None)
+    said = "its language model is not given an embedded prompt; the model is as it was before"
+    with RandomTokens(keep=4)(model), pytest.raises(ContractError, match=said):
+        generate(model, request(name, model, [1]))
+
+
+@pytest.mark.parametrize("name", ["glm4v", "qwen3_5"])
+def test_a_decoder_that_is_not_given_three_positions_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = built(name)
+
+    def one_of_three(kwargs: Any, _: int) -> None:
+        kwargs["position_ids"] = kwargs["position_ids"][0]
+
+    changed(model, monkeypatch, one_of_three)
+    said = "its language model is not given three positions of each column; the model is as it was"
+    with RandomTokens(keep=4)(model), pytest.raises(ContractError, match=said):
+        generate(model, request(name, model, [1]))
+
+
+def test_a_decoder_that_is_called_past_its_hooks_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the call whose tokens were left out."""
+    model = built("got_ocr2")
+    forward = type(model.get_decoder()).forward
+    changed(model, monkeypatch, lambda _, number: forward if number else None)
+    said = "its language model is not called where its layers are; the model is as it was before"
+    with RandomTokens(keep=4)(model), pytest.raises(ContractError, match=said):
+        generate(model, request("got_ocr2", model, [1]))
+
+
+def test_a_decoder_that_is_given_more_of_images_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would miss it where the tokens that enter it are made beforehand."""
+    model = built("got_ocr2")
+    outer, with_pixels = type(model.base_model), list[bool]()
+    own = outer.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with_pixels.append(kwargs.get("pixel_values") is not None)
+        return own(self, *args, **kwargs)
+
+    def more(kwargs: Any, _: int) -> None:
+        if with_pixels[-1]:
+            kwargs["picture_mask"] = torch.ones(1, 4)
+
+    monkeypatch.setattr(outer, "forward", forward)
+    changed(model, monkeypatch, more)
+    said = "its language model is given picture_mask of images as well; the model is as it was"
+    with RandomTokens(keep=4)(model), pytest.raises(ContractError, match=said):
+        generate(model, request("got_ocr2", model, [1]))
 
 
 def test_nothing_is_stored_of_it() -> None:

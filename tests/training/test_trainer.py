@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from vlmprune.training.rows import RowMaker
 from vlmprune.training.start import Wanted, build, check, finish
 from vlmprune.training.states import States
 from vlmprune.training.trainer import CHECKPOINTS, Collator, TrainingSettings, last_checkpoint
+from zoo import ZOO
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +259,11 @@ def test_kept_states_stand_for_the_encoder(loaded: Loaded, tmp_path: Path) -> No
     for other in (fresh, ToMe(keep=8), EViT(keep=8), VisionZip(keep=8)):
         with pytest.raises(VlmpruneError, match="needs the vision encoder itself in every step"):
             States(tmp_path / "other", loaded.model, other, rows, some)
+    # One whose pictures are several crops, or have sizes of their own.
+    crops = ZOO["llava_next"].build()
+    said = f"^the encoder of {type(crops).__name__} does not see each picture as one crop of one si"
+    with pytest.raises(VlmpruneError, match=said):
+        States(tmp_path / "other", crops, QueCC.fresh(crops, window=2), rows, some)
     (index,) = (tmp_path / "cache").glob("*.json")
     index.write_text(index.read_text().rstrip().removesuffix("}"))
     with pytest.raises(VlmpruneError, match="cannot be read as JSON; give another folder, or del"):
@@ -290,6 +298,43 @@ def test_a_lora_is_trained_saved_and_taken_off(loaded: Loaded, tmp_path: Path) -
             without = whole(**batch)["loss"]
     assert float(loss) == pytest.approx(float(trained), abs=1e-5)
     assert abs(float(without) - float(loss)) > 1e-5
+
+
+def test_another_rank_than_the_weights_bring_is_refused(loaded: Loaded, tmp_path: Path) -> None:
+    first = Wanted("quecc", {"window": 2, "hidden": 16}, lora=2, side=SIDE, held_out=0)
+    settings = TrainingSettings(steps=1, batch=1, turns=1, warm_up=0, every=1, save_every=1)
+    some = entries(tmp_path)
+
+    def made(wanted: Wanted, name: str) -> Any:
+        kind = check(wanted)
+        return build(loaded, kind, wanted, some, None, None, settings, tmp_path / name, {})
+
+    finish(made(first, "run"), torch.float32, {})
+    on = {"hyper": {}, "base": str(tmp_path / "run")}
+    said = "^--lora 3 is not the rank of the LoRA that the weights bring, 2; leave it out"
+    with pytest.raises(VlmpruneError, match=said):
+        made(replace(first, lora=3, **on), "next")
+    for rank in (0, 2):
+        finish(made(replace(first, lora=rank, **on), f"next-{rank}"), torch.float32, {})
+
+
+@pytest.mark.parametrize("size", [1_000_000, 5_000_000])
+def test_a_disk_without_room_for_a_checkpoint_is_told(
+    size: int, loaded: Loaded, tmp_path: Path
+) -> None:
+    """The writers of weights (3 MB) and of the optimizer (7 MB) say so each in a way of its own."""
+    out = tmp_path / "run"
+    made = run(loaded, entries(tmp_path), out)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(VlmpruneError) as told:
+            made.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = str(told.value)
+    assert "\n" not in said and str(out) in said
+    assert "a checkpoint cannot be written into" in said and "make room there and go on by" in said
 
 
 @pytest.mark.parametrize("moves", ["module", "lora"])

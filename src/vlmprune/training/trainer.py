@@ -309,8 +309,9 @@ def _checkpoints(folder: Path) -> Iterator[None]:
             raise
         raise refused(folder, error) from error
     except (RuntimeError, SafetensorError) as error:
-        # Torch's own writer and that of safetensors.
-        if not isinstance(error, SafetensorError) and "PytorchStreamWriter" not in str(error):
+        # Torch's own writer, under the name of its class or of its file, and that of safetensors.
+        torchs = any(name in str(error) for name in ("PytorchStreamWriter", "inline_container"))
+        if not isinstance(error, SafetensorError) and not torchs:
             raise
         raise VlmpruneError(
             f"a checkpoint cannot be written into {str(folder)!r}, which has no room; make room "

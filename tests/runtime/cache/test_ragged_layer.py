@@ -115,6 +115,13 @@ def driven(built: Any, held: Any, mask: Tensor, new: int) -> Tensor:
         return step(built, held, mask, {}, new)
 
 
+def test_a_length_to_crop_to_is_refused() -> None:
+    cut, _, _, _ = filled(model(), [1])
+    said = r"^crop\(3\) on a cut cache is ambiguous; pass minus the number of columns to remove"
+    with pytest.raises(VlmpruneError, match=said):
+        cut.crop(3)
+
+
 def test_reset_forgets_everything() -> None:
     built = model()
     cut, _, _, _ = filled(built, [1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,24 @@ def test_refusals(tmp_path: Path) -> None:
     path.write_bytes(b"no")
     with pytest.raises(VlmpruneError, match="cannot be read as a stored vision"):
         Vision.load(path)
+
+
+def test_a_disk_without_room_for_a_vision_is_told(tmp_path: Path) -> None:
+    """The writer of safetensors says so in a way of its own."""
+    built = model()
+    with VisPruner(keep=5)(built) as handle:
+        vision = handle.encode(**request(built, [1]).inputs)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    path = tmp_path / "vision.safetensors"
+    try:
+        with pytest.raises(VlmpruneError) as told:
+            vision.save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = str(told.value)
+    assert said.startswith(f"{str(path)!r} cannot be written (") and "give another path" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_of_another_kind_holds_no_vision(tmp_path: Path) -> None:

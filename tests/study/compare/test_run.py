@@ -25,7 +25,7 @@ from vlmprune.study.compare import run as compare
 from vlmprune.study.compare.results import Comparison
 from vlmprune.study.evals import run as evaluate
 from vlmprune.study.evals.results import Evaluation
-from vlmprune.study.tasks import Folder
+from vlmprune.study.tasks import Folder, Sample, Task
 from vlmprune.study.tasks.answered import Answered
 from vlmprune.views import EncoderView, Selection
 
@@ -255,6 +255,21 @@ def one_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def ask(loaded: models.Loaded, task: Any, specs: list[str], **options: Any) -> Comparison:
     found = configurations.ways_of(specs, [0.5], given=False)
     return compare.compare(loaded, sources.find_model(None), found, task, repeat=1, **options)
+
+
+class Texts(Task):
+    """A task of one's own that asks about no picture."""
+
+    name = "texts"
+
+    def samples(self, limit: int | None = None) -> list[Sample]:
+        return [Sample("1", (), "what is red?", ("blood",), group="1")][:limit]
+
+
+def test_a_task_without_pictures_is_refused(loaded: models.Loaded, methods: None) -> None:
+    said = "^task 'texts' has no questions about pictures; choose another"
+    with pytest.raises(VlmpruneError, match=said):
+        ask(loaded, Texts(), ["vispruner"])
 
 
 def test_a_comparison_for_real(
