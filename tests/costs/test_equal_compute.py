@@ -83,16 +83,38 @@ def test_parameters_are_those_of_the_layers():
     assert made["qwen2.5-0.5b"] == 24 * (2 * 896 * 896 + 2 * 896 * 128 + 3 * 896 * 4864)
 
 
-@pytest.mark.parametrize("text", ["", "none", "-1", "0", "inf", "nan", "@5", "vicuna-7b@", "a@-1"])
-def test_budgets_that_are_none(text):
-    with pytest.raises(VlmpruneError):
+NO_BUDGET = "is neither a positive number of TFLOPs nor MODEL@TOKENS; write for example 8"
+NO_TOKENS = "has no number of visual tokens behind the @; write for example llava-1.5-7b@576"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        *((text, NO_BUDGET) for text in ("", "none", "-1", "0", "inf", "nan")),
+        *((text, NO_TOKENS) for text in ("vicuna-7b@", "a@-1")),
+    ],
+)
+def test_budgets_that_are_none(text, said):
+    with pytest.raises(VlmpruneError, match=f"^--compute-budget {text} {said}"):
         budget_of(text, 50)
 
 
+def test_models_that_nobody_knows():
+    """Both kinds of names are told: those of whole models, and of language models alone."""
+    for text in ("@5", "nobody@5"):
+        said = (
+            f"^model '{text[:-2]}' .*llava-1.5-7b.*; of language models alone .*vicuna-7b.* are kn"
+        )
+        with pytest.raises(VlmpruneError, match=said):
+            budget_of(text, 50)
+
+
 def test_bad_numbers_are_refused():
-    with pytest.raises(VlmpruneError, match="text_tokens=-1"):
+    with pytest.raises(VlmpruneError, match=r"^text_tokens=-1 is negative; use 0 or more"):
         pairs(8.0, -1)
-    with pytest.raises(VlmpruneError, match="budget of 0"):
+    with pytest.raises(
+        VlmpruneError, match=r"^a budget of 0 TFLOPs is not positive; use more than 0"
+    ):
         pairs(0)
     with pytest.raises(VlmpruneError, match="'nobody'"):
         pairs(8.0, models=["nobody"])

@@ -64,7 +64,7 @@ def test_the_other_convention_is_half() -> None:
         assert 2 * getattr(made, name) == getattr(two, name)
     assert made.kv_bytes_after == two.kv_bytes_after and made.flops_saving == two.flops_saving
     assert (made.as_dict()["flops_per_multiply_add"], two.flops_per_multiply_add) == (1, 2)
-    with pytest.raises(VlmpruneError, match="per_multiply_add=3"):
+    with pytest.raises(VlmpruneError, match=r"^per_multiply_add=3 is no convention; use 2 or 1"):
         plan("llava-1.5-7b", per_multiply_add=3)
 
 
@@ -201,29 +201,41 @@ def refused(*arguments: Any, **options: Any) -> str:
 def test_refusals(tmp_path: Path) -> None:
     for model in ("llava-2-7b", str(tmp_path / "nowhere"), str(tmp_path)):
         sentence = refused(model)
-        assert repr(model) in sentence
+        why = (
+            "has no config.json" if model == str(tmp_path) else "is neither known nor a local path"
+        )
+        assert f"model {model!r} {why}" in sentence
+        assert ", or a local directory with a config.json" in sentence
         assert all(name in sentence for name in SHAPES)
     assert "keep=0 " in refused("llava-next-7b", 0)
     assert "budget='video'" in refused("llava-next-7b", 1, "video")
-    assert "crops=0" in refused("llava-next-7b", 1, crops=0)
-    assert "too many" in refused("llava-next-7b", 1, crops=10**20)
+    assert "crops=0 is too few; use 1 or more" in refused("llava-next-7b", 1, crops=0)
+    assert f"crops={10**20} is too many; use 10000 or fewer" in refused(
+        "llava-next-7b", 1, crops=10**20
+    )
     assert "newlines='no'" in refused("llava-next-7b", 1, newlines="no")
-    assert "size=(0, 5)" in refused("llava-next-7b", 1, size=(0, 5))
-    assert "crops=3" in refused("llava-next-7b", 1, size=(5, 5), crops=3)
-    assert "bytes_per_value=0" in refused("llava-next-7b", 1, bytes_per_value=0)
+    assert "size=(0, 5) with crops=None does not go together" in refused(
+        "llava-next-7b", 1, size=(0, 5)
+    )
+    assert "size=(5, 5) with crops=3 does not go together; give one of" in refused(
+        "llava-next-7b", 1, size=(5, 5), crops=3
+    )
+    assert "bytes_per_value=0 must be 1 or more" in refused("llava-next-7b", 1, bytes_per_value=0)
 
 
 def test_configs_that_cannot_be_used(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text("{ not json")
-    assert "cannot be read" in refused(str(tmp_path))
+    assert f"{config} cannot be read by Transformers (" in refused(str(tmp_path))
     config.write_text(json.dumps({"model_type": "no_such_model"}))
-    assert "no_such_model" in refused(str(tmp_path))
+    sentence = refused(str(tmp_path))
+    assert f"{config} cannot be read by Transformers (" in sentence and "no_such_model" in sentence
     LlamaConfig().save_pretrained(tmp_path)
-    assert "'llama'" in refused(str(tmp_path))
+    assert "is of type 'llama', whose visual tokens cannot be counted yet" in refused(str(tmp_path))
     tiny(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{ not json")
-    assert "preprocessor_config.json" in refused(str(tmp_path))
+    said = f"{tmp_path / 'preprocessor_config.json'} cannot be read as JSON ("
+    assert said in refused(str(tmp_path)) and "mend or remove it" in refused(str(tmp_path))
 
 
 def test_json_and_table() -> None:

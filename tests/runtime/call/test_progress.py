@@ -1,4 +1,4 @@
-"""A cache that is changed between the steps of an answer."""
+"""Hosts that change between the steps of an answer, or between two calls."""
 
 from __future__ import annotations
 
@@ -42,3 +42,32 @@ def test_a_cache_that_lost_a_column_between_steps_is_told(
         assert int(found[0]) == int(found[1]) - 1
         # Control: one that is left alone.
         generate(built, inputs, max_new_tokens=5)
+
+
+def test_features_that_a_later_call_makes_otherwise_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where they stand was proved by the first call, and is not looked at again."""
+    built = model()
+    inputs = request(built, [1]).inputs
+    cls, past_us = type(built.model), False
+    plain = cls.forward
+
+    @wraps(plain)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with monkeypatch.context() as patch:
+            if past_us:
+                patch.delitem(vars(self), "get_image_features")
+            return plain(self, *args, **kwargs)
+
+    def uncounted(self: Any, input_ids: Any, inputs_embeds: Any, **_: Any) -> Any:
+        return (input_ids == self.config.image_token_id)[..., None]
+
+    monkeypatch.setattr(cls, "forward", forward)
+    monkeypatch.setattr(cls, "get_placeholder_mask", uncounted)
+    said = "it makes its features otherwise than by get_image_features; the model is as it was"
+    with VisPruner(keep=4)(built):
+        built(**inputs)
+        past_us = True
+        with pytest.raises(ContractError, match=said):
+            built(**inputs)

@@ -74,8 +74,8 @@ class PrunedModel(OriginalPositions):
             found = (len(features), int(stays.sum()))
             if found != (before, after):
                 raise RuntimeError(
-                    f"one {medium.kind} has {found[0]} visual tokens, of which {found[1]} are kept, "
-                    f"where {before} and {after} were counted beforehand; please report this."
+                    f"one {medium.kind} has {found[0]} visual tokens, of which {found[1]} are "
+                    f"kept, where {before} and {after} were counted beforehand; please report this."
                 )
             numbers = stays.nonzero()[:, 0].to(features.device)
             again = order[number]
