@@ -57,7 +57,10 @@ def test_json_and_a_place_for_the_plot(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["absent.jpg"], "image 'absent.jpg' does not exist"),
+        (
+            ["absent.jpg"],
+            "image 'absent.jpg' does not exist; give the path of a picture or of a folder",
+        ),
         (["--model", "."], "path '.' has no config.json"),
         (["--model", str(embedded.path())], "no pictures are given; name some that are like"),
         (["--beta-quantile", "0.8"], "not in rising order"),

@@ -112,7 +112,7 @@ def test_a_file_that_is_no_json(tmp_path: Path) -> None:
     with pytest.raises(VlmpruneError, match=r"data\.json' cannot be read \(No such file"):
         read(path)
     path.write_text("{")
-    with pytest.raises(VlmpruneError, match="is no JSON"):
+    with pytest.raises(VlmpruneError, match=rf"^{path} is no JSON \(.*; write it as "):
         read(path)
 
 

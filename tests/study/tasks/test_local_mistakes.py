@@ -53,6 +53,22 @@ def test_scienceqa(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
     refused(f"scienceqa:{tmp_path}", said)
 
 
+@pytest.mark.parametrize("content", [[], ["1"], "text"])
+def test_gqa(content: Any, tmp_path: Path) -> None:
+    path = tmp_path / "testdev_balanced_questions.json"
+    path.write_text(json.dumps(content))
+    refused(f"gqa:{tmp_path}", rf"{path.name} is no object of questions; give it as it is publish")
+
+
+@pytest.mark.parametrize("content", ["", "[", '{"a": }'])
+def test_what_is_no_json(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "TextVQA_0.5.1_val.json"
+    path.write_text(content)
+    refused(
+        f"textvqa:{tmp_path}", rf"{path.name} cannot be read as JSON \(.*; give it as it is pub"
+    )
+
+
 @pytest.mark.parametrize("answers", ["two", [2], [["two"]], None])
 def test_textvqa(answers: Any, tmp_path: Path) -> None:
     asked = {"question_id": 1, "image_id": "a", "question": "what number?", "answers": answers}
