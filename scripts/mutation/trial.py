@@ -98,11 +98,14 @@ def choose(tree: Tree, reaches: Sequence[FileReach], fault: Mutant, most: float)
 
 
 def _mirrors(test_file: str, file: str) -> bool:
-    """Whether a file of tests stands where a file of the package does."""
+    """Whether a file of tests stands where a file of the package does.
+
+    Kernels are tried where what launches them is, in processes of their own.
+    """
     test, source = PurePosixPath(test_file), PurePosixPath(file)
     if test.parent.parts[1:] != source.parent.parts:
         return False
-    stem = source.stem.strip("_")
+    stem = source.stem.strip("_").removesuffix("_kernels").removesuffix("_triton")
     return test.stem == f"test_{stem}" or test.stem.startswith(f"test_{stem}_")
 
 

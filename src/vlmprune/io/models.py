@@ -44,7 +44,8 @@ def load(source: Source, device: torch.device, dtype: Any) -> Loaded:
         ) from error
     except (OSError, ValueError) as error:
         raise VlmpruneError(
-            f"the processor of {source.name!r} cannot be loaded ({reason(error)})."
+            f"the processor of {source.name!r} cannot be loaded ({reason(error)}); give a folder "
+            "into which model and processor were saved by save_pretrained."
         ) from error
     if not processors.has_images(processor):
         raise VlmpruneError(
@@ -61,7 +62,8 @@ def load(source: Source, device: torch.device, dtype: Any) -> Loaded:
         raise
     except (OSError, ValueError) as error:
         raise VlmpruneError(
-            f"the weights of {source.name!r} cannot be loaded ({reason(error)})."
+            f"the weights of {source.name!r} cannot be loaded ({reason(error)}); give a folder "
+            "into which the model was saved by save_pretrained."
         ) from error
     return Loaded(model, processor)
 

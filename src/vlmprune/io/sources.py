@@ -94,7 +94,7 @@ def _hub_config(name: str) -> tuple[dict[str, Any], bool]:
             ) from error
         raise VlmpruneError(
             f"model {name!r} is no local path, and could not be had from the local cache or the "
-            f"Hub ({reason(error)})."
+            f"Hub ({reason(error)}); give a folder, or the name of a model there."
         ) from error
 
 

@@ -359,11 +359,10 @@ def make(
         encoder = sum(
             costs.encoder_flops(config, patches.count(size), patches=size) for size in set(patches)
         )
+    size = dtype.itemsize
     whole, left = (
-        costs.spent(config, counts, dtype.itemsize)
-        if layers is None
-        else costs.spent_of(layers, counts, dtype.itemsize)
-        for counts in (before, after)
+        costs.spent(config, each, size) if layers is None else costs.spent_of(layers, each, size)
+        for each in (before, after)
     )
     return Report(
         method=method,
