@@ -55,6 +55,7 @@ def choose(tree: Tree, reaches: Sequence[FileReach], fault: Mutant, most: float)
         most: seconds of CPU that they may take together; infinity for all.
     """
     by_file: dict[str, list[str]] = {}
+    kernels = "import triton" in tree.read(fault.file)
     now = told(tree.source / fault.file)
     seconds = {test: spent for one in reaches for test, spent in one.tests.items()}
     if fault.runs:
@@ -68,7 +69,7 @@ def choose(tree: Tree, reaches: Sequence[FileReach], fault: Mutant, most: float)
         by_file = {one.file: one.touching(fault.file) for one in reaches}
     seen = {test for tests in by_file.values() for test in tests}
     for one in reaches:
-        if _mirrors(one.file, fault.file):
+        if _mirrors(one.file, fault.file, kernels):
             by_file[one.file] = list(one.tests)
     found = {
         file: sorted(tests, key=lambda test: (test not in seen, seconds[test]))
@@ -78,14 +79,14 @@ def choose(tree: Tree, reaches: Sequence[FileReach], fault: Mutant, most: float)
 
     def order(file: str) -> tuple[bool, float]:
         fastest = [seconds[test] for test in found[file][:5]]
-        return not _mirrors(file, fault.file), sum(fastest) / len(fastest)
+        return not _mirrors(file, fault.file, kernels), sum(fastest) / len(fastest)
 
     chosen: list[tuple[str, list[str]]] = []
     spent = 0.0
     for file in sorted(found, key=order):
         tests = []
         # A file beside the mirrored ones has a part of the time, so that several get any.
-        own = most if _mirrors(file, fault.file) else most / 4
+        own = most if _mirrors(file, fault.file, kernels) else most / 4
         stop = min(most, spent + own)
         for test in found[file]:
             if spent >= stop:
@@ -97,15 +98,18 @@ def choose(tree: Tree, reaches: Sequence[FileReach], fault: Mutant, most: float)
     return Chosen(chosen, spent, sum(map(len, found.values())), line)
 
 
-def _mirrors(test_file: str, file: str) -> bool:
+def _mirrors(test_file: str, file: str, kernels: bool) -> bool:
     """Whether a file of tests stands where a file of the package does.
 
-    Kernels are tried where what launches them is, in processes of their own.
+    Kernels are tried where what launches them is, in processes of their own: those of a folder that
+    begin with the same word.
     """
     test, source = PurePosixPath(test_file), PurePosixPath(file)
     if test.parent.parts[1:] != source.parent.parts:
         return False
-    stem = source.stem.strip("_").removesuffix("_kernels").removesuffix("_triton")
+    stem = source.stem.strip("_")
+    if kernels:
+        stem = stem.partition("_")[0]
     return test.stem == f"test_{stem}" or test.stem.startswith(f"test_{stem}_")
 
 

@@ -395,6 +395,10 @@ def test_refused_before_any_work() -> None:
     which = r"vision_feature_layer=\[-2, -1\]"
     with pytest.raises(VlmpruneError, match=which), ToMe(keep=5)(several):
         generate(several, **req.inputs)
+    # A list of one layer is that layer.
+    with ToMe(keep=5)(model(vision_feature_layer=[-2])) as one, ToMe(keep=5)(model()) as plain:
+        answers = [generate(handle.model, **req.inputs).sequences for handle in (one, plain)]
+        assert torch.equal(*answers)
     built.model.vision_tower.config._attn_implementation = "flash_attention_2"
     refused(ToMe(keep=5), "flash_attention_2 cannot weigh merged tokens")
     assert not ran

@@ -269,3 +269,31 @@ def test_nothing_waits_for_the_device() -> None:
     assert chosen.shape == kept.shape == (2, 30)
     with pytest.raises(RuntimeError):
         bool(chosen.any())
+
+
+def test_autocast_rounds_no_choice() -> None:
+    """Products of what the rules see are float32 under autocast too, where a plain one is not."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    visual, text = drawn(2, 40, 16), drawn(2, 12, 16)
+    images = torch.zeros(2, 40, dtype=torch.long)
+    everywhere = torch.ones(2, 12, dtype=torch.bool)
+    keep, scores = torch.full((2, 1), 16), drawn(2, 40)
+    dropped, norms = drawn(2, 40) > 0, drawn(2, 12)
+
+    def choose() -> list[Tensor]:
+        return [
+            row_rules.text_raters(visual, images, text, everywhere),
+            *row_rules.recycle(visual, images, scores, dropped, 0.5, 1),
+            row_rules.unlike_pivots(visual, images, scores, text, norms, everywhere, keep, 4, 4),
+        ]
+
+    plain = choose()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (visual @ text.mT).dtype == torch.bfloat16
+        again = choose()
+    for one, other in zip(plain, again, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -325,6 +326,33 @@ def test_which_backend_auto_means(monkeypatch: pytest.MonkeyPatch) -> None:
         able[name] = False
     assert chosen == ["triton", "varlen", "cpu"]
     assert set(chosen) < set(ragged.BACKENDS)
+
+
+def test_what_the_kernels_do_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = pytest.importorskip("vlmprune.runtime.attention.ragged_triton")
+    # As in the interpreter, where a CPU will do.
+    monkeypatch.setattr(kernels, "_split", None)
+
+    def asked(changed: str = "", **sizes: Any) -> bool:
+        case = make(B=1, H=1, L=4, **sizes)
+        prefix = Ragged.cut(case.keys, case.values, case.keep)
+        query, mask = case.query, torch.ones(1, 1, 1, 3, dtype=torch.bool)
+        if changed == "a mask for each head":
+            mask = mask.expand(1, 2, 1, 3)
+        elif changed == "other values":
+            prefix = replace(prefix, values=prefix.values.half())
+        elif changed:
+            kind = getattr(torch, changed)
+            prefix = replace(prefix, keys=prefix.keys.to(kind), values=prefix.values.to(kind))
+        return bool(kernels.runs(query, prefix, mask))
+
+    assert asked() and asked(dims=(256, 8)) and asked(dims=(8, 256)) and asked("float16")
+    assert not asked(dims=(257, 8)) and not asked(dims=(8, 257)) and not asked(Q=2)
+    for changed in ("a mask for each head", "other values", "float64", "bfloat16"):
+        assert not asked(changed), changed
+    # A processor has no kernels.
+    monkeypatch.undo()
+    assert not asked()
 
 
 def test_what_cannot_run_is_refused() -> None:
