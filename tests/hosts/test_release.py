@@ -309,3 +309,14 @@ def test_the_demo_answers_alike_with_and_without() -> None:
     # The control: what is kept matters to the answer.
     with VisPruner(keep=1)(built):
         assert answer() != whole
+
+
+def test_a_layer_is_computed_once_inside_a_block_alone() -> None:
+    name = release._RECOMPUTES
+    told, never = nn.Identity(), nn.Identity()
+    setattr(told, name, True)
+    for layer, before in ((told, True), (never, None)):
+        with pytest.raises(ZeroDivisionError), release.computed_once(layer):
+            assert not getattr(layer, name, False)
+            1 / 0
+        assert getattr(layer, name, None) is before

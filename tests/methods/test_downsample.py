@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from itertools import product
 from typing import Any
 
@@ -54,6 +55,18 @@ def test_grids(rows: int, columns: int, data: st.DataObject) -> None:
     )
     assert sorted(ranks.tolist()) == list(range(rows * columns))
     assert sources.unique().tolist() == list(range(small[0] * small[1]))
+    # Cells by how far they are from their token's centre, in exact numbers.
+    apart = []
+    for number, source in enumerate(sources.tolist()):
+        at, own = divmod(number, columns), divmod(source, small[1])
+        sides = zip(at, own, (rows, columns), small, strict=True)
+        apart.append(
+            sum(
+                (Fraction(2 * a + 1, 2) - Fraction((2 * o + 1) * n, 2 * f)) ** 2
+                for a, o, n, f in sides
+            )
+        )
+    assert ranks.argsort().tolist() == sorted(range(len(apart)), key=lambda one: (apart[one], one))
     # No cell is nearer to another token's centre than to its own.
     centres = [((i + 0.5) * n / fewer) for n, fewer in ((rows, small[0]),) for i in range(fewer)]
     for row in range(rows):

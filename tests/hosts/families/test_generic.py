@@ -244,3 +244,14 @@ def test_images_of_another_size_are_refused() -> None:
     inputs["pixel_values"] = inputs["pixel_values"][..., : SIDE - 8, :]
     with VisPruner(keep=0.5)(built), pytest.raises(VlmpruneError, match="checked at 48 x 48"):
         generate(built, inputs)
+
+
+def test_pictures_of_another_size_than_was_checked_are_refused() -> None:
+    built = cohere2_vision()
+    inputs = request(built, [1])
+    pixels = inputs["pixel_values"]
+    wide = torch.zeros(*pixels.shape[:3], pixels.shape[3] + 14)
+    height, width = wide.shape[2:]
+    sentence = rf"pixel_values are {height} x {width}, but the layout of .* was checked at"
+    with VisPruner(keep=2)(built), pytest.raises(VlmpruneError, match=sentence):
+        generate(built, {**inputs, "pixel_values": wide})

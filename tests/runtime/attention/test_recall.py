@@ -258,3 +258,9 @@ def test_where_choosing_does_not_pay_all_is_read() -> None:
         not make([[1500]], heads=64, group=1, width=128).recalled(0.0625, may_step_aside=True).aside
     )
     assert large.recalled(0.9, may_step_aside=True).aside
+
+
+def test_the_places_of_a_step_that_reads_everything() -> None:
+    recalled = make([[3, 2], [2]]).recalled(2)
+    every = [0, 1, 2, 3, 4], [0, 1, -1, -1, -1]
+    assert recall.Read().places(recalled, 2).tolist() == [[one, one] for one in every]
