@@ -1,4 +1,4 @@
-"""Who has which heads of an attention, without processes; with them see `runtime/test_processes`."""
+"""Who has which heads of an attention, told without processes; with them `test_processes` does."""
 
 from __future__ import annotations
 

@@ -38,3 +38,13 @@ def test_sums(cells: int, entries: int, seed: int) -> None:
         for i, s, w in zip(into.tolist(), source.tolist(), merge.weight.tolist(), strict=True):
             want = want + (values[s] * w if i == cell else 0)
         torch.testing.assert_close(got, want)
+
+
+def test_a_cell_has_a_token_or_none() -> None:
+    """Of two crops, some of whose cells the host cuts away, and a newline."""
+    layout = Layout(torch.tensor([3, 0, -1, 5]), 2, (1, 4))
+    assert library.places_of(layout).tolist() == [1, -1, -1, 0, -1, 3, -1, -1]
+    tokens = torch.arange(1.0, 9).view(4, 2)
+    every = library.per_cell(layout, tokens)
+    assert torch.equal(every[[3, 0, 5]], tokens[[0, 1, 3]])
+    assert not every[[1, 2, 4, 6, 7]].any()
