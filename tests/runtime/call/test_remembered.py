@@ -330,6 +330,25 @@ def test_a_call_that_was_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
             said(built, half, turn)
 
 
+def test_a_turn_that_failed_before_it_filled_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache is what it was, and goes on."""
+    built = model()
+    req = request(built, [1])
+    with VisPruner(keep=3)(built):
+        cache, answer = filled(built, req.inputs)
+        other, _ = filled(built, req.inputs)
+        turn = later(answer, req.inputs)
+
+        def broken(*_: Any, **__: Any) -> None:
+            raise StoppedError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(built.model.language_model.layers[0], "forward", broken)
+            with pytest.raises(StoppedError):
+                said(built, cache, turn)
+        assert apart(said(built, cache, turn), said(built, other, turn)) == 0
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_an_answer_that_holds_the_image_token(family: str) -> None:

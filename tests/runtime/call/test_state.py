@@ -17,11 +17,13 @@ from vlmprune.hosts.contract import ContractError
 
 
 class Guessing(LlavaForConditionalGeneration):
-    """Answers without a look at the prompt."""
+    """Answers without a look at the prompt, with so many tokens."""
+
+    tokens = 3
 
     def generate(self, inputs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
         assert inputs is not None
-        return torch.cat((inputs, inputs[:, :3]), dim=1)
+        return torch.cat((inputs, inputs[:, : self.tokens]), dim=1)
 
 
 class Short(LlavaForConditionalGeneration):
@@ -41,14 +43,18 @@ class Short(LlavaForConditionalGeneration):
         return torch.cat((inputs, inputs[:, :3]), dim=1)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("pruner", [VisPruner(keep=4), PLPHP(), FastV(keep=4)], ids=repr)
-def test_a_prompt_that_is_not_read_is_told(pruner: Any) -> None:
+def test_a_prompt_that_is_not_read_is_told(
+    pruner: Any, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     built = model()
+    monkeypatch.setattr(Guessing, "tokens", tokens)
     inputs = request(built, [1]).inputs
     built.__class__ = Guessing
     said = "^Guessing cannot be .*: its generate never read the prompt that it was given; the model"
     with pruner(built), pytest.raises(ContractError, match=said):
-        built.generate(**inputs, max_new_tokens=3)
+        built.generate(**inputs, max_new_tokens=tokens)
     built.__class__ = LlavaForConditionalGeneration
     with pruner(built):
         generate(built, inputs)
