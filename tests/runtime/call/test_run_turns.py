@@ -257,3 +257,41 @@ def test_a_turn_that_does_not_go_with_its_cache_is_refused() -> None:
                 attention_mask=torch.ones(3, length + 2, dtype=torch.long),
                 **{CACHE: cache},
             )
+
+
+@pytest.mark.parametrize("policy", ["compact", "original"])
+@torch.no_grad()
+def test_a_row_that_brings_padding_alone_stays_where_it_was(policy: Any) -> None:
+    """What it says next is what it says without that turn."""
+    built = model()
+    req = request(built, [1, 1])
+    pruner = VisPruner(keep=4, positions=policy)
+
+    def next_said(rows: slice, waits: bool) -> Tensor:
+        """Logits behind one token more; with a turn in between that the last row skips."""
+        own = {name: one[rows] for name, one in req.inputs.items()}
+        ids, mask = own["input_ids"], own["attention_mask"]
+        cache = DynamicCache(config=built.config.get_text_config())
+        built.generate(**own, **{CACHE: cache}, max_new_tokens=1)
+        for new in ([13, 14, 15], [17]) if waits else ([17],):
+            more = torch.tensor([new]).expand(len(ids), -1)
+            real = torch.ones_like(more)
+            if len(new) > 1:
+                real[-1] = 0
+            ids, mask = torch.cat((ids, more), dim=1), torch.cat((mask, real), dim=1)
+            out = built.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                **{CACHE: cache},
+                max_new_tokens=1,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        return out.logits[0][-1]
+
+    with pruner(built):
+        alone = next_said(slice(1, 2), waits=False)
+        beside = next_said(slice(0, 2), waits=True)
+        first = next_said(slice(0, 1), waits=False)
+    assert float((alone - beside).abs().max()) < TOLERANCE
+    assert float((alone - first).abs().max()) > 0.01
