@@ -300,3 +300,12 @@ def test_rules_do_not_wait_for_the_device() -> None:
     assert plan.dominant.shape == (2, 12) and plan.contextual.shape == (2, 4)
     with pytest.raises(RuntimeError):
         bool((attention > 0).any())
+
+
+def test_a_cell_lies_in_a_block_or_in_none() -> None:
+    """Of 2 x 3 cells pooled into one row of two blocks, one of them is no candidate."""
+    candidates = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]).bool()
+    boxes = torch.tensor([[0, 0, 2, 3]]).expand(2, -1)
+    shape = torch.tensor([[1, 2], [0, 2]])
+    found = clusters.blocks(candidates, torch.tensor([3, 3]), boxes, shape)
+    assert found.tolist() == [[0, 0, 1, 0, 0, -1], [-1] * 6]

@@ -255,3 +255,16 @@ def test_pictures_of_another_size_than_was_checked_are_refused() -> None:
     sentence = rf"pixel_values are {height} x {width}, but the layout of .* was checked at"
     with VisPruner(keep=2)(built), pytest.raises(VlmpruneError, match=sentence):
         generate(built, {**inputs, "pixel_values": wide})
+
+
+def test_a_model_that_is_trained_is_checked_without_dropout() -> None:
+    """And is in training again afterwards, but for what was not."""
+    built = cohere2_vision().train()
+    for module in built.modules():
+        if type(module).__name__ == "SiglipAttention":
+            module.dropout = 0.5
+    built.lm_head.eval()
+    before = [module.training for module in built.modules()]
+    with VisPruner(keep=2)(built):
+        assert [module.training for module in built.modules()] == before
+    assert before.count(False) == 1

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from stock import CACHE, cache_of
 from tiny import model, request
 from vlmprune import FastV, VlmpruneError
+from vlmprune.runtime.cache.gapped_layer import GappedLayer
 
 
 def test_a_forward_that_fails_leaves_no_word_with_a_layer() -> None:
@@ -66,3 +67,12 @@ def test_a_cache_whose_later_layers_turn_out_another_is_told(make: Any, said: st
         built(**inputs, **{CACHE: DynamicCache()})
         with pytest.raises(VlmpruneError, match=said):
             built(**inputs, **{CACHE: make()})
+
+
+def test_a_layer_is_adopted_with_what_it_holds() -> None:
+    old = DynamicLayer()
+    states = torch.randn(2, 1, 3, 4)
+    old.update(states, -states)
+    layer = GappedLayer.adopt(old, 2, torch.device("cpu"))
+    assert layer.columns(torch.device("cpu")).tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert torch.equal(layer.keys, states) and layer.start == 3 and layer.tail == 0

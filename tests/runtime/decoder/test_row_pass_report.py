@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deep import deep, generate
-from tiny import request
+from tiny import model, request
 from vlmprune import VisPruner, costs
 from vlmprune.methods import FastV, PyramidDrop
 
@@ -73,3 +73,17 @@ def test_a_chains_report_counts_from_the_beginning() -> None:
     assert int((roles["important"] | roles["diverse"]).sum()) == 3
     assert int(roles["left before layer 2"].sum()) == 5
     assert handle.report.kv_bytes_after == 128 * (8 * 2 + 3 * 3)
+
+
+def test_positions_are_told_of_each_end_that_chooses() -> None:
+    built = model()
+    inputs = request(built, [1]).inputs
+    early = VisPruner(keep=8)
+    for pruner, told in (
+        (FastV(keep=4), "original"),
+        (early | FastV(keep=4), "compact, inside the language model original"),
+        (early, "compact"),
+    ):
+        with pruner(built) as handle:
+            built.generate(**inputs, max_new_tokens=2, do_sample=False)
+        assert handle.report.positions == told
