@@ -80,11 +80,14 @@ def main() -> int:
         if asked.measure:
             return 0
         faults = list(chosen(tree, asked))
+        # What may pass is run against the likeliest tests alone.
+        passes = mutants.accepted(asked.accept)
         if any(to_do(known.get(one.key), math.inf) for one in faults):
             preload(tree, asked.preload)
         # What survives the likeliest tests is run against all when all others have been tried.
         for most in (asked.most, math.inf):
             todo = [one for one in faults if to_do(known.get(one.key), most)]
+            todo = [one for one in todo if one.key not in known or one.key not in passes]
             reaches = reach.read(tree, asked.reach) if todo else []
             work = Work(tree, reaches, todo, asked.grace, most)
             done = len(faults) - len(todo)
