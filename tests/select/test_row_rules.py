@@ -278,11 +278,11 @@ def test_autocast_rounds_no_choice() -> None:
     def drawn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    visual, text = drawn(2, 40, 16), drawn(2, 12, 16)
+    visual, text = drawn(2, 40, 16), drawn(2, 300, 16)
     images = torch.zeros(2, 40, dtype=torch.long)
-    everywhere = torch.ones(2, 12, dtype=torch.bool)
+    everywhere = torch.ones(2, 300, dtype=torch.bool)
     keep, scores = torch.full((2, 1), 16), drawn(2, 40)
-    dropped, norms = drawn(2, 40) > 0, drawn(2, 12)
+    dropped, norms = drawn(2, 40) > 0, drawn(2, 300)
 
     def choose() -> list[Tensor]:
         return [

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from repository import ROOT
 from vlmprune import select
+from vlmprune.select import rules
 
 GOLDEN = ROOT / "tests/golden/selection.safetensors"
 SETTINGS = ((32, 0.5), (64, 0.5), (64, 0.75), (192, 0.5))
@@ -302,3 +303,23 @@ def test_refusals() -> None:
     for wrong in (features[:, 1:], features[:1], features[..., 0]):
         with pytest.raises(ValueError, match="do not fit"):
             select.vispruner(attention, wrong, 4)
+
+
+def test_kernels_are_given_all_cosines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the choice is one product and one launch, which sees the pairs of every crop."""
+    attention, features = torch.rand(2, 6), torch.randn(2, 6, 4)
+    given: list[Tensor] = []
+
+    class Kernels:
+        @staticmethod
+        def thin(scores: Tensor, similarity: Tensor, keep: int, *_: int) -> Tensor:
+            given.extend((scores, similarity))
+            return torch.zeros(len(scores), keep, dtype=torch.long)
+
+    monkeypatch.setattr(rules, "_kernels", lambda *_: Kernels)
+    rules.vispruner(attention, features, 3, 0.4)
+    scores, similarity = given
+    assert torch.equal(scores, attention) and similarity.shape == (2, 6, 6)
+    for crop, found in zip(features, similarity, strict=True):
+        cosines = torch.nn.functional.cosine_similarity(crop[:, None], crop[None], dim=2)
+        assert torch.allclose(found, cosines, atol=1e-6)
