@@ -187,10 +187,13 @@ def test_a_bench_makes_no_ratio_of_what_is_unknown() -> None:
     assert part(UNKNOWN, UNKNOWN) == "unknown MiB"
 
 
-def test_what_an_unknown_model_affords_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("text", [0, 10])
+def test_what_an_unknown_model_affords_is_not_told(
+    text: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where its layers are counted, but their sizes are not told."""
-    (known,) = pairs(1.0, 10, ["qwen2.5-7b"])
+    (known,) = pairs(1.0, text, ["qwen2.5-7b"])
     assert known.visual_tokens is not None and not math.isnan(known.tflops)
     monkeypatch.setattr(layer_sizes, "layers", lambda config: [layer_sizes.NOTHING_KNOWN] * 4)
-    (found,) = pairs(1.0, 10, ["qwen2.5-7b"])
+    (found,) = pairs(1.0, text, ["qwen2.5-7b"])
     assert found.visual_tokens is None and math.isnan(found.tflops)
