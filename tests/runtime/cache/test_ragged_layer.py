@@ -224,6 +224,36 @@ def cut_layer(length: int) -> RaggedLayer:
     return layer
 
 
+def test_what_a_layer_attends_to_at_once() -> None:
+    """Steps of one query behind the first; the whole call is asked for elsewhere."""
+    layer = cut_layer(length=5)
+    layer.binding.open = True
+    new = torch.randn(1, 2, 1, 4)
+    layer.update(new, new)
+    shown = layer.binding.waiting
+    assert shown is not None and layer.piece is not None
+    query = torch.randn(1, 4, 1, 4)
+    asked = list[int]()
+
+    def host() -> str:
+        asked.append(1)
+        return "the host's"
+
+    assert layer.at_once(shown, query, host) is None
+    layer._scale = 0.5
+    assert layer.at_once(shown, query.expand(-1, -1, 2, -1), host) is None and not asked
+    # One head keeps a column less, whose place the host would see.
+    found, _ = layer.at_once(shown, query, host)
+    keys, values = shown.keys.repeat_interleave(2, dim=1), shown.values.repeat_interleave(2, dim=1)
+    seen = layer.piece.seen
+    assert seen is not None and not asked
+    mask = seen[:, :, :6].repeat_interleave(2, dim=1)[:, :, None]
+    due = torch.nn.functional.scaled_dot_product_attention(query, keys, values, mask, scale=0.5)
+    assert torch.allclose(found, due.transpose(1, 2), atol=1e-6)
+    layer.piece.seen = None
+    assert layer.at_once(shown, query, host) == "the host's" and asked == [1]
+
+
 def test_gradients_reach_tokens_after_the_cut() -> None:
     layer = cut_layer(length=5)
     layer.binding.open = True

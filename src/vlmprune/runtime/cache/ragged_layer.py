@@ -59,7 +59,7 @@ class RaggedLayer(TailLayer):
     @prefix.setter
     def prefix(self, prefix: Ragged | None) -> None:
         self._take_apart()
-        self._prefix, self._serves = prefix, None
+        self._prefix, self._serves, self._scale = prefix, None, None
 
     @property
     def keys(self) -> Any:
