@@ -13,7 +13,10 @@ from deep import deep
 from stock import cache_of
 from tiny import model, request, sliding_config
 from vlmprune import PLPHP, Pruner, Recall, VisPruner
+from vlmprune.hosts import layer_sizes
 from vlmprune.methods import FastV
+from vlmprune.report.call import make
+from vlmprune.views import layout
 
 VISUAL = 16
 # A token's key and value in a layer: 2 heads of 8 numbers, twice.
@@ -103,3 +106,16 @@ def test_a_cut_that_comes_after_others_counts_what_they_left() -> None:
     assert report is not None and len(report.cut) == 5
     assert report.kv_bytes_after == sum(layer.kv_bytes for layer in report.cut)
     assert report.kv_bytes_after < 5 * 8 * NUMBERS * 4 < report.kv_bytes_before
+
+
+def test_sizes_of_layers_are_those_of_the_config() -> None:
+    """Whether they were read before, or are read as a report is made."""
+    config = model().config
+    given = ([torch.arange(VISUAL) < 6], [{}], [1], [VISUAL], torch.float16, 0.0)
+    grid = [layout.plain(1, (4, 4), torch.device("cpu"))]
+    made = [
+        make(config, "method", "compact", "", grid, *given, layers=layers)
+        for layers in (None, layer_sizes.layers(config))
+    ]
+    assert made[0].kv_bytes_after == 6 * NUMBERS * 3 * 2
+    assert made[0].as_dict() == made[1].as_dict()
