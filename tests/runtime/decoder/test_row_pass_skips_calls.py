@@ -16,6 +16,7 @@ from sieve import Sieve
 from stock import CACHE, cache_of
 from tiny import Request, request
 from vlmprune import PLPHP, VisPruner, VlmpruneError
+from vlmprune.hosts.release import chunks_hold_images
 from vlmprune.methods import FastV
 from vlmprune.views import Ask, FrameView, Routed, Rows, RowView
 
@@ -89,9 +90,10 @@ def test_refusals() -> None:
     with Sieve()(built):
         refusals(built, req, {CACHE: static}, "cannot leave columns out of a Static")
         refusals(built, req, {"cache_implementation": "static"}, "cache_implementation='static'")
-        refusals(
-            built, req, {"prefill_chunk_size": 8}, r"^Sieve\(.* chooses from the whole prompt; le"
-        )
+        # Before 5.23 the host loses images under it, whatever the method.
+        why = r"^Sieve\(.* chooses from the whole prompt; le"
+        why = why if chunks_hold_images() else "transformers loses images"
+        refusals(built, req, {"prefill_chunk_size": 8}, why)
         refusals(built, req, {"output_attentions": True}, "leave out output_attentions")
         cache = cache_of(built(**req.inputs))
     # The model alone would misread it.
