@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from answers import DIFFERENT, TOLERANCE, distance
+from tiny import dropped_columns, model, positions_of, request
+from vlmprune.runtime.encoder import acting
+
 STEPS = 4
 
 
@@ -26,3 +30,33 @@ def leftovers(built: Any) -> list[str]:
         for kind in kinds
         for hook in getattr(module, kind).values()
     ]
+
+
+def check_any_resolution(pruner: Any, kind: str, least: int) -> None:
+    """Equal to the full model with the features of the shorter tower, of which some are overlooked.
+
+    Args:
+        pruner: leaves six tokens of a crop, fewer where the host cuts padding away.
+        kind: of tower.
+        least: tokens that are left of any crop.
+    """
+    built = model("llava_next", kind=kind)
+    req = request(built, [1, 2, 0])
+    with pruner(built) as handle:
+        pruned = generate(built, **req.inputs)
+        medium = handle.family.media[0]
+    assert handle.report is not None
+    kept, layouts = handle.report.kept, handle.report.layouts
+    for one, indices in zip(layouts, kept, strict=True):
+        crops = one.crop[indices]
+        assert all(least <= int((crops == crop).sum()) <= 6 for crop in range(one.crops))
+        assert int((crops == 0).sum()) == 6
+        assert int((crops < 0).sum()) == one.newlines
+    dropped, mask = dropped_columns(req, kept), req.inputs["attention_mask"]
+    positions = positions_of(mask, dropped, pruner.positions)
+    changed = req.inputs | {"attention_mask": mask * ~dropped, "position_ids": positions}
+    (planned,) = acting.acts_of(built, [medium], [req.inputs], [layouts], pruner)
+    with acting.acting(built, medium, req.inputs, planned):
+        expected = generate(built, **changed)
+    assert distance(pruned, expected) < TOLERANCE
+    assert distance(pruned, generate(built, **changed)) > DIFFERENT

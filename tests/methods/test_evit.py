@@ -13,13 +13,12 @@ from torch import Tensor
 from transformers import modeling_utils
 
 from answers import DIFFERENT, TOLERANCE, distance
-from in_tower import generate, leftovers
+from in_tower import check_any_resolution, generate, leftovers
 from plain_evit import left_each_time, plain_tower
 from plain_layers import given_to_projector, internvl, shuffled, squares
 from tiny import Request, dropped_columns, model, positions_of, request
 from vlmprune import PLPHP, EViT, ToMe, VisionZip, VisPruner, VlmpruneError, spec
 from vlmprune.runtime.attention import interception
-from vlmprune.runtime.encoder import acting
 from vlmprune.select import leaving
 from zoo import ZOO
 
@@ -231,28 +230,7 @@ def test_a_method_behind_it_chooses_among_what_is_left(kind: str, fuse: bool) ->
 )
 def test_any_resolution_equals_masking(kind: str, policy: Any) -> None:
     """The full model with the shorter tower's features, told to overlook what left."""
-    built = model("llava_next", kind=kind)
-    req = request(built, [1, 2, 0])
-    pruner = EViT(keep=6, positions=policy)
-    with pruner(built) as handle:
-        pruned = generate(built, **req.inputs)
-        medium = handle.family.media[0]
-    assert handle.report is not None
-    kept, layouts = handle.report.kept, handle.report.layouts
-    # Of each crop's six those that the host cuts away as padding are gone.
-    for one, indices in zip(layouts, kept, strict=True):
-        crops = one.crop[indices]
-        assert all(int((crops == crop).sum()) <= 6 for crop in range(one.crops))
-        assert int((crops == 0).sum()) == 6 and int((crops < 0).sum()) == one.newlines
-    dropped = dropped_columns(req, kept)
-    mask = req.inputs["attention_mask"]
-    positions = positions_of(mask, dropped, policy)
-    changed = req.inputs | {"attention_mask": mask * ~dropped, "position_ids": positions}
-    (planned,) = acting.acts_of(built, [medium], [req.inputs], [layouts], pruner)
-    with acting.acting(built, medium, req.inputs, planned):
-        expected = generate(built, **changed)
-    assert distance(pruned, expected) < TOLERANCE
-    assert distance(pruned, generate(built, **changed)) > DIFFERENT
+    check_any_resolution(EViT(keep=6, positions=policy), kind, least=0)
 
 
 def test_nothing_stays() -> None:

@@ -14,13 +14,12 @@ from torch import Tensor
 from transformers import modeling_utils
 
 from answers import DIFFERENT, TOLERANCE, distance
-from in_tower import generate, leftovers
+from in_tower import check_any_resolution, generate, leftovers
 from plain_layers import given_to_projector, internvl, shuffled, squares, tower_of
 from plain_tome import matched, plain_tower
 from tiny import Request, dropped_columns, model, positions_of, request
 from vlmprune import PLPHP, ToMe, VisPruner, VlmpruneError
 from vlmprune.runtime.attention import interception
-from vlmprune.runtime.encoder import acting
 from vlmprune.select import bipartite
 from zoo import ZOO
 
@@ -207,29 +206,7 @@ def test_generation_equals_embeddings_by_hand(kind: str) -> None:
 )
 def test_any_resolution_equals_masking(kind: str, policy: Any) -> None:
     """The full model with merged features, told to overlook all but one token of each."""
-    built = model("llava_next", kind=kind)
-    req = request(built, [1, 2, 0])
-    pruner = ToMe(keep=6, positions=policy)
-    with pruner(built) as handle:
-        pruned = generate(built, **req.inputs)
-        medium = handle.family.media[0]
-    assert handle.report is not None
-    kept, layouts = handle.report.kept, handle.report.layouts
-    # Of each crop's six groups those without a patch that is left are gone.
-    for one, indices in zip(layouts, kept, strict=True):
-        crops = one.crop[indices]
-        assert all(1 <= int((crops == crop).sum()) <= 6 for crop in range(one.crops))
-        assert int((crops == 0).sum()) == 6
-        assert int((crops < 0).sum()) == one.newlines
-    dropped = dropped_columns(req, kept)
-    mask = req.inputs["attention_mask"] * ~dropped
-    positions = positions_of(req.inputs["attention_mask"], dropped, policy)
-    changed = req.inputs | {"attention_mask": mask, "position_ids": positions}
-    (planned,) = acting.acts_of(built, [medium], [req.inputs], [layouts], pruner)
-    with acting.acting(built, medium, req.inputs, planned):
-        expected = generate(built, **changed)
-    assert distance(pruned, expected) < TOLERANCE
-    assert distance(pruned, generate(built, **changed)) > DIFFERENT
+    check_any_resolution(ToMe(keep=6, positions=policy), kind, least=1)
 
 
 def test_nothing_stays() -> None:
