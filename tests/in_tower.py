@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+from transformers import modeling_utils
+
 from answers import DIFFERENT, TOLERANCE, distance
 from tiny import dropped_columns, model, positions_of, request
+from vlmprune.runtime.attention import interception
 from vlmprune.runtime.encoder import acting
 
 STEPS = 4
@@ -60,3 +64,26 @@ def check_any_resolution(pruner: Any, kind: str, least: int) -> None:
         expected = generate(built, **changed)
     assert distance(pruned, expected) < TOLERANCE
     assert distance(pruned, generate(built, **changed)) > DIFFERENT
+
+
+def check_nothing_stays(pruner: Any) -> None:
+    """On a tower that fails halfway, in a layer where there are fewer tokens already, too."""
+    built = model()
+    req = request(built, [1])
+    before = leftovers(built)
+    functions = dict(modeling_utils.ALL_ATTENTION_FUNCTIONS._local_mapping)
+    plain = generate(built, **req.inputs)
+    with pruner(built):
+        wanted = generate(built, **req.inputs)
+        assert leftovers(built) == before
+        broken = built.model.vision_tower.encoder.layers[1].mlp
+        hook = broken.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            generate(built, **req.inputs)
+        hook.remove()
+        assert leftovers(built) == before
+        assert not interception._dispatchers
+        assert dict(modeling_utils.ALL_ATTENTION_FUNCTIONS._local_mapping) == functions
+        assert distance(generate(built, **req.inputs), wanted) == 0
+    assert leftovers(built) == before
+    assert distance(generate(built, **req.inputs), plain) == 0 < distance(wanted, plain)

@@ -22,8 +22,8 @@ from vlmprune.hosts import masks, parallel
 from vlmprune.hosts.release import version
 from vlmprune.select.softmax import scores
 
-# A modeling file's registry of attention functions, and its own function where none is registered.
-_REGISTRY, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
+# A modeling file's registry of attention functions.
+REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 # What an attention module has that calls them, beside a config.
 _CAUSAL = "is_causal"
 
@@ -303,10 +303,10 @@ def attention_of(layer: nn.Module) -> Any:
     for module in layer.modules():
         cls = parallel.class_of(module)
         source = sys.modules.get(cls.__module__)
-        if not hasattr(source, _REGISTRY) or not hasattr(module, "config"):
+        if not hasattr(source, REGISTRY) or not hasattr(module, "config"):
             continue
         # Llama 4's vision attention does not say whether it is causal, but names the registry.
-        if hasattr(module, _CAUSAL) or _REGISTRY in _names(cls):
+        if hasattr(module, _CAUSAL) or REGISTRY in names_in(cls):
             return module
     raise LookupError(f"{type(layer).__name__} has no attention that can be tapped")
 
@@ -322,87 +322,12 @@ def attentions_in(layer: nn.Module) -> int:
     for module in layer.modules():
         source = sys.modules.get(parallel.class_of(module).__module__)
         found += (
-            hasattr(source, _REGISTRY) and hasattr(module, "config") and hasattr(module, _CAUSAL)
+            hasattr(source, REGISTRY) and hasattr(module, "config") and hasattr(module, _CAUSAL)
         )
     return found
 
 
-def check_tappable(layer: nn.Module, instead: str) -> None:
-    """Refuse a layer whose attention calls cannot be followed, without any tensor work.
-
-    Args:
-        layer: an encoder or decoder layer.
-        instead: what to do where they cannot.
-
-    Raises:
-        VlmpruneError: it has no attention module, or the registry is not what it was.
-    """
-    try:
-        module = attention_of(layer)
-    except LookupError as error:
-        raise VlmpruneError(f"{error} in transformers {version()}; {instead}.") from error
-    Registered(module)
-
-
-class Registered:
-    """The attention function that a module calls, and what is put in its place for a while.
-
-    Raises:
-        VlmpruneError: the registry or the function is not found.
-    """
-
-    def __init__(self, module: Any) -> None:
-        self.interface: Any = getattr(sys.modules[parallel.class_of(module).__module__], _REGISTRY)
-        self.name = implementation(module)
-        own = getattr(self.interface, "_local_mapping", None)
-        if own is None:
-            raise VlmpruneError(
-                f"the attention registry of {type(module).__name__} in transformers {version()} "
-                "has no entries of its own, so attention cannot be seen; install a tested release."
-            )
-        # What a modeling file registers for itself goes before what is registered for all.
-        self.local = self.name in own
-        self.original = self.interface.get(self.name)
-        if self.original is None:
-            _eager(module)
-
-    @property
-    def key(self) -> tuple[int, str]:
-        """The same for all modules that share the entry."""
-        return id(self.interface), self.name
-
-    def function(self, module: nn.Module) -> Callable[..., Any]:
-        """The plain function."""
-        return self.original or _eager(module)
-
-    def install(self, other: Callable[..., Any]) -> None:
-        """Put another function in its place."""
-        self.interface[self.name] = other
-
-    def remove(self) -> None:
-        """Give the entry back as it was."""
-        if self.local:
-            self.interface[self.name] = self.original
-        else:
-            del self.interface[self.name]
-
-
-def _eager(module: nn.Module) -> Callable[..., Any]:
-    """Eager attention is not registered: each modeling file has its own function, or several."""
-    for cls in type(module).__mro__:
-        own = [name for name in _names(cls) if name.endswith(_EAGER)]
-        for name in (*own, _EAGER):
-            function = getattr(sys.modules[cls.__module__], name, None)
-            if function is not None:
-                return function
-    raise VlmpruneError(
-        f"the attention function of {type(module).__name__} in transformers {version()} is not "
-        "registered and not found, so its attention cannot be seen; load the model with "
-        "attn_implementation='sdpa'."
-    )
-
-
-def _names(cls: type) -> tuple[str, ...]:
+def names_in(cls: type) -> tuple[str, ...]:
     """Names that the code of a class's own forward uses."""
     forward = vars(cls).get("forward")
     code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from vlmprune import costs
 from vlmprune.costs import units
 from vlmprune.report.layers import LayerReport, RowsReport
+from vlmprune.report.per_image import by_row, joined, of_no_patch, on_host
 from vlmprune.report.reading import Reading
 from vlmprune.views.layout import Layout
 
@@ -214,12 +214,12 @@ class Report:
             made,
             kept=kept,
             visual_tokens_after=sum(map(len, kept)),
-            newline_tokens=_of_no_patch(self.layouts, reached),
+            newline_tokens=of_no_patch(self.layouts, reached),
             positions=positions,
             seconds_selecting=self.seconds_selecting + seconds,
             roles=left,
             layers=made.layers if back else made.layers[min(stages) :],
-            members=_joined(self.members, members, reached),
+            members=joined(self.members, members, reached),
         )
 
     def _seen(self) -> list[Tensor]:
@@ -232,9 +232,7 @@ class Report:
     ) -> Report:
         """The same call, if for each layer, for each image a [n] bool, these `reached` it."""
         kept = [[mask.nonzero()[:, 0] for mask in masks] for masks in reached]
-        spent = costs.layered(
-            config, [_by_row(rows, map(len, one)) for one in kept], dtype.itemsize
-        )
+        spent = costs.layered(config, [by_row(rows, map(len, one)) for one in kept], dtype.itemsize)
         layers = [
             RowsReport(index, numbers, size)
             for index, (numbers, size) in enumerate(zip(kept, spent.kv_bytes_by_layer, strict=True))
@@ -293,24 +291,6 @@ class Report:
         return f"{units.flops(before).rstrip()} → {units.flops(after)}FLOPs{where}"
 
 
-def _joined(
-    first: Sequence[Tensor], then: Sequence[Tensor], reached: Sequence[Tensor]
-) -> list[Tensor]:
-    """Where tokens went in two steps, either of which may have merged nothing.
-
-    Args:
-        first: before the language model.
-        then: inside it.
-        reached: for each image a [n] bool, what is left in the end.
-    """
-    if not first and not then:
-        return []
-    stay = [torch.arange(len(mask)) for mask in reached]
-    ends = [torch.where(mask, at, -1) for mask, at in zip(reached, stay, strict=True)]
-    pairs = zip(first or stay, then or ends, strict=True)
-    return [torch.where(at >= 0, after[at.clamp(min=0)], -1) for at, after in pairs]
-
-
 def make(
     config: Any,
     method: str,
@@ -348,10 +328,10 @@ def make(
         layers: the sizes of the decoder's layers, where they are known; None to read them of the
             config, which takes longer than all the rest.
     """
-    before = _by_row(rows, map(len, kept))
-    kept = _on_host(kept)
+    before = by_row(rows, map(len, kept))
+    kept = on_host(kept)
     numbers = [mask.nonzero()[:, 0] for mask in kept]
-    after = _by_row(rows, map(len, numbers))
+    after = by_row(rows, map(len, numbers))
     # Images of a request often share a layout.
     newlines = {id(one): one.newlines for one in {id(one): one for one in layouts}.values()}
     encoder = costs.UNKNOWN if layouts else 0.0
@@ -371,7 +351,7 @@ def make(
         kept=numbers,
         visual_tokens_before=sum(before),
         visual_tokens_after=sum(after),
-        newline_tokens=_of_no_patch(layouts, kept) if any(newlines.values()) else 0,
+        newline_tokens=of_no_patch(layouts, kept) if any(newlines.values()) else 0,
         flops_before=encoder + whole.flops,
         flops_after=(encoder if tower is None else tower) + left.flops,
         kv_bytes_before=whole.kv_bytes,
@@ -386,22 +366,3 @@ def make(
         below_keep=below_keep or {},
         kv_bytes_by_layer=left.kv_bytes_by_layer,
     )
-
-
-def _on_host(kept: list[Tensor]) -> list[Tensor]:
-    """For each image its [n] bool on the CPU, fetched all at once."""
-    if len({one.device for one in kept}) != 1:
-        return [one.cpu() for one in kept]
-    return list(torch.cat(kept).cpu().split([len(one) for one in kept]))
-
-
-def _of_no_patch(layouts: Sequence[Layout], kept: Sequence[Tensor]) -> int:
-    """How many of the kept visual tokens, for each image a [n] bool, belong to no patch."""
-    pairs = zip(layouts, kept, strict=True)
-    return sum(int((mask & (one.labels.cpu() < 0)).sum()) for one, mask in pairs)
-
-
-def _by_row(rows: list[int], counts: Iterable[int]) -> list[int]:
-    """Sums over each row of a batch with so many images, of one count an image."""
-    left = iter(counts)
-    return [sum(islice(left, images)) for images in rows]

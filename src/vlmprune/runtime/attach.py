@@ -20,6 +20,7 @@ from vlmprune.hosts import (
     release,
     requests,
 )
+from vlmprune.hosts.attention_registry import check_tappable
 from vlmprune.hosts.families import Family
 from vlmprune.method import Method
 from vlmprune.runtime.attachment import Attachment
@@ -80,7 +81,7 @@ def _check_contract(model: Any, family: Family, method: Method) -> None:
         for medium in family.media:
             layers = {type(one): one for one in medium.encoder(model, {}).layers}
             for layer in layers.values():
-                attention.check_tappable(layer, "use a method that does not look at attention")
+                check_tappable(layer, "use a method that does not look at attention")
     if method.drops or method.routes or method.cuts:
         decoder.check_counted(model)
     if method.drops or method.routes:
@@ -91,7 +92,7 @@ def _check_contract(model: Any, family: Family, method: Method) -> None:
         own = decoder.full_attention_layers(model, _lends(method))
         for index in (*own, *decoder.borrowing_layers(model)):
             layer = decoder.decoder_layers(model)[index]
-            attention.check_tappable(layer, "prune before the language model")
+            check_tappable(layer, "prune before the language model")
     if method.drops or method.routes or method.cuts:
         caches.check_made(model)
 

@@ -20,7 +20,8 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 from vlmprune.hosts import contract
-from vlmprune.hosts.attention import AttentionCall, Registered, called
+from vlmprune.hosts.attention import AttentionCall, called
+from vlmprune.hosts.attention_registry import Registered
 from vlmprune.runtime.scope import OwnCall
 
 # Makes a call, by the interceptors inside and the host's function.
