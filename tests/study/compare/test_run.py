@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 from vlmprune.learned import Learned
 
+from compared_methods import First, Refusing
 from tiny import model
 from vlmprune import costs, embedded
 from vlmprune.errors import VlmpruneError
 from vlmprune.io import models, sources
 from vlmprune.methods import METHODS, VisPruner
-from vlmprune.methods.bases.budgeted import Budgeted
 from vlmprune.study.compare import configurations, results, tables
 from vlmprune.study.compare import run as compare
 from vlmprune.study.compare.results import Comparison
@@ -27,33 +26,6 @@ from vlmprune.study.evals import run as evaluate
 from vlmprune.study.evals.results import Evaluation
 from vlmprune.study.tasks import Folder, Sample, Task
 from vlmprune.study.tasks.answered import Answered
-from vlmprune.views import EncoderView, Selection
-
-
-@dataclass(frozen=True)
-class First(Budgeted):
-    """Keep the first tokens: a control whose choice needs no library."""
-
-    paper: ClassVar[str] = "control"
-    text_agnostic: ClassVar[bool] = True
-
-    def select(self, view: EncoderView) -> Selection:
-        kept = torch.zeros_like(view.candidates)
-        kept[:, : round(self.keep * kept.shape[1])] = True
-        return Selection(kept, {})
-
-
-@dataclass(frozen=True)
-class Refusing(Budgeted):
-    """A method that the request lacks something for."""
-
-    paper: ClassVar[str] = "arXiv 0000.00000"
-
-    def select(self, view: EncoderView) -> Selection:
-        raise NotImplementedError
-
-    def check_request(self, *_: Any) -> None:
-        raise VlmpruneError("Refusing needs a video; use random.")
 
 
 @pytest.fixture
